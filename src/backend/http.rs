@@ -1,0 +1,295 @@
+//! HTTP to one backend: ureq agents, leased for one exchange at a time, and what their wires were seen to do.
+//!
+//! An agent carries at most one kept-alive connection. It is leased by one thread, its clone ([`Interrupt`]) can end
+//! that thread's blocking call from another, and an agent that was interrupted is never leased again.
+
+use std::fmt;
+use std::io::Read;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use ureq::config::Config;
+use ureq::http::{Response, Uri};
+use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
+use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, DefaultConnector, NextTimeout, Transport};
+use ureq::{Agent, Body, Proxy};
+
+use super::secret::ApiKey;
+
+/// Agents kept for the next request, each with at most one open connection and its 32 KiB of buffers.
+const IDLE_AGENTS_MAX: usize = 8;
+/// Local servers close an idle connection after 5 s (llama.cpp, uvicorn).
+const IDLE_AGE_LOCAL: Duration = Duration::from_secs(4);
+/// Hosted ones keep it longer, and a TLS handshake costs more.
+const IDLE_AGE_HOSTED: Duration = Duration::from_secs(15);
+/// Time to connect within one's own network.
+const CONNECT_TIMEOUT_LOCAL: Duration = Duration::from_secs(5);
+/// Time to connect over the internet, name and TLS included.
+const CONNECT_TIMEOUT_HOSTED: Duration = Duration::from_secs(10);
+/// Each way; ureq's default of 128 KiB would be 64 MiB for 256 jobs.
+const BUFFER_BYTES: usize = 16 << 10;
+
+/// The means to end a blocking call of another thread: sockets, handshakes and bodies wake at once.
+#[derive(Clone)]
+pub struct Interrupt(Agent);
+
+impl Interrupt {
+    /// Closes whatever the lease has open. The lease is of no use afterwards.
+    pub fn interrupt(self) {
+        self.0.shutdown();
+    }
+}
+
+impl fmt::Debug for Interrupt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Interrupt")
+    }
+}
+
+/// The agents for one backend.
+#[derive(Debug)]
+pub struct Client {
+    config: Config,
+    connector: Arc<DefaultConnector>,
+    key: ApiKey,
+    idle_age: Duration,
+    idle: Mutex<Vec<Idle>>,
+}
+
+#[derive(Debug)]
+struct Idle {
+    agent: Agent,
+    wire: Arc<Wire>,
+    since: Instant,
+}
+
+impl Client {
+    /// For a backend on the operator's own machines, or a `hosted` one; only the latter may go through a proxy.
+    pub fn new(hosted: bool, key: ApiKey) -> Client {
+        let config = Agent::config_builder()
+            .http_status_as_error(false)
+            // A redirect would carry the prompt to an address that the operator never named.
+            .max_redirects(0)
+            .proxy(if hosted { proxy_from_env() } else { None })
+            .timeout_connect(Some(if hosted { CONNECT_TIMEOUT_HOSTED } else { CONNECT_TIMEOUT_LOCAL }))
+            .input_buffer_size(BUFFER_BYTES)
+            .output_buffer_size(BUFFER_BYTES)
+            .max_idle_connections(1)
+            .max_idle_connections_per_host(1)
+            .max_idle_age(if hosted { IDLE_AGE_HOSTED } else { IDLE_AGE_LOCAL })
+            .user_agent(concat!("usepod-agent/", env!("CARGO_PKG_VERSION")))
+            // Bodies are relayed verbatim, so they had better not be compressed.
+            .accept_encoding("identity")
+            .build();
+        let idle_age = config.max_idle_age();
+        Client { config, connector: Arc::default(), key, idle_age, idle: Mutex::default() }
+    }
+
+    /// Why no request can succeed.
+    ///
+    /// # Errors
+    /// The variable that should hold the key does not.
+    pub fn ready(&self) -> super::BackendResult<()> {
+        match &self.key {
+            ApiKey::Missing { variable } => Err(super::BackendError::MissingKey(variable.clone())),
+            ApiKey::NotNeeded | ApiKey::Bearer(_) => Ok(()),
+        }
+    }
+
+    /// An agent for one exchange: the one used last, if its connection may still be open, else a fresh one.
+    pub fn lease(&self) -> Lease<'_> {
+        let idle = {
+            let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+            // The list is ordered by age: dropping the stale ones closes their connections.
+            let stale = idle.iter().take_while(|i| i.since.elapsed() >= self.idle_age).count();
+            let stale: Vec<Idle> = idle.drain(..stale).collect();
+            let newest = idle.pop();
+            drop(idle);
+            drop(stale);
+            newest
+        };
+        match idle {
+            Some(Idle { agent, wire, .. }) => {
+                wire.reset();
+                Lease { client: self, agent, wire }
+            }
+            None => self.fresh_lease(),
+        }
+    }
+
+    /// An agent without a connection.
+    pub fn fresh_lease(&self) -> Lease<'_> {
+        let wire = Arc::new(Wire::default());
+        let connector = WatchedConnector { inner: self.connector.clone(), wire: wire.clone() };
+        let agent = Agent::with_parts(self.config.clone(), connector, LocalFirstResolver::default());
+        Lease { client: self, agent, wire }
+    }
+}
+
+/// One agent, for one exchange.
+pub struct Lease<'a> {
+    client: &'a Client,
+    agent: Agent,
+    wire: Arc<Wire>,
+}
+
+impl Lease<'_> {
+    /// The means to end this lease's blocking calls.
+    pub fn interrupt(&self) -> Interrupt {
+        Interrupt(self.agent.clone())
+    }
+
+    /// `GET`, bounded in time.
+    pub fn get(&self, url: &str, time: Duration) -> Result<Response<Body>, ureq::Error> {
+        let mut request = self.agent.get(url);
+        if let ApiKey::Bearer(key) = &self.client.key {
+            request = request.header("Authorization", key);
+        }
+        request.config().timeout_global(Some(time)).build().call()
+    }
+
+    /// `POST` of JSON; `time` covers the whole exchange, the body of the answer included.
+    pub fn post(&self, url: &str, body: &[u8], time: Duration) -> Result<Response<Body>, ureq::Error> {
+        let mut request = self.agent.post(url).header("Content-Type", "application/json");
+        if let ApiKey::Bearer(key) = &self.client.key {
+            request = request.header("Authorization", key);
+        }
+        request.config().timeout_global(Some(time)).build().send(body)
+    }
+
+    /// Whether a failed exchange used a kept-alive connection and got no byte back: it had been closed under us, and
+    /// the backend never saw the request.
+    pub fn was_stale(&self) -> bool {
+        !self.wire.opened.load(Ordering::Relaxed) && !self.wire.received.load(Ordering::Relaxed)
+    }
+
+    /// Whether the connection broke (rather than being closed in order): ureq takes a reset for the end of a body that
+    /// only the connection's end delimits.
+    pub fn has_broken(&self) -> bool {
+        self.wire.broken.load(Ordering::Relaxed)
+    }
+
+    /// Gives the agent back for the next exchange, when this one was read to its end and nobody interrupted it.
+    pub fn give_back(self) {
+        let mut idle = self.client.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        if idle.len() < IDLE_AGENTS_MAX {
+            idle.push(Idle { agent: self.agent, wire: self.wire, since: Instant::now() });
+        }
+    }
+}
+
+/// Reads at most `max` bytes of a body; what comes after them is left unread.
+pub fn read_bounded(body: Body, max: usize) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    body.into_reader().take(max as u64).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// The proxy of `HTTPS_PROXY`, with the exceptions of `NO_PROXY`; for hosted backends and the coordinator.
+pub fn proxy_from_env() -> Option<Proxy> {
+    let read = |names: [&str; 2]| names.iter().find_map(|n| std::env::var(n).ok().filter(|v| !v.trim().is_empty()));
+    let address = read(["HTTPS_PROXY", "https_proxy"])?;
+    let parsed = match Proxy::new(address.trim()) {
+        Ok(parsed) if parsed.protocol() == ureq::ProxyProtocol::Http => parsed,
+        // The address may hold a password, so it is not shown.
+        _ => {
+            log::warn!("HTTPS_PROXY is ignored: it is not an address of the form http://HOST:PORT");
+            return None;
+        }
+    };
+    let mut proxy = Proxy::builder(parsed.protocol()).host(parsed.host()).port(parsed.port());
+    if let Some(user) = parsed.username() {
+        proxy = proxy.username(user).password(parsed.password().unwrap_or_default());
+    }
+    for exception in read(["NO_PROXY", "no_proxy"]).unwrap_or_default().split(',') {
+        if !exception.trim().is_empty() {
+            proxy = proxy.no_proxy(exception.trim());
+        }
+    }
+    proxy.build().ok()
+}
+
+/// What one agent's connection was seen to do since it was leased.
+#[derive(Debug, Default)]
+struct Wire {
+    opened: AtomicBool,
+    received: AtomicBool,
+    broken: AtomicBool,
+}
+
+impl Wire {
+    fn reset(&self) {
+        for flag in [&self.opened, &self.received, &self.broken] {
+            flag.store(false, Ordering::Relaxed);
+        }
+    }
+}
+
+/// ureq's own connector (shared by all agents of a backend, for it caches the TLS configuration), with a [`Wire`].
+#[derive(Debug)]
+struct WatchedConnector {
+    inner: Arc<DefaultConnector>,
+    wire: Arc<Wire>,
+}
+
+impl Connector<()> for WatchedConnector {
+    type Out = Watched;
+
+    fn connect(&self, details: &ConnectionDetails, chained: Option<()>) -> Result<Option<Watched>, ureq::Error> {
+        self.wire.opened.store(true, Ordering::Relaxed);
+        let inner = self.inner.connect(details, chained)?;
+        Ok(inner.map(|inner| Watched { inner, wire: self.wire.clone() }))
+    }
+}
+
+#[derive(Debug)]
+struct Watched {
+    inner: Box<dyn Transport>,
+    wire: Arc<Wire>,
+}
+
+impl Transport for Watched {
+    fn buffers(&mut self) -> &mut dyn Buffers {
+        self.inner.buffers()
+    }
+
+    fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
+        self.inner.transmit_output(amount, timeout)
+    }
+
+    fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
+        let result = self.inner.await_input(timeout);
+        match &result {
+            Ok(true) => self.wire.received.store(true, Ordering::Relaxed),
+            Ok(false) => {}
+            Err(_) => self.wire.broken.store(true, Ordering::Relaxed),
+        }
+        result
+    }
+
+    fn is_open(&mut self) -> bool {
+        self.inner.is_open()
+    }
+
+    fn is_tls(&self) -> bool {
+        self.inner.is_tls()
+    }
+}
+
+/// Resolves addresses and `localhost` in place, which cannot block; ureq's resolver spends a thread on every name.
+#[derive(Debug, Default)]
+struct LocalFirstResolver(DefaultResolver);
+
+impl Resolver for LocalFirstResolver {
+    fn resolve(&self, uri: &Uri, config: &Config, timeout: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        let host = uri.host().unwrap_or_default();
+        let literal = host.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok();
+        let timeout = if literal || host.eq_ignore_ascii_case("localhost") {
+            NextTimeout { after: ureq::unversioned::transport::time::Duration::NotHappening, ..timeout }
+        } else {
+            timeout
+        };
+        self.0.resolve(uri, config, timeout)
+    }
+}

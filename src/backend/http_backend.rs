@@ -1,0 +1,154 @@
+//! The one backend implementation: an HTTP server of some [`Kind`].
+
+use std::time::{Duration, Instant};
+
+use super::context_window;
+use super::error::{BackendError, BackendResult};
+use super::http::{Client, read_bounded};
+use super::kind::{BaseUrl, Kind};
+use super::listing;
+use super::relay::{before_the_answer, relay};
+use super::request::body_of;
+use super::secret::ApiKey;
+use super::{Backend, BackendHealth, BackendModel, Job, JobResult, JobSink, WireFormat};
+
+/// Time for one probe, all its questions together.
+pub const PROBE_TIME: Duration = Duration::from_secs(3);
+
+/// The largest answer that a probe reads, in bytes; OpenRouter's listing is about 1 MB.
+const ANSWER_MAX: usize = 16 << 20;
+
+/// An HTTP server of a known kind.
+pub struct HttpBackend {
+    kind: Kind,
+    id: String,
+    /// Where the server's own routes start.
+    root: String,
+    /// Where the OpenAI routes start.
+    api: String,
+    client: Client,
+}
+
+impl HttpBackend {
+    /// `url` may be left out for hosted kinds; `api_key_env` names the environment variable with the key.
+    pub fn new(kind: Kind, url: Option<BaseUrl>, api_key_env: Option<&str>) -> HttpBackend {
+        let (root, api) = match (&url, kind.hosted_url()) {
+            (None, hosted) => (hosted.unwrap_or_default().to_owned(), hosted.unwrap_or_default().to_owned()),
+            (Some(url), Some(_)) => (url.as_str().to_owned(), url.as_str().to_owned()),
+            (Some(url), None) => (url.root().to_owned(), format!("{}/v1", url.root())),
+        };
+        let client = Client::new(kind.is_hosted(), ApiKey::from_env(api_key_env));
+        HttpBackend { kind, id: format!("{kind} at {root}"), root, api, client }
+    }
+
+    fn checked_models(&self, until: Instant) -> BackendResult<Vec<BackendModel>> {
+        self.check_health(until)?;
+        self.listed_models(until)
+    }
+
+    /// Passes where the kind has no health check of its own, or this server lacks it: then the listing is the check.
+    fn check_health(&self, until: Instant) -> BackendResult<()> {
+        let Some(path) = self.kind.health_path() else { return Ok(()) };
+        match self.get(&format!("{}{path}", self.root), until) {
+            Ok(_) => Ok(()),
+            Err(BackendError::ModelNotFound(answer)) if answer.status == 404 => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn listed_models(&self, until: Instant) -> BackendResult<Vec<BackendModel>> {
+        let listed = listing::parse(self.kind, &self.get(&format!("{}/models", self.api), until)?)?;
+        let ask = context_window::Questions {
+            get: &|path| self.get(&format!("{}{path}", self.root), until),
+            post: &|path, body| self.post(&format!("{}{path}", self.root), body, until),
+        };
+        Ok(context_window::fill_in(self.kind, listed, &ask))
+    }
+
+    fn get(&self, url: &str, until: Instant) -> BackendResult<Vec<u8>> {
+        self.ask(until, |lease, time| lease.get(url, time))
+    }
+
+    fn post(&self, url: &str, body: &[u8], until: Instant) -> BackendResult<Vec<u8>> {
+        self.ask(until, |lease, time| lease.post(url, body, time))
+    }
+
+    /// One question of a probe; asked again when a kept-alive connection turned out to be closed.
+    fn ask(
+        &self,
+        until: Instant,
+        put: impl Fn(&super::http::Lease<'_>, Duration) -> Result<ureq::http::Response<ureq::Body>, ureq::Error>,
+    ) -> BackendResult<Vec<u8>> {
+        let time = || until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        let mut lease = self.client.lease();
+        let mut answer = put(&lease, time());
+        if matches!(answer, Err(ureq::Error::Io(_))) && lease.was_stale() {
+            lease = self.client.fresh_lease();
+            answer = put(&lease, time());
+        }
+        let response = answer.map_err(probe_error)?;
+        let status = response.status().as_u16();
+        let body = read_bounded(response.into_body(), ANSWER_MAX).map_err(|e| probe_error(e.into()))?;
+        lease.give_back();
+        if (200..300).contains(&status) { Ok(body) } else { Err(BackendError::from_status(status, &body)) }
+    }
+}
+
+/// A probe has no deadline of a job's: its time being over means that the backend does not answer.
+fn probe_error(e: ureq::Error) -> BackendError {
+    match before_the_answer(e) {
+        BackendError::DeadlinePassed => {
+            BackendError::Unreachable(format!("no answer within {} s", PROBE_TIME.as_secs()))
+        }
+        e => e,
+    }
+}
+
+impl Backend for HttpBackend {
+    fn kind(&self) -> &'static str {
+        self.kind.name()
+    }
+
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn list_models(&self) -> BackendResult<Vec<BackendModel>> {
+        self.listed_models(Instant::now() + PROBE_TIME)
+    }
+
+    fn health(&self) -> BackendResult<BackendHealth> {
+        let asked = Instant::now();
+        let until = asked + PROBE_TIME;
+        let checked = match self.kind.health_path() {
+            Some(_) => self.check_health(until),
+            None => self.get(&format!("{}/models", self.api), until).map(drop),
+        };
+        Ok(match checked {
+            Ok(()) => {
+                let latency_ms = u32::try_from(asked.elapsed().as_millis()).ok();
+                BackendHealth { reachable: true, latency_ms, last_error: None }
+            }
+            Err(e) => BackendHealth { reachable: false, latency_ms: None, last_error: Some(e.to_string()) },
+        })
+    }
+
+    fn probe(&self) -> BackendResult<Vec<BackendModel>> {
+        self.checked_models(Instant::now() + PROBE_TIME)
+    }
+
+    fn ready(&self) -> BackendResult<()> {
+        self.client.ready()
+    }
+
+    fn execute(&self, job: &Job, sink: &mut dyn JobSink) -> BackendResult<JobResult> {
+        self.client.ready()?;
+        let route = match job.format {
+            WireFormat::Openai => "chat/completions",
+            WireFormat::Anthropic => "messages",
+        };
+        let url = format!("{}/{route}", self.api);
+        let deadline = Duration::from_millis(u64::from(job.deadline_ms));
+        relay(&self.client, &url, &body_of(job), deadline, sink)
+    }
+}

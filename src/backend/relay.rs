@@ -1,0 +1,170 @@
+//! One job against one HTTP backend: post, then pass on each piece of the answer as it arrives.
+//!
+//! Invariants: bytes leave in the order and the form they came in; a stream that is not whole is an error, after its
+//! last byte has been passed on; after an interrupt no byte is taken for an answer.
+
+use std::io::Read;
+use std::time::{Duration, Instant};
+
+use ureq::Body;
+use ureq::http::Response;
+
+use super::error::ERROR_BODY_MAX;
+use super::http::{Client, Lease, read_bounded};
+use super::sse::{Scanner, Usage};
+use super::{BackendError, BackendResult, JobResult, JobSink};
+
+/// The most that one chunk carries, in bytes of the answer: what the backend has sent when we look, up to this.
+const READ_BYTES: usize = 16 << 10;
+
+/// A JSON body is kept for its usage up to this size, in bytes; a larger one is relayed without.
+const JSON_BODY_MAX: usize = 1 << 20;
+
+/// Posts `body` to `url` and relays the answer into `sink`, all within `deadline`.
+pub fn relay(
+    client: &Client,
+    url: &str,
+    body: &[u8],
+    deadline: Duration,
+    sink: &mut dyn JobSink,
+) -> BackendResult<JobResult> {
+    let started = Instant::now();
+    let (lease, response) = post(client, url, body, deadline, sink)?;
+    let status = response.status().as_u16();
+    if !(200..300).contains(&status) {
+        let error_body = read_bounded(response.into_body(), ERROR_BODY_MAX).unwrap_or_default();
+        sink.still_wanted()?;
+        return Err(BackendError::from_status(status, &error_body));
+    }
+    let mut watch = Watch::of(&response);
+    let outcome = relay_body(&lease, response.into_body(), &mut watch, sink);
+    sink.tokens_emitted(watch.tokens_emitted());
+    let usage = outcome?;
+    lease.give_back();
+    let duration_ms = u32::try_from(started.elapsed().as_millis()).unwrap_or(u32::MAX);
+    Ok(JobResult { input_tokens: usage.input, output_tokens: usage.output, duration_ms })
+}
+
+/// Posts, and posts once more when the first went into a kept-alive connection that the backend had closed.
+fn post<'a>(
+    client: &'a Client,
+    url: &str,
+    body: &[u8],
+    deadline: Duration,
+    sink: &mut dyn JobSink,
+) -> BackendResult<(Lease<'a>, Response<Body>)> {
+    let started = Instant::now();
+    let mut lease = client.lease();
+    for retry in [true, false] {
+        sink.interrupt_with(lease.interrupt());
+        sink.still_wanted()?;
+        let time_left = deadline.saturating_sub(started.elapsed());
+        match lease.post(url, body, time_left) {
+            Ok(response) => return Ok((lease, response)),
+            Err(e) => {
+                sink.still_wanted()?;
+                if !(retry && lease.was_stale() && matches!(e, ureq::Error::Io(_))) {
+                    return Err(before_the_answer(e));
+                }
+                lease = client.fresh_lease();
+            }
+        }
+    }
+    Err(BackendError::Unreachable("the connection was closed twice".into()))
+}
+
+fn relay_body(lease: &Lease<'_>, body: Body, watch: &mut Watch, sink: &mut dyn JobSink) -> BackendResult<Usage> {
+    let mut reader = body.into_reader();
+    let mut buffer = vec![0; READ_BYTES];
+    let mut relayed = false;
+    loop {
+        let read = reader.read(&mut buffer);
+        sink.still_wanted()?;
+        match read {
+            Ok(0) if lease.has_broken() => return Err(broken("the connection was reset", relayed)),
+            Ok(0) => return watch.finish().map_err(|e| if relayed { e } else { nothing_came(e) }),
+            Ok(n) => {
+                sink.send_chunk(&buffer[..n])?;
+                relayed = true;
+                watch.feed(&buffer[..n]);
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => match ureq::Error::from(e) {
+                ureq::Error::Timeout(ureq::Timeout::Global) => return Err(BackendError::DeadlinePassed),
+                e => return Err(broken(&e.to_string(), relayed)),
+            },
+        }
+    }
+}
+
+fn broken(how: &str, relayed: bool) -> BackendError {
+    if relayed {
+        BackendError::CutStream(how.to_owned())
+    } else {
+        BackendError::Unreachable(format!("{how} before the first byte of the answer"))
+    }
+}
+
+/// A stream without a single byte has not begun.
+fn nothing_came(e: BackendError) -> BackendError {
+    match e {
+        BackendError::CutStream(how) => broken(&how, false),
+        e => e,
+    }
+}
+
+/// Why there is no response at all.
+pub fn before_the_answer(e: ureq::Error) -> BackendError {
+    match e {
+        ureq::Error::Timeout(ureq::Timeout::Global) => BackendError::DeadlinePassed,
+        ureq::Error::Protocol(_) | ureq::Error::LargeResponseHeader(..) => BackendError::NotHttp(e.to_string()),
+        ureq::Error::Io(e) => BackendError::Unreachable(e.to_string()),
+        e => BackendError::Unreachable(e.to_string()),
+    }
+}
+
+/// What is read off the answer, by its content type.
+enum Watch {
+    Stream(Scanner),
+    /// `None` once it has outgrown [`JSON_BODY_MAX`].
+    Json(Option<Vec<u8>>),
+    Opaque,
+}
+
+impl Watch {
+    fn of(response: &Response<Body>) -> Watch {
+        let content_type = response.headers().get("content-type").and_then(|v| v.to_str().ok()).unwrap_or_default();
+        let media_type = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+        match media_type.as_str() {
+            "text/event-stream" => Watch::Stream(Scanner::default()),
+            json if json.ends_with("json") => Watch::Json(Some(Vec::new())),
+            _ => Watch::Opaque,
+        }
+    }
+
+    fn feed(&mut self, bytes: &[u8]) {
+        match self {
+            Watch::Stream(scanner) => scanner.feed(bytes),
+            Watch::Json(kept) => match kept {
+                Some(body) if body.len() + bytes.len() <= JSON_BODY_MAX => body.extend_from_slice(bytes),
+                _ => *kept = None,
+            },
+            Watch::Opaque => {}
+        }
+    }
+
+    fn finish(&mut self) -> BackendResult<Usage> {
+        match self {
+            Watch::Stream(scanner) => scanner.finish(),
+            Watch::Json(body) => Ok(body.as_deref().map(Usage::of_body).unwrap_or_default()),
+            Watch::Opaque => Ok(Usage::default()),
+        }
+    }
+
+    fn tokens_emitted(&self) -> u32 {
+        match self {
+            Watch::Stream(scanner) => scanner.tokens_emitted(),
+            Watch::Json(_) | Watch::Opaque => 0,
+        }
+    }
+}

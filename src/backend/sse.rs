@@ -1,0 +1,348 @@
+//! Reads usage and the end mark off a stream as it passes. Sans-io: bytes in, verdict out.
+//!
+//! Invariant: the verdict depends on the bytes alone, never on how they were split. Nothing here alters, delays or
+//! keeps what is relayed; a line is only held until its end is known, and never more of it than [`LINE_MAX`].
+
+use serde_json::Value;
+
+use super::BackendError;
+use super::error::quoted;
+
+/// The longest line that is looked into, in bytes: what one job may hold in memory for a line that does not end.
+const LINE_MAX: usize = 1 << 20;
+
+/// The buffer for an unfinished line is given back beyond this capacity, in bytes.
+const LINE_KEPT: usize = 64 << 10;
+
+const _: () = assert!(LINE_KEPT <= LINE_MAX);
+
+/// Tokens, each field as its last mention says.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub input: Option<u32>,
+    /// Tokens of the answer.
+    pub output: Option<u32>,
+}
+
+impl Usage {
+    /// Takes what a `usage` object says.
+    fn merge(&mut self, usage: &Value) {
+        let read = |names: [&str; 3]| {
+            names.into_iter().find_map(|n| usage[n].as_u64().and_then(|tokens| u32::try_from(tokens).ok()))
+        };
+        self.input = read(["input_tokens", "prompt_tokens", "input"]).or(self.input);
+        self.output = read(["output_tokens", "completion_tokens", "output"]).or(self.output);
+    }
+
+    /// The usage of a JSON body that is not a stream.
+    pub fn of_body(body: &[u8]) -> Usage {
+        let mut usage = Usage::default();
+        if let Ok(body) = serde_json::from_slice::<Value>(body) {
+            usage.merge(&body["usage"]);
+        }
+        usage
+    }
+}
+
+/// The scanner of one `text/event-stream`.
+#[derive(Debug, Default)]
+pub struct Scanner {
+    usage: Usage,
+    /// Events that carried a piece of the answer: an estimate of its tokens, for servers that never say.
+    deltas: u32,
+    ended: bool,
+    failure: Option<BackendError>,
+    /// The unfinished last line.
+    line: Vec<u8>,
+    /// That line has outgrown [`LINE_MAX`]; the rest of it is passed over.
+    overlong: bool,
+}
+
+impl Scanner {
+    /// Looks at the next bytes.
+    pub fn feed(&mut self, mut bytes: &[u8]) {
+        while let Some(end) = bytes.iter().position(|b| *b == b'\n') {
+            let (head, rest) = (&bytes[..end], &bytes[end + 1..]);
+            if self.line.is_empty() && !self.overlong {
+                self.look_at(head);
+            } else {
+                self.hold(head);
+                self.end_of_line();
+            }
+            bytes = rest;
+        }
+        self.hold(bytes);
+    }
+
+    fn hold(&mut self, bytes: &[u8]) {
+        if self.overlong || self.line.len() + bytes.len() > LINE_MAX {
+            self.overlong = true;
+            self.line = Vec::new();
+        } else {
+            self.line.extend_from_slice(bytes);
+        }
+    }
+
+    fn end_of_line(&mut self) {
+        let mut line = std::mem::take(&mut self.line);
+        if !std::mem::take(&mut self.overlong) {
+            self.look_at(&line);
+        }
+        if line.capacity() <= LINE_KEPT {
+            line.clear();
+            self.line = line;
+        }
+    }
+
+    /// Output tokens so far: what usage said, or the pieces counted where that is more.
+    pub fn tokens_emitted(&self) -> u32 {
+        self.usage.output.unwrap_or(0).max(self.deltas)
+    }
+
+    /// The input is over: the usage, if the stream is whole.
+    ///
+    /// # Errors
+    /// The stream carried an error, or has no end mark.
+    pub fn finish(&mut self) -> Result<Usage, BackendError> {
+        self.end_of_line();
+        match self.failure.take() {
+            Some(failure) => Err(failure),
+            None if self.ended => Ok(self.usage),
+            None => Err(BackendError::CutStream("it ended without an end mark".into())),
+        }
+    }
+
+    fn look_at(&mut self, line: &[u8]) {
+        if let Some(data) = line.strip_prefix(b"data:") {
+            self.data(data.trim_ascii());
+        } else if let Some(event) = line.strip_prefix(b"event:") {
+            if event.trim_ascii() == b"error" {
+                self.failure.get_or_insert(BackendError::StreamError(String::new()));
+            }
+        } else if let Some(error) = line.strip_prefix(b"error:") {
+            // What older builds of llama.cpp send in place of an event.
+            self.fail_with(quoted(error));
+        }
+    }
+
+    fn data(&mut self, data: &[u8]) {
+        if data == b"[DONE]" {
+            self.ended = true;
+            return;
+        }
+        let seen = Seen::in_event(data);
+        self.deltas = self.deltas.saturating_add(u32::from(seen.piece));
+        if !seen.telling {
+            return;
+        }
+        let Ok(event) = serde_json::from_slice::<Value>(data) else { return };
+        self.usage.merge(&event["usage"]);
+        self.usage.merge(&event["message"]["usage"]);
+        for choice in event["choices"].as_array().into_iter().flatten() {
+            match &choice["finish_reason"] {
+                Value::Null => {}
+                Value::String(reason) if reason == "abort" => {
+                    self.failure.get_or_insert(BackendError::Aborted);
+                }
+                _ => self.ended = true,
+            }
+        }
+        self.ended |= event["type"] == "message_stop";
+        if !event["error"].is_null() {
+            let message = event["error"]["message"].as_str().map_or_else(|| event["error"].to_string(), str::to_owned);
+            self.fail_with(quoted(message.as_bytes()));
+        } else if event["type"] == "error" || event["object"] == "error" {
+            self.fail_with(quoted(data));
+        }
+    }
+
+    /// The first message counts; an `event: error` line before it had none.
+    fn fail_with(&mut self, message: String) {
+        match &self.failure {
+            Some(BackendError::StreamError(empty)) if empty.is_empty() => {}
+            Some(_) => return,
+            None => {}
+        }
+        self.failure = Some(BackendError::StreamError(message));
+    }
+}
+
+/// What a pass over an event's keys shows. Nearly every event is a piece and nothing else, and is not parsed.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Seen {
+    /// It carries a piece of the answer.
+    piece: bool,
+    /// It may hold usage, an end mark or an error: worth parsing.
+    telling: bool,
+}
+
+impl Seen {
+    fn in_event(json: &[u8]) -> Seen {
+        let mut seen = Seen::default();
+        let mut at = 0;
+        while let Some(open) = json[at..].iter().position(|b| *b == b'"') {
+            let start = at + open + 1;
+            let Some(end) = end_of_string(json, start) else { break };
+            at = end + 1;
+            let rest = json[at..].trim_ascii_start();
+            if let Some(value) = rest.strip_prefix(b":") {
+                seen.key(&json[start..end], value.trim_ascii_start());
+            }
+        }
+        seen
+    }
+
+    fn key(&mut self, key: &[u8], value: &[u8]) {
+        let text = value.first() == Some(&b'"') && value.get(1).is_some_and(|b| *b != b'"');
+        match key {
+            b"content" | b"reasoning_content" | b"reasoning" | b"arguments" | b"text" | b"thinking"
+            | b"partial_json" => self.piece |= text,
+            b"usage" => self.telling |= value.first() == Some(&b'{'),
+            b"finish_reason" | b"error" => self.telling |= !value.starts_with(b"null"),
+            b"type" => self.telling |= value.starts_with(b"\"message_stop\"") || value.starts_with(b"\"error\""),
+            b"object" => self.telling |= value.starts_with(b"\"error\""),
+            _ => {}
+        }
+    }
+}
+
+/// The closing quote of the string that starts at `at`.
+fn end_of_string(json: &[u8], mut at: usize) -> Option<usize> {
+    loop {
+        match json.get(at)? {
+            b'"' => return Some(at),
+            b'\\' => at += 2,
+            _ => at += 1,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verdict(stream: &[u8]) -> (Result<Usage, BackendError>, u32) {
+        let mut s = Scanner::default();
+        s.feed(stream);
+        let result = s.finish();
+        (result, s.tokens_emitted())
+    }
+
+    fn usage(input: u32, output: u32) -> Usage {
+        Usage { input: Some(input), output: Some(output) }
+    }
+
+    #[test]
+    fn usage_is_read_in_every_spelling() {
+        for (object, want) in [
+            (r#"{"prompt_tokens":7,"completion_tokens":13}"#, usage(7, 13)),
+            (r#"{"input_tokens":7,"output_tokens":13}"#, usage(7, 13)),
+            (r#"{"input":7,"output":13}"#, usage(7, 13)),
+            (
+                r#"{"prompt_tokens":1,"input_tokens":7,"output":2,"completion_tokens":3,"output_tokens":13}"#,
+                usage(7, 13),
+            ),
+            (r#"{"input_tokens":4294967296,"prompt_tokens":7,"output_tokens":13}"#, usage(7, 13)),
+        ] {
+            let stream = format!("data: {{\"choices\":[],\"usage\":{object}}}\n\ndata: [DONE]\n\n");
+            assert_eq!(verdict(stream.as_bytes()).0, Ok(want), "{object}");
+        }
+    }
+
+    #[test]
+    fn each_field_keeps_its_last_value() {
+        let stream = b"data: {\"usage\":{\"prompt_tokens\":7}}\n\ndata: {\"usage\":null}\n\n\
+            data: {\"usage\":{\"completion_tokens\":1}}\n\ndata: {\"usage\":{\"completion_tokens\":2}}\r\n\r\ndata:[DONE]";
+        assert_eq!(verdict(stream).0, Ok(usage(7, 2)));
+    }
+
+    #[test]
+    fn anthropic_streams_nest_their_usage() {
+        let stream = b"event: message_start\ndata: {\"type\":\"message_start\",\"message\":{\"usage\":{\"input_tokens\":25,\"output_tokens\":1}}}\n\n\
+            event: ping\ndata: {\"type\":\"ping\"}\n\n\
+            event: message_delta\ndata: {\"type\":\"message_delta\",\"delta\":{},\"usage\":{\"output_tokens\":15}}\n\n\
+            event: message_stop\ndata: {\"type\":\"message_stop\"}\n\n";
+        assert_eq!(verdict(stream).0, Ok(usage(25, 15)));
+    }
+
+    #[test]
+    fn a_stream_without_an_end_mark_is_cut() {
+        let piece = "data: {\"choices\":[{\"delta\":{\"content\":\"x\"},\"finish_reason\":null}]}\n\n";
+        assert!(matches!(verdict(piece.as_bytes()), (Err(BackendError::CutStream(_)), 1)));
+        assert!(matches!(verdict(b""), (Err(BackendError::CutStream(_)), 0)));
+        for end in ["data: [DONE]", "data: {\"choices\":[{\"finish_reason\":\"stop\"}]}\n"] {
+            assert!(verdict(format!("{piece}{end}").as_bytes()).0.is_ok(), "{end}");
+        }
+    }
+
+    #[test]
+    fn errors_in_the_stream_win_over_an_end_mark() {
+        for (event, want) in [
+            ("data: {\"error\":{\"message\":\"no memory\"}}\n\n", BackendError::StreamError("no memory".into())),
+            ("data: {\"error\":\"no memory\"}\n\n", BackendError::StreamError("\"no memory\"".into())),
+            ("event: error\ndata: {\"error\":{\"message\":\"m\"}}\n\n", BackendError::StreamError("m".into())),
+            ("error: {\"code\":500}\n", BackendError::StreamError("{\"code\":500}".into())),
+            ("data: {\"choices\":[{\"finish_reason\":\"abort\"}]}\n\n", BackendError::Aborted),
+        ] {
+            assert_eq!(verdict(format!("{event}data: [DONE]\n\n").as_bytes()).0, Err(want), "{event}");
+        }
+        assert!(verdict(b"data: {\"error\":null}\n\ndata: [DONE]\n\n").0.is_ok());
+    }
+
+    #[test]
+    fn text_that_looks_like_keys_is_text() {
+        let stream = br#"data: {"choices":[{"delta":{"content":"\"usage\":{\"input\":9},\"error\":1,[DONE]"}}]}
+
+data: [DONE]"#;
+        assert_eq!(verdict(stream).0, Ok(Usage::default()));
+    }
+
+    #[test]
+    fn an_endless_line_is_passed_over_and_costs_a_bounded_buffer() {
+        let mut s = Scanner::default();
+        for _ in 0..40 {
+            s.feed(&[b'x'; 64 << 10]);
+            assert!(s.line.capacity() <= 2 * LINE_MAX);
+        }
+        s.feed(b"\ndata: {\"usage\":{\"input\":1,\"output\":2}}\ndata: [DONE]\n");
+        assert_eq!(s.finish(), Ok(usage(1, 2)));
+    }
+
+    #[test]
+    fn the_verdict_does_not_depend_on_the_split() {
+        const PIECES: &[&str] = &[
+            "data: {\"choices\":[{\"delta\":{\"content\":\"\u{e9}\"},\"finish_reason\":null}],\"usage\":null}\n\n",
+            "data:{\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":4}}\r\n\r\n",
+            "data: {\"choices\":[{\"finish_reason\":\"stop\"}]}\n\n",
+            "data: {\"error\":{\"message\":\"x\"}}\n\n",
+            "event: error\n",
+            ": comment\n\n",
+            "data: [DONE]\n\n",
+            "data: {\"type\":\"message_stop\"}\n",
+            "\n",
+            "\"",
+        ];
+        arbtest::arbtest(|u| {
+            let mut stream = Vec::new();
+            for _ in 0..u.int_in_range(0..=8)? {
+                if u.ratio(1, 8)? {
+                    stream.extend(u.bytes(u.len().min(5))?);
+                } else {
+                    stream.extend_from_slice(u.choose(PIECES)?.as_bytes());
+                }
+            }
+            let whole = verdict(&stream);
+            let mut s = Scanner::default();
+            let mut rest = &stream[..];
+            while !rest.is_empty() {
+                let (head, tail) = rest.split_at(u.int_in_range(1..=rest.len().min(40))?);
+                s.feed(head);
+                rest = tail;
+            }
+            let result = s.finish();
+            assert_eq!((result, s.tokens_emitted()), whole);
+            Ok(())
+        });
+    }
+}

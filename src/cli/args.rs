@@ -1,0 +1,207 @@
+//! What may be typed, and its normal form.
+//!
+//! argh knows an option only where its struct has it, and neither `--option=value` nor `-cVALUE`; so the words are put
+//! into the one order that it takes before it sees them.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use argh::{EarlyExit, FromArgs};
+use log::LevelFilter;
+
+use crate::config::parse_level;
+
+/// Put your GPU on the Use Pod market: offers the models of local inference servers and serves the jobs that come.
+#[derive(FromArgs, Debug)]
+#[argh(
+    note = "Options may stand before or after the command. Without a command the agent runs.",
+    example = "See it work, without any set-up:\n$ {command_name} demo",
+    example = "Check a configuration, and see what would be offered at which prices:\n$ {command_name} validate --config agent.toml",
+    example = "Serve:\n$ {command_name} run --config agent.toml",
+    error_code(1, "runtime error"),
+    error_code(2, "usage or configuration error"),
+    error_code(4, "an agent with this identity is already running")
+)]
+pub struct Args {
+    /// agent.toml to use (default: $XDG_CONFIG_HOME/usepod-agent/agent.toml, then ./agent.toml)
+    #[argh(option, short = 'c', arg_name = "file")]
+    config: Option<PathBuf>,
+    /// off, error, warn, info, debug or trace (default: as agent.toml says, else info)
+    #[argh(option, from_str_fn(level), arg_name = "level")]
+    log_level: Option<LevelFilter>,
+    /// allow a ws:// coordinator, which is not encrypted
+    #[argh(switch)]
+    allow_insecure: bool,
+    #[argh(subcommand)]
+    command: Option<Command>,
+}
+
+/// The options that every command takes.
+#[derive(Debug, Clone)]
+pub struct Globals {
+    pub config: Option<PathBuf>,
+    pub log_level: Option<LevelFilter>,
+    pub allow_insecure: bool,
+}
+
+impl Args {
+    /// The command (run, when none was typed) and what is common to all.
+    pub fn split(self) -> (Globals, Command) {
+        let Args { config, log_level, allow_insecure, command } = self;
+        (Globals { config, log_level, allow_insecure }, command.unwrap_or(Command::Run(Run {})))
+    }
+}
+
+#[derive(FromArgs, Debug)]
+#[argh(subcommand)]
+pub enum Command {
+    Run(Run),
+    Validate(Validate),
+    Enroll(Enroll),
+    Version(Version),
+    Demo(Demo),
+}
+
+/// Serve until stopped (the default). SIGTERM, SIGINT or SIGHUP: finish the jobs in flight, then exit.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand, name = "run")]
+pub struct Run {}
+
+/// Check agent.toml, ask the backends, and print what would be offered at which prices.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand, name = "validate")]
+pub struct Validate {}
+
+/// Print the public key, the provider id and the enrollment code in use; makes the identity when there is none.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand, name = "enroll")]
+pub struct Enroll {}
+
+/// Print the version.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand, name = "version")]
+pub struct Version {}
+
+/// Serve a real request on this machine alone: a local coordinator, the agent, and the backends of --config, those
+/// found on the default ports, or a built-in echo.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand, name = "demo")]
+pub struct Demo {
+    /// port of the OpenAI-compatible front door (default: 8788, or a free one)
+    #[argh(option, arg_name = "n")]
+    pub port: Option<u16>,
+    /// what to ask
+    #[argh(option, arg_name = "text")]
+    pub prompt: Option<String>,
+    /// exit after the first answer: 0 only if its bytes were right
+    #[argh(switch)]
+    pub once: bool,
+}
+
+/// What the words came to.
+pub enum Parsed {
+    /// To be run.
+    Command(Args),
+    /// To be printed.
+    Help(String),
+}
+
+/// Options of every command, with a value.
+const GLOBAL_OPTIONS: [&str; 3] = ["--config", "-c", "--log-level"];
+/// Options of every command, without one.
+const GLOBAL_SWITCHES: [&str; 1] = ["--allow-insecure"];
+/// Options of one command, with a value, which may look like anything.
+const COMMAND_OPTIONS: [&str; 2] = ["--port", "--prompt"];
+
+/// Parses the process's arguments, the program's name first.
+///
+/// # Errors
+/// What is wrong, for the person who typed it.
+pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, String> {
+    let typed = args.skip(1).map(|word| {
+        word.into_string().map_err(|word| format!("`{}` is not UTF-8 text", word.to_string_lossy().escape_debug()))
+    });
+    let words = normalised(typed.collect::<Result<_, _>>()?)?;
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    match Args::from_args(&["usepod-agent"], &words) {
+        Ok(args) => Ok(Parsed::Command(args)),
+        Err(EarlyExit { output, status: Ok(()) }) => Ok(Parsed::Help(output)),
+        Err(EarlyExit { output, status: Err(()) }) => Err(format!(
+            "{}\nfor help: usepod-agent --help",
+            output.split("\n\nRun ").next().unwrap_or_default().trim()
+        )),
+    }
+}
+
+/// Options of every command first, then the command with its own; each value a word of its own.
+fn normalised(typed: Vec<String>) -> Result<Vec<String>, String> {
+    let (mut globals, mut rest) = (Vec::new(), Vec::new());
+    let mut words = typed.into_iter();
+    while let Some(word) = words.next() {
+        if word == "--" {
+            rest.push(word);
+            rest.extend(words);
+            break;
+        }
+        let (option, attached) = split_value(&word);
+        let is_global = GLOBAL_OPTIONS.contains(&option);
+        if is_global || COMMAND_OPTIONS.contains(&option) {
+            let value = attached.map(str::to_owned).or_else(|| words.next());
+            let value = value.ok_or_else(|| format!("`{option}` needs a value; for help: usepod-agent --help"))?;
+            let target = if is_global { &mut globals } else { &mut rest };
+            target.extend([option.to_owned(), value]);
+        } else if GLOBAL_SWITCHES.contains(&word.as_str()) {
+            // Twice is as good as once.
+            if !globals.contains(&word) {
+                globals.push(word);
+            }
+        } else {
+            rest.push(match word.as_str() {
+                "-h" => "--help".to_owned(),
+                "-V" | "--version" => "version".to_owned(),
+                _ => word,
+            });
+        }
+    }
+    globals.append(&mut rest);
+    Ok(globals)
+}
+
+/// `--option=value` and `-cVALUE`, taken apart.
+fn split_value(word: &str) -> (&str, Option<&str>) {
+    if let Some(long) = word.strip_prefix("--") {
+        return match long.find('=') {
+            Some(at) => (&word[..at + 2], Some(&long[at + 1..])),
+            None => (word, None),
+        };
+    }
+    match word.strip_prefix("-c") {
+        Some(value) if !value.is_empty() => ("-c", Some(value.strip_prefix('=').unwrap_or(value))),
+        _ => (word, None),
+    }
+}
+
+fn level(name: &str) -> Result<LevelFilter, String> {
+    parse_level(name).ok_or_else(|| "use one of: off, error, warn, info, debug, trace".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn normal(words: &[&str]) -> Vec<String> {
+        normalised(words.iter().map(|w| (*w).to_owned()).collect()).expect("values")
+    }
+
+    #[test]
+    fn options_are_taken_in_every_place_and_spelling() {
+        for words in [&["-c", "x", "run"][..], &["run", "-c", "x"], &["-cx", "run"], &["run", "-c=x"]] {
+            assert_eq!(normal(words), ["-c", "x", "run"]);
+        }
+        assert_eq!(normal(&["run", "--config=a=b"]), ["--config", "a=b", "run"]);
+        assert_eq!(normal(&["demo", "--prompt", "-c"]), ["demo", "--prompt", "-c"]);
+        assert_eq!(normal(&["demo", "--prompt=--config", "--once"]), ["demo", "--prompt", "--config", "--once"]);
+        assert_eq!(normal(&["run", "--allow-insecure", "--allow-insecure"]), ["--allow-insecure", "run"]);
+        assert!(normalised(vec!["run".into(), "-c".into()]).is_err());
+    }
+}

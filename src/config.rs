@@ -1,0 +1,216 @@
+//! `agent.toml`: from text to a [`Config`] in which nothing can be wrong any more.
+//!
+//! Every error names the file, the line, the key, the value and the fix; the values of keys that may hold a secret are
+//! not shown. Unknown keys are refused in `[[backends]]` and accepted elsewhere, as 0.3.5 does.
+
+mod check;
+mod error;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use log::LevelFilter;
+use tungstenite::http::Uri;
+
+pub use error::ConfigError;
+
+use crate::backend::{BaseUrl, Kind};
+
+/// Jobs at a time.
+pub const MAX_CONCURRENT_RANGE: RangeInclusive<u32> = 1..=256;
+/// Jobs at a time, when the file does not say.
+pub const MAX_CONCURRENT_DEFAULT: u32 = 8;
+/// For jobs in flight when the agent stops, when the file does not say.
+pub const DRAIN_SECONDS_DEFAULT: u32 = 30;
+/// The longest drain: an hour.
+pub const DRAIN_SECONDS_RANGE: RangeInclusive<u32> = 0..=3600;
+/// Where the identity is, when the file does not say.
+pub const KEY_PATH_DEFAULT: &str = "~/.usepod-agent/identity.key";
+/// A file larger than this is no `agent.toml`, in bytes.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// A checked configuration.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where the agent dials.
+    pub coordinator: CoordinatorConfig,
+    /// The identity file.
+    pub key_path: PathBuf,
+    /// In the order of the file.
+    pub backends: Vec<BackendConfig>,
+    /// What tokens cost.
+    pub pricing: Pricing,
+    /// How much at a time.
+    pub limits: Limits,
+    /// `[observability] log_level`.
+    pub log_level: Option<LevelFilter>,
+}
+
+/// `[coordinator]`.
+#[derive(Clone)]
+pub struct CoordinatorConfig {
+    /// `ws` or `wss`, with a host.
+    pub url: Uri,
+    /// Sent while the identity has no provider id; a secret.
+    pub enrollment_code: Option<String>,
+}
+
+impl fmt::Debug for CoordinatorConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CoordinatorConfig({})", self.url.host().unwrap_or_default())
+    }
+}
+
+/// One entry of `[[backends]]`.
+#[derive(Debug, Clone)]
+pub struct BackendConfig {
+    /// `kind`.
+    pub kind: Kind,
+    /// `url`; `None` for a hosted kind at its own address.
+    pub url: Option<BaseUrl>,
+    /// `api_key_env`: the name of the environment variable with the key.
+    pub api_key_env: Option<String>,
+    /// `models`: only these are offered.
+    pub models: Option<Vec<String>>,
+}
+
+/// USDC micro-units per million tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Price {
+    /// For a million input tokens.
+    pub input_per_1m: u64,
+    /// For a million output tokens.
+    pub output_per_1m: u64,
+}
+
+/// `[pricing]`.
+#[derive(Debug, Clone)]
+pub struct Pricing {
+    /// For models without a price of their own; never 0.
+    pub default: Price,
+    /// `[pricing.models]`.
+    pub models: HashMap<String, Price>,
+}
+
+impl Pricing {
+    /// The price of a model.
+    pub fn of(&self, model_id: &str) -> Price {
+        self.models.get(model_id).copied().unwrap_or(self.default)
+    }
+}
+
+/// `[limits]`.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Within [`MAX_CONCURRENT_RANGE`].
+    pub max_concurrent: u32,
+    /// Stated to the coordinator.
+    pub max_tokens_per_minute: Option<u64>,
+    /// `drain_seconds`.
+    pub drain: Duration,
+}
+
+impl Config {
+    /// Reads and checks a file. `ws://` is refused unless `allow_insecure`.
+    ///
+    /// # Errors
+    /// The first fault.
+    pub fn load(path: &Path, allow_insecure: bool) -> Result<Config, ConfigError> {
+        let read = |e: std::io::Error| {
+            ConfigError::in_file(path, format!("failed to read it: {e}"), "check the path and the rights")
+        };
+        let metadata = std::fs::metadata(path).map_err(read)?;
+        if metadata.len() > FILE_BYTES_MAX {
+            return Err(ConfigError::in_file(
+                path,
+                "it is too large to be an agent.toml".into(),
+                "name the right file with --config",
+            ));
+        }
+        let bytes = std::fs::read(path).map_err(read)?;
+        let text = String::from_utf8(bytes)
+            .map_err(|_| ConfigError::in_file(path, "it is not UTF-8 text".into(), "save it as UTF-8"))?;
+        Config::parse(&text, path, allow_insecure)
+    }
+
+    /// Checks the text of a file; `path` is for the errors.
+    ///
+    /// # Errors
+    /// The first fault.
+    pub fn parse(text: &str, path: &Path, allow_insecure: bool) -> Result<Config, ConfigError> {
+        // A byte-order mark is what some editors put first.
+        let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+        check::config(text, path, allow_insecure)
+    }
+
+    /// The file to read: the one that was named, else the first that exists where an `agent.toml` may be.
+    ///
+    /// # Errors
+    /// None exists.
+    pub fn find(named: Option<&Path>) -> Result<PathBuf, ConfigError> {
+        if let Some(named) = named {
+            return Ok(expand_home(&named.to_string_lossy()).unwrap_or_else(|| named.to_owned()));
+        }
+        let configured = std::env::var_os("XDG_CONFIG_HOME").filter(|v| !v.is_empty()).map(PathBuf::from);
+        let base = configured.or_else(|| home().map(|h| h.join(".config")));
+        let candidates: Vec<PathBuf> =
+            base.map(|b| b.join("usepod-agent/agent.toml")).into_iter().chain(["./agent.toml".into()]).collect();
+        match candidates.iter().find(|c| c.exists()) {
+            Some(found) => Ok(found.clone()),
+            None => Err(ConfigError::not_found(&candidates)),
+        }
+    }
+}
+
+fn home() -> Option<PathBuf> {
+    std::env::var_os("HOME").filter(|h| !h.is_empty()).map(PathBuf::from)
+}
+
+/// `~` and `~/…`; `None` when there is a `~` and no home.
+fn expand_home(path: &str) -> Option<PathBuf> {
+    match path.strip_prefix('~') {
+        Some("") => home(),
+        Some(rest) if rest.starts_with('/') => home().map(|h| h.join(rest.trim_start_matches('/'))),
+        _ => Some(PathBuf::from(path)),
+    }
+}
+
+/// A level by its name.
+pub fn parse_level(name: &str) -> Option<LevelFilter> {
+    match name.trim().to_ascii_lowercase().as_str() {
+        "warning" => Some(LevelFilter::Warn),
+        name => name.parse().ok(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_text_makes_the_parser_panic_and_no_error_shows_a_code() {
+        const VALID: &str = "[coordinator]\nurl = \"wss://c/x\"\nenrollment_code = \"POD-ENROLL-SECRET\"\n\
+            [[backends]]\nkind = \"vllm\"\nurl = \"http://h:1\"\n\
+            [pricing]\ndefault_input_per_1m = 1\ndefault_output_per_1m = 2\n";
+        assert!(Config::parse(VALID, Path::new("x"), false).is_ok());
+        arbtest::arbtest(|u| {
+            let mut text: Vec<char> = VALID.chars().collect();
+            for _ in 0..u.int_in_range(1..=4)? {
+                let at = u.choose_index(text.len())?;
+                match u.int_in_range(0..=2)? {
+                    0 => text[at] = u.arbitrary()?,
+                    1 => text.truncate(at.max(1)),
+                    _ => text.insert(at, *u.choose(&['"', '\n', '=', '[', ']', '#'])?),
+                }
+            }
+            let text: String = text.into_iter().collect();
+            if let Err(e) = Config::parse(&text, Path::new("x"), false) {
+                assert!(!e.to_string().contains("SECRET"), "{e}");
+            }
+            Ok(())
+        });
+    }
+}

@@ -1,0 +1,83 @@
+//! What can be offered right now: probes of the backends, prices, and the catalog that the rest of the agent reads.
+//!
+//! One thread, `prober`, owns the state of the backends and is the only one to publish a [`Catalog`]; each round it asks
+//! all of them side by side, so a hung backend delays nobody but itself. Readers take a snapshot and hold no lock.
+
+mod catalog;
+mod prober;
+
+use std::sync::Arc;
+
+pub use catalog::{Catalog, Offers};
+pub use prober::{Prober, dice, probe_all};
+
+use crate::backend::{Backend, BackendModel};
+use crate::config::Pricing;
+
+/// A model that is offered: by which backend, and at which prices.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResolvedModel {
+    /// The name that jobs ask for.
+    pub model_id: String,
+    /// USDC micro-units per million input tokens.
+    pub input_per_1m: u64,
+    /// USDC micro-units per million output tokens.
+    pub output_per_1m: u64,
+    /// Jobs of it at a time.
+    pub max_concurrent: u32,
+    /// The kind of its backend.
+    pub backend: String,
+    /// Tokens, where the server says.
+    pub context_window: Option<u32>,
+}
+
+/// A backend and what it offers.
+#[derive(Clone)]
+pub struct DiscoveredBackend {
+    /// Where its jobs go.
+    pub backend: Arc<dyn Backend>,
+    /// Its models, each with a price.
+    pub models: Vec<ResolvedModel>,
+}
+
+/// A backend that may be offered, as configured.
+#[derive(Clone)]
+pub struct OfferedBackend {
+    /// The backend.
+    pub backend: Arc<dyn Backend>,
+    /// Only these of its models; `None` for all of them.
+    pub allowed_models: Option<Vec<String>>,
+}
+
+/// What does not depend on a backend.
+#[derive(Debug, Clone)]
+pub struct Terms {
+    /// The operator's prices.
+    pub pricing: Pricing,
+    /// Jobs in flight, over all models.
+    pub max_concurrent: u32,
+}
+
+impl OfferedBackend {
+    /// Prices what the backend listed. A model with a price of 0 is dropped, and so is a second one of the same name.
+    pub fn resolve(&self, listed: Vec<BackendModel>, terms: &Terms) -> DiscoveredBackend {
+        let allowed = |id: &str| self.allowed_models.as_ref().is_none_or(|only| only.iter().any(|m| m == id));
+        let mut models: Vec<ResolvedModel> = Vec::new();
+        for model in listed {
+            let price = terms.pricing.of(&model.model_id);
+            let known = models.iter().any(|m| m.model_id == model.model_id);
+            if known || !allowed(&model.model_id) || price.input_per_1m == 0 || price.output_per_1m == 0 {
+                continue;
+            }
+            models.push(ResolvedModel {
+                model_id: model.model_id,
+                input_per_1m: price.input_per_1m,
+                output_per_1m: price.output_per_1m,
+                max_concurrent: terms.max_concurrent,
+                backend: self.backend.kind().to_owned(),
+                context_window: model.context_window,
+            });
+        }
+        DiscoveredBackend { backend: self.backend.clone(), models }
+    }
+}

@@ -1,0 +1,198 @@
+//! The thread that keeps the catalog true.
+
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
+
+use super::{Catalog, DiscoveredBackend, OfferedBackend, Offers, Terms};
+use crate::backend::{Backend, BackendError, BackendModel, BackendResult};
+
+/// The catalog is refreshed this often, give or take a fifth.
+const REFRESH: Duration = Duration::from_secs(30);
+/// A backend that is loading its model is asked this often, so that it serves soon after.
+const REFRESH_LOADING: Duration = Duration::from_secs(5);
+/// The first offer waits for all probes; from here on only until one has found something.
+const SETTLE: Duration = Duration::from_secs(1);
+/// Requests for a round that may wait: one more would ask for what the next round does anyway.
+const REQUESTS_MAX: usize = 4;
+
+const _: () = assert!(REFRESH_LOADING.as_secs() <= REFRESH.as_secs());
+
+/// A round is wanted; the sender, where there is one, is dropped when an offer can be made.
+type Request = Option<Sender<()>>;
+
+/// The handle. The thread leaves when the last clone is dropped.
+#[derive(Clone)]
+pub struct Prober {
+    requests: Sender<Request>,
+}
+
+impl Prober {
+    /// Starts the thread; its first round begins with the first request.
+    ///
+    /// # Errors
+    /// The system refused a thread.
+    pub fn spawn(backends: Vec<OfferedBackend>, terms: Terms, offers: Arc<Offers>) -> std::io::Result<Prober> {
+        let (requests, inbox) = bounded(REQUESTS_MAX);
+        let backends = backends.into_iter().map(Probed::new).collect();
+        let actor = Actor { backends, terms, offers };
+        thread::Builder::new().name("prober".into()).spawn(move || actor.run(&inbox))?;
+        Ok(Prober { requests })
+    }
+
+    /// Asks for a round. The receiver disconnects when every backend has been heard, or enough of them to begin with.
+    pub fn refresh(&self) -> Receiver<()> {
+        let (settled, receiver) = bounded(0);
+        match self.requests.try_send(Some(settled)) {
+            // Full: dropped here, and the caller goes on with what is known.
+            Ok(()) | Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => receiver,
+        }
+    }
+
+    /// A job found its backend gone: asks for a round, waits for nothing.
+    pub fn nudge(&self) {
+        let _ = self.requests.try_send(None);
+    }
+}
+
+struct Actor {
+    backends: Vec<Probed>,
+    terms: Terms,
+    offers: Arc<Offers>,
+}
+
+/// A backend and what its last probes said.
+struct Probed {
+    offered: OfferedBackend,
+    /// The last listing; kept while the backend is away.
+    known: Option<DiscoveredBackend>,
+    /// Why it is not offered; `None` while it is.
+    away: Option<BackendError>,
+    heard_of: bool,
+}
+
+impl Actor {
+    fn run(mut self, inbox: &Receiver<Request>) {
+        let mut wait = Duration::MAX;
+        loop {
+            let first = match inbox.recv_timeout(wait) {
+                Ok(request) => Some(request),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+            // One round answers all who asked before it began.
+            let waiting: Vec<Request> = first.into_iter().chain(inbox.try_iter()).collect();
+            self.round(waiting);
+            let soon = |b: &Probed| matches!(b.away, Some(BackendError::Loading(_) | BackendError::Overloaded(_)));
+            wait = (if self.backends.iter().any(soon) { REFRESH_LOADING } else { REFRESH }).mul_f64(0.8 + 0.4 * dice());
+        }
+    }
+
+    /// Asks every backend, and publishes as the answers come in.
+    fn round(&mut self, waiting: Vec<Request>) {
+        let began = Instant::now();
+        let mut waiting = Some(waiting);
+        let backends: Vec<_> = self.backends.iter().map(|b| b.offered.backend.clone()).collect();
+        let answers = ask_all(&backends);
+        let mut serving = 0;
+        loop {
+            // Once something can be offered, a slow backend holds nobody up.
+            let patience =
+                if waiting.is_some() && serving > 0 { SETTLE.saturating_sub(began.elapsed()) } else { Duration::MAX };
+            match answers.recv_timeout(patience) {
+                Ok((index, answer)) => {
+                    serving += u32::from(self.backends[index].hear(answer, &self.terms));
+                    if answers.is_empty() {
+                        self.publish();
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    self.publish();
+                    waiting = None;
+                }
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        self.publish();
+    }
+
+    fn publish(&self) {
+        let of = |away: bool| {
+            let backends = self.backends.iter().filter(move |b| b.away.is_some() == away);
+            backends.filter_map(|b| b.known.clone()).collect()
+        };
+        self.offers.publish(Catalog::new(of(false), of(true)));
+    }
+}
+
+/// What a backend lists, or why it does not.
+type Answer = BackendResult<Vec<BackendModel>>;
+
+/// Probes all of them side by side; the answers are in their order.
+pub fn probe_all(backends: &[Arc<dyn Backend>]) -> Vec<Answer> {
+    let mut answers: Vec<(usize, Answer)> = ask_all(backends).iter().collect();
+    answers.sort_unstable_by_key(|(index, _)| *index);
+    answers.into_iter().map(|(_, answer)| answer).collect()
+}
+
+/// One answer for each backend, in the order in which they come; disconnects after the last.
+fn ask_all(backends: &[Arc<dyn Backend>]) -> Receiver<(usize, Answer)> {
+    let (answers, receiver) = bounded(backends.len());
+    for (index, backend) in backends.iter().enumerate() {
+        let ask = {
+            let (backend, answers) = (backend.clone(), answers.clone());
+            move || drop(answers.send((index, backend.probe())))
+        };
+        // A single one delays nobody else, so it needs no thread of its own.
+        if backends.len() == 1 {
+            ask();
+            break;
+        }
+        let in_thread = ask.clone();
+        if thread::Builder::new().name(format!("probe-{index}")).spawn(in_thread).is_err() {
+            ask();
+        }
+    }
+    receiver
+}
+
+impl Probed {
+    fn new(offered: OfferedBackend) -> Probed {
+        Probed { offered, known: None, away: None, heard_of: false }
+    }
+
+    /// Takes an answer; true when the backend can be offered.
+    fn hear(&mut self, answer: Answer, terms: &Terms) -> bool {
+        let id = self.offered.backend.id();
+        let ready = self.offered.backend.ready();
+        let (listed, away) = match answer {
+            Ok(listed) => (Some(listed), ready.err()),
+            // A key that is not set explains a refused listing better than the refusal.
+            Err(e) => (None, Some(ready.err().unwrap_or(e))),
+        };
+        if let Some(listed) = listed {
+            self.known = Some(self.offered.resolve(listed, terms));
+        }
+        let news =
+            !self.heard_of || self.away.as_ref().map(BackendError::for_log) != away.as_ref().map(BackendError::for_log);
+        if news {
+            match &away {
+                None => log::info!("{id}: serving {} model(s)", self.known.as_ref().map_or(0, |d| d.models.len())),
+                Some(why) => log::warn!("{id}: not offered: {}", why.for_log()),
+            }
+        }
+        self.heard_of = true;
+        self.away = away;
+        self.away.is_none()
+    }
+}
+
+/// Uniform in `0.0..1.0`. The standard library's hasher keys are random; jitter needs no better.
+pub fn dice() -> f64 {
+    let random = RandomState::new().build_hasher().finish();
+    (random >> 11) as f64 / (1u64 << 53) as f64
+}

@@ -1,0 +1,123 @@
+//! Files that must survive: replaced atomically, and locked while one agent uses them.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Read, Seek, Write};
+use std::path::{Path, PathBuf};
+
+/// Replaces the content of `path` as a whole, or leaves it as it was. The file is its owner's alone (0600); a symlink is
+/// followed, not replaced.
+///
+/// # Errors
+/// The first thing that failed; nothing is left behind.
+pub fn write_atomic(path: &Path, content: &[u8]) -> io::Result<()> {
+    let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let folder = target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let name = target.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy();
+    let temporary = folder.join(format!(".{name}.{}.tmp", std::process::id()));
+    let written = write_new(&temporary, content).and_then(|()| fs::rename(&temporary, &target));
+    if written.is_err() {
+        let _ = fs::remove_file(&temporary);
+        return written;
+    }
+    // The rename itself is on the disk only once the folder is. Not every file system can do it; the content is there.
+    if let Ok(folder) = File::open(folder) {
+        let _ = folder.sync_all();
+    }
+    Ok(())
+}
+
+fn write_new(path: &Path, content: &[u8]) -> io::Result<()> {
+    // One that a crash of the same pid left behind would be in the way for ever.
+    let _ = fs::remove_file(path);
+    let mut file = private(OpenOptions::new().write(true).create_new(true)).open(path)?;
+    file.write_all(content)?;
+    file.sync_all()
+}
+
+#[cfg(unix)]
+fn private(options: &mut OpenOptions) -> &mut OpenOptions {
+    use std::os::unix::fs::OpenOptionsExt;
+    options.mode(0o600)
+}
+
+#[cfg(not(unix))]
+fn private(options: &mut OpenOptions) -> &mut OpenOptions {
+    options
+}
+
+/// Makes the folder of `path`, its owner's alone, where it is missing.
+///
+/// # Errors
+/// It cannot be made.
+pub fn create_folder_of(path: &Path) -> io::Result<()> {
+    let Some(folder) = path.parent().filter(|p| !p.as_os_str().is_empty()) else { return Ok(()) };
+    let mut builder = fs::DirBuilder::new();
+    builder.recursive(true);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::DirBuilderExt;
+        builder.mode(0o700);
+    }
+    builder.create(folder)
+}
+
+/// Held for as long as this process is the one agent of an identity. The kernel releases it at the process's end,
+/// whatever that is; the file stays, because deleting it would let two processes lock two files of one name.
+#[derive(Debug)]
+pub struct InstanceLock {
+    _file: Option<File>,
+}
+
+/// Why there is no lock.
+#[derive(Debug)]
+pub enum LockError {
+    /// Another agent holds it; its pid, if that could be read.
+    Held(Option<u32>),
+    /// The lock file cannot be used.
+    Io(PathBuf, io::Error),
+}
+
+impl InstanceLock {
+    /// Locks the file beside the identity.
+    ///
+    /// # Errors
+    /// Another agent holds it, or there can be none.
+    pub fn acquire(identity: &Path) -> Result<InstanceLock, LockError> {
+        let path = lock_path(identity);
+        let io_error = |e| LockError::Io(path.clone(), e);
+        let writable = private(OpenOptions::new().read(true).write(true).create(true).truncate(false)).open(&path);
+        // A lock needs no right to write; only the pid in it does.
+        let mut file = writable.or_else(|e| File::open(&path).map_err(|_| e)).map_err(io_error)?;
+        match file.try_lock() {
+            Ok(()) => {
+                let _ = note_pid(&mut file);
+                Ok(InstanceLock { _file: Some(file) })
+            }
+            Err(TryLockError::WouldBlock) => {
+                let mut pid = String::new();
+                let _ = file.read_to_string(&mut pid);
+                Err(LockError::Held(pid.trim().parse().ok()))
+            }
+            Err(TryLockError::Error(e)) if e.kind() == io::ErrorKind::Unsupported => {
+                log::warn!("`{}`: this file system has no locks; see to it that only one agent runs", path.display());
+                Ok(InstanceLock { _file: None })
+            }
+            Err(TryLockError::Error(e)) => Err(io_error(e)),
+        }
+    }
+}
+
+/// The file that is locked.
+fn lock_path(identity: &Path) -> PathBuf {
+    // Two ways to the same identity are one identity.
+    let identity = fs::canonicalize(identity).unwrap_or_else(|_| identity.to_owned());
+    let mut name = identity.into_os_string();
+    name.push(".lock");
+    PathBuf::from(name)
+}
+
+fn note_pid(file: &mut File) -> io::Result<()> {
+    file.set_len(0)?;
+    file.rewind()?;
+    writeln!(file, "{}", std::process::id())
+}

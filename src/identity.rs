@@ -1,0 +1,280 @@
+//! Who the agent is: an Ed25519 key in a file that 0.3.5 reads and writes too.
+//!
+//! Invariants: the seed leaves this module for the file alone, never for a log, an error or `Debug`; a file is replaced
+//! as a whole or not at all; lines that we do not know are kept.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use ring::rand::{SecureRandom, SystemRandom};
+use ring::signature::{Ed25519KeyPair, KeyPair};
+
+use crate::files;
+use crate::heartbeat::rfc3339;
+
+const BEGIN: &str = "-----BEGIN USEPOD AGENT KEY-----";
+const END: &str = "-----END USEPOD AGENT KEY-----";
+const VERSION: &str = "1";
+/// A file larger than this is no identity file, in bytes.
+const FILE_BYTES_MAX: u64 = 64 << 10;
+
+/// An agent's identity.
+pub struct Identity {
+    key: Ed25519KeyPair,
+    provider_id: Option<String>,
+    file: Option<IdentityFile>,
+}
+
+/// The file, as it is written.
+struct IdentityFile {
+    path: PathBuf,
+    /// The lines of the block, without `provider_id`.
+    lines: Vec<String>,
+}
+
+/// Why there is no identity.
+#[derive(Debug, thiserror::Error)]
+pub enum IdentityError {
+    /// The file cannot be read or made.
+    #[error("failed to {action} the identity file `{}`: {error}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        error: io::Error,
+    },
+    /// The file is not an identity. The reason quotes nothing of it.
+    #[error("the identity file `{}` is refused: {reason}; restore it from a backup, or move it away to start as a new agent", path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The system has no randomness, or the like.
+    #[error("failed to make a key: the system gave no randomness")]
+    NoRandomness,
+}
+
+impl Identity {
+    /// Reads the file; makes a new identity, and the file, where there is none.
+    ///
+    /// # Errors
+    /// It can neither be read nor made.
+    pub fn load_or_create(path: &Path) -> Result<Identity, IdentityError> {
+        let io_error = |action| move |error| IdentityError::Io { action, path: path.to_owned(), error };
+        match std::fs::metadata(path) {
+            Ok(metadata) if metadata.len() > FILE_BYTES_MAX => {
+                Err(IdentityError::Invalid { path: path.to_owned(), reason: "it is too large for one".into() })
+            }
+            Ok(metadata) => {
+                warn_if_readable_by_others(path, &metadata);
+                let bytes = std::fs::read(path).map_err(io_error("read"))?;
+                Identity::parse(&bytes, path).map_err(|reason| IdentityError::Invalid { path: path.to_owned(), reason })
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Identity::create(path),
+            Err(e) => Err(io_error("read")(e)),
+        }
+    }
+
+    fn create(path: &Path) -> Result<Identity, IdentityError> {
+        let io_error = |error| IdentityError::Io { action: "create", path: path.to_owned(), error };
+        files::create_folder_of(path).map_err(io_error)?;
+        let (seed, key) = new_key()?;
+        let created = rfc3339(SystemTime::now()).unwrap_or_default().replace('Z', "+00:00");
+        let lines = vec![
+            format!("version: {VERSION}"),
+            format!("created: {created}"),
+            format!("secret: {}", BASE64.encode(seed)),
+            format!("public: {}", BASE64.encode(key.public_key())),
+        ];
+        let file = IdentityFile { path: path.to_owned(), lines };
+        file.write(None).map_err(io_error)?;
+        log::info!("new identity in `{}`", path.display());
+        Ok(Identity { key, provider_id: None, file: Some(file) })
+    }
+
+    /// An identity of this process alone.
+    ///
+    /// # Errors
+    /// The system has no randomness.
+    pub fn ephemeral() -> Result<Identity, IdentityError> {
+        Ok(Identity { key: new_key()?.1, provider_id: None, file: None })
+    }
+
+    fn parse(bytes: &[u8], path: &Path) -> Result<Identity, String> {
+        let text = std::str::from_utf8(bytes).map_err(|_| "it is not text")?;
+        let mut lines = text.lines().map(str::trim).skip_while(|line| *line != BEGIN).skip(1);
+        let mut fields = Fields::default();
+        let mut kept = Vec::new();
+        loop {
+            let line = lines.next().ok_or_else(|| format!("it has no `{BEGIN}` … `{END}` block"))?;
+            if line == END {
+                break;
+            }
+            if line.is_empty() {
+                continue;
+            }
+            let (name, value) = line.split_once(':').ok_or("a line in it has no colon")?;
+            let value = value.trim();
+            match name.trim() {
+                "version" => fields.version = Some(value),
+                "created" => fields.created = Some(value),
+                "secret" => fields.secret = Some(value),
+                "public" => fields.public = Some(value),
+                "provider_id" => {
+                    fields.provider_id = Some(value);
+                    continue;
+                }
+                _ => {}
+            }
+            kept.push(line.to_owned());
+        }
+        let key = fields.key()?;
+        let provider_id = fields.provider_id.filter(|id| !id.is_empty()).map(str::to_owned);
+        let file = IdentityFile { path: path.to_owned(), lines: kept };
+        Ok(Identity { key, provider_id, file: Some(file) })
+    }
+
+    /// The public key, 32 bytes.
+    pub fn public_key(&self) -> &[u8] {
+        self.key.public_key().as_ref()
+    }
+
+    /// The public key in base64, as people pass it on.
+    pub fn public_key_base64(&self) -> String {
+        BASE64.encode(self.public_key())
+    }
+
+    /// Signs the decoded nonce of a challenge.
+    pub fn sign(&self, nonce: &[u8]) -> Vec<u8> {
+        self.key.sign(nonce).as_ref().to_vec()
+    }
+
+    /// The id that the coordinator knows us by, once enrolled.
+    pub fn provider_id(&self) -> Option<&str> {
+        self.provider_id.as_deref()
+    }
+
+    /// Takes the id that the coordinator gave us, and keeps it in the file. Where the file cannot be written we go on
+    /// with what we learnt.
+    pub fn set_provider_id(&mut self, id: String) {
+        if self.provider_id.as_deref() == Some(&id) {
+            return;
+        }
+        if id.contains(|c: char| c.is_control()) {
+            log::warn!("the coordinator named a provider id that no file can hold; it is used until the agent stops");
+        } else if let Some(file) = &self.file
+            && let Err(e) = file.write(Some(&id))
+        {
+            let path = file.path.display();
+            log::warn!(
+                "failed to keep the provider id in `{path}`: {e}; the agent serves on with it, but free some space or fix the rights before it is started again"
+            );
+        }
+        self.provider_id = Some(id);
+    }
+}
+
+impl IdentityFile {
+    fn write(&self, provider_id: Option<&str>) -> io::Result<()> {
+        let mut text = format!("{BEGIN}\n{}\n", self.lines.join("\n"));
+        if let Some(id) = provider_id {
+            text.push_str(&format!("provider_id: {id}\n"));
+        }
+        text.push_str(END);
+        text.push('\n');
+        files::write_atomic(&self.path, text.as_bytes())
+    }
+}
+
+impl fmt::Debug for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Identity({})", self.public_key_base64())
+    }
+}
+
+#[derive(Default)]
+struct Fields<'a> {
+    version: Option<&'a str>,
+    created: Option<&'a str>,
+    secret: Option<&'a str>,
+    public: Option<&'a str>,
+    provider_id: Option<&'a str>,
+}
+
+impl Fields<'_> {
+    fn key(&self) -> Result<Ed25519KeyPair, String> {
+        let missing = |name: &str| format!("the line `{name}:` is missing");
+        let version = self.version.ok_or_else(|| missing("version"))?;
+        if version != VERSION {
+            return Err(format!("its version is not {VERSION}"));
+        }
+        self.created.ok_or_else(|| missing("created"))?;
+        let bytes = |name: &str, value: Option<&str>| -> Result<[u8; 32], String> {
+            let decoded = BASE64.decode(value.ok_or_else(|| missing(name))?);
+            let bytes = decoded.ok().and_then(|b| b.try_into().ok());
+            bytes.ok_or_else(|| format!("the line `{name}:` is not 32 bytes in base64"))
+        };
+        let (seed, public) = (bytes("secret", self.secret)?, bytes("public", self.public)?);
+        Ed25519KeyPair::from_seed_and_public_key(&seed, &public)
+            .map_err(|_| "its public key does not belong to its secret".into())
+    }
+}
+
+fn new_key() -> Result<([u8; 32], Ed25519KeyPair), IdentityError> {
+    let mut seed = [0; 32];
+    SystemRandom::new().fill(&mut seed).map_err(|_| IdentityError::NoRandomness)?;
+    let key = Ed25519KeyPair::from_seed_unchecked(&seed).map_err(|_| IdentityError::NoRandomness)?;
+    Ok((seed, key))
+}
+
+#[cfg(unix)]
+fn warn_if_readable_by_others(path: &Path, metadata: &std::fs::Metadata) {
+    use std::os::unix::fs::PermissionsExt;
+    let mode = metadata.permissions().mode() & 0o777;
+    if mode & 0o077 != 0 {
+        log::warn!("others can read the key: `{0}` has mode {mode:04o}; run `chmod 600 {0}`", path.display());
+    }
+}
+
+#[cfg(not(unix))]
+fn warn_if_readable_by_others(_: &Path, _: &std::fs::Metadata) {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_bytes_make_the_parser_panic_or_show_the_secret() {
+        let secret = BASE64.encode([7u8; 32]);
+        let valid = format!("{BEGIN}\nversion: 1\ncreated: x\nsecret: {secret}\npublic: {secret}\n{END}\n");
+        arbtest::arbtest(|u| {
+            let mut bytes = valid.clone().into_bytes();
+            for _ in 0..u.int_in_range(0..=4)? {
+                let at = u.choose_index(bytes.len())?;
+                match u.int_in_range(0..=2)? {
+                    0 => bytes[at] = u.arbitrary()?,
+                    1 => bytes.truncate(at.max(1)),
+                    _ => bytes.insert(at, u.arbitrary()?),
+                }
+            }
+            if let Err(reason) = Identity::parse(&bytes, Path::new("x")) {
+                assert!(!reason.contains(&secret[..20]), "{reason}");
+            }
+            Ok(())
+        });
+    }
+
+    #[test]
+    fn debug_shows_the_public_key_alone() {
+        let identity = Identity::ephemeral().expect("randomness");
+        assert_eq!(format!("{identity:?}"), format!("Identity({})", identity.public_key_base64()));
+    }
+}

@@ -1,0 +1,154 @@
+//! The jobs in flight.
+//!
+//! Invariant: a job leaves the table once, and who takes it out decides its end. A cancel marks the ticket under the same
+//! lock, so whoever finds a job gone can tell at once whether it was cancelled.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+
+use super::ticket::Ticket;
+
+/// The table.
+pub struct JobTable {
+    places: usize,
+    state: Mutex<State>,
+    /// Signalled whenever the table has become empty.
+    idle: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    jobs: HashMap<Uuid, Arc<Ticket>>,
+    closed: bool,
+}
+
+/// Why there is no place for a job.
+#[derive(Debug, PartialEq, Eq)]
+pub enum NoPlace {
+    /// Its id is in flight already.
+    Duplicate,
+    /// Every place is taken.
+    Full,
+    /// No job is taken any more.
+    Closed,
+}
+
+impl JobTable {
+    pub fn new(places: usize) -> JobTable {
+        JobTable { places, state: Mutex::default(), idle: Condvar::new() }
+    }
+
+    /// Gives a job a place.
+    pub fn admit(&self, job_id: Uuid, deadline: Duration) -> Result<Arc<Ticket>, NoPlace> {
+        let mut state = self.lock();
+        let (taken, closed) = (state.jobs.len(), state.closed);
+        match state.jobs.entry(job_id) {
+            Entry::Occupied(_) => Err(NoPlace::Duplicate),
+            Entry::Vacant(_) if closed => Err(NoPlace::Closed),
+            Entry::Vacant(_) if taken >= self.places => Err(NoPlace::Full),
+            Entry::Vacant(place) => Ok(place.insert(Arc::new(Ticket::new(job_id, deadline))).clone()),
+        }
+    }
+
+    /// Whether a job of this id is in flight.
+    pub fn holds(&self, job_id: Uuid) -> bool {
+        self.lock().jobs.contains_key(&job_id)
+    }
+
+    /// Takes out this very job (its id may have been used again since), unless somebody did.
+    pub fn finish(&self, ticket: &Arc<Ticket>) {
+        let mut state = self.lock();
+        if state.jobs.get(&ticket.job_id).is_some_and(|t| Arc::ptr_eq(t, ticket)) {
+            state.jobs.remove(&ticket.job_id);
+            self.signal_if_empty(&state);
+        }
+    }
+
+    /// Takes out and cancels the job of this id; false when none is in flight.
+    pub fn cancel(&self, job_id: Uuid) -> bool {
+        let mut state = self.lock();
+        let Some(ticket) = state.jobs.remove(&job_id) else { return false };
+        ticket.mark_cancelled();
+        self.signal_if_empty(&state);
+        drop(state);
+        ticket.wake_worker();
+        true
+    }
+
+    /// Takes out and cancels all; returns their ids.
+    pub fn cancel_all(&self) -> Vec<Uuid> {
+        let mut state = self.lock();
+        let tickets: Vec<Arc<Ticket>> = state.jobs.drain().map(|(_, ticket)| ticket).collect();
+        tickets.iter().for_each(|t| t.mark_cancelled());
+        self.signal_if_empty(&state);
+        drop(state);
+        tickets.iter().for_each(|t| t.wake_worker());
+        tickets.iter().map(|t| t.job_id).collect()
+    }
+
+    /// From here on no job gets a place.
+    pub fn close(&self) {
+        self.lock().closed = true;
+    }
+
+    /// The jobs in flight.
+    pub fn len(&self) -> usize {
+        self.lock().jobs.len()
+    }
+
+    /// Waits until it is empty; false when `until` came first, or `hurry` said so.
+    pub fn wait_until_empty(&self, until: Instant, hurry: impl Fn() -> bool) -> bool {
+        /// How soon a second signal is noticed; only a stopping agent looks so often.
+        const GLANCE: Duration = Duration::from_millis(20);
+        let mut state = self.lock();
+        while !state.jobs.is_empty() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() || hurry() {
+                return false;
+            }
+            state = self.idle.wait_timeout(state, left.min(GLANCE)).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    fn signal_if_empty(&self, state: &State) {
+        if state.jobs.is_empty() {
+            self.idle.notify_all();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(3600);
+
+    #[test]
+    fn a_place_is_free_once_whatever_order_ends_meet_in() {
+        let table = JobTable::new(1);
+        let id = Uuid::from_u128(1);
+        let first = table.admit(id, LONG).expect("a place");
+        assert_eq!(table.admit(id, LONG).err(), Some(NoPlace::Duplicate));
+        assert_eq!(table.admit(Uuid::from_u128(2), LONG).err(), Some(NoPlace::Full));
+        assert!(table.cancel(id));
+        assert!(!table.cancel(id));
+        let again = table.admit(id, LONG).expect("the same id, anew");
+        table.finish(&first);
+        assert_eq!(table.len(), 1, "the first job's end does not end the second");
+        table.finish(&again);
+        table.finish(&again);
+        assert_eq!(table.len(), 0);
+        assert!(first.is_cancelled() && !again.is_cancelled());
+        table.close();
+        assert_eq!(table.admit(id, LONG).err(), Some(NoPlace::Closed));
+    }
+}

@@ -1,0 +1,80 @@
+//! One job in flight, as the threads that may end it share it.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use uuid::Uuid;
+
+use crate::backend::Interrupt;
+
+/// Invariant: once [`Ticket::is_cancelled`] is true no frame of this job is written, and whatever its worker blocks on
+/// has been woken. The flag decides; closing sockets and channels only wakes.
+pub struct Ticket {
+    pub job_id: Uuid,
+    pub accepted: Instant,
+    /// `None` when it is too far off for the clock to hold.
+    pub deadline: Option<Instant>,
+    cancelled: AtomicBool,
+    wake: Mutex<Wake>,
+    /// Disconnects at the cancel: ends a wait for room in a lane.
+    pub cancel_signal: Receiver<()>,
+}
+
+struct Wake {
+    interrupt: Option<Interrupt>,
+    cancel_signal: Option<Sender<()>>,
+}
+
+impl Ticket {
+    pub fn new(job_id: Uuid, deadline: Duration) -> Ticket {
+        let accepted = Instant::now();
+        let (sender, cancel_signal) = bounded(0);
+        let wake = Mutex::new(Wake { interrupt: None, cancel_signal: Some(sender) });
+        let deadline = accepted.checked_add(deadline);
+        Ticket { job_id, accepted, deadline, cancelled: AtomicBool::new(false), wake, cancel_signal }
+    }
+
+    /// Nothing of the job is written any more. Called by the table alone, under its lock.
+    pub fn mark_cancelled(&self) {
+        self.cancelled.store(true, Ordering::SeqCst);
+    }
+
+    /// Ends whatever the worker of a cancelled job blocks on.
+    pub fn wake_worker(&self) {
+        let mut wake = self.wake();
+        drop(wake.cancel_signal.take());
+        let interrupt = wake.interrupt.take();
+        drop(wake);
+        if let Some(interrupt) = interrupt {
+            interrupt.interrupt();
+        }
+    }
+
+    /// The way to wake the worker from here on; used at once when the cancel came first.
+    pub fn interrupt_with(&self, interrupt: Interrupt) {
+        self.wake().interrupt = Some(interrupt.clone());
+        if self.is_cancelled() {
+            interrupt.interrupt();
+        }
+    }
+
+    /// The worker is through: a later cancel must not close a connection that serves another job by then.
+    pub fn forget_interrupt(&self) {
+        self.wake().interrupt = None;
+    }
+
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::SeqCst)
+    }
+
+    /// Until the deadline.
+    pub fn time_left(&self) -> Duration {
+        self.deadline.map_or(Duration::MAX, |d| d.saturating_duration_since(Instant::now()))
+    }
+
+    fn wake(&self) -> MutexGuard<'_, Wake> {
+        self.wake.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

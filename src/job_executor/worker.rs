@@ -1,0 +1,126 @@
+//! What a worker does with one job: run the backend, pass its bytes on, and end it exactly once.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::Shared;
+use super::ticket::Ticket;
+use crate::backend::{Backend, BackendError, BackendResult, Interrupt, Job, JobResult, JobSink};
+use crate::protocol;
+
+/// With so many milliseconds left or fewer, nothing can be done.
+const DEADLINE_HOPELESS_MS: u32 = 1;
+
+/// Runs in a worker thread, from the first byte of the job to its terminal frame.
+pub fn run(shared: &Arc<Shared>, ticket: &Arc<Ticket>, mut job: Job, backend: &dyn Backend) {
+    // From here on the job is answered, whatever happens: also when the backend panics.
+    let mut ending = Ending { shared, ticket, outcome: Err(BackendError::Panicked), tokens_emitted: 0 };
+    if ticket.is_cancelled() {
+        return;
+    }
+    // The deadline covers the time in the queue too. Rounded up: a job just admitted has its time.
+    let left_ms = ticket.time_left().as_micros().div_ceil(1000);
+    job.deadline_ms = u32::try_from(left_ms).unwrap_or(u32::MAX).min(job.deadline_ms);
+    if job.deadline_ms <= DEADLINE_HOPELESS_MS {
+        ending.outcome = Err(BackendError::DeadlinePassed);
+        return;
+    }
+    let mut sink = Relay { shared, ticket, tokens_emitted: 0 };
+    let outcome = backend.execute(&job, &mut sink);
+    ending.tokens_emitted = sink.tokens_emitted;
+    ending.outcome = outcome;
+}
+
+/// Between a backend and the outbox.
+struct Relay<'a> {
+    shared: &'a Shared,
+    ticket: &'a Arc<Ticket>,
+    tokens_emitted: u32,
+}
+
+impl JobSink for Relay<'_> {
+    fn send_chunk(&mut self, bytes: &[u8]) -> BackendResult<()> {
+        if bytes.is_empty() {
+            return self.still_wanted();
+        }
+        self.still_wanted()?;
+        let frame = protocol::job_chunk(self.ticket.job_id, bytes);
+        self.shared.outbox.chunk(self.ticket, frame)
+    }
+
+    fn still_wanted(&self) -> BackendResult<()> {
+        if self.ticket.is_cancelled() {
+            return Err(BackendError::Cancelled);
+        }
+        match self.ticket.deadline {
+            Some(deadline) if Instant::now() >= deadline => Err(BackendError::DeadlinePassed),
+            _ => Ok(()),
+        }
+    }
+
+    fn interrupt_with(&mut self, interrupt: Interrupt) {
+        self.ticket.interrupt_with(interrupt);
+    }
+
+    fn tokens_emitted(&mut self, tokens: u32) {
+        self.tokens_emitted = tokens;
+    }
+}
+
+/// The guard that ends the job: one terminal frame, or none after a cancel.
+struct Ending<'a> {
+    shared: &'a Arc<Shared>,
+    ticket: &'a Arc<Ticket>,
+    outcome: BackendResult<JobResult>,
+    tokens_emitted: u32,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.ticket.forget_interrupt();
+        let sent = match self.terminal_frame() {
+            Some(frame) => self.shared.outbox.terminal(&self.shared.table, self.ticket, frame).is_ok(),
+            None => false,
+        };
+        self.shared.table.finish(self.ticket);
+        if sent && !self.ticket.is_cancelled() {
+            self.record();
+        }
+    }
+}
+
+impl Ending<'_> {
+    fn terminal_frame(&mut self) -> Option<String> {
+        let job_id = self.ticket.job_id;
+        match &mut self.outcome {
+            Ok(result) => {
+                if result.duration_ms == 0 {
+                    result.duration_ms = u32::try_from(self.ticket.accepted.elapsed().as_millis()).unwrap_or(u32::MAX);
+                }
+                Some(protocol::job_done(job_id, result))
+            }
+            Err(e) => {
+                let frame = protocol::job_error(job_id, e.code()?, &e.to_string(), self.tokens_emitted);
+                if !self.ticket.is_cancelled() {
+                    log::warn!("job {job_id} failed: {}", e.for_log());
+                }
+                Some(frame)
+            }
+        }
+    }
+
+    fn record(&self) {
+        let latency = self.ticket.accepted.elapsed();
+        match &self.outcome {
+            Ok(result) => self.shared.statistics.done(latency, result.output_tokens.unwrap_or(0)),
+            Err(e) => {
+                if let Some(code) = e.code().filter(|_| !e.is_requesters_fault()) {
+                    self.shared.statistics.failed(latency, self.tokens_emitted, code);
+                }
+                if let Some(prober) = self.shared.prober.as_ref().filter(|_| e.is_stale_offer()) {
+                    prober.nudge();
+                }
+            }
+        }
+    }
+}

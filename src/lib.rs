@@ -1,0 +1,61 @@
+//! The provider agent: it offers the models of local inference servers on a market, over one outbound WebSocket, runs the
+//! chat jobs that it is handed, and streams the answers back byte for byte.
+//!
+//! Everything is synchronous and threaded; there is no runtime.
+//!
+//! ```text
+//!  coordinator ══wss══╗                                               ╔══wss══▶ coordinator
+//!                     ▼ ReadHalf (blocks without a lock)               ║ WriteHalf (only this thread writes)
+//!  main = supervisor + session ──control (pong, refusal, offer)──▶ writer ◀── tick 15 s → heartbeat, ping
+//!    │ job             │ job_cancel                                   ▲
+//!    ▼                 ▼                                              │ data, bounded: the backpressure
+//!  JobExecutor      JobTable: out of it, marked, woken                │
+//!    │                                                                │
+//!    ▼                                                                │
+//!  job-0 … job-N (on demand, small stacks, idle exit) ─── ureq ⇄ backend
+//!  prober: keeps the catalog true              signals: 1st → drain, 2nd → stop now
+//! ```
+//!
+//! # Invariants
+//! - The reader blocks on nothing but its socket: a cancel never waits behind the data it is to stop.
+//! - Only the writer writes. Control never waits behind a flood of chunks.
+//! - Every queue, buffer, retry and wait has a named limit; memory is bounded whatever the other side does.
+//! - Backpressure, not loss: a slow coordinator fills the data lane, which blocks the workers, which stop reading their
+//!   backends.
+//! - Every accepted job ends with exactly one terminal frame, or with none after a cancel or at the end of its session.
+//! - The end of a session ends its jobs.
+//! - No lock is held across a blocking send, a join or I/O.
+//! - Prompts, completions, keys, seeds and enrollment codes are never logged, at any level.
+//!
+//! # Limits
+//! | what | limit |
+//! |---|---|
+//! | a message or frame from the coordinator | [`transport::MESSAGE_BYTES_MAX`] |
+//! | connect, TLS and upgrade together | [`transport::CONNECT_TIMEOUT`] |
+//! | silence before a link counts as dead | [`transport::STALL_TIMEOUT`] |
+//! | frames of jobs that wait for the socket | [`writer::DATA_LANE_MAX`] |
+//! | control messages that wait for the socket | [`writer::CONTROL_LANE_MAX`] |
+//! | jobs at a time | [`config::MAX_CONCURRENT_RANGE`] |
+
+pub mod config;
+pub mod identity;
+pub mod files;
+pub mod logging;
+
+pub mod protocol;
+pub mod backoff;
+pub mod supervisor;
+pub mod shutdown;
+pub mod transport;
+pub mod session;
+pub mod writer;
+
+pub mod job_executor;
+pub mod worker_pool;
+pub mod heartbeat;
+
+pub mod discovery;
+pub mod backend;
+
+pub mod cli;
+pub mod demo;

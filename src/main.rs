@@ -1,0 +1,7 @@
+//! The command line's entry; everything is in [`provider_agent::cli`].
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    provider_agent::cli::main(std::env::args_os())
+}

@@ -1,0 +1,319 @@
+//! The frames of both directions. Pure: no socket, no clock, no state.
+//!
+//! What the agent sends is built as text at once, because a chunk is the one thing that is built ten thousand times a
+//! minute; what it receives is read leniently, because the coordinator may be newer than we are.
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use serde::Serialize;
+use serde_json::{Number, Value, json};
+use uuid::Uuid;
+
+use crate::backend::{Job, JobResult, WireFormat};
+use crate::discovery::ResolvedModel;
+
+/// What the agent calls itself on the wire.
+pub const AGENT_VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// The deadline of a job that names none, or one that cannot be read, in milliseconds.
+pub const DEADLINE_DEFAULT_MS: u32 = 60_000;
+
+/// The six codes that the coordinator knows; there are no others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ErrorCode {
+    /// No place is free, here or at the backend.
+    OutOfCapacity,
+    /// The model is not offered, not there, or still loading.
+    ModelNotLoaded,
+    /// The backend could not be reached, or went away before its first byte.
+    BackendUnreachable,
+    /// The deadline passed.
+    BackendTimeout,
+    /// The backend refused our key, or the key is missing.
+    AuthRejectedByBackend,
+    /// Everything else, cut streams among it.
+    Internal,
+}
+
+impl ErrorCode {
+    /// The spelling on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            ErrorCode::OutOfCapacity => "out_of_capacity",
+            ErrorCode::ModelNotLoaded => "model_not_loaded",
+            ErrorCode::BackendUnreachable => "backend_unreachable",
+            ErrorCode::BackendTimeout => "backend_timeout",
+            ErrorCode::AuthRejectedByBackend => "auth_rejected_by_backend",
+            ErrorCode::Internal => "internal",
+        }
+    }
+}
+
+/// A frame from the coordinator.
+#[derive(Debug)]
+pub enum Inbound {
+    /// The nonce to sign, decoded.
+    AuthChallenge(Vec<u8>),
+    /// We are let in, under this id if one is named.
+    AuthOk(Option<String>),
+    /// We are not let in.
+    AuthFailed(String),
+    /// A job to run.
+    Job(Box<Job>),
+    /// A job whose customer is gone.
+    JobCancel(Uuid),
+    /// A type that we do not know; newer coordinators may send some.
+    Other(String),
+}
+
+/// Why a frame could not be read. Says nothing of its content, which may be a prompt.
+#[derive(Debug, thiserror::Error)]
+pub enum FrameError {
+    /// Not a JSON object.
+    #[error("not a JSON object (line {line}, column {column})")]
+    Json {
+        /// Line of the fault, from 1.
+        line: usize,
+        /// Column of the fault, from 1.
+        column: usize,
+    },
+    /// A field is missing or has the wrong type.
+    #[error("`{frame}` without a valid `{field}`")]
+    Field {
+        /// The frame's type.
+        frame: &'static str,
+        /// The field at fault.
+        field: &'static str,
+    },
+}
+
+/// Reads one text message.
+pub fn parse(text: &str) -> Result<Inbound, FrameError> {
+    let mut frame: Value =
+        serde_json::from_str(text).map_err(|e| FrameError::Json { line: e.line(), column: e.column() })?;
+    if !frame.is_object() {
+        return Err(FrameError::Json { line: 1, column: 1 });
+    }
+    let kind = frame["type"].as_str().ok_or(FrameError::Field { frame: "frame", field: "type" })?;
+    match kind {
+        "auth_challenge" => {
+            let nonce = frame["nonce"].as_str().and_then(|n| BASE64.decode(n).ok());
+            nonce.map(Inbound::AuthChallenge).ok_or(FrameError::Field { frame: "auth_challenge", field: "nonce" })
+        }
+        "auth_ok" => Ok(Inbound::AuthOk(frame["provider_id"].as_str().filter(|id| !id.is_empty()).map(str::to_owned))),
+        "auth_failed" => Ok(Inbound::AuthFailed(frame["reason"].as_str().unwrap_or("no reason given").to_owned())),
+        "job" => parse_job(&mut frame).map(|job| Inbound::Job(Box::new(job))),
+        "job_cancel" => job_id(&frame, "job_cancel").map(Inbound::JobCancel),
+        other => Ok(Inbound::Other(other.to_owned())),
+    }
+}
+
+fn parse_job(frame: &mut Value) -> Result<Job, FrameError> {
+    let job_id = job_id(frame, "job")?;
+    let model_id = frame["model_id"].as_str().ok_or(FrameError::Field { frame: "job", field: "model_id" })?.to_owned();
+    let request = frame.get_mut("request").ok_or(FrameError::Field { frame: "job", field: "request" })?.take();
+    let format = match frame["format"].as_str() {
+        Some("anthropic") => WireFormat::Anthropic,
+        _ => WireFormat::Openai,
+    };
+    let deadline_ms = frame["deadline_ms"].as_number().and_then(milliseconds).unwrap_or(DEADLINE_DEFAULT_MS);
+    Ok(Job { job_id, model_id, request, format, deadline_ms })
+}
+
+fn job_id(frame: &Value, name: &'static str) -> Result<Uuid, FrameError> {
+    let id = frame["job_id"].as_str().and_then(|id| Uuid::parse_str(id).ok());
+    id.ok_or(FrameError::Field { frame: name, field: "job_id" })
+}
+
+/// A whole, non-negative number; one above the range of `u32` (49 days) is as good as endless and saturates.
+fn milliseconds(n: &Number) -> Option<u32> {
+    let digits = n.to_string();
+    let whole = digits.bytes().all(|b| b.is_ascii_digit());
+    whole.then(|| digits.parse().unwrap_or(u32::MAX))
+}
+
+/// The answer to a challenge.
+pub fn auth_response(public_key: &[u8], signature: &[u8], enrollment_code: Option<&str>) -> String {
+    let mut frame = json!({
+        "type": "auth_response",
+        "pubkey": BASE64.encode(public_key),
+        "signature": BASE64.encode(signature),
+        "agent_version": AGENT_VERSION,
+    });
+    if let Some(code) = enrollment_code {
+        frame["enrollment_code"] = code.into();
+    }
+    frame.to_string()
+}
+
+/// The limits that `capabilities` states beside the models.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct OfferLimits {
+    /// Jobs in flight, over all models.
+    pub max_concurrent_total: u32,
+    /// Tokens a minute; `None` when unset.
+    pub max_tokens_per_minute: Option<u64>,
+}
+
+/// What we offer, and at which prices.
+pub fn capabilities(models: &[ResolvedModel], limits: OfferLimits) -> String {
+    let models: Vec<Value> = models
+        .iter()
+        .map(|m| {
+            let mut model = json!({
+                "model_id": m.model_id,
+                "input_per_1m": m.input_per_1m,
+                "output_per_1m": m.output_per_1m,
+                "max_concurrent": m.max_concurrent,
+                "backend": m.backend,
+            });
+            if let Some(window) = m.context_window {
+                model["context_window"] = window.into();
+            }
+            model
+        })
+        .collect();
+    json!({
+        "type": "capabilities",
+        "models": models,
+        "limits": limits,
+        "metadata": {"agent_version": AGENT_VERSION},
+    })
+    .to_string()
+}
+
+/// The figures of one heartbeat.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Heartbeat {
+    /// Jobs in flight.
+    pub queue_depth: u32,
+    /// Median of output tokens per second, over whole jobs.
+    pub tokens_per_sec_p50: f64,
+    /// Median of whole jobs, milliseconds.
+    pub p50_latency_ms: u32,
+    /// 95th percentile of whole jobs, milliseconds.
+    pub p95_latency_ms: u32,
+    /// Failed over ended, 0 when none ended.
+    pub error_rate_60s: f64,
+    /// RFC 3339, UTC.
+    pub last_error_at: Option<String>,
+    /// The code of that error.
+    pub last_error_code: Option<&'static str>,
+}
+
+impl Heartbeat {
+    /// The frame.
+    pub fn to_frame(&self) -> String {
+        #[derive(Serialize)]
+        struct Frame<'a> {
+            r#type: &'static str,
+            #[serde(flatten)]
+            figures: &'a Heartbeat,
+        }
+        // Plain numbers and strings always serialise.
+        serde_json::to_string(&Frame { r#type: "heartbeat", figures: self }).unwrap_or_default()
+    }
+}
+
+/// One piece of a backend's answer, byte for byte.
+pub fn job_chunk(job_id: Uuid, bytes: &[u8]) -> String {
+    const HEAD: &str = r#"{"type":"job_chunk","job_id":""#;
+    const MIDDLE: &str = r#"","data":""#;
+    const TAIL: &str = r#""}"#;
+    let encoded_len = bytes.len().div_ceil(3) * 4;
+    let mut text = String::with_capacity(HEAD.len() + 36 + MIDDLE.len() + encoded_len + TAIL.len());
+    text.push_str(HEAD);
+    text.push_str(job_id.as_hyphenated().encode_lower(&mut Uuid::encode_buffer()));
+    text.push_str(MIDDLE);
+    BASE64.encode_string(bytes, &mut text);
+    text.push_str(TAIL);
+    text
+}
+
+/// The end of a job that went well.
+pub fn job_done(job_id: Uuid, result: &JobResult) -> String {
+    let input = result.input_tokens.unwrap_or(0);
+    let output = result.output_tokens.unwrap_or(0);
+    json!({
+        "type": "job_done",
+        "job_id": job_id.to_string(),
+        "tokens": {"input": input, "output": output, "input_tokens": input, "output_tokens": output},
+        "duration_ms": result.duration_ms,
+    })
+    .to_string()
+}
+
+/// The end of a job that did not, or a refusal.
+pub fn job_error(job_id: Uuid, code: ErrorCode, message: &str, tokens_emitted: u32) -> String {
+    json!({
+        "type": "job_error",
+        "job_id": job_id.to_string(),
+        "error_code": code.as_str(),
+        "message": message,
+        "tokens_emitted": tokens_emitted,
+    })
+    .to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn deadline_of(text: &str) -> u32 {
+        let frame = format!(
+            r#"{{"type":"job","job_id":"A0000000-0000-4000-8000-00000000000A","model_id":"m","request":{{}}{text}}}"#
+        );
+        match parse(&frame) {
+            Ok(Inbound::Job(job)) => job.deadline_ms,
+            other => panic!("not a job: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_deadline_is_a_whole_number_or_the_default() {
+        assert_eq!(deadline_of(""), 60_000);
+        assert_eq!(deadline_of(r#","deadline_ms":1"#), 1);
+        assert_eq!(deadline_of(r#","deadline_ms":4294967300"#), u32::MAX);
+        assert_eq!(deadline_of(r#","deadline_ms":1000000000000000000000000000000"#), u32::MAX);
+        for wrong in ["-1", "1.0", "1e3", "\"1\"", "null", "[]"] {
+            assert_eq!(deadline_of(&format!(r#","deadline_ms":{wrong}"#)), 60_000, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_job_id_is_taken_in_any_spelling_and_echoed_in_one() {
+        for spelling in [
+            "A0000000-0000-4000-8000-00000000000A",
+            "a000000000004000800000000000000a",
+            "{A0000000-0000-4000-8000-00000000000A}",
+            "urn:uuid:A0000000-0000-4000-8000-00000000000A",
+        ] {
+            let frame = format!(r#"{{"type":"job_cancel","job_id":"{spelling}"}}"#);
+            let Ok(Inbound::JobCancel(id)) = parse(&frame) else { panic!("{spelling}") };
+            assert!(job_chunk(id, b"x").contains(r#""a0000000-0000-4000-8000-00000000000a""#));
+        }
+    }
+
+    #[test]
+    fn a_chunk_is_the_json_that_a_reader_expects() {
+        let id = Uuid::nil();
+        for len in 0..20 {
+            let bytes: Vec<u8> = (0..len).collect();
+            let text = job_chunk(id, &bytes);
+            assert_eq!(text.capacity(), text.len(), "one allocation");
+            let frame: Value = serde_json::from_str(&text).expect("JSON");
+            assert_eq!(BASE64.decode(frame["data"].as_str().expect("data")).expect("base64"), bytes);
+        }
+    }
+
+    #[test]
+    fn no_text_makes_the_parser_panic_or_quote_it() {
+        arbtest::arbtest(|u| {
+            let text: String = u.arbitrary()?;
+            if let Err(e) = parse(&text) {
+                assert!(!e.to_string().contains(&text) || text.len() < 4);
+            }
+            Ok(())
+        });
+    }
+}

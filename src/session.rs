@@ -1,0 +1,304 @@
+//! One connection, from the challenge to its end. Runs in the supervisor's thread, which blocks in the socket.
+//!
+//! Invariants: the reading thread waits for nothing but its socket; what has to be said is queued for the writer. The end
+//! of a session ends its jobs, so that no GPU works for nobody.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select};
+use tungstenite::protocol::CloseFrame;
+use tungstenite::protocol::frame::coding::CloseCode;
+use tungstenite::{Error as WsError, Message};
+
+use crate::discovery::{Offers, Prober};
+use crate::heartbeat::Statistics;
+use crate::identity::Identity;
+use crate::job_executor::{JobExecutor, Outbox, Overflow};
+use crate::protocol::{self, Inbound, OfferLimits};
+use crate::shutdown::{Live, Stop};
+use crate::transport::{Link, ReadHalf, STALL_TIMEOUT};
+use crate::writer::{Control, Lanes, Writer};
+
+/// For each frame of the handshake.
+const AUTH_FRAME_TIMEOUT: Duration = Duration::from_secs(10);
+/// The first offer waits no longer for the probes, which have a limit of their own below it.
+const FIRST_OFFER_TIMEOUT: Duration = Duration::from_secs(5);
+/// A stopping agent's last frames have so long to reach the wire.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
+/// The coordinator has so long to answer our close.
+const CLOSE_REPLY_TIMEOUT: Duration = Duration::from_millis(300);
+/// The end of a session waits so long for its writer, which may be blocked in a dead socket.
+const WRITER_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// How a session ended.
+#[derive(Debug)]
+pub enum SessionEnd {
+    /// The coordinator had announced it, or closed without giving a reason.
+    Planned(String),
+    /// We were told to stop.
+    Stopped,
+    /// Anything else.
+    Unexpected(String),
+}
+
+/// Why a handshake failed.
+#[derive(Debug, thiserror::Error)]
+pub enum HandshakeError {
+    /// The coordinator does not want us.
+    #[error("the coordinator rejected this agent: {0}")]
+    Rejected(String),
+    /// Nothing came in time.
+    #[error("no `{0}` from the coordinator within {limit} s", limit = AUTH_FRAME_TIMEOUT.as_secs())]
+    TimedOut(&'static str),
+    /// A binary message.
+    #[error("the coordinator sent a binary message during the handshake")]
+    Binary,
+    /// The connection ended.
+    #[error("the connection ended during the handshake: {0}")]
+    Connection(String),
+}
+
+/// Answers the challenge; returns the provider id that `auth_ok` named.
+///
+/// # Errors
+/// We are not let in.
+pub fn authenticate(
+    half: &mut ReadHalf,
+    identity: &Identity,
+    enrollment_code: Option<&str>,
+) -> Result<Option<String>, HandshakeError> {
+    let nonce = expect(half, "auth_challenge", |frame| match frame {
+        Inbound::AuthChallenge(nonce) => Some(nonce),
+        _ => None,
+    })?;
+    // The code is for enrolling: one who has an id has enrolled.
+    let code = enrollment_code.filter(|_| identity.provider_id().is_none());
+    let response = protocol::auth_response(identity.public_key(), &identity.sign(&nonce), code);
+    half.send(response).map_err(|e| HandshakeError::Connection(e.to_string()))?;
+    expect(half, "auth_ok", |frame| match frame {
+        Inbound::AuthOk(provider_id) => Some(Ok(provider_id)),
+        Inbound::AuthFailed(reason) => Some(Err(HandshakeError::Rejected(reason))),
+        _ => None,
+    })?
+}
+
+/// Reads until `wanted` finds its frame. Others are passed over, as in the session.
+fn expect<T>(
+    half: &mut ReadHalf,
+    name: &'static str,
+    wanted: impl Fn(Inbound) -> Option<T>,
+) -> Result<T, HandshakeError> {
+    let connection = |e: &dyn std::fmt::Display| HandshakeError::Connection(e.to_string());
+    half.set_deadline(Some(Instant::now() + AUTH_FRAME_TIMEOUT)).map_err(|e| connection(&e))?;
+    loop {
+        match half.read() {
+            Ok(Message::Text(text)) => match protocol::parse(&text) {
+                Ok(frame) => {
+                    if let Some(found) = wanted(frame) {
+                        return Ok(found);
+                    }
+                    log::debug!("a frame other than `{name}` is ignored during the handshake");
+                }
+                Err(e) => log::warn!("a frame of the handshake cannot be read: {e}"),
+            },
+            Ok(Message::Binary(_)) => return Err(HandshakeError::Binary),
+            Ok(Message::Close(frame)) => {
+                half.flush();
+                return Err(HandshakeError::Connection(frame.map_or_else(|| "closed".into(), |f| describe(&f))));
+            }
+            Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_)) => {}
+            Err(WsError::Io(e)) if e.kind() == std::io::ErrorKind::TimedOut => {
+                return Err(HandshakeError::TimedOut(name));
+            }
+            Err(e) => return Err(connection(&e)),
+        }
+    }
+}
+
+/// What a session needs that outlives it.
+pub struct Context<'a> {
+    /// The offer, kept true by the prober.
+    pub offers: &'a Arc<Offers>,
+    /// Told of backends that are gone.
+    pub prober: &'a Prober,
+    /// Figures over all sessions.
+    pub statistics: &'a Arc<Statistics>,
+    /// Stated with the offer.
+    pub limits: OfferLimits,
+    /// For jobs in flight when the agent stops.
+    pub drain: Duration,
+    /// The request to stop.
+    pub stop: &'a Arc<Stop>,
+}
+
+/// Serves jobs until the connection ends. `settled` disconnects when the first offer can be made.
+pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) -> SessionEnd {
+    select! {
+        recv(settled) -> _ => {}
+        recv(context.stop.signal()) -> _ => {}
+        default(FIRST_OFFER_TIMEOUT) => {}
+    }
+    if let Err(e) = half.set_deadline(None) {
+        return SessionEnd::Unexpected(e.to_string());
+    }
+    let lanes = Lanes::default();
+    let outbox = Outbox::Lanes { control: lanes.control.clone(), data: lanes.data.clone() };
+    let executor = Arc::new(JobExecutor::with_outbox(
+        context.offers.clone(),
+        context.limits.max_concurrent_total,
+        outbox,
+        context.statistics.clone(),
+        Some(context.prober.clone()),
+    ));
+    let link = half.link();
+    let write_half = half.split(lanes.control.clone());
+    let heartbeat = heartbeat_of(&executor, context.statistics);
+    let writer = match Writer::spawn(write_half, lanes, heartbeat) {
+        Ok(writer) => writer,
+        Err(e) => return SessionEnd::Unexpected(format!("failed to start the writer thread: {e}")),
+    };
+    let (ended_sender, ended) = bounded(0);
+    let handle = SessionHandle {
+        executor: executor.clone(),
+        control: writer.control.clone(),
+        link: link.clone(),
+        limits: context.limits,
+        drain: context.drain,
+        writer_ended: writer.ended.clone(),
+        session_ended: ended,
+    };
+    announce(context, &writer.control);
+    context.stop.set_live(Live::Session(Arc::new(handle)));
+    let end = read_loop(&mut half, &executor);
+    context.offers.stop_listening();
+    executor.cancel_all();
+    let _ = writer.control.send(Control::Finish);
+    if writer.ended.recv_timeout(WRITER_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
+        log::debug!("the writer is blocked in a dead socket");
+    }
+    link.shutdown();
+    writer.join();
+    drop(ended_sender);
+    if context.stop.is_requested() { SessionEnd::Stopped } else { end }
+}
+
+/// Sends the offer now and whenever it changes.
+fn announce(context: &Context<'_>, control: &Sender<Control>) {
+    let (control, limits) = (control.clone(), context.limits);
+    context.offers.listen(move |catalog| {
+        log::info!("offering {} model(s)", catalog.offer.len());
+        let _ = control.send(Control::Offer(protocol::capabilities(&catalog.offer, limits)));
+    });
+}
+
+fn heartbeat_of(executor: &Arc<JobExecutor>, statistics: &Arc<Statistics>) -> impl Fn() -> String + Send + use<> {
+    // Weak: the writer is not to keep the jobs of a session alive.
+    let (executor, statistics) = (Arc::downgrade(executor), statistics.clone());
+    move || {
+        let queue_depth = executor.upgrade().map_or(0, |e| e.queue_depth());
+        statistics.heartbeat(queue_depth).to_frame()
+    }
+}
+
+fn read_loop(half: &mut ReadHalf, executor: &JobExecutor) -> SessionEnd {
+    loop {
+        match half.read() {
+            Ok(Message::Text(text)) => {
+                if let Err(Overflow) = handle_frame(&text, executor) {
+                    return SessionEnd::Unexpected(Overflow.to_string());
+                }
+            }
+            Ok(Message::Binary(_)) => log::warn!("a binary message from the coordinator is ignored"),
+            Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_)) => {}
+            Ok(Message::Close(frame)) => {
+                half.flush();
+                return close_of(frame);
+            }
+            Err(WsError::Io(e)) if e.kind() == std::io::ErrorKind::TimedOut => {
+                let silence = STALL_TIMEOUT.as_secs();
+                return SessionEnd::Unexpected(format!("not a byte from the coordinator for {silence} s"));
+            }
+            Err(e) => return SessionEnd::Unexpected(e.to_string()),
+        }
+    }
+}
+
+fn handle_frame(text: &str, executor: &JobExecutor) -> Result<(), Overflow> {
+    match protocol::parse(text) {
+        Ok(Inbound::Job(job)) => {
+            log::debug!("job {} for model `{}`", job.job_id, job.model_id);
+            executor.try_dispatch(*job)
+        }
+        Ok(Inbound::JobCancel(job_id)) => {
+            executor.cancel(job_id);
+            Ok(())
+        }
+        Ok(Inbound::Other(kind)) => {
+            log::debug!("a frame of type `{}` is ignored", kind.escape_debug());
+            Ok(())
+        }
+        Ok(Inbound::AuthChallenge(_) | Inbound::AuthOk(_) | Inbound::AuthFailed(_)) => {
+            log::debug!("a frame of the handshake is ignored within the session");
+            Ok(())
+        }
+        Err(e) => {
+            log::warn!("a frame from the coordinator is ignored: {e}");
+            Ok(())
+        }
+    }
+}
+
+fn close_of(frame: Option<CloseFrame>) -> SessionEnd {
+    match frame {
+        None => SessionEnd::Planned("closed without a reason".into()),
+        Some(frame) if frame.code == CloseCode::Away => SessionEnd::Planned(describe(&frame)),
+        Some(frame) => SessionEnd::Unexpected(describe(&frame)),
+    }
+}
+
+fn describe(frame: &CloseFrame) -> String {
+    let meaning = match frame.reason.as_str() {
+        "drain:deploy" => ", the coordinator is being deployed",
+        "drain:operator" => ", an operator asked for it",
+        _ => "",
+    };
+    format!("closed with {} \"{}\"{meaning}", u16::from(frame.code), frame.reason.as_str().escape_debug())
+}
+
+/// What it takes to end a session from another thread.
+pub struct SessionHandle {
+    executor: Arc<JobExecutor>,
+    control: Sender<Control>,
+    link: Arc<Link>,
+    limits: OfferLimits,
+    drain: Duration,
+    writer_ended: Receiver<()>,
+    session_ended: Receiver<()>,
+}
+
+impl SessionHandle {
+    /// Ends the session in order: offer nothing, take nothing, finish what is in flight, close. When `urgent` says so,
+    /// or the time for it is over, what is in flight is answered with an error.
+    pub fn drain(&self, urgent: &dyn Fn() -> bool) {
+        self.executor.refuse_new();
+        let _ = self.control.send(Control::Withdraw(protocol::capabilities(&[], self.limits)));
+        let in_flight = self.executor.queue_depth();
+        if in_flight > 0 {
+            log::info!("stopping: {in_flight} job(s) in flight have up to {} s", self.drain.as_secs());
+        }
+        if !self.executor.wait_idle(Instant::now() + self.drain, urgent) {
+            log::warn!("stopping with {} job(s) unfinished", self.executor.queue_depth());
+            self.executor.abandon_all("the agent is stopping");
+        }
+        let _ = self.control.send(Control::Close);
+        let _ = self.writer_ended.recv_timeout(FLUSH_TIMEOUT);
+        let _ = self.session_ended.recv_timeout(CLOSE_REPLY_TIMEOUT);
+        self.cut();
+    }
+
+    /// Ends the session at once.
+    pub fn cut(&self) {
+        self.link.shutdown();
+    }
+}

@@ -1,0 +1,306 @@
+//! One WebSocket shared by two threads without a lock around it.
+//!
+//! The reader blocks in the socket without holding anything; under TLS it takes the lock of the rustls session only to
+//! decrypt what it has read, the writer only to encrypt what it is about to write. Only the writer writes: what the
+//! reading side must send by itself (pong, close reply, TLS alert) is handed to the writer as bytes.
+//! This folder is the only place that knows rustls.
+
+mod dial;
+
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Sender;
+use rustls::ClientConnection;
+use tungstenite::protocol::{Role, WebSocketConfig};
+use tungstenite::{Message, WebSocket};
+
+pub use dial::{CONNECT_TIMEOUT, DialError, Dialer};
+
+use crate::writer::Control;
+
+/// So long without a byte in, or without progress out, and the link is dead. Three heartbeats' pongs missed.
+pub const STALL_TIMEOUT: Duration = Duration::from_secs(45);
+
+/// The largest message and the largest frame: requests carry pictures.
+pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
+
+/// Read buffer, and under TLS one record more.
+const READ_BUFFER_BYTES: usize = 16 << 10;
+
+/// Frames are gathered up to this size before they go to the socket, flush or no flush.
+const WRITE_BUFFER_BYTES: usize = 64 << 10;
+
+/// A connected socket, with or without TLS.
+pub struct Link {
+    tcp: TcpStream,
+    tls: Option<Mutex<ClientConnection>>,
+}
+
+impl Link {
+    /// Ends both directions at once; blocked reads and writes return.
+    pub fn shutdown(&self) {
+        let _ = self.tcp.shutdown(Shutdown::Both);
+    }
+
+    fn tls(&self) -> Option<MutexGuard<'_, ClientConnection>> {
+        self.tls.as_ref().map(|tls| tls.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Encrypts where needed, and writes; the lock is not held while the socket blocks.
+    fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+        let Some(mut tls) = self.tls() else { return (&self.tcp).write(bytes) };
+        let taken = tls.writer().write(bytes)?;
+        drop(tls);
+        self.write_records()?;
+        Ok(taken)
+    }
+
+    /// Sends what TLS has to say.
+    fn write_records(&self) -> io::Result<()> {
+        let mut records = Vec::new();
+        if let Some(mut tls) = self.tls() {
+            while tls.wants_write() {
+                tls.write_tls(&mut records)?;
+            }
+        }
+        (&self.tcp).write_all(&records)
+    }
+}
+
+/// The reading end, and before the writer exists the writing end too.
+pub struct ReadHalf {
+    socket: WebSocket<LinkReader>,
+}
+
+impl ReadHalf {
+    /// The next message; blocks.
+    ///
+    /// # Errors
+    /// The link is dead, or what came breaks the WebSocket protocol or its limits.
+    pub fn read(&mut self) -> tungstenite::Result<Message> {
+        self.socket.read()
+    }
+
+    /// Sends at once. Only while there is no writer.
+    ///
+    /// # Errors
+    /// The link is dead.
+    pub fn send(&mut self, text: String) -> tungstenite::Result<()> {
+        self.socket.send(Message::text(text))
+    }
+
+    /// Hands on a reply that is due (to a close, say) without reading on.
+    pub fn flush(&mut self) {
+        let _ = self.socket.flush();
+    }
+
+    /// Until `deadline` every read must be over; `None` leaves [`STALL_TIMEOUT`] for each.
+    ///
+    /// # Errors
+    /// The socket is no more.
+    pub fn set_deadline(&mut self, deadline: Option<Instant>) -> io::Result<()> {
+        let reader = self.socket.get_mut();
+        reader.deadline = deadline;
+        reader.link.tcp.set_read_timeout(Some(STALL_TIMEOUT))
+    }
+
+    /// Makes the writing end; from here on this end writes through `control` alone.
+    pub fn split(&mut self, control: Sender<Control>) -> WriteHalf {
+        let reader = self.socket.get_mut();
+        reader.outlet = Outlet::Writer(control);
+        let config = WebSocketConfig::default().read_buffer_size(0).write_buffer_size(WRITE_BUFFER_BYTES);
+        let writer = LinkWriter(reader.link.clone());
+        WriteHalf { socket: WebSocket::from_raw_socket(writer, Role::Client, Some(config)) }
+    }
+
+    /// The socket itself, to end it from elsewhere.
+    pub fn link(&self) -> Arc<Link> {
+        self.socket.get_ref().link.clone()
+    }
+}
+
+/// The writing end.
+pub struct WriteHalf {
+    socket: WebSocket<LinkWriter>,
+}
+
+impl WriteHalf {
+    /// Puts a message into the buffer, and the buffer on the wire when it is full.
+    ///
+    /// # Errors
+    /// The link is dead.
+    pub fn write(&mut self, message: Message) -> tungstenite::Result<()> {
+        match self.socket.write(message) {
+            // tungstenite flushes a close by itself, and then says so.
+            Err(tungstenite::Error::ConnectionClosed) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Puts whole frames on the wire that the reading side has made.
+    ///
+    /// # Errors
+    /// The link is dead.
+    pub fn write_raw(&mut self, frames: &[u8]) -> tungstenite::Result<()> {
+        self.socket.flush()?;
+        self.socket.get_mut().write_all(frames)?;
+        Ok(())
+    }
+
+    /// Puts the buffer on the wire.
+    ///
+    /// # Errors
+    /// The link is dead.
+    pub fn flush(&mut self) -> tungstenite::Result<()> {
+        match self.socket.flush() {
+            Err(tungstenite::Error::ConnectionClosed) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Ends the link, both directions.
+    pub fn shutdown(&self) {
+        self.socket.get_ref().0.shutdown();
+    }
+}
+
+/// The byte stream under the reading WebSocket.
+struct LinkReader {
+    link: Arc<Link>,
+    deadline: Option<Instant>,
+    /// Ciphertext that was read but not yet decrypted; empty without TLS.
+    ciphertext: Vec<u8>,
+    unread: std::ops::Range<usize>,
+    outlet: Outlet,
+    /// Written by the WebSocket, not yet flushed.
+    gathered: Vec<u8>,
+}
+
+enum Outlet {
+    /// There is no writer yet.
+    Direct,
+    Writer(Sender<Control>),
+}
+
+impl LinkReader {
+    fn new(link: Arc<Link>, deadline: Instant) -> LinkReader {
+        let ciphertext = if link.tls.is_some() { vec![0; READ_BUFFER_BYTES] } else { Vec::new() };
+        LinkReader {
+            link,
+            deadline: Some(deadline),
+            ciphertext,
+            unread: 0..0,
+            outlet: Outlet::Direct,
+            gathered: Vec::new(),
+        }
+    }
+
+    /// Sets the socket's timeout to what is left of the deadline.
+    fn arm(&self) -> io::Result<()> {
+        let Some(deadline) = self.deadline else { return Ok(()) };
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.link.tcp.set_read_timeout(Some(left.min(STALL_TIMEOUT)))
+    }
+
+    fn read_decrypted(&mut self, plaintext: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.decrypt(plaintext) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                other => return other,
+            }
+            self.arm()?;
+            let n = (&self.link.tcp).read(&mut self.ciphertext)?;
+            if n == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            self.unread = 0..n;
+        }
+    }
+
+    /// `WouldBlock` when more ciphertext is needed.
+    fn decrypt(&mut self, plaintext: &mut [u8]) -> io::Result<usize> {
+        let link = self.link.clone();
+        let Some(mut tls) = link.tls() else { return Err(io::ErrorKind::WouldBlock.into()) };
+        let outcome = loop {
+            match tls.reader().read(plaintext) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                other => break other,
+            }
+            if self.unread.is_empty() {
+                break Err(io::ErrorKind::WouldBlock.into());
+            }
+            let mut ciphertext = &self.ciphertext[self.unread.clone()];
+            self.unread.start += tls.read_tls(&mut ciphertext)?;
+            if let Err(e) = tls.process_new_packets() {
+                break Err(io::Error::new(io::ErrorKind::InvalidData, e));
+            }
+        };
+        let pending = tls.wants_write();
+        drop(tls);
+        if pending && let Outlet::Writer(control) = &self.outlet {
+            let _ = control.send(Control::Raw(Vec::new()));
+        }
+        outcome
+    }
+}
+
+impl Read for LinkReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let read = if self.link.tls.is_some() {
+                self.read_decrypted(buffer)
+            } else {
+                self.arm().and_then(|()| (&self.link.tcp).read(buffer))
+            };
+            match read {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                // What a timed-out socket says; the WebSocket would take `WouldBlock` for a reason to come again.
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(io::ErrorKind::TimedOut.into()),
+                other => return other,
+            }
+        }
+    }
+}
+
+impl Write for LinkReader {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.gathered.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let bytes = std::mem::take(&mut self.gathered);
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        match &self.outlet {
+            Outlet::Direct => LinkWriter(self.link.clone()).write_all(&bytes),
+            Outlet::Writer(control) => control.send(Control::Raw(bytes)).map_err(|_| io::ErrorKind::BrokenPipe.into()),
+        }
+    }
+}
+
+/// The byte stream under the writing WebSocket.
+struct LinkWriter(Arc<Link>);
+
+impl Read for LinkWriter {
+    fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+impl Write for LinkWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.write_records()
+    }
+}

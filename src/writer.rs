@@ -1,0 +1,223 @@
+//! The writer thread: the only one that writes to the socket.
+//!
+//! It takes control before heartbeats before data, writes what is there into one buffer, and flushes once: a lone frame
+//! leaves at once, and many that have queued up leave together. No timer delays anything. A write that makes no progress
+//! for [`crate::transport::STALL_TIMEOUT`] ends the session.
+
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, bounded, select_biased, tick, unbounded};
+use tungstenite::protocol::CloseFrame;
+use tungstenite::protocol::frame::coding::CloseCode;
+use tungstenite::{Bytes, Message};
+
+use crate::job_executor::Frame;
+use crate::transport::WriteHalf;
+
+/// Time between heartbeats, and of the first after `capabilities`.
+pub const HEARTBEAT: Duration = Duration::from_secs(15);
+/// Frames of jobs that may wait: 22 KiB each at the most, so 2.8 MiB, and as much again in the workers that wait.
+pub const DATA_LANE_MAX: usize = 128;
+/// Control messages that may wait: some 250 bytes each, so 8 MiB; more mean that the coordinator does not read.
+pub const CONTROL_LANE_MAX: usize = 32 << 10;
+/// Frames written before a flush.
+const BATCH_FRAMES_MAX: usize = 64;
+/// Bytes of frames written before a flush.
+const BATCH_BYTES_MAX: usize = 256 << 10;
+
+const _: () = assert!(BATCH_FRAMES_MAX <= DATA_LANE_MAX);
+
+/// What goes out ahead of all data.
+pub enum Control {
+    /// A frame of no job in flight: a refusal, a `job_error` of a stopping agent.
+    Text(String),
+    /// The offer; nothing is sent when it is what was sent last, or when it was withdrawn.
+    Offer(String),
+    /// The empty offer of an agent that is stopping; no other follows it.
+    Withdraw(String),
+    /// Bytes that the reading side has to send by itself: a pong, the reply to a close, a TLS alert.
+    Raw(Vec<u8>),
+    /// Write all data that is queued, then Close(1000), and end.
+    Close,
+    /// Write what is in this lane, and end.
+    Finish,
+}
+
+/// The handle: the lanes, and the thread that drains them.
+pub struct Writer {
+    /// Never waits; who fills it asks for its length.
+    pub control: Sender<Control>,
+    /// Bounded: the backpressure.
+    pub data: Sender<Frame>,
+    /// Disconnects when the thread has ended.
+    pub ended: Receiver<()>,
+    thread: JoinHandle<()>,
+}
+
+impl Writer {
+    /// The lanes may be filled before the thread runs.
+    ///
+    /// # Errors
+    /// The system refused a thread.
+    pub fn spawn(
+        half: WriteHalf,
+        lanes: Lanes,
+        heartbeat: impl Fn() -> String + Send + 'static,
+    ) -> std::io::Result<Writer> {
+        let Lanes { control, control_inbox, data, data_inbox } = lanes;
+        let (ended_sender, ended) = bounded::<()>(0);
+        let mut actor = Actor {
+            half,
+            control: control_inbox,
+            data: data_inbox,
+            heartbeat: Box::new(heartbeat),
+            offered: String::new(),
+            withdrawn: false,
+        };
+        let thread = thread::Builder::new().name("writer".into()).stack_size(256 << 10).spawn(move || {
+            // Dropped at the end, whatever it is.
+            let _ended = ended_sender;
+            if let Err(e) = actor.run() {
+                log::debug!("writing ended: {e}");
+                // The reader finds out, and ends the session.
+                actor.half.shutdown();
+            }
+        })?;
+        Ok(Writer { control, data, ended, thread })
+    }
+
+    /// Waits for the thread, which must have been told to end.
+    pub fn join(self) {
+        let Writer { control, data, ended, thread } = self;
+        drop((control, data, ended));
+        if thread.join().is_err() {
+            log::error!("the writer thread panicked");
+        }
+    }
+}
+
+/// Both lanes, both ends.
+pub struct Lanes {
+    /// To the writer.
+    pub control: Sender<Control>,
+    control_inbox: Receiver<Control>,
+    /// To the writer.
+    pub data: Sender<Frame>,
+    data_inbox: Receiver<Frame>,
+}
+
+impl Default for Lanes {
+    fn default() -> Self {
+        // Unbounded, for a bounded channel of this length would take its memory at once; `CONTROL_LANE_MAX` bounds it.
+        let (control, control_inbox) = unbounded();
+        let (data, data_inbox) = bounded(DATA_LANE_MAX);
+        Lanes { control, control_inbox, data, data_inbox }
+    }
+}
+
+struct Actor {
+    half: WriteHalf,
+    control: Receiver<Control>,
+    data: Receiver<Frame>,
+    heartbeat: Box<dyn Fn() -> String + Send>,
+    /// The offer sent last.
+    offered: String,
+    withdrawn: bool,
+}
+
+/// All inputs of the loop.
+enum Event {
+    Control(Control),
+    Heartbeat,
+    Data(Frame),
+    /// Nobody can send any more.
+    Over,
+}
+
+#[derive(PartialEq, Eq)]
+enum Next {
+    GoOn,
+    End,
+}
+
+impl Actor {
+    fn run(&mut self) -> tungstenite::Result<()> {
+        let ticks = tick(HEARTBEAT);
+        loop {
+            let next = match self.next_event(&ticks) {
+                Event::Control(control) => self.control(control)?,
+                Event::Heartbeat => self.beat()?,
+                Event::Data(frame) => self.batch(frame)?,
+                Event::Over => Next::End,
+            };
+            self.half.flush()?;
+            if next == Next::End {
+                return Ok(());
+            }
+        }
+    }
+
+    fn next_event(&self, ticks: &Receiver<std::time::Instant>) -> Event {
+        // Biased: a cancelled customer's pong or a refusal never waits behind a flood of chunks.
+        select_biased! {
+            recv(self.control) -> control => control.map_or(Event::Over, Event::Control),
+            recv(ticks) -> _ => Event::Heartbeat,
+            recv(self.data) -> frame => frame.map_or(Event::Over, Event::Data),
+        }
+    }
+
+    fn control(&mut self, control: Control) -> tungstenite::Result<Next> {
+        match control {
+            Control::Text(text) => self.half.write(Message::text(text))?,
+            Control::Offer(offer) if self.withdrawn || offer == self.offered => {}
+            Control::Offer(offer) => {
+                self.half.write(Message::text(offer.clone()))?;
+                self.offered = offer;
+            }
+            Control::Withdraw(empty) => {
+                self.withdrawn = true;
+                self.half.write(Message::text(empty))?;
+            }
+            Control::Raw(bytes) => self.half.write_raw(&bytes)?,
+            Control::Close => {
+                while let Ok(frame) = self.data.try_recv() {
+                    self.write_frame(frame)?;
+                }
+                let goodbye = CloseFrame { code: CloseCode::Normal, reason: "the agent is stopping".into() };
+                self.half.write(Message::Close(Some(goodbye)))?;
+                return Ok(Next::End);
+            }
+            Control::Finish => return Ok(Next::End),
+        }
+        Ok(Next::GoOn)
+    }
+
+    fn beat(&mut self) -> tungstenite::Result<Next> {
+        self.half.write(Message::text((self.heartbeat)()))?;
+        // Its pong proves that the link works in both directions.
+        self.half.write(Message::Ping(Bytes::new()))?;
+        Ok(Next::GoOn)
+    }
+
+    /// This frame and those that have queued up behind it, until control wants to go first.
+    fn batch(&mut self, first: Frame) -> tungstenite::Result<Next> {
+        let mut bytes = self.write_frame(first)?;
+        for _ in 1..BATCH_FRAMES_MAX {
+            if bytes >= BATCH_BYTES_MAX || !self.control.is_empty() {
+                break;
+            }
+            let Ok(frame) = self.data.try_recv() else { break };
+            bytes += self.write_frame(frame)?;
+        }
+        Ok(Next::GoOn)
+    }
+
+    fn write_frame(&mut self, frame: Frame) -> tungstenite::Result<usize> {
+        let bytes = frame.text.len();
+        if frame.claim() {
+            self.half.write(Message::text(frame.text))?;
+        }
+        Ok(bytes)
+    }
+}
