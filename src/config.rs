@@ -5,6 +5,7 @@
 
 mod check;
 mod error;
+mod section;
 
 use std::collections::HashMap;
 use std::fmt;

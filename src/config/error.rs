@@ -95,24 +95,25 @@ impl Source<'_> {
         }
     }
 
-    /// What the TOML parser found: a fault of syntax or of type. Its own rendering would quote the line, secrets and all.
-    pub fn toml_fault(&self, e: &toml::de::Error) -> ConfigError {
+    /// A fault whose value may be anything, and is not shown.
+    pub fn hidden_fault(&self, key: &str, span: Range<usize>, what: &str, fix: String) -> ConfigError {
+        ConfigError { value: None, ..self.fault(key, span, what, fix) }
+    }
+
+    /// What the TOML parser found. Its own rendering would quote the line, secrets and all.
+    pub fn syntax_fault(&self, e: &toml::de::Error) -> ConfigError {
         let at = e.span().map_or(0, |s| s.start);
         let line = self.line_text(at);
-        let key = line.split('=').next().unwrap_or_default().trim();
-        let key = key.trim_matches(['[', ']', '"', '\'']).trim();
-        let plain = !key.is_empty() && key.chars().all(|c| c.is_ascii_alphanumeric() || "-_. /:".contains(c));
-        let secret = !plain || may_be_secret(key) || may_be_secret(line);
-        let value = line.split_once('=').map(|(_, value)| quoted(if secret { "secret" } else { key }, value.trim()));
-        // What the parser says may quote the value too.
-        let what = if secret { "it cannot be read".to_owned() } else { e.message().replace('\n', ", ") };
+        let key = line.split_once('=').map(|(key, _)| key.trim()).unwrap_or_default();
+        let is_plain = key.chars().all(|c| c.is_ascii_alphanumeric() || "-_.\"".contains(c));
+        let value = line.split_once('=').map(|(_, value)| quoted(line, value.trim()));
         ConfigError {
             file: Some(self.path.to_owned()),
             line: Some(self.line_of(at)),
-            key: if plain && line.contains('=') { key.to_owned() } else { String::new() },
-            value,
-            what,
-            fix: "see `Configure` in the README for what goes there".into(),
+            key: if is_plain { key.to_owned() } else { String::new() },
+            value: value.filter(|_| is_plain),
+            what: format!("this is not TOML ({})", e.message().replace('\n', ", ")),
+            fix: "write key = value, and texts in quotes".into(),
         }
     }
 
