@@ -48,6 +48,8 @@ pub struct Config {
     pub limits: Limits,
     /// `[observability] log_level`.
     pub log_level: Option<LevelFilter>,
+    /// What is odd but no error, for the log.
+    pub warnings: Vec<String>,
 }
 
 /// `[coordinator]`.

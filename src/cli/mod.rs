@@ -124,6 +124,9 @@ fn load_config(globals: &args::Globals) -> Result<Config, Failure> {
     let config = Config::load(&path, globals.allow_insecure)?;
     logging::start(globals.log_level.or(config.log_level).unwrap_or(log::LevelFilter::Info));
     log::debug!("configuration from `{}`", path.display());
+    for warning in &config.warnings {
+        log::warn!("{warning}");
+    }
     Ok(config)
 }
 

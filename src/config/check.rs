@@ -26,13 +26,15 @@ pub fn config(text: &str, path: &Path, allow_insecure: bool) -> Result<Config, C
     let source = Source { text, path };
     let table = DeTable::parse(text).map_err(|e| source.syntax_fault(&e))?;
     let root = Section::root(source, table.get_ref());
+    let mut warnings = Vec::new();
     Ok(Config {
         coordinator: coordinator(&root.section("coordinator")?, allow_insecure)?,
         key_path: key_path(&root.section("identity")?)?,
         backends: backends(&root)?,
         pricing: pricing(&root.section("pricing")?)?,
         limits: limits(&root.section("limits")?)?,
-        log_level: log_level(&root.section("observability")?)?,
+        log_level: log_level(&root.section("observability")?, &mut warnings)?,
+        warnings,
     })
 }
 
@@ -186,13 +188,13 @@ fn within(section: &Section<'_>, key: &'static str, range: RangeInclusive<u32>) 
     number.map(Some).ok_or_else(|| found.fault("out of range", fix))
 }
 
-fn log_level(section: &Section<'_>) -> Result<Option<LevelFilter>, ConfigError> {
+/// 0.3.5 takes any text here (filters such as `info,hyper=warn`), so a level that we do not know is no error.
+fn log_level(section: &Section<'_>, warnings: &mut Vec<String>) -> Result<Option<LevelFilter>, ConfigError> {
     const FIX: &str = "use one of: off, error, warn, info, debug, trace";
     let Some(level) = section.string("log_level", FIX)? else { return Ok(None) };
-    // 0.3.5 takes filters such as `info,hyper=warn`; of those the bare level is what counts here.
-    let is_filter = level.value.contains(['=', ',']);
-    match level.value.split(',').find_map(parse_level) {
-        None if !is_filter => Err(level.fault("unknown level", FIX)),
-        parsed => Ok(parsed),
+    let known = level.value.split(',').find_map(parse_level);
+    if known.is_none() {
+        warnings.push(level.fault("unknown level, so `info` it is", FIX).to_string());
     }
+    Ok(known)
 }

@@ -111,12 +111,14 @@ impl Dialer {
             Some(proxy) => (proxy.host().to_owned(), proxy.port()),
             None => (self.host.clone(), self.port),
         };
-        let (result, dialed) = bounded(1);
-        std::thread::Builder::new().name("dial".into()).stack_size(256 << 10).spawn(move || {
-            let _ = result.send(open(host, port, deadline));
+        let (ended_sender, ended) = bounded::<()>(0);
+        let thread = std::thread::Builder::new().name("dial".into()).stack_size(256 << 10).spawn(move || {
+            // Dropped at the end, whatever it is.
+            let _ended = ended_sender;
+            open(host, port, deadline)
         })?;
         select! {
-            recv(dialed) -> tcp => tcp.unwrap_or(Err(DialError::TimedOut)),
+            recv(ended) -> _ => thread.join().unwrap_or(Err(DialError::TimedOut)),
             recv(stop) -> _ => Err(DialError::Stopping),
             default(deadline.saturating_duration_since(Instant::now())) => Err(DialError::TimedOut),
         }
