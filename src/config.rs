@@ -123,19 +123,19 @@ impl Config {
     /// The first fault.
     pub fn load(path: &Path, allow_insecure: bool) -> Result<Config, ConfigError> {
         let read = |e: std::io::Error| {
-            ConfigError::in_file(path, format!("failed to read it: {e}"), "check the path and the rights")
+            ConfigError::in_file(path, &format!("failed to read it: {e}"), "check the path and the rights")
         };
         let metadata = std::fs::metadata(path).map_err(read)?;
         if metadata.len() > FILE_BYTES_MAX {
             return Err(ConfigError::in_file(
                 path,
-                "it is too large to be an agent.toml".into(),
+                "it is too large to be an agent.toml",
                 "name the right file with --config",
             ));
         }
         let bytes = std::fs::read(path).map_err(read)?;
         let text = String::from_utf8(bytes)
-            .map_err(|_| ConfigError::in_file(path, "it is not UTF-8 text".into(), "save it as UTF-8"))?;
+            .map_err(|_| ConfigError::in_file(path, "it is not UTF-8 text", "save it as UTF-8"))?;
         Config::parse(&text, path, allow_insecure)
     }
 

@@ -3,48 +3,30 @@
 
 use serde_json::{Value, json};
 
+use super::http_backend::Probe;
 use super::listing::{Listed, window};
-use super::{BackendModel, BackendResult, Kind};
-
-/// How the server is asked: paths are below its root.
-pub struct Questions<'a> {
-    /// `GET`.
-    pub get: &'a dyn Fn(&str) -> BackendResult<Vec<u8>>,
-    /// `POST` of JSON.
-    pub post: &'a dyn Fn(&str, &[u8]) -> BackendResult<Vec<u8>>,
-}
-
-impl Questions<'_> {
-    fn get(&self, path: &str) -> Value {
-        (self.get)(path).ok().and_then(|body| serde_json::from_slice(&body).ok()).unwrap_or_default()
-    }
-
-    fn post(&self, path: &str, question: &Value) -> Value {
-        let answer = (self.post)(path, question.to_string().as_bytes()).ok();
-        answer.and_then(|body| serde_json::from_slice(&body).ok()).unwrap_or_default()
-    }
-}
+use super::{BackendModel, Kind};
 
 /// The listed models, with their windows.
-pub fn fill_in(kind: Kind, listed: Vec<Listed>, ask: &Questions<'_>) -> Vec<BackendModel> {
+pub fn fill_in(kind: Kind, listed: Vec<Listed>, probe: &Probe<'_>) -> Vec<BackendModel> {
     if listed.is_empty() {
         return Vec::new();
     }
     match kind {
-        Kind::LlamaCpp => llamacpp(listed, ask),
-        Kind::LmStudio => lmstudio(listed, ask),
-        Kind::Ollama => ollama(listed, ask),
+        Kind::LlamaCpp => llamacpp(listed, probe),
+        Kind::LmStudio => lmstudio(listed, probe),
+        Kind::Ollama => ollama(listed, probe),
         Kind::Vllm | Kind::OpenAi | Kind::Venice | Kind::OpenRouter => listed.into_iter().map(|l| l.model).collect(),
     }
 }
 
 /// `/props`; a router answers for itself with 0, and for a model only when it is named.
-fn llamacpp(listed: Vec<Listed>, ask: &Questions<'_>) -> Vec<BackendModel> {
+fn llamacpp(listed: Vec<Listed>, probe: &Probe<'_>) -> Vec<BackendModel> {
     let n_ctx = |props: Value| window(&props["default_generation_settings"]["n_ctx"]);
-    let own = n_ctx(ask.get("/props"));
+    let own = n_ctx(get(probe, "/props"));
     let with_window = |mut listed: Listed| {
         listed.model.context_window = if listed.routed || own.is_none() {
-            n_ctx(ask.get(&format!("/props?model={}&autoload=false", percent_encoded(&listed.model.model_id))))
+            n_ctx(get(probe, &format!("/props?model={}&autoload=false", percent_encoded(&listed.model.model_id))))
         } else {
             own
         };
@@ -53,8 +35,8 @@ fn llamacpp(listed: Vec<Listed>, ask: &Questions<'_>) -> Vec<BackendModel> {
     listed.into_iter().map(with_window).collect()
 }
 
-fn lmstudio(listed: Vec<Listed>, ask: &Questions<'_>) -> Vec<BackendModel> {
-    let models = ask.get("/api/v0/models");
+fn lmstudio(listed: Vec<Listed>, probe: &Probe<'_>) -> Vec<BackendModel> {
+    let models = get(probe, "/api/v0/models");
     let with_window = |mut listed: Listed| {
         let entry = find(&models["data"], &["id"], &listed.model.model_id);
         let stated = window(&entry["loaded_context_length"]).or_else(|| window(&entry["max_context_length"]));
@@ -65,13 +47,13 @@ fn lmstudio(listed: Vec<Listed>, ask: &Questions<'_>) -> Vec<BackendModel> {
 }
 
 /// What runs, else what the operator configured; never what the model could do on other hardware.
-fn ollama(listed: Vec<Listed>, ask: &Questions<'_>) -> Vec<BackendModel> {
-    let running = ask.get("/api/ps");
+fn ollama(listed: Vec<Listed>, probe: &Probe<'_>) -> Vec<BackendModel> {
+    let running = get(probe, "/api/ps");
     let with_window = |mut listed: Listed| {
         let id = &listed.model.model_id;
         let loaded = window(&find(&running["models"], &["name", "model"], id)["context_length"]);
         listed.model.context_window = loaded.or_else(|| {
-            let shown = ask.post("/api/show", &json!({ "model": id }));
+            let shown = post(probe, "/api/show", &json!({ "model": id }));
             shown["parameters"].as_str().and_then(num_ctx)
         });
         listed.model
@@ -84,6 +66,18 @@ fn num_ctx(parameters: &str) -> Option<u32> {
     let mut lines = parameters.lines().map(|line| line.split_whitespace());
     let value = lines.find_map(|mut words| (words.next()? == "num_ctx").then(|| words.next())?)?;
     value.parse().ok().filter(|n| *n > 0)
+}
+
+fn get(probe: &Probe<'_>, path: &str) -> Value {
+    probe.get_below_root(path).map_or(Value::Null, |answer| parsed(&answer))
+}
+
+fn post(probe: &Probe<'_>, path: &str, question: &Value) -> Value {
+    probe.post_below_root(path, question.to_string().as_bytes()).map_or(Value::Null, |answer| parsed(&answer))
+}
+
+fn parsed(answer: &[u8]) -> Value {
+    serde_json::from_slice(answer).unwrap_or_default()
 }
 
 fn find<'a>(entries: &'a Value, keys: &[&str], id: &str) -> &'a Value {

@@ -6,7 +6,7 @@
 use std::fmt;
 use std::io::Read;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ureq::config::Config;
@@ -30,14 +30,27 @@ const CONNECT_TIMEOUT_HOSTED: Duration = Duration::from_secs(10);
 /// Each way; ureq's default of 128 KiB would be 64 MiB for 256 jobs.
 const BUFFER_BYTES: usize = 16 << 10;
 
-/// The means to end a blocking call of another thread: sockets, handshakes and bodies wake at once.
+/// The means to end a blocking call of another thread: sockets, handshakes and bodies wake at once. Without effect once
+/// the exchange is over, for the connection may serve another job by then.
 #[derive(Clone)]
-pub struct Interrupt(Agent);
+pub struct Interrupt(Arc<Mutex<Option<Agent>>>);
 
 impl Interrupt {
-    /// Closes whatever the lease has open. The lease is of no use afterwards.
+    /// Closes whatever the exchange has open. The agent is never leased again.
     pub fn interrupt(self) {
-        self.0.shutdown();
+        // Closed under the lock, so that the exchange cannot end, and its agent be leased again, in between.
+        if let Some(agent) = self.agent().take() {
+            agent.shutdown();
+        }
+    }
+
+    /// The agent, unless it was interrupted.
+    fn disarm(&self) -> Option<Agent> {
+        self.agent().take()
+    }
+
+    fn agent(&self) -> MutexGuard<'_, Option<Agent>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -112,7 +125,7 @@ impl Client {
         match idle {
             Some(Idle { agent, wire, .. }) => {
                 wire.reset();
-                Lease { client: self, agent, wire }
+                Lease::new(self, agent, wire)
             }
             None => self.fresh_lease(),
         }
@@ -123,7 +136,7 @@ impl Client {
         let wire = Arc::new(Wire::default());
         let connector = WatchedConnector { inner: self.connector.clone(), wire: wire.clone() };
         let agent = Agent::with_parts(self.config.clone(), connector, LocalFirstResolver::default());
-        Lease { client: self, agent, wire }
+        Lease::new(self, agent, wire)
     }
 }
 
@@ -132,12 +145,18 @@ pub struct Lease<'a> {
     client: &'a Client,
     agent: Agent,
     wire: Arc<Wire>,
+    interrupt: Interrupt,
 }
 
-impl Lease<'_> {
+impl<'a> Lease<'a> {
+    fn new(client: &'a Client, agent: Agent, wire: Arc<Wire>) -> Lease<'a> {
+        let interrupt = Interrupt(Arc::new(Mutex::new(Some(agent.clone()))));
+        Lease { client, agent, wire, interrupt }
+    }
+
     /// The means to end this lease's blocking calls.
     pub fn interrupt(&self) -> Interrupt {
-        Interrupt(self.agent.clone())
+        self.interrupt.clone()
     }
 
     /// `GET`, bounded in time.
@@ -172,9 +191,10 @@ impl Lease<'_> {
 
     /// Gives the agent back for the next exchange, when this one was read to its end and nobody interrupted it.
     pub fn give_back(self) {
+        let Some(agent) = self.interrupt.disarm() else { return };
         let mut idle = self.client.idle.lock().unwrap_or_else(PoisonError::into_inner);
         if idle.len() < IDLE_AGENTS_MAX {
-            idle.push(Idle { agent: self.agent, wire: self.wire, since: Instant::now() });
+            idle.push(Idle { agent, wire: self.wire, since: Instant::now() });
         }
     }
 }

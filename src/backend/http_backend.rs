@@ -2,9 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+use ureq::Body;
+use ureq::http::Response;
+
 use super::context_window;
 use super::error::{BackendError, BackendResult};
-use super::http::{Client, read_bounded};
+use super::http::{Client, Lease, read_bounded};
 use super::kind::{BaseUrl, Kind};
 use super::listing;
 use super::relay::{before_the_answer, relay};
@@ -41,49 +44,58 @@ impl HttpBackend {
         HttpBackend { kind, id: format!("{kind} at {root}"), root, api, client }
     }
 
-    fn checked_models(&self, until: Instant) -> BackendResult<Vec<BackendModel>> {
-        self.check_health(until)?;
-        self.listed_models(until)
+    fn probe_for(&self, time: Duration) -> Probe<'_> {
+        Probe { backend: self, until: Instant::now() + time }
     }
+}
 
+/// The questions of one probe, which share its time.
+pub struct Probe<'a> {
+    backend: &'a HttpBackend,
+    until: Instant,
+}
+
+impl Probe<'_> {
     /// Passes where the kind has no health check of its own, or this server lacks it: then the listing is the check.
-    fn check_health(&self, until: Instant) -> BackendResult<()> {
-        let Some(path) = self.kind.health_path() else { return Ok(()) };
-        match self.get(&format!("{}{path}", self.root), until) {
+    fn health(&self) -> BackendResult<()> {
+        let Some(path) = self.backend.kind.health_path() else { return Ok(()) };
+        match self.get_below_root(path) {
             Ok(_) => Ok(()),
             Err(BackendError::ModelNotFound(answer)) if answer.status == 404 => Ok(()),
             Err(e) => Err(e),
         }
     }
 
-    fn listed_models(&self, until: Instant) -> BackendResult<Vec<BackendModel>> {
-        let listed = listing::parse(self.kind, &self.get(&format!("{}/models", self.api), until)?)?;
-        let ask = context_window::Questions {
-            get: &|path| self.get(&format!("{}{path}", self.root), until),
-            post: &|path, body| self.post(&format!("{}{path}", self.root), body, until),
-        };
-        Ok(context_window::fill_in(self.kind, listed, &ask))
+    fn models(&self) -> BackendResult<Vec<BackendModel>> {
+        let listed = listing::parse(self.backend.kind, &self.listing()?)?;
+        Ok(context_window::fill_in(self.backend.kind, listed, self))
     }
 
-    fn get(&self, url: &str, until: Instant) -> BackendResult<Vec<u8>> {
-        self.ask(until, |lease, time| lease.get(url, time))
+    fn listing(&self) -> BackendResult<Vec<u8>> {
+        let url = format!("{}/models", self.backend.api);
+        self.ask(|lease, time| lease.get(&url, time))
     }
 
-    fn post(&self, url: &str, body: &[u8], until: Instant) -> BackendResult<Vec<u8>> {
-        self.ask(until, |lease, time| lease.post(url, body, time))
+    /// `GET` of one of the server's own routes.
+    pub fn get_below_root(&self, path: &str) -> BackendResult<Vec<u8>> {
+        let url = format!("{}{path}", self.backend.root);
+        self.ask(|lease, time| lease.get(&url, time))
     }
 
-    /// One question of a probe; asked again when a kept-alive connection turned out to be closed.
-    fn ask(
-        &self,
-        until: Instant,
-        put: impl Fn(&super::http::Lease<'_>, Duration) -> Result<ureq::http::Response<ureq::Body>, ureq::Error>,
-    ) -> BackendResult<Vec<u8>> {
-        let time = || until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        let mut lease = self.client.lease();
+    /// `POST` of JSON to one of the server's own routes.
+    pub fn post_below_root(&self, path: &str, body: &[u8]) -> BackendResult<Vec<u8>> {
+        let url = format!("{}{path}", self.backend.root);
+        self.ask(|lease, time| lease.post(&url, body, time))
+    }
+
+    /// Asked again when a kept-alive connection turned out to be closed.
+    fn ask(&self, put: impl Fn(&Lease<'_>, Duration) -> Result<Response<Body>, ureq::Error>) -> BackendResult<Vec<u8>> {
+        let time = || self.until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        let client = &self.backend.client;
+        let mut lease = client.lease();
         let mut answer = put(&lease, time());
         if matches!(answer, Err(ureq::Error::Io(_))) && lease.was_stale() {
-            lease = self.client.fresh_lease();
+            lease = client.fresh_lease();
             answer = put(&lease, time());
         }
         let response = answer.map_err(probe_error)?;
@@ -114,15 +126,15 @@ impl Backend for HttpBackend {
     }
 
     fn list_models(&self) -> BackendResult<Vec<BackendModel>> {
-        self.listed_models(Instant::now() + PROBE_TIME)
+        self.probe_for(PROBE_TIME).models()
     }
 
     fn health(&self) -> BackendResult<BackendHealth> {
         let asked = Instant::now();
-        let until = asked + PROBE_TIME;
+        let probe = self.probe_for(PROBE_TIME);
         let checked = match self.kind.health_path() {
-            Some(_) => self.check_health(until),
-            None => self.get(&format!("{}/models", self.api), until).map(drop),
+            Some(_) => probe.health(),
+            None => probe.listing().map(drop),
         };
         Ok(match checked {
             Ok(()) => {
@@ -134,7 +146,9 @@ impl Backend for HttpBackend {
     }
 
     fn probe(&self) -> BackendResult<Vec<BackendModel>> {
-        self.checked_models(Instant::now() + PROBE_TIME)
+        let probe = self.probe_for(PROBE_TIME);
+        probe.health()?;
+        probe.models()
     }
 
     fn ready(&self) -> BackendResult<()> {

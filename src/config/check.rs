@@ -69,7 +69,7 @@ fn key_path(section: &Section<'_>) -> Result<PathBuf, ConfigError> {
     const FIX: &str = "write an absolute path in quotes";
     match section.string("key_path", FIX)? {
         Some(path) if path.value.trim().is_empty() => {
-            Err(path.fault("it is empty", format!("leave it out for {KEY_PATH_DEFAULT}")))
+            Err(path.fault("it is empty", &format!("leave it out for {KEY_PATH_DEFAULT}")))
         }
         Some(path) => expand_home(path.value).ok_or_else(|| path.fault("HOME is not set", FIX)),
         None => expand_home(KEY_PATH_DEFAULT).ok_or_else(|| section.missing("key_path", FIX)),
@@ -89,7 +89,7 @@ fn backends(root: &Section<'_>) -> Result<Vec<BackendConfig>, ConfigError> {
         if !seen.insert((entry.kind, place)) {
             let key = if entry.url.is_some() { "url" } else { "kind" };
             let what = format!("this {} backend is listed twice", entry.kind);
-            return Err(section.fault(key, what, "remove one of the two entries"));
+            return Err(section.fault(key, &what, "remove one of the two entries"));
         }
         checked.push(entry);
     }
@@ -115,9 +115,9 @@ fn backend_url(section: &Section<'_>, kind: Kind) -> Result<Option<BaseUrl>, Con
     let example = kind.default_urls().first().unwrap_or(&"http://localhost:8000");
     let fix = format!("write an address such as url = \"{example}\"");
     match section.string("url", &fix)? {
-        Some(url) => BaseUrl::parse(url.value).map(Some).map_err(|e| url.fault(e.to_string(), fix)),
+        Some(url) => BaseUrl::parse(url.value).map(Some).map_err(|e| url.fault(&e.to_string(), &fix)),
         None if kind.is_hosted() => Ok(None),
-        None => Err(section.missing("url", format!("a {kind} backend needs one: {fix}"))),
+        None => Err(section.missing("url", &format!("a {kind} backend needs one: {fix}"))),
     }
 }
 
@@ -127,8 +127,8 @@ fn api_key_env(section: &Section<'_>, kind: Kind) -> Result<Option<String>, Conf
         format!("put the key into an environment variable, and its name here: api_key_env = \"{example}_API_KEY\"");
     match section.string("api_key_env", &fix)? {
         Some(name) if is_variable_name(name.value) => Ok(Some(name.value.to_owned())),
-        Some(other) => Err(other.fault("it is not the name of an environment variable", fix)),
-        None if kind.is_hosted() => Err(section.missing("api_key_env", fix)),
+        Some(other) => Err(other.fault("it is not the name of an environment variable", &fix)),
+        None if kind.is_hosted() => Err(section.missing("api_key_env", &fix)),
         None => Ok(None),
     }
 }
@@ -185,7 +185,7 @@ fn within(section: &Section<'_>, key: &'static str, range: RangeInclusive<u32>) 
     let fix = format!("write a number from {} to {}", range.start(), range.end());
     let Some(found) = section.integer(key, &fix)? else { return Ok(None) };
     let number = u32::try_from(found.value).ok().filter(|n| range.contains(n));
-    number.map(Some).ok_or_else(|| found.fault("out of range", fix))
+    number.map(Some).ok_or_else(|| found.fault("out of range", &fix))
 }
 
 /// 0.3.5 takes any text here (filters such as `info,hyper=warn`), so a level that we do not know is no error.

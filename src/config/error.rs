@@ -1,66 +1,32 @@
 //! What is wrong with a configuration, where, and what to do about it.
 
-use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// The longest value that an error quotes, in characters.
 const QUOTED_MAX: usize = 80;
 
-/// One fault.
-#[derive(Debug)]
-pub struct ConfigError {
-    file: Option<PathBuf>,
-    line: Option<usize>,
-    key: String,
-    value: Option<String>,
-    what: String,
-    fix: String,
-}
+/// One fault: the file and the line, the key and its value, what is wrong with it, and the fix.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct ConfigError(String);
 
 impl ConfigError {
     /// A fault of the file as a whole.
-    pub(super) fn in_file(file: &Path, what: String, fix: &str) -> ConfigError {
-        ConfigError { file: Some(file.to_owned()), line: None, key: String::new(), value: None, what, fix: fix.into() }
+    pub(super) fn in_file(file: &Path, what: &str, fix: &str) -> ConfigError {
+        ConfigError(format!("{}: {what}; {fix}", file.display()))
     }
 
     /// There is no file.
     pub(super) fn not_found(looked_at: &[PathBuf]) -> ConfigError {
         let places: Vec<String> = looked_at.iter().map(|p| format!("`{}`", p.display())).collect();
-        ConfigError {
-            file: None,
-            line: None,
-            key: String::new(),
-            value: None,
-            what: format!("no agent.toml found; looked at {}", places.join(" and ")),
-            fix:
-                "write one there, or name one with --config FILE; to see the agent work without one: usepod-agent demo"
-                    .into(),
-        }
+        ConfigError(format!(
+            "no agent.toml found; looked at {}; write one there, or name one with --config FILE; to see the agent work \
+             without one: usepod-agent demo",
+            places.join(" and ")
+        ))
     }
 }
-
-impl fmt::Display for ConfigError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(file) = &self.file {
-            write!(f, "{}:", file.display())?;
-            if let Some(line) = self.line {
-                write!(f, "{line}:")?;
-            }
-            f.write_str(" ")?;
-        }
-        if !self.key.is_empty() {
-            write!(f, "`{}`", self.key)?;
-            if let Some(value) = &self.value {
-                write!(f, " = {value}")?;
-            }
-            f.write_str(": ")?;
-        }
-        write!(f, "{}; {}", self.what, self.fix)
-    }
-}
-
-impl std::error::Error for ConfigError {}
 
 /// The text that the faults are in.
 #[derive(Clone, Copy)]
@@ -71,65 +37,50 @@ pub struct Source<'a> {
 
 impl Source<'_> {
     /// A fault of the value at `span`.
-    pub fn fault(&self, key: &str, span: Range<usize>, what: impl Into<String>, fix: impl Into<String>) -> ConfigError {
-        let shown = self.text.get(span.clone()).unwrap_or_default();
-        ConfigError {
-            file: Some(self.path.to_owned()),
-            line: Some(self.line_of(span.start)),
-            key: key.to_owned(),
-            value: Some(quoted(key, shown)),
-            what: what.into(),
-            fix: fix.into(),
-        }
-    }
-
-    /// A key that should be there; `at` is where it would be, if that is known.
-    pub fn missing(&self, key: &str, at: Option<usize>, fix: impl Into<String>) -> ConfigError {
-        ConfigError {
-            file: Some(self.path.to_owned()),
-            line: at.map(|at| self.line_of(at)),
-            key: key.to_owned(),
-            value: None,
-            what: "it is missing".into(),
-            fix: fix.into(),
-        }
+    pub fn fault(&self, key: &str, span: Range<usize>, what: &str, fix: &str) -> ConfigError {
+        let value = quoted(key, self.text.get(span.clone()).unwrap_or_default());
+        self.at(Some(span.start), &format!("`{key}` = {value}: {what}"), fix)
     }
 
     /// A fault whose value may be anything, and is not shown.
-    pub fn hidden_fault(&self, key: &str, span: Range<usize>, what: &str, fix: String) -> ConfigError {
-        ConfigError { value: None, ..self.fault(key, span, what, fix) }
+    pub fn hidden_fault(&self, key: &str, span: Range<usize>, what: &str, fix: &str) -> ConfigError {
+        self.at(Some(span.start), &format!("`{key}`: {what}"), fix)
+    }
+
+    /// A key that should be there; `at` is where it would be, if that is known.
+    pub fn missing(&self, key: &str, at: Option<usize>, fix: &str) -> ConfigError {
+        self.at(at, &format!("`{key}`: it is missing"), fix)
     }
 
     /// What the TOML parser found. Its own rendering would quote the line, secrets and all.
     pub fn syntax_fault(&self, e: &toml::de::Error) -> ConfigError {
         let at = e.span().map_or(0, |s| s.start);
-        let line = self.line_text(at);
-        let key = line.split_once('=').map(|(key, _)| key.trim()).unwrap_or_default();
-        let is_plain = key.chars().all(|c| c.is_ascii_alphanumeric() || "-_.\"".contains(c));
-        let value = line.split_once('=').map(|(_, value)| quoted(line, value.trim()));
-        ConfigError {
-            file: Some(self.path.to_owned()),
-            line: Some(self.line_of(at)),
-            key: if is_plain { key.to_owned() } else { String::new() },
-            value: value.filter(|_| is_plain),
-            what: format!("this is not TOML ({})", e.message().replace('\n', ", ")),
-            fix: "write key = value, and texts in quotes".into(),
-        }
+        let line = self.text.lines().nth(self.line_of(at) - 1).unwrap_or_default();
+        let is_plain = |key: &str| key.chars().all(|c| c.is_ascii_alphanumeric() || "-_.\"".contains(c));
+        let place = match line.split_once('=') {
+            Some((key, value)) if is_plain(key.trim()) => {
+                format!("`{}` = {}: ", key.trim(), quoted(line, value.trim()))
+            }
+            _ => String::new(),
+        };
+        let message = e.message().replace('\n', ", ");
+        self.at(Some(at), &format!("{place}this is not TOML ({message})"), "write key = value, and texts in quotes")
+    }
+
+    fn at(&self, at: Option<usize>, what: &str, fix: &str) -> ConfigError {
+        let line = at.map(|at| format!(":{}", self.line_of(at))).unwrap_or_default();
+        ConfigError(format!("{}{line}: {what}; {fix}", self.path.display()))
     }
 
     fn line_of(&self, at: usize) -> usize {
         1 + self.text.as_bytes().iter().take(at).filter(|b| **b == b'\n').count()
     }
-
-    fn line_text(&self, at: usize) -> &str {
-        self.text.lines().nth(self.line_of(at) - 1).unwrap_or_default()
-    }
 }
 
 /// Keys whose values may be secrets, also because somebody put one where its name belongs.
 fn may_be_secret(key: &str) -> bool {
-    let key = key.to_ascii_lowercase();
-    key != "key_path" && ["code", "key", "secret", "token", "passw"].iter().any(|word| key.contains(word))
+    let key = key.to_ascii_lowercase().replace("key_path", "");
+    ["code", "key", "secret", "token", "passw"].iter().any(|word| key.contains(word)) && !key.contains("max_tokens")
 }
 
 fn quoted(key: &str, value: &str) -> String {

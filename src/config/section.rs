@@ -26,7 +26,7 @@ pub struct Found<'a, T> {
 
 impl<T> Found<'_, T> {
     /// What is wrong with it.
-    pub fn fault(&self, what: impl Into<String>, fix: impl Into<String>) -> ConfigError {
+    pub fn fault(&self, what: &str, fix: &str) -> ConfigError {
         self.source.fault(&self.key, self.span.clone(), what, fix)
     }
 }
@@ -101,16 +101,16 @@ impl<'a> Section<'a> {
         let key = format!("{} {}", self.name, key.get_ref().escape_debug());
         let fix = format!("remove it; known keys are: {}", known.join(", "));
         // Whatever stands there is not ours to show: a key pasted in plain, for instance.
-        Err(self.source.hidden_fault(&key, value.span(), "unknown key", fix))
+        Err(self.source.hidden_fault(&key, value.span(), "unknown key", &fix))
     }
 
     /// `key` should be there and is not.
-    pub fn missing(&self, key: &str, fix: impl Into<String>) -> ConfigError {
+    pub fn missing(&self, key: &str, fix: &str) -> ConfigError {
         self.source.missing(&self.full_name(key), self.at, fix)
     }
 
     /// Something is wrong with the value of `key`, or with the section where it has none.
-    pub fn fault(&self, key: &str, what: impl Into<String>, fix: impl Into<String>) -> ConfigError {
+    pub fn fault(&self, key: &str, what: &str, fix: &str) -> ConfigError {
         match self.get(key) {
             Some(value) => self.source.fault(&self.full_name(key), value.span(), what, fix),
             None => self.source.missing(&self.full_name(key), self.at, fix),
@@ -131,14 +131,14 @@ impl<'a> Section<'a> {
             }
             None => {
                 let what = format!("it is not {wanted}");
-                Err(self.source.fault(&self.full_name(key), spanned.span(), what, fix))
+                Err(self.source.fault(&self.full_name(key), spanned.span(), &what, fix))
             }
         }
     }
 
     fn wrong_type(&self, key: &str, at: &Spanned<DeValue<'_>>, is: &DeValue<'_>, wanted: &str) -> ConfigError {
         let what = format!("it is of type {}, not {wanted}", is.type_str());
-        self.source.fault(&self.full_name(key), at.span(), what, "see `Configure` in the README for what goes there")
+        self.source.fault(&self.full_name(key), at.span(), &what, "see `Configure` in the README for what goes there")
     }
 
     fn get(&self, key: &str) -> Option<&'a Spanned<DeValue<'a>>> {

@@ -17,6 +17,8 @@ const REFRESH: Duration = Duration::from_secs(30);
 const REFRESH_LOADING: Duration = Duration::from_secs(5);
 /// The first offer waits for all probes; from here on only until one has found something.
 const SETTLE: Duration = Duration::from_secs(1);
+/// Rounds that failing jobs ask for are at least so far apart.
+const NUDGE_SPACING: Duration = Duration::from_secs(1);
 /// Requests for a round that may wait: one more would ask for what the next round does anyway.
 const REQUESTS_MAX: usize = 4;
 
@@ -77,23 +79,38 @@ struct Probed {
 
 impl Actor {
     fn run(mut self, inbox: &Receiver<Request>) {
-        let mut wait = Duration::MAX;
+        // Nothing is due before somebody asks.
+        let mut due: Option<Instant> = None;
+        let mut last_round = Instant::now();
         loop {
-            let first = match inbox.recv_timeout(wait) {
-                Ok(request) => Some(request),
-                Err(RecvTimeoutError::Timeout) => None,
-                Err(RecvTimeoutError::Disconnected) => return,
+            let first = match due {
+                Some(due) => inbox.recv_deadline(due),
+                None => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
             };
+            if matches!(first, Err(RecvTimeoutError::Disconnected)) {
+                return;
+            }
             // One round answers all who asked before it began.
-            let waiting: Vec<Request> = first.into_iter().chain(inbox.try_iter()).collect();
+            let waiting: Vec<Sender<()>> = first.into_iter().chain(inbox.try_iter()).flatten().collect();
+            let now = Instant::now();
+            if waiting.is_empty() && due.is_some_and(|due| now < due) {
+                // Nudges alone: a backend in trouble is not asked for every job that it fails.
+                let soon = (last_round + NUDGE_SPACING).max(now);
+                if soon > now {
+                    due = due.map(|due| due.min(soon));
+                    continue;
+                }
+            }
             self.round(waiting);
+            last_round = Instant::now();
             let soon = |b: &Probed| matches!(b.away, Some(BackendError::Loading(_) | BackendError::Overloaded(_)));
-            wait = (if self.backends.iter().any(soon) { REFRESH_LOADING } else { REFRESH }).mul_f64(0.8 + 0.4 * dice());
+            let wait = if self.backends.iter().any(soon) { REFRESH_LOADING } else { REFRESH };
+            due = Some(last_round + wait.mul_f64(0.8 + 0.4 * dice()));
         }
     }
 
     /// Asks every backend, and publishes as the answers come in.
-    fn round(&mut self, waiting: Vec<Request>) {
+    fn round(&mut self, waiting: Vec<Sender<()>>) {
         let began = Instant::now();
         let mut waiting = Some(waiting);
         let backends: Vec<_> = self.backends.iter().map(|b| b.offered.backend.clone()).collect();

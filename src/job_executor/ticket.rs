@@ -60,11 +60,6 @@ impl Ticket {
         }
     }
 
-    /// The worker is through: a later cancel must not close a connection that serves another job by then.
-    pub fn forget_interrupt(&self) {
-        self.wake().interrupt = None;
-    }
-
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::SeqCst)
     }

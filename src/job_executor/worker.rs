@@ -77,7 +77,6 @@ struct Ending<'a> {
 
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
-        self.ticket.forget_interrupt();
         let sent = match self.terminal_frame() {
             Some(frame) => self.shared.outbox.terminal(&self.shared.table, self.ticket, frame).is_ok(),
             None => false,

@@ -19,7 +19,7 @@ use tungstenite::{Message, WebSocket};
 
 pub use dial::{CONNECT_TIMEOUT, DialError, Dialer};
 
-use crate::writer::Control;
+use crate::writer::{CONTROL_LANE_MAX, Control};
 
 /// So long without a byte in, or without progress out, and the link is dead. Three heartbeats' pongs missed.
 pub const STALL_TIMEOUT: Duration = Duration::from_secs(45);
@@ -281,6 +281,9 @@ impl Write for LinkReader {
         }
         match &self.outlet {
             Outlet::Direct => LinkWriter(self.link.clone()).write_all(&bytes),
+            Outlet::Writer(control) if control.len() >= CONTROL_LANE_MAX => {
+                Err(io::Error::other("the coordinator sends pings but does not read the pongs"))
+            }
             Outlet::Writer(control) => control.send(Control::Raw(bytes)).map_err(|_| io::ErrorKind::BrokenPipe.into()),
         }
     }

@@ -1,0 +1,219 @@
+//! The built-in backend for a machine that has none: it says the last user message back, word by word, in the stream of
+//! OpenAI or of Anthropic. What it will send for a request is a pure function, so that every byte can be checked.
+//!
+//! Who runs here: the connection threads of its `HttpServer`; they share nothing.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::coordinator::Format;
+use super::exchange::Exchange;
+use super::http::{self, HttpServer};
+
+/// The only model that the echo backend lists.
+pub(super) const MODEL: &str = "echo";
+
+/// Pause between two words, so that a person sees the stream.
+const WORD_PAUSE: Duration = Duration::from_millis(10);
+
+/// The echo backend; dropping it stops it.
+pub(super) struct Echo {
+    server: HttpServer,
+}
+
+impl Echo {
+    /// Starts on a free loopback port.
+    pub(super) fn start() -> io::Result<Self> {
+        let server = HttpServer::start(http::bind(0)?, "demo-echo", Arc::new(handle))?;
+        Ok(Self { server })
+    }
+
+    /// Where it listens.
+    pub(super) fn address(&self) -> SocketAddr {
+        self.server.address
+    }
+}
+
+/// The exact bytes that are sent for `request`.
+pub(super) fn exact_answer(request: &Value, format: Format) -> Vec<u8> {
+    answer_pieces(request, format).concat().into_bytes()
+}
+
+fn handle(exchange: &mut Exchange<'_>) {
+    let format = match (exchange.method(), exchange.path()) {
+        ("GET", "/health") => return exchange.respond_json(200, &json!({"status": "ok"})),
+        ("GET", "/v1/models") => return exchange.respond_json(200, &listing()),
+        ("POST", "/v1/chat/completions") => Format::Openai,
+        ("POST", "/v1/messages") => Format::Anthropic,
+        _ => return exchange.respond_json(404, &json!({"error": {"message": "no such route"}})),
+    };
+    match exchange.read_json() {
+        Ok(body) => stream(exchange, &answer_pieces(&body, format)),
+        Err(bad) => exchange.respond_json(bad.status, &json!({"error": {"message": bad.message}})),
+    }
+}
+
+fn listing() -> Value {
+    json!({"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "demo"}]})
+}
+
+fn stream(exchange: &mut Exchange<'_>, pieces: &[String]) {
+    let sent = exchange.stream("text/event-stream").and_then(|mut body| {
+        for (index, piece) in pieces.iter().enumerate() {
+            if index > 0 {
+                std::thread::sleep(WORD_PAUSE);
+            }
+            body.send(piece.as_bytes())?;
+        }
+        body.finish()
+    });
+    if let Err(error) = sent {
+        log::debug!("the echo was not wanted to its end: {error}");
+    }
+}
+
+/// The answer, cut where the echo pauses.
+fn answer_pieces(request: &Value, format: Format) -> Vec<String> {
+    let text = last_user_text(request);
+    let words: Vec<&str> = text.split_inclusive(char::is_whitespace).collect();
+    let limit = ["max_tokens", "max_completion_tokens"].iter().find_map(|key| request[*key].as_u64());
+    let limit = limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX);
+    let answer = Answer {
+        model: request["model"].as_str().unwrap_or(MODEL),
+        words: &words[..words.len().min(limit)],
+        cut: words.len() > limit,
+        input_tokens: words.len(),
+    };
+    match format {
+        Format::Openai => openai_pieces(&answer, request["stream_options"]["include_usage"] == true),
+        Format::Anthropic => anthropic_pieces(&answer),
+    }
+}
+
+struct Answer<'a> {
+    model: &'a str,
+    words: &'a [&'a str],
+    cut: bool,
+    input_tokens: usize,
+}
+
+/// `text` as JSON. The events are written as text, not as trees of values: that is a fifth of the machine code.
+fn quoted(text: &str) -> String {
+    Value::from(text).to_string()
+}
+
+fn openai_pieces(answer: &Answer, with_usage: bool) -> Vec<String> {
+    let head = r#""id":"chatcmpl-echo","object":"chat.completion.chunk","created":0"#;
+    let head = format!("data: {{{head},\"model\":{}", quoted(answer.model));
+    let delta = |delta: &str, finish: &str| {
+        format!("{head},\"choices\":[{{\"index\":0,\"delta\":{{{delta}}},\"finish_reason\":{finish}}}]}}\n\n")
+    };
+    let content = |word: &&str| delta(&format!("\"content\":{}", quoted(word)), "null");
+    let mut pieces: Vec<String> = answer.words.iter().map(content).collect();
+    if pieces.is_empty() {
+        pieces.push(String::new());
+    }
+    pieces[0].insert_str(0, &delta(r#""role":"assistant","content":"""#, "null"));
+    let mut end = delta("", if answer.cut { r#""length""# } else { r#""stop""# });
+    if with_usage {
+        let (input, output) = (answer.input_tokens, answer.words.len());
+        let usage =
+            format!("\"prompt_tokens\":{input},\"completion_tokens\":{output},\"total_tokens\":{}", input + output);
+        end += &format!("{head},\"choices\":[],\"usage\":{{{usage}}}}}\n\n");
+    }
+    finished(pieces, &(end + "data: [DONE]\n\n"))
+}
+
+fn anthropic_pieces(answer: &Answer) -> Vec<String> {
+    let event = |kind: &str, rest: &str| format!("event: {kind}\ndata: {{\"type\":\"{kind}\",{rest}}}\n\n");
+    let message =
+        r#""id":"msg_echo","type":"message","role":"assistant","content":[],"stop_reason":null,"stop_sequence":null"#;
+    let usage = format!("\"usage\":{{\"input_tokens\":{},\"output_tokens\":0}}", answer.input_tokens);
+    let start = format!("\"message\":{{{message},\"model\":{},{usage}}}", quoted(answer.model));
+    let block = r#""index":0,"content_block":{"type":"text","text":""}"#;
+    let delta = |word: &&str| {
+        let delta = format!("\"index\":0,\"delta\":{{\"type\":\"text_delta\",\"text\":{}}}", quoted(word));
+        event("content_block_delta", &delta)
+    };
+    let mut pieces: Vec<String> = answer.words.iter().map(delta).collect();
+    if pieces.is_empty() {
+        pieces.push(String::new());
+    }
+    pieces[0].insert_str(0, &(event("message_start", &start) + &event("content_block_start", block)));
+    let (reason, output) = (if answer.cut { "max_tokens" } else { "end_turn" }, answer.words.len());
+    let delta = format!(
+        "\"delta\":{{\"stop_reason\":\"{reason}\",\"stop_sequence\":null}},\"usage\":{{\"output_tokens\":{output}}}"
+    );
+    let end = event("content_block_stop", r#""index":0"#) + &event("message_delta", &delta);
+    finished(pieces, &(end + "event: message_stop\ndata: {\"type\":\"message_stop\"}\n\n"))
+}
+
+/// The end of the stream comes with the last word.
+fn finished(mut pieces: Vec<String>, end: &str) -> Vec<String> {
+    if let Some(last) = pieces.last_mut() {
+        last.push_str(end);
+    }
+    pieces
+}
+
+/// The text of the last user message: a string, or the text parts of a list.
+fn last_user_text(request: &Value) -> String {
+    let messages = request["messages"].as_array().map_or(&[][..], Vec::as_slice);
+    let Some(last) = messages.iter().rev().find(|message| message["role"] == "user") else { return String::new() };
+    match &last["content"] {
+        Value::String(text) => text.clone(),
+        Value::Array(parts) => parts.iter().filter_map(|part| part["text"].as_str()).collect(),
+        _ => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::assemble;
+    use super::*;
+
+    fn request(content: &Value) -> Value {
+        json!({"model": "echo", "messages": [{"role": "user", "content": "old"}, {"role": "assistant", "content": "x"},
+               {"role": "user", "content": content}], "stream_options": {"include_usage": true}})
+    }
+
+    #[test]
+    fn openai_echo_is_a_whole_stream() {
+        let request = request(&json!("grüße an  alle\n"));
+        let stream = exact_answer(&request, Format::Openai);
+        assert!(stream.ends_with(b"data: [DONE]\n\n"));
+        let whole = assemble::openai_completion(&stream).unwrap();
+        assert_eq!(whole["choices"][0]["message"]["content"], "grüße an  alle\n");
+        assert_eq!(whole["choices"][0]["finish_reason"], "stop");
+        assert_eq!(whole["usage"], json!({"prompt_tokens": 4, "completion_tokens": 4, "total_tokens": 8}));
+    }
+
+    #[test]
+    fn anthropic_echo_is_a_whole_stream() {
+        let request = request(&json!([{"type": "text", "text": "one two"}, {"type": "image"}]));
+        let whole = assemble::anthropic_message(&exact_answer(&request, Format::Anthropic)).unwrap();
+        assert_eq!(whole["content"], json!([{"type": "text", "text": "one two"}]));
+        assert_eq!(whole["stop_reason"], "end_turn");
+        assert_eq!(whole["usage"], json!({"input_tokens": 2, "output_tokens": 2}));
+    }
+
+    #[test]
+    fn max_tokens_cuts_and_usage_is_only_sent_when_asked_for() {
+        let mut request = request(&json!("one two three"));
+        request["max_tokens"] = json!(1);
+        request["stream_options"] = Value::Null;
+        let stream = exact_answer(&request, Format::Openai);
+        let whole = assemble::openai_completion(&stream).unwrap();
+        assert_eq!(whole["choices"][0]["message"]["content"], "one ");
+        assert_eq!(whole["choices"][0]["finish_reason"], "length");
+        assert_eq!(whole["usage"], Value::Null);
+        request["max_tokens"] = json!(0);
+        assert!(assemble::openai_completion(&exact_answer(&request, Format::Openai)).is_ok());
+        assert!(assemble::anthropic_message(&exact_answer(&json!({}), Format::Anthropic)).is_ok());
+        assert!(assemble::openai_completion(&exact_answer(&json!(7), Format::Openai)).is_ok());
+    }
+}

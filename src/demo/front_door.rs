@@ -1,0 +1,336 @@
+//! An OpenAI-compatible HTTP server in front of the local coordinator: what a buyer of the market would talk to.
+//!
+//! Who runs here: the `demo-door-N` threads of its `HttpServer`, one a connection; they share the coordinator.
+//!
+//! Invariants: what a streaming client gets is what the backend sent, byte for byte; only a job that fails after its first
+//! byte gets an error event added, so that a cut stream is seen as one. A client that goes away, even before the first
+//! byte, cancels its job.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::assemble;
+use super::coordinator::{Coordinator, CoordinatorError, Format, Job, JobEvent, JobOrder, Waited};
+use super::exchange::Exchange;
+use super::http::{self, HttpServer};
+use super::link::OfferedModel;
+
+/// How long a request may take: long enough for a cold model on a slow machine.
+const JOB_DEADLINE: Duration = Duration::from_secs(600);
+
+/// How often a silent job's client is looked at.
+const CLIENT_POLL: Duration = Duration::from_millis(100);
+
+/// The longest answer that is put together for a client that does not stream.
+const ANSWER_BYTES_MAX: usize = 64 * 1024 * 1024;
+
+/// The front door; dropping it stops it.
+pub struct FrontDoor {
+    server: HttpServer,
+}
+
+impl FrontDoor {
+    /// Serves on a socket from [`bind`].
+    pub fn start(listener: TcpListener, coordinator: Arc<Coordinator>) -> io::Result<Self> {
+        let handle = move |exchange: &mut Exchange<'_>| handle(&coordinator, exchange);
+        let server = HttpServer::start(listener, "demo-door", Arc::new(handle))?;
+        Ok(Self { server })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.server.address
+    }
+}
+
+/// Takes a loopback port for the front door; 0 is any free one.
+pub fn bind(port: u16) -> io::Result<TcpListener> {
+    http::bind(port)
+}
+
+/// An answer that is not the model's.
+struct Refusal {
+    status: u16,
+    code: String,
+    message: String,
+}
+
+impl Refusal {
+    fn new(status: u16, code: &str, message: impl Into<String>) -> Self {
+        Self { status, code: code.to_owned(), message: message.into() }
+    }
+
+    fn of_job(code: String, message: String) -> Self {
+        Self { status: status_of(&code), code, message }
+    }
+
+    /// One body for both formats: OpenAI's clients look at `error`, Anthropic's at `type` as well.
+    fn body(&self) -> Value {
+        let kind = if self.status < 500 { "invalid_request_error" } else { "api_error" };
+        json!({"type": "error",
+               "error": {"message": self.message, "type": kind, "param": null, "code": self.code}})
+    }
+}
+
+impl From<CoordinatorError> for Refusal {
+    fn from(error: CoordinatorError) -> Self {
+        let status = match error {
+            CoordinatorError::NoAgent | CoordinatorError::NoOffer(..) => 503,
+            CoordinatorError::Send(_) => 502,
+            CoordinatorError::Start(_) => 500,
+        };
+        Self::new(status, "no_agent", error.to_string())
+    }
+}
+
+/// The HTTP status that tells a client what an error code of the protocol means.
+fn status_of(code: &str) -> u16 {
+    match code {
+        "model_not_loaded" => 404,
+        "out_of_capacity" => 429,
+        "backend_unreachable" | "auth_rejected_by_backend" => 502,
+        "backend_timeout" => 504,
+        _ => 500, // `internal`, and what a newer agent may say
+    }
+}
+
+fn handle(coordinator: &Coordinator, exchange: &mut Exchange<'_>) {
+    match (exchange.method(), exchange.path()) {
+        ("GET", "/health") => health(coordinator, exchange),
+        ("GET", "/v1/models") => exchange.respond_json(200, &listing(&offered(coordinator))),
+        ("POST", "/v1/chat/completions") => answer(coordinator, exchange, Format::Openai),
+        ("POST", "/v1/messages") => answer(coordinator, exchange, Format::Anthropic),
+        (_, path @ ("/health" | "/v1/models" | "/v1/chat/completions" | "/v1/messages")) => {
+            let refusal = Refusal::new(405, "method_not_allowed", format!("`{path}` does not take this method"));
+            refuse(exchange, &refusal);
+        }
+        (_, path) => {
+            let refusal = Refusal::new(404, "not_found", format!("there is no `{path}`"));
+            match path.strip_prefix("/v1/models/").map(percent_decoded) {
+                Some(model_id) => one_model(coordinator, exchange, &model_id),
+                None => refuse(exchange, &refusal),
+            }
+        }
+    }
+}
+
+fn offered(coordinator: &Coordinator) -> Vec<OfferedModel> {
+    coordinator.offer().map(|offer| offer.models).unwrap_or_default()
+}
+
+fn health(coordinator: &Coordinator, exchange: &mut Exchange<'_>) {
+    match coordinator.offer() {
+        Some(offer) => exchange.respond_json(200, &json!({"status": "ok", "models": offer.models.len()})),
+        None => exchange.respond_json(503, &json!({"status": "no agent"})),
+    }
+}
+
+fn listing(models: &[OfferedModel]) -> Value {
+    json!({"object": "list", "data": models.iter().map(listed).collect::<Vec<_>>()})
+}
+
+fn listed(model: &OfferedModel) -> Value {
+    let mut entry = json!({"id": model.model_id, "object": "model", "created": 0, "owned_by": model.backend});
+    if let Some(tokens) = model.context_window {
+        entry["context_length"] = tokens.into();
+    }
+    entry
+}
+
+fn one_model(coordinator: &Coordinator, exchange: &mut Exchange<'_>, model_id: &str) {
+    match offered(coordinator).iter().find(|model| model.model_id == model_id) {
+        Some(model) => exchange.respond_json(200, &listed(model)),
+        None => refuse(exchange, &Refusal::new(404, "model_not_found", format!("no model `{model_id}` is offered"))),
+    }
+}
+
+/// Clients write the slash in a model's name as `%2F`. What is no escape stays as it is.
+fn percent_decoded(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&first, tail)) = rest.split_first() {
+        let digits = tail.get(..2).filter(|digits| first == b'%' && digits.iter().all(u8::is_ascii_hexdigit));
+        let digits = digits.and_then(|digits| std::str::from_utf8(digits).ok());
+        match digits.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &tail[2..];
+            }
+            None => {
+                bytes.push(first);
+                rest = tail;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn refuse(exchange: &mut Exchange<'_>, refusal: &Refusal) {
+    exchange.respond_json(refusal.status, &refusal.body());
+}
+
+fn answer(coordinator: &Coordinator, exchange: &mut Exchange<'_>, format: Format) {
+    let body = match exchange.read_json() {
+        Ok(body) if body.is_object() => body,
+        Ok(_) => return refuse(exchange, &Refusal::new(400, "invalid_body", "the body is not a JSON object")),
+        Err(bad) => return refuse(exchange, &Refusal::new(bad.status, "invalid_body", bad.message)),
+    };
+    let streaming = body["stream"] == true;
+    let mut job = match submit(coordinator, body, format) {
+        Ok(job) => job,
+        Err(refusal) => return refuse(exchange, &refusal),
+    };
+    let served = if streaming { stream(exchange, &mut job, format) } else { whole(exchange, &mut job, format) };
+    if let Err(gone) = served {
+        job.cancel();
+        log::info!("an HTTP client left before the end of its answer, the job is cancelled: {gone}");
+    }
+}
+
+fn submit(coordinator: &Coordinator, request: Value, format: Format) -> Result<Job, Refusal> {
+    let Some(model_id) = request["model"].as_str().map(str::to_owned) else {
+        return Err(Refusal::new(400, "invalid_body", "the body has no string `model`; GET /v1/models lists them"));
+    };
+    // A model that is not offered is asked for all the same: the agent has to refuse it, and shows so here.
+    let order = JobOrder { job_id: Uuid::new_v4(), model_id, request, format, deadline: JOB_DEADLINE };
+    Ok(coordinator.submit(order)?)
+}
+
+/// The job's next event, while the client is there to see it. `None` after the end.
+fn next_event(job: &mut Job, client_is_gone: impl Fn() -> bool) -> io::Result<Option<JobEvent>> {
+    loop {
+        match job.wait(CLIENT_POLL) {
+            Waited::Event(event) => return Ok(Some(event)),
+            Waited::Over => return Ok(None),
+            Waited::NotYet if client_is_gone() => return Err(io::ErrorKind::ConnectionAborted.into()),
+            Waited::NotYet => {}
+        }
+    }
+}
+
+/// Passes the chunks on as they come. An error means that the client has gone.
+fn stream(exchange: &mut Exchange<'_>, job: &mut Job, format: Format) -> io::Result<()> {
+    let first = match next_event(job, || exchange.client_is_gone())? {
+        Some(JobEvent::Chunk(bytes)) => bytes,
+        Some(JobEvent::Failed { code, message }) => {
+            refuse(exchange, &Refusal::of_job(code, message));
+            return Ok(());
+        }
+        Some(JobEvent::Done(_)) | None => Vec::new(),
+    };
+    let content_type = match first.trim_ascii_start().first() {
+        Some(b'{') => "application/json", // a proxy in front of the backend did not stream
+        _ => "text/event-stream",
+    };
+    let mut body = exchange.stream(content_type)?;
+    body.send(&first)?;
+    let mut ended_clean = first.is_empty() || first.ends_with(b"\n\n");
+    while let Some(event) = next_event(job, || body.client_is_gone())? {
+        match event {
+            JobEvent::Chunk(bytes) => {
+                body.send(&bytes)?;
+                ended_clean = bytes.ends_with(b"\n\n");
+            }
+            JobEvent::Done(_) => {}
+            JobEvent::Failed { code, message } => {
+                body.send(&failure_event(&Refusal::of_job(code, message), format, ended_clean))?;
+            }
+        }
+    }
+    body.finish()
+}
+
+/// An error event that a client recognises, even when the stream was cut within a line.
+fn failure_event(refusal: &Refusal, format: Format, ended_clean: bool) -> Vec<u8> {
+    let separator = if ended_clean { "" } else { "\n\n" };
+    let name = match format {
+        Format::Openai => "",
+        Format::Anthropic => "event: error\n",
+    };
+    format!("{separator}{name}data: {}\n\n", refusal.body()).into_bytes()
+}
+
+/// Collects the stream and answers with one document. An error means that the client has gone.
+fn whole(exchange: &mut Exchange<'_>, job: &mut Job, format: Format) -> io::Result<()> {
+    match collected(exchange, job)?.and_then(|bytes| assembled(&bytes, format)) {
+        Ok(document) => exchange.respond_json(200, &document),
+        Err(refusal) => refuse(exchange, &refusal),
+    }
+    Ok(())
+}
+
+fn collected(exchange: &Exchange<'_>, job: &mut Job) -> io::Result<Result<Vec<u8>, Refusal>> {
+    let mut bytes = Vec::new();
+    while let Some(event) = next_event(job, || exchange.client_is_gone())? {
+        match event {
+            JobEvent::Chunk(chunk) if bytes.len() + chunk.len() > ANSWER_BYTES_MAX => {
+                job.cancel();
+                let message = "the answer is too long for one document; ask for it with `stream`";
+                return Ok(Err(Refusal::new(502, "answer_too_long", message)));
+            }
+            JobEvent::Chunk(chunk) => bytes.extend_from_slice(&chunk),
+            JobEvent::Done(_) => {}
+            JobEvent::Failed { code, message } => return Ok(Err(Refusal::of_job(code, message))),
+        }
+    }
+    Ok(Ok(bytes))
+}
+
+fn assembled(stream: &[u8], format: Format) -> Result<Value, Refusal> {
+    let document = match format {
+        Format::Openai => assemble::openai_completion(stream),
+        Format::Anthropic => assemble::anthropic_message(stream),
+    };
+    document.map_err(|error| Refusal::new(502, "bad_answer", error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_code_of_the_protocol_has_its_status() {
+        let expected = [
+            ("model_not_loaded", 404),
+            ("out_of_capacity", 429),
+            ("backend_unreachable", 502),
+            ("auth_rejected_by_backend", 502),
+            ("backend_timeout", 504),
+            ("internal", 500),
+            ("something_new", 500),
+        ];
+        for (code, status) in expected {
+            assert_eq!(status_of(code), status, "{code}");
+        }
+    }
+
+    #[test]
+    fn model_names_are_decoded() {
+        assert_eq!(percent_decoded("meta%2Fllama%20%zz%"), "meta/llama %zz%");
+    }
+
+    #[test]
+    fn an_error_event_stands_apart_from_a_cut_line() {
+        let refusal = Refusal::new(500, "internal", "cut");
+        let event = String::from_utf8(failure_event(&refusal, Format::Openai, false)).unwrap();
+        assert!(event.starts_with("\n\ndata: {") && event.ends_with("}\n\n"), "{event}");
+        let event = String::from_utf8(failure_event(&refusal, Format::Anthropic, true)).unwrap();
+        assert!(event.starts_with("event: error\ndata: {"), "{event}");
+    }
+
+    #[test]
+    fn the_listing_has_the_context_only_when_known() {
+        let mut model = OfferedModel { model_id: "m".to_owned(), backend: "vllm".to_owned(), context_window: None };
+        assert_eq!(
+            listing(&[model.clone()])["data"][0],
+            json!({"id":"m","object":"model","created":0,"owned_by":"vllm"})
+        );
+        model.context_window = Some(4096);
+        assert_eq!(listing(&[model])["data"][0]["context_length"], 4096);
+    }
+}

@@ -1,0 +1,377 @@
+//! `usepod-agent demo`: the real agent between a local coordinator and a backend, all in one process, over real sockets.
+//!
+//! Who runs here: the caller's thread orchestrates and prints; `agent` runs the very supervisor that `run` would; the
+//! coordinator, the front door and the echo backend have their own threads (see there). Nothing of this exists unless
+//! [`run`] is called.
+//!
+//! Invariant: the exit code is the verdict. [`run`] returns `Ok` only if the bytes that reached the coordinator are the
+//! bytes that the backend gave, and, for the built-in echo, the bytes that it must give.
+
+mod ask;
+mod assemble;
+mod backends;
+pub mod coordinator;
+mod echo;
+mod exchange;
+pub mod front_door;
+mod http;
+mod inbox;
+mod link;
+mod page;
+mod sse;
+mod witness;
+
+use std::collections::HashMap;
+use std::io::{self, Write};
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use thiserror::Error;
+use uuid::Uuid;
+
+use crate::config::{Config, CoordinatorConfig, Limits, MAX_CONCURRENT_DEFAULT, Price, Pricing};
+use crate::discovery::Terms;
+use crate::identity::{Identity, IdentityError};
+use crate::shutdown::Stop;
+use crate::supervisor::Agent;
+
+use backends::Chosen;
+use coordinator::{Coordinator, CoordinatorError, Offer};
+use front_door::FrontDoor;
+use page::{Page, ms, shell_word};
+
+pub use link::{HandshakeError, JobEnd, OfferedModel};
+
+/// Where the front door is when nobody says otherwise and the port is free.
+pub const DEFAULT_PORT: u16 = 8788;
+
+/// How long the agent may take to its first offer: the bounds of its own handshake and of its probes, and a little.
+const OFFER_WAIT: Duration = Duration::from_secs(20);
+
+/// How long the demo waits for a backend that is loading its model.
+const LOADING_WAIT: Duration = Duration::from_secs(300);
+
+/// How often a wait looks whether the demo is to stop.
+const STOP_POLL: Duration = Duration::from_millis(50);
+
+/// Stack of the agent's main thread.
+const AGENT_STACK_BYTES: usize = 1024 * 1024;
+
+/// What a real model is asked.
+const PROMPT: &str = "Say hello to the operator of this machine, in one short sentence.";
+
+/// What the echo is asked to repeat.
+const ECHO_PROMPT: &str = "Every word of this went from the coordinator through the agent to the backend and back.";
+
+/// Prices of the demo when there is no config, in millionths of a dollar; nobody pays them.
+const DEMO_PRICE_PER_1M: u64 = 100_000;
+
+/// How long jobs in flight may go on after Ctrl-C when there is no config.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// What the operator asked for.
+#[derive(Default)]
+pub struct Options {
+    /// The front door's port; `None`: [`DEFAULT_PORT`], or any other when that is taken.
+    pub port: Option<u16>,
+    /// What to ask.
+    pub prompt: Option<String>,
+    /// Whether to leave after the first answer.
+    pub once: bool,
+    /// Backends, prices and limits; its coordinator and its identity are not used.
+    pub config: Option<Config>,
+}
+
+/// Why the demo failed.
+#[derive(Debug, Error)]
+pub enum DemoError {
+    /// The local coordinator does not work, or the agent did not reach it.
+    #[error(transparent)]
+    Coordinator(#[from] CoordinatorError),
+    /// The port that was asked for cannot be had.
+    #[error("failed to listen on 127.0.0.1:{port}: {source}; choose another `--port`, or leave it out")]
+    Port {
+        /// The port.
+        port: u16,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A thread or socket of the demo could not be made.
+    #[error("failed to start the demo: {0}")]
+    Start(#[from] io::Error),
+    /// The agent ended by itself.
+    #[error("the agent ended before it was told to; its log on stderr says why")]
+    AgentEnded,
+    /// The agent got no key.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// There is nothing to ask.
+    #[error("the agent offers no models:{}", .0.iter().map(|why| format!("\n  {why}")).collect::<String>())]
+    NoModels(Vec<String>),
+    /// The request came back as an error.
+    #[error("the request failed with `{code}`: {message}")]
+    JobFailed {
+        /// The protocol's error code.
+        code: String,
+        /// What the agent says.
+        message: String,
+    },
+    /// The backend failed when asked without the agent.
+    #[error("the backend failed when asked directly: {0}")]
+    Direct(String),
+    /// The bytes are not right.
+    #[error("the bytes through the agent are wrong: {0}")]
+    WrongBytes(String),
+    /// A signal came before the first answer.
+    #[error("stopped before the first answer")]
+    Stopped,
+}
+
+/// Runs the demo until its answer (`once`) or until `stop`. Prints to `out`.
+///
+/// # Errors
+/// When there was no answer, or not the right bytes.
+pub fn run(options: Options, stop: &Arc<Stop>, out: &mut dyn Write) -> Result<(), DemoError> {
+    let mut page = Page::new(out);
+    page.line(format_args!(
+        "usepod-agent {} demo: coordinator, agent and backend on this machine",
+        env!("CARGO_PKG_VERSION")
+    ));
+    page.line(format_args!(""));
+    let chosen = backends::choose(options.config.as_ref())?;
+    let coordinator = Arc::new(Coordinator::start()?);
+    let door = FrontDoor::start(bind_door(options.port)?, coordinator.clone())?;
+    let note =
+        if chosen.echo.is_some() { " (the built-in echo: no server answered on the usual local ports)" } else { "" };
+    for offered in &chosen.backends {
+        page.line(format_args!("  backend      {}{note}", offered.backend.id()));
+    }
+    page.line(format_args!("  coordinator  {}", coordinator.url()));
+    page.line(format_args!("  front door   http://{}/v1", door.address()));
+    let agent = RunningAgent::start(&coordinator, &chosen, options.config, stop)?;
+    let result = first_answer(&coordinator, &chosen, &agent, options.prompt, stop, &mut page).and_then(|model_id| {
+        if options.once {
+            return Ok(());
+        }
+        page.line(format_args!(""));
+        page.line(format_args!("Try it, in another terminal:"));
+        page.line(format_args!("  {}", curl(&door, &model_id)));
+        page.line(format_args!(""));
+        page.line(format_args!("Ctrl-C ends the demo."));
+        agent.wait_until_stopped(stop)
+    });
+    agent.stop(stop);
+    result
+}
+
+fn bind_door(port: Option<u16>) -> Result<TcpListener, DemoError> {
+    match port {
+        Some(port) => front_door::bind(port).map_err(|source| DemoError::Port { port, source }),
+        None => Ok(front_door::bind(DEFAULT_PORT).or_else(|_| front_door::bind(0))?),
+    }
+}
+
+/// Waits for the agent, asks it, and shows the stages; the model that answered.
+fn first_answer(
+    coordinator: &Coordinator,
+    chosen: &Chosen,
+    agent: &RunningAgent,
+    prompt: Option<String>,
+    stop: &Stop,
+    page: &mut Page<'_>,
+) -> Result<String, DemoError> {
+    let mut offer = wait_for_offer(coordinator, OFFER_WAIT, |_| true, agent, stop)?;
+    if offer.models.is_empty() {
+        let loading = backends::loading(&chosen.backends);
+        if loading.is_empty() {
+            return Err(DemoError::NoModels(backends::diagnose(&chosen.backends)));
+        }
+        page.line(format_args!("  waiting      {} is still loading its model", loading.join(", ")));
+        offer = wait_for_offer(coordinator, LOADING_WAIT, |offer| !offer.models.is_empty(), agent, stop)?;
+    }
+    let Some(model_id) = model_to_ask(&offer) else {
+        return Err(DemoError::NoModels(backends::diagnose(&chosen.backends)));
+    };
+    page.line(format_args!("  model        {model_id}"));
+    let is_echo = backends::is_echo(chosen, &model_id);
+    let prompt = prompt.unwrap_or_else(|| if is_echo { ECHO_PROMPT } else { PROMPT }.to_owned());
+    page.line(format_args!(""));
+    page.line(format_args!("> {prompt}"));
+    page.line(format_args!(""));
+    let job_id = Uuid::new_v4();
+    chosen.record.watch(job_id);
+    let request = ask::request(&model_id, &prompt);
+    let answer = ask::ask(coordinator, job_id, &model_id, request.clone(), stop, page)?;
+    page.line(format_args!(""));
+    show_stages(&offer, &answer, page);
+    let seen = chosen.record.take().ok_or_else(|| DemoError::WrongBytes("no backend was asked".to_owned()))?;
+    let expected = is_echo.then(|| echo::exact_answer(&request, coordinator::Format::Openai));
+    let verdict = compare(&answer.bytes, &seen.bytes, expected.as_deref());
+    show_overhead(coordinator, seen.backend.as_ref(), &model_id, stop, page);
+    let against = if is_echo { "the same as sent, and as expected" } else { "the same as the backend sent" };
+    match &verdict {
+        Ok(()) => page.row("bytes", "ok", &format!("{} bytes, {against}", answer.bytes.len())),
+        Err(_) => page.row("bytes", "WRONG", "see the error"),
+    }
+    verdict.map(|()| model_id)
+}
+
+fn wait_for_offer(
+    coordinator: &Coordinator,
+    limit: Duration,
+    wanted: fn(&Offer) -> bool,
+    agent: &RunningAgent,
+    stop: &Stop,
+) -> Result<Offer, DemoError> {
+    let give_up = Instant::now() + limit;
+    loop {
+        match coordinator.wait_for_offer(STOP_POLL, wanted) {
+            Ok(offer) => return Ok(offer),
+            Err(_) if stop.is_requested() => return Err(DemoError::Stopped),
+            Err(_) if agent.has_ended() => return Err(DemoError::AgentEnded),
+            Err(CoordinatorError::NoOffer(_, seen)) if Instant::now() >= give_up => {
+                return Err(CoordinatorError::NoOffer(limit, seen).into());
+            }
+            Err(_) => {}
+        }
+    }
+}
+
+/// The model that is most likely to answer soon: one to chat with, by its name, and with a known window, which the ones
+/// that are loaded have.
+fn model_to_ask(offer: &Offer) -> Option<String> {
+    let chats =
+        |id: &str| !["embed", "rerank", "whisper", "tts"].iter().any(|other| id.to_ascii_lowercase().contains(other));
+    let rank = |model: &&OfferedModel| (!chats(&model.model_id), model.context_window.is_none());
+    offer.models.iter().min_by_key(rank).map(|model| model.model_id.clone())
+}
+
+fn show_stages(offer: &Offer, answer: &ask::Answer, page: &mut Page<'_>) {
+    let stages = offer.stages;
+    page.row("connect", &ms(stages.connect), "agent started to WebSocket accepted");
+    page.row("auth", &ms(stages.auth), "accepted to Ed25519 signature verified");
+    let models = backends::counted(offer.models.len());
+    page.row("discovery", &ms(stages.discovery), &format!("auth_ok to capabilities, {models}"));
+    page.row("first byte", &ms(answer.first_byte), "job sent to first byte of the answer");
+    let tokens = match (answer.end.input_tokens, answer.end.output_tokens) {
+        (Some(input), Some(output)) => format!("{input} tokens in, {output} out"),
+        _ => "the backend gave no token counts".to_owned(),
+    };
+    page.row("total", &ms(answer.total), &tokens);
+}
+
+fn show_overhead(
+    coordinator: &Coordinator,
+    backend: &dyn crate::backend::Backend,
+    model_id: &str,
+    stop: &Stop,
+    page: &mut Page<'_>,
+) {
+    if backend.list_models().is_ok_and(|models| models.iter().any(|m| m.model_id == model_id && !m.native)) {
+        return page.row("overhead", "-", "not measured: each request to a hosted backend costs money");
+    }
+    match ask::measure_overhead(coordinator, backend, model_id, stop) {
+        Ok(ask::Overhead { direct, through }) => {
+            let signed = (through.as_secs_f64() - direct.as_secs_f64()) * 1e3;
+            let note = format!("first byte: {} through the agent, {} directly (medians of 5)", ms(through), ms(direct));
+            page.row("overhead", &format!("{signed:.2} ms"), &note);
+        }
+        Err(error) => page.row("overhead", "-", &format!("not measured: {error}")),
+    }
+}
+
+/// Whether what arrived is what the backend gave, and what it must have given.
+fn compare(arrived: &[u8], given: &[u8], expected: Option<&[u8]>) -> Result<(), DemoError> {
+    let differ = |other: &[u8], what: &str| {
+        let place = arrived.iter().zip(other).position(|(a, b)| a != b).unwrap_or(arrived.len().min(other.len()));
+        let (got, want) = (arrived.len(), other.len());
+        Err(DemoError::WrongBytes(format!("{got} bytes arrived, {what} {want}; they differ from byte {place} on")))
+    };
+    if arrived.is_empty() {
+        return Err(DemoError::WrongBytes("none arrived".to_owned()));
+    }
+    if arrived != given {
+        return differ(given, "the backend gave");
+    }
+    match expected {
+        Some(expected) if arrived != expected => differ(expected, "the echo should have sent"),
+        _ => Ok(()),
+    }
+}
+
+fn curl(door: &FrontDoor, model_id: &str) -> String {
+    let body =
+        json!({"model": model_id, "stream": true, "messages": [{"role": "user", "content": "Hello, who are you?"}]});
+    let data = shell_word(&body.to_string());
+    format!("curl -N http://{}/v1/chat/completions -H 'Content-Type: application/json' -d {data}", door.address())
+}
+
+/// The agent, on a thread of its own.
+struct RunningAgent {
+    thread: JoinHandle<io::Result<()>>,
+}
+
+impl RunningAgent {
+    fn start(
+        coordinator: &Coordinator,
+        chosen: &Chosen,
+        config: Option<Config>,
+        stop: &Arc<Stop>,
+    ) -> Result<Self, DemoError> {
+        let (pricing, limits) = config.map_or_else(own_terms, |config| (config.pricing, config.limits));
+        let url = coordinator.url().parse().map_err(io::Error::other)?;
+        let agent = Agent {
+            coordinator: CoordinatorConfig { url, enrollment_code: None },
+            use_proxy: false, // the coordinator is on this machine
+            identity: Identity::ephemeral()?,
+            backends: chosen.backends.clone(),
+            terms: Terms { pricing, max_concurrent: limits.max_concurrent },
+            max_tokens_per_minute: limits.max_tokens_per_minute,
+            drain: limits.drain,
+        };
+        let stop = stop.clone();
+        coordinator.expect_agent();
+        let thread =
+            Builder::new().name("agent".to_owned()).stack_size(AGENT_STACK_BYTES).spawn(move || agent.run(&stop))?;
+        Ok(Self { thread })
+    }
+
+    fn has_ended(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    fn wait_until_stopped(&self, stop: &Stop) -> Result<(), DemoError> {
+        while !stop.is_requested() {
+            if self.has_ended() {
+                return Err(DemoError::AgentEnded);
+            }
+            let _ = stop.signal().recv_timeout(STOP_POLL);
+        }
+        Ok(())
+    }
+
+    /// Lets the agent drain, as a signal would.
+    fn stop(self, stop: &Arc<Stop>) {
+        if !stop.is_requested() {
+            stop.request(); // a second request would cut the drain short
+        }
+        match self.thread.join() {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => log::warn!("the agent ended: {error}"),
+            Err(_) => log::error!("the agent panicked"),
+        }
+    }
+}
+
+/// Prices and limits without a config.
+fn own_terms() -> (Pricing, Limits) {
+    let default = Price { input_per_1m: DEMO_PRICE_PER_1M, output_per_1m: DEMO_PRICE_PER_1M };
+    let limits = Limits { max_concurrent: MAX_CONCURRENT_DEFAULT, max_tokens_per_minute: None, drain: DRAIN };
+    (Pricing { default, models: HashMap::new() }, limits)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,91 @@
+//! What the demo shows on stdout. Plain text, the same for a terminal and a pipe.
+
+use std::fmt;
+use std::io::Write;
+use std::time::Duration;
+
+/// Where the demo writes. A stdout that breaks (`demo | head -1`) does not end the demo: its result is the exit code.
+pub(super) struct Page<'a> {
+    out: &'a mut dyn Write,
+    broken: bool,
+}
+
+impl<'a> Page<'a> {
+    pub(super) fn new(out: &'a mut dyn Write) -> Self {
+        Self { out, broken: false }
+    }
+
+    /// Writes one line.
+    pub(super) fn line(&mut self, text: fmt::Arguments<'_>) {
+        self.write(format_args!("{text}\n"));
+    }
+
+    /// Writes a part of the answer, visible at once, without what could command a terminal.
+    pub(super) fn answer(&mut self, text: &str) {
+        let harmless: String = text.chars().filter(|c| !c.is_control() || matches!(c, '\n' | '\t')).collect();
+        self.write(format_args!("{harmless}"));
+    }
+
+    /// Writes one line of the table.
+    pub(super) fn row(&mut self, name: &str, value: &str, note: &str) {
+        self.line(format_args!("  {name:<11}{value:>10}   {note}"));
+    }
+
+    fn write(&mut self, text: fmt::Arguments<'_>) {
+        if self.broken {
+            return;
+        }
+        let written = self.out.write_fmt(text).and_then(|()| self.out.flush());
+        if let Err(error) = written {
+            self.broken = true;
+            log::warn!("stdout is gone, the demo goes on without it: {error}");
+        }
+    }
+}
+
+/// A duration in milliseconds, as exact as a person needs it.
+pub(super) fn ms(duration: Duration) -> String {
+    let ms = duration.as_secs_f64() * 1e3;
+    if ms < 10.0 { format!("{ms:.2} ms") } else { format!("{ms:.0} ms") }
+}
+
+/// `text` as one word of a POSIX shell.
+pub(super) fn shell_word(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_broken_stdout_is_no_panic() {
+        struct Broken;
+        impl Write for Broken {
+            fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+                Err(std::io::ErrorKind::BrokenPipe.into())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let mut page = Page { out: &mut Broken, broken: false };
+        page.line(format_args!("one"));
+        page.row("two", "2", "two");
+        assert!(page.broken);
+    }
+
+    #[test]
+    fn an_answer_cannot_command_the_terminal() {
+        let mut out = Vec::new();
+        Page::new(&mut out).answer("a\u{1b}[2Jb\r\nc\u{9b}");
+        assert_eq!(out, b"a[2Jb\nc");
+    }
+
+    #[test]
+    fn shell_words_and_durations() {
+        assert_eq!(shell_word("it's"), r"'it'\''s'");
+        assert_eq!(ms(Duration::from_micros(1234)), "1.23 ms");
+        assert_eq!(ms(Duration::from_micros(61_700)), "62 ms");
+    }
+}
