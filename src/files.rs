@@ -10,24 +10,36 @@ use std::path::{Path, PathBuf};
 /// # Errors
 /// The first thing that failed; nothing is left behind.
 pub fn write_atomic(path: &Path, content: &[u8]) -> io::Result<()> {
-    let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    let folder = target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let name = target.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy();
-    let temporary = folder.join(format!(".{name}.{}.tmp", std::process::id()));
+    let (target, temporary) = places_of(path)?;
     let written = write_new(&temporary, content).and_then(|()| fs::rename(&temporary, &target));
     if written.is_err() {
         let _ = fs::remove_file(&temporary);
         return written;
     }
     // The rename itself is on the disk only once the folder is. Not every file system can do it; the content is there.
-    if let Ok(folder) = File::open(folder) {
+    if let Some(folder) = target.parent().and_then(|folder| File::open(folder).ok()) {
         let _ = folder.sync_all();
     }
     Ok(())
 }
 
+/// Removes what a crash in the middle of [`write_atomic`] left behind.
+pub fn remove_leftover(path: &Path) {
+    if let Ok((_, temporary)) = places_of(path) {
+        let _ = fs::remove_file(temporary);
+    }
+}
+
+/// The file that is meant, and the one beside it that is to become it. The name is always the same, so that a crash
+/// leaves one file at the most; whoever writes holds the [`InstanceLock`].
+fn places_of(path: &Path) -> io::Result<(PathBuf, PathBuf)> {
+    let target = fs::canonicalize(path).or_else(|_| std::path::absolute(path))?;
+    let name = target.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy();
+    let temporary = target.with_file_name(format!(".{name}.new"));
+    Ok((target, temporary))
+}
+
 fn write_new(path: &Path, content: &[u8]) -> io::Result<()> {
-    // One that a crash of the same pid left behind would be in the way for ever.
     let _ = fs::remove_file(path);
     let mut file = private(OpenOptions::new().write(true).create_new(true)).open(path)?;
     file.write_all(content)?;

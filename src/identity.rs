@@ -29,11 +29,10 @@ pub struct Identity {
     file: Option<IdentityFile>,
 }
 
-/// The file, as it is written.
+/// The file, as it is.
 struct IdentityFile {
     path: PathBuf,
-    /// The lines of the block, without `provider_id`.
-    lines: Vec<String>,
+    text: String,
 }
 
 /// Why there is no identity.
@@ -88,14 +87,11 @@ impl Identity {
         files::create_folder_of(path).map_err(io_error)?;
         let (seed, key) = new_key()?;
         let created = rfc3339(SystemTime::now()).unwrap_or_default().replace('Z', "+00:00");
-        let lines = vec![
-            format!("version: {VERSION}"),
-            format!("created: {created}"),
-            format!("secret: {}", BASE64.encode(seed)),
-            format!("public: {}", BASE64.encode(key.public_key())),
-        ];
-        let file = IdentityFile { path: path.to_owned(), lines };
-        file.write(None).map_err(io_error)?;
+        let (secret, public) = (BASE64.encode(seed), BASE64.encode(key.public_key()));
+        let text =
+            format!("{BEGIN}\nversion: {VERSION}\ncreated: {created}\nsecret: {secret}\npublic: {public}\n{END}\n");
+        files::write_atomic(path, text.as_bytes()).map_err(io_error)?;
+        let file = IdentityFile { path: path.to_owned(), text };
         log::info!("new identity in `{}`", path.display());
         Ok(Identity { key, provider_id: None, file: Some(file) })
     }
@@ -110,35 +106,22 @@ impl Identity {
 
     fn parse(bytes: &[u8], path: &Path) -> Result<Identity, String> {
         let text = std::str::from_utf8(bytes).map_err(|_| "it is not text")?;
-        let mut lines = text.lines().map(str::trim).skip_while(|line| *line != BEGIN).skip(1);
         let mut fields = Fields::default();
-        let mut kept = Vec::new();
-        loop {
-            let line = lines.next().ok_or_else(|| format!("it has no `{BEGIN}` … `{END}` block"))?;
-            if line == END {
-                break;
-            }
-            if line.is_empty() {
-                continue;
-            }
+        for line in block(text).ok_or_else(|| format!("it has no `{BEGIN}` … `{END}` block"))? {
             let (name, value) = line.split_once(':').ok_or("a line in it has no colon")?;
-            let value = value.trim();
+            let value = Some(value.trim());
             match name.trim() {
-                "version" => fields.version = Some(value),
-                "created" => fields.created = Some(value),
-                "secret" => fields.secret = Some(value),
-                "public" => fields.public = Some(value),
-                "provider_id" => {
-                    fields.provider_id = Some(value);
-                    continue;
-                }
+                "version" => fields.version = value,
+                "created" => fields.created = value,
+                "secret" => fields.secret = value,
+                "public" => fields.public = value,
+                "provider_id" => fields.provider_id = value,
                 _ => {}
             }
-            kept.push(line.to_owned());
         }
         let key = fields.key()?;
         let provider_id = fields.provider_id.filter(|id| !id.is_empty()).map(str::to_owned);
-        let file = IdentityFile { path: path.to_owned(), lines: kept };
+        let file = IdentityFile { path: path.to_owned(), text: text.to_owned() };
         Ok(Identity { key, provider_id, file: Some(file) })
     }
 
@@ -170,8 +153,8 @@ impl Identity {
         }
         if id.contains(|c: char| c.is_control()) {
             log::warn!("the coordinator named a provider id that no file can hold; it is used until the agent stops");
-        } else if let Some(file) = &self.file
-            && let Err(e) = file.write(Some(&id))
+        } else if let Some(file) = &mut self.file
+            && let Err(e) = file.keep_provider_id(&id)
         {
             let path = file.path.display();
             log::warn!(
@@ -182,15 +165,34 @@ impl Identity {
     }
 }
 
+/// The lines between the marks that are not blank, trimmed.
+fn block(text: &str) -> Option<impl Iterator<Item = &str>> {
+    let mut lines = text.lines().map(str::trim);
+    lines.find(|line| *line == BEGIN)?;
+    lines.clone().find(|line| *line == END)?;
+    Some(lines.take_while(|line| *line != END).filter(|line| !line.is_empty()))
+}
+
 impl IdentityFile {
-    fn write(&self, provider_id: Option<&str>) -> io::Result<()> {
-        let mut text = format!("{BEGIN}\n{}\n", self.lines.join("\n"));
-        if let Some(id) = provider_id {
-            text.push_str(&format!("provider_id: {id}\n"));
+    /// Writes the id into the block; every other line stays as it is, known to us or not.
+    fn keep_provider_id(&mut self, id: &str) -> io::Result<()> {
+        let newline = if self.text.contains("\r\n") { "\r\n" } else { "\n" };
+        let mut text = String::with_capacity(self.text.len() + id.len() + 20);
+        let (mut within, mut written) = (false, false);
+        for line in self.text.split_inclusive('\n') {
+            let ends = within && line.trim() == END;
+            if ends && !written {
+                text.push_str(&format!("provider_id: {id}{newline}"));
+                written = true;
+            }
+            within = (within && !ends) || line.trim() == BEGIN;
+            if !(within && line.split(':').next().is_some_and(|name| name.trim() == "provider_id")) {
+                text.push_str(line);
+            }
         }
-        text.push_str(END);
-        text.push('\n');
-        files::write_atomic(&self.path, text.as_bytes())
+        files::write_atomic(&self.path, text.as_bytes())?;
+        self.text = text;
+        Ok(())
     }
 }
 

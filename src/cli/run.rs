@@ -20,7 +20,10 @@ pub fn run(globals: &Globals) -> Result<(), Failure> {
     let create = |error| IdentityError::Io { action: "make the folder of", path: config.key_path.clone(), error };
     files::create_folder_of(&config.key_path).map_err(create)?;
     let _lock = match InstanceLock::acquire(&config.key_path) {
-        Ok(lock) => Some(lock),
+        Ok(lock) => {
+            files::remove_leftover(&config.key_path);
+            Some(lock)
+        }
         Err(LockError::Held(pid)) => return Err(Failure::AlreadyRunning { pid }),
         Err(LockError::Io(path, e)) => {
             log::warn!("`{}` cannot be locked ({e}); see to it that only one agent runs", path.display());
