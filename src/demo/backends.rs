@@ -5,10 +5,10 @@
 
 use std::io;
 use std::sync::Arc;
-use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use super::echo::{self, Echo};
+use super::spawn;
 use super::witness::{Record, Witness};
 use crate::backend::{self, BackendError, BackendModel, BaseUrl, Kind};
 use crate::config::{BackendConfig, Config};
@@ -67,13 +67,12 @@ fn find_local() -> Vec<BackendConfig> {
     let (answers, inbox) = crossbeam_channel::bounded(candidates.len());
     for (index, candidate) in candidates.iter().enumerate() {
         let (backend, answers) = (backend::from_config(candidate), answers.clone());
-        let probe = Builder::new().name(format!("demo-probe-{index}")).stack_size(PROBE_STACK_BYTES);
         // Not joined: a server that accepts and then hangs must not hold the demo up. The probe ends by its own timeout.
-        let spawned = probe.spawn(move || {
+        let probe = move || {
             let probed = backend.probe();
             let _ = answers.send((index, backend.id().to_owned(), probed));
-        });
-        if let Err(error) = spawned {
+        };
+        if let Err(error) = spawn(format!("demo-probe-{index}"), PROBE_STACK_BYTES, Box::new(probe)) {
             log::warn!("failed to start a thread to look for backends: {error}");
         }
     }
@@ -98,6 +97,9 @@ pub(super) fn loading(backends: &[OfferedBackend]) -> Vec<String> {
 
 /// Why each backend contributes nothing, for an agent that offers nothing.
 pub(super) fn diagnose(backends: &[OfferedBackend]) -> Vec<String> {
+    if backends.is_empty() {
+        return vec!["the config has no [[backends]]; add one, or leave out `--config` to see the demo".to_owned()];
+    }
     backends
         .iter()
         .map(|offered| {

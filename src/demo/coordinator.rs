@@ -7,21 +7,21 @@
 //! Invariants: no lock of the state is held across I/O. A job's events are its chunks in order, then exactly one end. A
 //! [`Job`] that is dropped before its end cancels. The buffered bytes of a job are bounded by its inbox.
 
-use std::collections::HashMap;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use thiserror::Error;
-use tungstenite::Message;
 use uuid::Uuid;
 
 use super::inbox::{self, Inbox, Received};
-use super::link::{self, Frame, JobEnd, OfferedModel, Reader, Sender};
+use super::link::{self, Frame, HandshakeError, JobEnd, OfferedModel};
+use super::spawn;
+use super::websocket::{self, Reader, Sender};
 
 /// Stack of the accept thread and of a connection's thread.
 const THREAD_STACK_BYTES: usize = 256 * 1024;
@@ -123,7 +123,7 @@ pub enum CoordinatorError {
     NoAgent,
     /// The agent's connection broke while the job was sent.
     #[error("failed to send to the agent: {0}")]
-    Send(String),
+    Send(io::Error),
 }
 
 /// The running coordinator; dropping it ends its connections and joins its threads.
@@ -145,7 +145,7 @@ struct State {
     agent: Option<Agent>,
     offer: Option<Offer>,
     last_seen: String,
-    jobs: HashMap<Uuid, Waiting>,
+    jobs: Vec<Waiting>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -155,8 +155,17 @@ struct Agent {
 }
 
 struct Waiting {
+    job_id: Uuid,
     connection: u64,
     events: inbox::Sender,
+}
+
+impl State {
+    /// Takes a job off the list. The list is as short as the agent's `max_concurrent` makes it.
+    fn take(&mut self, job_id: Uuid) -> Option<Waiting> {
+        let index = self.jobs.iter().position(|waiting| waiting.job_id == job_id)?;
+        Some(self.jobs.swap_remove(index))
+    }
 }
 
 impl Coordinator {
@@ -170,16 +179,14 @@ impl Coordinator {
             agent: None,
             offer: None,
             last_seen: "it did not connect".to_owned(),
-            jobs: HashMap::new(),
+            jobs: Vec::new(),
             threads: Vec::new(),
         };
         let shared =
             Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), stopping: AtomicBool::new(false) });
         let of_thread = shared.clone();
-        let accept = Builder::new()
-            .name("demo-accept".to_owned())
-            .stack_size(THREAD_STACK_BYTES)
-            .spawn(move || accept_agents(&listener, &of_thread))?;
+        let accept = move || accept_agents(&listener, &of_thread);
+        let accept = spawn("demo-accept".to_owned(), THREAD_STACK_BYTES, Box::new(accept))?;
         Ok(Self { address, shared, accept: Some(accept) })
     }
 
@@ -218,7 +225,7 @@ impl Coordinator {
             let mut state = self.shared.lock();
             let agent = state.agent.as_ref().ok_or(CoordinatorError::NoAgent)?;
             let (connection, sender) = (agent.connection, agent.sender.clone());
-            state.jobs.insert(job_id, Waiting { connection, events });
+            state.jobs.push(Waiting { job_id, connection, events });
             sender
         };
         let frame = json!({
@@ -227,7 +234,7 @@ impl Coordinator {
         });
         let give_up = Instant::now() + deadline + DEADLINE_GRACE;
         let job = Job { job_id, inbox, give_up, ended: false, sender, shared: self.shared.clone() };
-        job.sender.send(&frame).map_err(|error| CoordinatorError::Send(error.to_string()))?;
+        job.sender.send(&frame.to_string()).map_err(CoordinatorError::Send)?;
         Ok(job)
     }
 }
@@ -293,10 +300,10 @@ impl Job {
     /// Tells the agent to stop. No event follows.
     pub fn cancel(&mut self) {
         self.ended = true;
-        if self.shared.lock().jobs.remove(&self.job_id).is_none() {
+        if self.shared.lock().take(self.job_id).is_none() {
             return; // the end was on its way already, or the agent is gone
         }
-        if let Err(error) = self.sender.send(&json!({"type": "job_cancel", "job_id": self.job_id.to_string()})) {
+        if let Err(error) = self.sender.send(&cancel_frame(self.job_id)) {
             log::debug!("the cancel of job {} did not go out: {error}", self.job_id);
         }
     }
@@ -308,6 +315,10 @@ impl Drop for Job {
             self.cancel();
         }
     }
+}
+
+fn cancel_frame(job_id: Uuid) -> String {
+    format!("{{\"type\":\"job_cancel\",\"job_id\":\"{job_id}\"}}")
 }
 
 fn failed(code: &str, message: &str) -> JobEvent {
@@ -334,8 +345,8 @@ fn accept_agents(listener: &TcpListener, shared: &Arc<Shared>) {
             state.connections
         };
         let of_thread = shared.clone();
-        let thread = Builder::new().name(format!("demo-agent-{connection}")).stack_size(THREAD_STACK_BYTES);
-        match thread.spawn(move || serve_agent(tcp, connection, &of_thread)) {
+        let serve = move || serve_agent(tcp, connection, &of_thread);
+        match spawn(format!("demo-agent-{connection}"), THREAD_STACK_BYTES, Box::new(serve)) {
             Ok(thread) => shared.lock().threads.push(thread),
             Err(error) => log::warn!("failed to start a thread for an agent: {error}"),
         }
@@ -351,17 +362,14 @@ fn serve_agent(tcp: TcpStream, connection: u64, shared: &Shared) {
 /// Runs one connection to its end, and says how it ended.
 fn talk(tcp: TcpStream, connection: u64, shared: &Shared) -> String {
     let connected_at = Instant::now();
-    let (mut reader, sender) = match link::accept(tcp) {
-        Ok(halves) => halves,
+    let authenticated = open(tcp).and_then(|(mut reader, sender)| {
+        let verified = link::authenticate(&mut reader, &sender)?;
+        Ok((reader, sender, verified))
+    });
+    let (mut reader, sender, verified) = match authenticated {
+        Ok(authenticated) => authenticated,
         Err(error) => return error.to_string(),
     };
-    let verified = match link::authenticate(&mut reader, &sender) {
-        Ok(verified) => verified,
-        Err(error) => return error.to_string(),
-    };
-    if let Err(error) = reader.wait_without_limit() {
-        return error.to_string();
-    }
     let authenticated_at = Instant::now();
     log::info!("agent connection {connection} is {} ({})", verified.provider_id, verified.agent_version);
     if !shared.enter(connection, sender.clone()) {
@@ -377,6 +385,12 @@ fn talk(tcp: TcpStream, connection: u64, shared: &Shared) -> String {
     read_frames(&mut reader, connection, shared, &sender, offer)
 }
 
+fn open(tcp: TcpStream) -> Result<(Reader, Sender), HandshakeError> {
+    tcp.set_nodelay(true)?;
+    tcp.set_read_timeout(Some(link::HANDSHAKE_STEP_TIMEOUT))?;
+    Ok(websocket::accept(tcp)?)
+}
+
 fn read_frames(
     reader: &mut Reader,
     connection: u64,
@@ -385,12 +399,8 @@ fn read_frames(
     offer: impl Fn(Vec<OfferedModel>) -> Offer,
 ) -> String {
     loop {
-        let text = match reader.next_message() {
-            Ok(Some(Message::Text(text))) => text,
-            Ok(Some(_)) => {
-                log::warn!("the agent sent a binary frame");
-                continue;
-            }
+        let text = match reader.next_text() {
+            Ok(Some(text)) => text,
             Ok(None) => return "the agent closed the connection".to_owned(),
             Err(error) => return format!("the connection broke: {error}"),
         };
@@ -398,7 +408,7 @@ fn read_frames(
             Ok(Frame::Capabilities(models)) => shared.offered(connection, offer(models)),
             Ok(Frame::Chunk { job_id, bytes }) => {
                 if shared.deliver_chunk(job_id, bytes).is_err() {
-                    let _ = sender.send(&json!({"type": "job_cancel", "job_id": job_id.to_string()}));
+                    let _ = sender.send(&cancel_frame(job_id));
                 }
             }
             Ok(Frame::Done { job_id, end }) => shared.deliver_end(job_id, JobEvent::Done(end)),
@@ -451,7 +461,7 @@ impl Shared {
     /// The connection is over: its jobs are lost, and it offers nothing any more.
     fn leave(&self, connection: u64, end: &str) {
         let mut state = self.lock();
-        state.jobs.retain(|_, waiting| waiting.connection != connection);
+        state.jobs.retain(|waiting| waiting.connection != connection);
         end.clone_into(&mut state.last_seen);
         if state.agent.as_ref().is_some_and(|agent| agent.connection == connection) {
             state.agent = None;
@@ -462,7 +472,7 @@ impl Shared {
 
     fn deliver_chunk(&self, job_id: Uuid, bytes: Vec<u8>) -> Result<(), TooSlow> {
         let mut state = self.lock();
-        let Some(waiting) = state.jobs.get(&job_id) else {
+        let Some(waiting) = state.jobs.iter().find(|waiting| waiting.job_id == job_id) else {
             log::debug!("a chunk of the unknown job {job_id}");
             return Ok(());
         };
@@ -470,12 +480,12 @@ impl Shared {
             return Ok(());
         }
         waiting.events.send(failed("internal", "the client reads too slowly"));
-        state.jobs.remove(&job_id);
+        drop(state.take(job_id));
         Err(TooSlow)
     }
 
     fn deliver_end(&self, job_id: Uuid, end: JobEvent) {
-        match self.lock().jobs.remove(&job_id) {
+        match self.lock().take(job_id) {
             Some(waiting) => {
                 waiting.events.send(end);
             }

@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::coordinator::Format;
 use super::exchange::Exchange;
@@ -16,6 +16,9 @@ use super::http::{self, HttpServer};
 
 /// The only model that the echo backend lists.
 pub(super) const MODEL: &str = "echo";
+
+/// The listing of that model.
+const LISTING: &str = r#"{"object":"list","data":[{"id":"echo","object":"model","created":0,"owned_by":"demo"}]}"#;
 
 /// Pause between two words, so that a person sees the stream.
 const WORD_PAUSE: Duration = Duration::from_millis(10);
@@ -45,20 +48,18 @@ pub(super) fn exact_answer(request: &Value, format: Format) -> Vec<u8> {
 
 fn handle(exchange: &mut Exchange<'_>) {
     let format = match (exchange.method(), exchange.path()) {
-        ("GET", "/health") => return exchange.respond_json(200, &json!({"status": "ok"})),
-        ("GET", "/v1/models") => return exchange.respond_json(200, &listing()),
+        ("GET", "/health") => return exchange.respond_text(200, r#"{"status":"ok"}"#),
+        ("GET", "/v1/models") => return exchange.respond_text(200, LISTING),
         ("POST", "/v1/chat/completions") => Format::Openai,
         ("POST", "/v1/messages") => Format::Anthropic,
-        _ => return exchange.respond_json(404, &json!({"error": {"message": "no such route"}})),
+        _ => return exchange.respond_text(404, r#"{"error":{"message":"no such route"}}"#),
     };
     match exchange.read_json() {
         Ok(body) => stream(exchange, &answer_pieces(&body, format)),
-        Err(bad) => exchange.respond_json(bad.status, &json!({"error": {"message": bad.message}})),
+        Err(bad) => {
+            exchange.respond_text(bad.status, &format!("{{\"error\":{{\"message\":{}}}}}", quoted(&bad.message)))
+        }
     }
-}
-
-fn listing() -> Value {
-    json!({"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "demo"}]})
 }
 
 fn stream(exchange: &mut Exchange<'_>, pieces: &[String]) {
@@ -173,6 +174,8 @@ fn last_user_text(request: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::super::assemble;
     use super::*;
 

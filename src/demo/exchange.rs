@@ -182,7 +182,11 @@ impl Exchange<'_> {
 
     /// Answers with a JSON document. A client that has gone is no error of ours.
     pub(super) fn respond_json(&mut self, status: u16, document: &Value) {
-        let body = document.to_string();
+        self.respond_text(status, &document.to_string());
+    }
+
+    /// Likewise, with the document's text.
+    pub(super) fn respond_text(&mut self, status: u16, body: &str) {
         let head = self.answer_head(status, &format!("application/json\r\nContent-Length: {}", body.len()));
         match self.input.get_mut().write_all(&[head.as_bytes(), body.as_bytes()].concat()) {
             Ok(()) => self.answered = true,

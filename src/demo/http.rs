@@ -7,15 +7,15 @@
 //! Who runs here: `NAME-accept` takes connections, `NAME-N` reads the requests of one and runs the handler. Dropping the
 //! [`HttpServer`] shuts the connections down and joins all of them.
 
-use std::collections::HashMap;
 use std::io::{self, BufReader, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::exchange::{self, Exchange};
+use super::spawn;
 
 /// Connections served at a time; each costs a thread. One more is answered 503.
 const CONNECTIONS_MAX: usize = 256;
@@ -60,7 +60,7 @@ struct Shared {
 #[derive(Default)]
 struct Open {
     accepted: u64,
-    connections: HashMap<u64, TcpStream>,
+    connections: Vec<(u64, TcpStream)>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -71,10 +71,8 @@ impl HttpServer {
         let shared =
             Arc::new(Shared { name: name.to_owned(), stopping: AtomicBool::new(false), open: Mutex::default() });
         let of_thread = shared.clone();
-        let accept = Builder::new()
-            .name(format!("{name}-accept"))
-            .stack_size(ACCEPT_STACK_BYTES)
-            .spawn(move || accept_connections(&listener, &of_thread, &handle))?;
+        let accept = move || accept_connections(&listener, &of_thread, &handle);
+        let accept = spawn(format!("{name}-accept"), ACCEPT_STACK_BYTES, Box::new(accept))?;
         Ok(Self { address, shared, accept: Some(accept) })
     }
 }
@@ -86,7 +84,7 @@ impl Drop for HttpServer {
         let accept = self.accept.take().map(JoinHandle::join);
         let threads = {
             let mut open = self.shared.lock();
-            for connection in open.connections.values() {
+            for (_, connection) in &open.connections {
                 let _ = connection.shutdown(Shutdown::Both);
             }
             std::mem::take(&mut open.threads)
@@ -128,16 +126,15 @@ fn start_connection(mut tcp: TcpStream, shared: &Arc<Shared>, handle: &Handler) 
     }
     open.accepted += 1;
     let number = open.accepted;
-    open.connections.insert(number, tcp.try_clone()?);
+    open.connections.push((number, tcp.try_clone()?));
     drop(open);
     let leaving = Leaving { shared: shared.clone(), number };
     let (of_thread, handle) = (shared.clone(), handle.clone());
-    let thread = Builder::new().name(format!("{}-{number}", shared.name)).stack_size(CONNECTION_STACK_BYTES).spawn(
-        move || {
-            let _leaving = leaving;
-            serve(tcp, &of_thread, &handle);
-        },
-    )?;
+    let connection = move || {
+        let _leaving = leaving;
+        serve(tcp, &of_thread, &handle);
+    };
+    let thread = spawn(format!("{}-{number}", shared.name), CONNECTION_STACK_BYTES, Box::new(connection))?;
     shared.lock().threads.push(thread);
     Ok(())
 }
@@ -150,7 +147,7 @@ struct Leaving {
 
 impl Drop for Leaving {
     fn drop(&mut self) {
-        self.shared.lock().connections.remove(&self.number);
+        self.shared.lock().connections.retain(|(number, _)| *number != self.number);
     }
 }
 

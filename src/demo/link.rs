@@ -1,13 +1,9 @@
-//! The coordinator's end of one agent connection: the WebSocket in two halves, the handshake, and the frames.
+//! The coordinator's handshake with one agent, and the agent's frames.
 //!
 //! This is the *other* side of the protocol, so it shares no code with the agent's: a mistake there must show here.
 //!
-//! Who runs here: the connection's own thread reads; any thread writes, one at a time, under the link's mutex. What the
-//! reading half has to say by itself (pongs, the close reply) goes out as whole frames under the same turn.
+//! Who runs here: the connection's own thread.
 
-use std::io::{self, Read, Write};
-use std::net::{Shutdown, TcpStream};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use base64::Engine;
@@ -16,18 +12,12 @@ use ring::rand::{SecureRandom, SystemRandom};
 use ring::signature::{ED25519, UnparsedPublicKey};
 use serde_json::{Value, json};
 use thiserror::Error;
-use tungstenite::protocol::{Role, WebSocketConfig};
-use tungstenite::{Message, WebSocket};
 use uuid::Uuid;
+
+use super::websocket::{Reader, Sender};
 
 /// How long the agent may take for each step of the handshake, as long as the agent itself allows the coordinator.
 pub(super) const HANDSHAKE_STEP_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// The largest message and frame taken from an agent.
-const MESSAGE_BYTES_MAX: usize = 64 * 1024 * 1024;
-
-/// Bytes read ahead from the socket; allocated once a connection.
-const READ_BUFFER_BYTES: usize = 64 * 1024;
 
 /// Length of the challenge's nonce.
 const NONCE_BYTES: usize = 32;
@@ -37,7 +27,7 @@ const NONCE_BYTES: usize = 32;
 pub enum HandshakeError {
     /// The connection is no WebSocket, or broke.
     #[error("the connection failed: {0}")]
-    Connection(String),
+    Connection(#[from] std::io::Error),
     /// What came was not the `auth_response` that the protocol asks for.
     #[error("the agent did not answer the challenge properly: {0}")]
     Protocol(String),
@@ -52,118 +42,17 @@ pub(super) struct Verified {
     pub(super) provider_id: String,
 }
 
-/// One end of the TCP stream. Writes are gathered, and leave on flush in one piece, in turn with the other half's.
-struct Half {
-    tcp: TcpStream,
-    gathered: Vec<u8>,
-    turn: Arc<Mutex<()>>,
-}
-
-impl Read for Half {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.tcp.read(buffer)
-    }
-}
-
-impl Write for Half {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.gathered.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        if self.gathered.is_empty() {
-            return Ok(());
-        }
-        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let result = self.tcp.write_all(&self.gathered);
-        drop(turn);
-        self.gathered.clear();
-        result
-    }
-}
-
-/// The half that only the connection's thread uses.
-pub(super) struct Reader(WebSocket<Half>);
-
-/// The half that any thread may send through. Clones send on the same connection.
-#[derive(Clone)]
-pub(super) struct Sender {
-    socket: Arc<Mutex<WebSocket<Half>>>,
-    tcp: Arc<TcpStream>,
-}
-
-/// Takes a TCP connection as a WebSocket, whatever its path.
-pub(super) fn accept(tcp: TcpStream) -> Result<(Reader, Sender), HandshakeError> {
-    let broken = |error: io::Error| HandshakeError::Connection(error.to_string());
-    tcp.set_nodelay(true).map_err(broken)?;
-    tcp.set_read_timeout(Some(HANDSHAKE_STEP_TIMEOUT)).map_err(broken)?;
-    let config = WebSocketConfig::default()
-        .read_buffer_size(READ_BUFFER_BYTES)
-        .write_buffer_size(0)
-        .max_message_size(Some(MESSAGE_BYTES_MAX))
-        .max_frame_size(Some(MESSAGE_BYTES_MAX));
-    let turn = Arc::new(Mutex::new(()));
-    let writing = Half { tcp: tcp.try_clone().map_err(broken)?, gathered: Vec::new(), turn: turn.clone() };
-    let whole = Arc::new(tcp.try_clone().map_err(broken)?);
-    // Agents speak only after the coordinator, so that the reading half keeps no bytes which the writing one would need.
-    let reading = Half { tcp, gathered: Vec::new(), turn };
-    let reading = tungstenite::accept_with_config(reading, Some(config))
-        .map_err(|error| HandshakeError::Connection(error.to_string()))?;
-    let writing = WebSocket::from_raw_socket(writing, Role::Server, Some(config));
-    Ok((Reader(reading), Sender { socket: Arc::new(Mutex::new(writing)), tcp: whole }))
-}
-
-impl Reader {
-    /// The next text or binary message; `None` when the agent has closed.
-    pub(super) fn next_message(&mut self) -> Result<Option<Message>, tungstenite::Error> {
-        loop {
-            match self.0.read() {
-                Ok(message @ (Message::Text(_) | Message::Binary(_))) => return Ok(Some(message)),
-                Ok(_) => {} // pings are answered by the next read
-                Err(tungstenite::Error::ConnectionClosed) => return Ok(None),
-                Err(tungstenite::Error::Io(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    /// After the handshake the agent may be silent for as long as it likes.
-    pub(super) fn wait_without_limit(&self) -> io::Result<()> {
-        self.0.get_ref().tcp.set_read_timeout(None)
-    }
-}
-
-impl Sender {
-    /// Sends one frame and flushes it. Blocks while the agent does not read.
-    pub(super) fn send(&self, frame: &Value) -> Result<(), tungstenite::Error> {
-        self.socket.lock().unwrap_or_else(PoisonError::into_inner).send(Message::text(frame.to_string()))
-    }
-
-    /// Says goodbye, best effort, and ends the connection: both halves fail from now on.
-    pub(super) fn close(&self) {
-        // A link that is just blocked in a send gets no goodbye: waiting for it would be worse.
-        if let Ok(mut socket) = self.socket.try_lock() {
-            let _ = self.tcp.set_write_timeout(Some(Duration::from_millis(200)));
-            if let Err(error) = socket.close(None) {
-                log::debug!("the close frame did not go out: {error}");
-            }
-        }
-        let _ = self.tcp.shutdown(Shutdown::Both);
-    }
-}
-
 /// Challenges the agent, and answers `auth_ok` or `auth_failed`.
 pub(super) fn authenticate(reader: &mut Reader, sender: &Sender) -> Result<Verified, HandshakeError> {
     let mut nonce = [0_u8; NONCE_BYTES];
-    SystemRandom::new()
-        .fill(&mut nonce)
-        .map_err(|_| HandshakeError::Connection("the system has no random numbers".to_owned()))?;
-    let say = |frame: Value| sender.send(&frame).map_err(|error| HandshakeError::Connection(error.to_string()));
+    SystemRandom::new().fill(&mut nonce).map_err(|_| std::io::Error::other("the system has no random numbers"))?;
+    reader.set_timeout(Some(HANDSHAKE_STEP_TIMEOUT))?;
+    let say = |frame: Value| sender.send(&frame.to_string());
     say(json!({"type": "auth_challenge", "nonce": STANDARD.encode(nonce)}))?;
     match read_auth_response(reader).and_then(|answer| verify(&nonce, &answer)) {
         Ok(verified) => {
             say(json!({"type": "auth_ok", "provider_id": verified.provider_id}))?;
+            reader.set_timeout(None)?; // from here on the agent may be silent for as long as it likes
             Ok(verified)
         }
         Err(error) => {
@@ -180,9 +69,8 @@ struct AuthResponse {
 }
 
 fn read_auth_response(reader: &mut Reader) -> Result<AuthResponse, HandshakeError> {
-    let message = reader.next_message().map_err(|error| HandshakeError::Connection(error.to_string()))?;
-    let Some(Message::Text(text)) = message else {
-        return Err(HandshakeError::Protocol("a text frame was expected".to_owned()));
+    let Some(text) = reader.next_text()? else {
+        return Err(HandshakeError::Protocol("it closed the connection".to_owned()));
     };
     let frame = parse_json(&text).map_err(HandshakeError::Protocol)?;
     if frame["type"] != "auth_response" {

@@ -19,6 +19,7 @@ mod inbox;
 mod link;
 mod page;
 mod sse;
+mod websocket;
 mod witness;
 
 use std::collections::HashMap;
@@ -309,9 +310,15 @@ fn curl(door: &FrontDoor, model_id: &str) -> String {
     format!("curl -N http://{}/v1/chat/completions -H 'Content-Type: application/json' -d {data}", door.address())
 }
 
+/// Starts a thread. One function for all of the demo's threads: what the standard library needs around each kind of
+/// closure would come to more machine code than the threads themselves.
+fn spawn(name: String, stack_bytes: usize, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>> {
+    Builder::new().name(name).stack_size(stack_bytes).spawn(body)
+}
+
 /// The agent, on a thread of its own.
 struct RunningAgent {
-    thread: JoinHandle<io::Result<()>>,
+    thread: JoinHandle<()>,
 }
 
 impl RunningAgent {
@@ -334,8 +341,12 @@ impl RunningAgent {
         };
         let stop = stop.clone();
         coordinator.expect_agent();
-        let thread =
-            Builder::new().name("agent".to_owned()).stack_size(AGENT_STACK_BYTES).spawn(move || agent.run(&stop))?;
+        let run = move || {
+            if let Err(error) = agent.run(&stop) {
+                log::error!("the agent cannot run: {error}");
+            }
+        };
+        let thread = spawn("agent".to_owned(), AGENT_STACK_BYTES, Box::new(run))?;
         Ok(Self { thread })
     }
 
@@ -358,10 +369,8 @@ impl RunningAgent {
         if !stop.is_requested() {
             stop.request(); // a second request would cut the drain short
         }
-        match self.thread.join() {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => log::warn!("the agent ended: {error}"),
-            Err(_) => log::error!("the agent panicked"),
+        if self.thread.join().is_err() {
+            log::error!("the agent panicked");
         }
     }
 }

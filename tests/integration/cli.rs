@@ -1,0 +1,251 @@
+//! Commands, options, exit codes, and what is printed where.
+
+use std::process::Output;
+
+use serde_json::json;
+
+use crate::support::*;
+
+struct Ran {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+fn run(setup: &Setup, arguments: &[&str], environment: &[(&str, &str)]) -> Ran {
+    setup.write();
+    let Output { status, stdout, stderr } = cli(setup.scratch.path(), arguments, environment);
+    let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
+    Ran { code: status.code(), stdout: text(stdout), stderr: text(stderr) }
+}
+
+/// Its `agent.toml` lies in the working folder.
+fn plain() -> Setup {
+    Setup::new("wss://coordinator.example/")
+}
+
+#[test]
+fn version_prints_the_version() {
+    let ran = run(&plain(), &["version"], &[]);
+    assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""));
+    assert!(ran.stdout.trim().ends_with(env!("CARGO_PKG_VERSION")), "{}", ran.stdout);
+}
+
+#[test]
+fn help_names_every_command_and_has_an_example() {
+    for arguments in [&["--help"][..], &["help"], &["-h"]] {
+        let ran = run(&plain(), arguments, &[]);
+        assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""), "{arguments:?}");
+        let words = ["run", "validate", "enroll", "version", "demo", "--config", "--log-level", "--allow-insecure"];
+        for word in words.into_iter().chain(["xample", "$ usepod-agent"]) {
+            assert!(ran.stdout.contains(word), "{arguments:?}: no `{word}` in {}", ran.stdout);
+        }
+    }
+    for command in ["run", "validate", "enroll", "version", "demo"] {
+        let ran = run(&plain(), &[command, "--help"], &[]);
+        assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""), "{command} --help");
+        assert!(ran.stdout.contains(command), "{command} --help: {}", ran.stdout);
+    }
+}
+
+#[test]
+fn a_command_line_that_makes_no_sense_exits_2_and_says_why() {
+    let cases: [(&[&str], &str); 10] = [
+        (&["--no-such-option"], "--no-such-option"),
+        (&["validate", "--no-such-option"], "--no-such-option"),
+        (&["no-such-command"], "no-such-command"),
+        (&["run", "extra"], "extra"),
+        (&["--config"], "--config"),
+        (&["validate", "-c"], "-c"),
+        (&["--log-level"], "--log-level"),
+        (&["--log-level", "loud", "validate"], "loud"),
+        (&["--log-level=loud", "validate"], "loud"),
+        (&["demo", "--port", "many"], "many"),
+    ];
+    for (arguments, word) in cases {
+        let ran = run(&plain(), arguments, &[]);
+        assert_eq!((ran.code, ran.stdout.as_str()), (Some(2), ""), "{arguments:?}: {}", ran.stderr);
+        assert!(ran.stderr.contains(word), "{arguments:?}: no `{word}` in {}", ran.stderr);
+    }
+}
+
+#[test]
+fn options_stand_before_or_after_the_command_in_any_spelling() {
+    let setup = plain();
+    let path = setup.scratch.write("other.toml", setup.toml().replace("[limits]", "[limits]\nmax_concurrent = 0"));
+    let path = path.to_str().expect("UTF-8");
+    let (long, short, short_equals) = (format!("--config={path}"), format!("-c{path}"), format!("-c={path}"));
+    let spellings: [&[&str]; 4] = [&["--config", path], &["-c", path], &[&long], &[&short]];
+    for spelling in spellings.into_iter().chain([&[short_equals.as_str()][..]]) {
+        for before in [true, false] {
+            let command = ["validate"];
+            let arguments = if before { [spelling, &command].concat() } else { [&command, spelling].concat() };
+            let ran = run(&setup, &arguments, &[]);
+            // That this file was read shows in its fault.
+            assert_eq!(ran.code, Some(2), "{arguments:?}: {}", ran.stderr);
+            assert!(ran.stderr.contains("other.toml:"), "{arguments:?}: {}", ran.stderr);
+        }
+    }
+    for arguments in [
+        &["--log-level", "warn", "--allow-insecure", "validate"][..],
+        &["validate", "--allow-insecure", "--log-level=warn"],
+        &["--allow-insecure", "validate", "--allow-insecure", "--log-level", "ERROR"],
+    ] {
+        let ran = run(&Setup::new("ws://127.0.0.1:1/"), arguments, &[]);
+        assert_eq!(ran.code, Some(0), "{arguments:?}: {}", ran.stderr);
+    }
+}
+
+#[test]
+fn the_config_is_looked_for_in_xdg_config_home_then_home_then_here() {
+    let setup = Setup::new("wss://coordinator.example/");
+    let faulty = |name: &str| setup.scratch.write(name, "[coordinator]\nurl = \"nowhere\"\n");
+    let xdg = setup.scratch.join("xdg");
+    let environment = [("XDG_CONFIG_HOME", xdg.to_str().expect("UTF-8"))];
+
+    assert_eq!(run(&setup, &["validate"], &[]).code, Some(0), "./agent.toml");
+    assert_eq!(run(&setup, &["validate"], &environment).code, Some(0), "./agent.toml, with XDG_CONFIG_HOME set");
+    let in_home = faulty(".config/usepod-agent/agent.toml");
+    assert!(run(&setup, &["validate"], &[]).stderr.contains(in_home.to_str().expect("UTF-8")));
+    assert_eq!(run(&setup, &["validate"], &environment).code, Some(0), "XDG_CONFIG_HOME replaces ~/.config");
+    let in_xdg = faulty("xdg/usepod-agent/agent.toml");
+    assert!(run(&setup, &["validate"], &environment).stderr.contains(in_xdg.to_str().expect("UTF-8")));
+}
+
+#[test]
+fn no_config_at_all_exits_2_and_says_where_it_looked() {
+    let home = Scratch::new();
+    for command in ["run", "validate", "enroll"] {
+        let output = cli(home.path(), &[command], &[]);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{command}: {stderr}");
+        for word in [".config/usepod-agent/agent.toml", "./agent.toml", "--config"] {
+            assert!(stderr.contains(word), "{command}: no `{word}` in {stderr}");
+        }
+    }
+}
+
+#[test]
+fn ws_is_refused_without_allow_insecure() {
+    let setup = Setup::new("ws://127.0.0.1:1/");
+    for command in ["run", "validate", "enroll"] {
+        let ran = run(&setup, &[command], &[]);
+        assert_eq!(ran.code, Some(2), "{command}: {}", ran.stderr);
+        assert!(ran.stderr.contains("--allow-insecure"), "{command}: {}", ran.stderr);
+    }
+}
+
+#[test]
+fn enroll_prints_key_and_id_and_only_the_ends_of_the_code() {
+    let code = "POD-ENROLL-0123-4567-89ab";
+    let setup = plain().coordinator(&format!("enrollment_code = \"{code}\""));
+    let ran = run(&setup, &["enroll"], &[]);
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    let value = |name: &str| {
+        let line = ran.stdout.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+        line.unwrap_or_else(|| panic!("no `{name}: …` in {}", ran.stdout))
+    };
+    assert_eq!(unbase64(value("public_key")).len(), 32);
+    assert_eq!(value("provider_id"), "<not yet enrolled>");
+    let shown = value("enrollment_code");
+    assert!(shown.contains("89ab") && !shown.contains("0123") && !shown.contains("4567"), "{shown}");
+}
+
+#[test]
+fn a_second_agent_on_the_same_identity_exits_4_and_names_the_first() {
+    let coordinator = Coordinator::new();
+    let setup = Setup::new(&coordinator.url());
+    let first = setup.start();
+    let session = coordinator.session();
+    for _ in 0..2 {
+        let mut second = setup.start();
+        assert_eq!(second.wait(SOON).code(), Some(4));
+        second.stderr.wait_line(&["already running", &first.pid().to_string()]);
+    }
+    coordinator.assert_not_dialled(std::time::Duration::ZERO);
+    // Commands that only look are not in its way.
+    let config = setup.write();
+    let enroll = ["enroll", "--allow-insecure", "-c", config.to_str().expect("UTF-8")];
+    assert_eq!(cli(setup.scratch.path(), &enroll, &[]).status.code(), Some(0));
+    // The lock goes with its holder, however that ends; the file stays and hinders nobody.
+    drop((first, session));
+    assert!(setup.scratch.join(".usepod-agent/identity.key.lock").exists());
+    let _third = setup.start();
+    coordinator.session();
+}
+
+#[test]
+fn run_logs_to_stderr_and_prints_nothing() {
+    let backend = Backend::vllm(&["m"]);
+    let mut rig = Rig::new(&backend);
+    let id = rig.session.job("m", json!({}));
+    backend.next().finish();
+    rig.session.outcome(&id).done();
+    rig.agent.signal("TERM");
+    rig.agent.wait(SOON);
+    assert_eq!(rig.agent.stdout.text(), "");
+    assert_ne!(rig.agent.stderr.text(), "");
+}
+
+#[test]
+fn the_log_level_of_the_command_line_beats_the_one_in_the_file() {
+    let cases =
+        [("info", None, [true, false]), ("debug", None, [true, true]), ("debug", Some("error"), [false, false])];
+    for (in_file, option, expected) in cases {
+        let coordinator = Coordinator::new();
+        let setup = Setup::new(&coordinator.url()).more(&format!("[observability]\nlog_level = \"{in_file}\""));
+        let mut agent = setup.start_at_level(option);
+        coordinator.session();
+        agent.signal("TERM");
+        agent.wait(SOON);
+        let log = agent.stderr.text();
+        let shown = ["INFO", "DEBUG"].map(|level| log.lines().any(|line| line.contains(level)));
+        assert_eq!(shown, expected, "file {in_file:?}, option {option:?}: {log}");
+    }
+}
+
+/// 0.3.5 ends with its stdout; a log that nobody reads any more is no reason to stop earning.
+#[test]
+fn an_agent_whose_outputs_are_closed_serves_on() {
+    let backend = Backend::vllm(&["m"]);
+    let coordinator = Coordinator::new();
+    let setup = Setup::new(&coordinator.url()).backend(backend.toml());
+    let mut agent = setup.start_unheard();
+    let session = coordinator.session();
+    for _ in 0..3 {
+        // A warning each, into a closed pipe.
+        session.send_text("not json");
+        let id = session.job("m", json!({}));
+        backend.next().finish();
+        session.outcome(&id).done();
+    }
+    agent.assert_running();
+}
+
+#[test]
+fn no_output_shows_a_secret_at_any_level() {
+    let backend = Backend::vllm(&["m"]);
+    let code = "POD-ENROLL-0123-4567-89ab";
+    let coordinator = Coordinator::new();
+    let setup = Setup::new(&coordinator.url())
+        .coordinator(&format!("enrollment_code = \"{code}\""))
+        .backend(format!("{}\napi_key_env = \"THE_KEY\"", backend.toml()))
+        .env("THE_KEY", "sk-secret-123");
+    let mut agent = setup.start_at_level(Some("trace"));
+    let session = coordinator.session();
+    let id = session.job("m", json!({"messages": [{"role": "user", "content": "my-private-prompt"}]}));
+    let mut held = backend.next();
+    held.start_sse();
+    held.chunk("data: my-private-answer\n\n");
+    held.chunk(sse(1, 1));
+    held.end();
+    session.outcome(&id).done();
+    agent.signal("TERM");
+    agent.wait(SOON);
+    let log = agent.stderr.text() + &agent.stdout.text();
+    let identity = std::fs::read_to_string(setup.identity()).expect("the identity file");
+    let seed = identity.lines().find_map(|line| line.strip_prefix("secret: ")).expect("the seed").to_owned();
+    for secret in [code, "sk-secret-123", "my-private-prompt", "my-private-answer", &seed] {
+        assert!(!log.contains(secret), "`{secret}` is in the log");
+    }
+}

@@ -1,0 +1,420 @@
+//! Broken answers of a backend: what is still relayed, and which error code follows.
+
+use serde_json::{Value, json};
+
+use crate::support::*;
+
+/// Every request gets a connection of its own, so that no retry of a kept-alive one blurs the count.
+fn without_keep_alive() -> Backend {
+    let list = json!({"data": [{"id": "m"}]}).to_string();
+    Backend::new(move |request| match request.line().as_str() {
+        "GET /health" => Answer::RawThenClose(response(200, "text/plain", "")),
+        "GET /v1/models" => Answer::RawThenClose(response(200, "application/json", &list)),
+        _ => Answer::Hold,
+    })
+}
+
+const SSE: &str = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n";
+const TEXT: &str = "data: {\"choices\":[{\"delta\":{\"content\":\"x\"}}]}\n\n";
+
+fn chunked(data: &str) -> String {
+    format!("Transfer-Encoding: chunked\r\n\r\n{:x}\r\n{data}\r\n", data.len())
+}
+
+#[test]
+fn a_stream_that_breaks_is_never_a_success_and_its_bytes_are_relayed_first() {
+    let done = "data: [DONE]\n\n";
+    let abort = "data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"abort\"}]}\n\ndata: [DONE]\n\n";
+    let error = "data: {\"error\":{\"message\":\"out of memory\",\"code\":500}}\n\n";
+    let messages_error = "event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\"}}\n\n";
+    let both = |a: &str, b: &str| format!("{a}{b}");
+    // What goes wrong; what follows the head's first two lines; the body that is to arrive; the code.
+    let cases: Vec<(&str, String, String, &str)> = vec![
+        ("no body at all, chunked", "Transfer-Encoding: chunked\r\n\r\n".into(), "".into(), "backend_unreachable"),
+        ("no body at all, with a length", "Content-Length: 9\r\n\r\n".into(), "".into(), "backend_unreachable"),
+        ("no body at all, until close", "\r\n".into(), "".into(), "backend_unreachable"),
+        ("the head breaks off", "Content-".into(), "".into(), "backend_unreachable"),
+        ("truncated between chunks", chunked(TEXT), TEXT.into(), "internal"),
+        (
+            "truncated within a chunk",
+            format!("Transfer-Encoding: chunked\r\n\r\nff\r\n{TEXT}"),
+            TEXT.into(),
+            "internal",
+        ),
+        ("truncated after [DONE], before the last chunk", chunked(done), done.into(), "internal"),
+        ("short content-length", format!("Content-Length: 999\r\n\r\n{TEXT}"), TEXT.into(), "internal"),
+        ("chunked, no terminal mark", format!("{}0\r\n\r\n", chunked(TEXT)), TEXT.into(), "internal"),
+        (
+            "with a length, no terminal mark",
+            format!("Content-Length: {}\r\n\r\n{TEXT}", TEXT.len()),
+            TEXT.into(),
+            "internal",
+        ),
+        ("until close, no terminal mark", format!("\r\n{TEXT}"), TEXT.into(), "internal"),
+        (
+            "finish_reason null is no terminal mark",
+            "\r\ndata: {\"choices\":[{\"finish_reason\":null}]}\n\n".into(),
+            "data: {\"choices\":[{\"finish_reason\":null}]}\n\n".into(),
+            "internal",
+        ),
+        ("[DONE] in a comment is none", "\r\n: data: [DONE]\n\n".into(), ": data: [DONE]\n\n".into(), "internal"),
+        ("an error object", format!("{}0\r\n\r\n", chunked(&both(TEXT, error))), both(TEXT, error), "internal"),
+        ("an error object, then [DONE]", format!("\r\n{error}{done}"), both(error, done), "internal"),
+        (
+            "an error in words",
+            "\r\ndata: {\"error\":\"boom\"}\n\n".into(),
+            "data: {\"error\":\"boom\"}\n\n".into(),
+            "internal",
+        ),
+        ("an error event", format!("\r\n{TEXT}{messages_error}"), both(TEXT, messages_error), "internal"),
+        ("an aborted generation", format!("\r\n{TEXT}{abort}"), both(TEXT, abort), "internal"),
+    ];
+    let backend = without_keep_alive();
+    let rig = Rig::new(&backend);
+    for (what, rest, body, code) in cases {
+        let id = rig.session.job("m", json!({}));
+        let mut held = backend.next();
+        held.send(format!("{SSE}{rest}"));
+        drop(held);
+        let outcome = rig.session.outcome(&id);
+        assert_eq!(String::from_utf8_lossy(&outcome.body()), body, "{what}: the bytes relayed");
+        assert_eq!(outcome.end["error_code"], code, "{what}: {}", outcome.end);
+        rig.session.assert_no_frame("a second end", std::time::Duration::ZERO, |frame| frame["job_id"] == id.as_str());
+    }
+    backend.assert_none(QUIET);
+}
+
+#[test]
+fn a_stream_with_a_terminal_mark_is_a_success() {
+    let bodies = [
+        "data: [DONE]\n\n",
+        "data:[DONE]\r\n\r\n",
+        "data: [DONE]",
+        "data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"stop\"}]}\n\n",
+        "data: {\"choices\":[{\"delta\":{\"content\":\"x\"},\"finish_reason\":\"length\"}]}",
+        "data: {\"choices\":[{\"finish_reason\":\"tool_calls\"}]}\n\n: bye\n\n",
+        "event: message_stop\ndata: {\"type\":\"message_stop\"}\n\n",
+        // Words in a text, and null, are no error.
+        "data: {\"choices\":[{\"delta\":{\"content\":\"{\\\"error\\\":1} finish_reason: abort\"}}],\"error\":null}\n\ndata: [DONE]\n\n",
+    ];
+    let backend = without_keep_alive();
+    let rig = Rig::new(&backend);
+    for body in bodies {
+        for framing in ["\r\n".to_owned(), format!("Content-Length: {}\r\n\r\n", body.len())] {
+            let id = rig.session.job("m", json!({}));
+            let mut held = backend.next();
+            held.send(format!("{SSE}{framing}{body}"));
+            drop(held);
+            let outcome = rig.session.outcome(&id);
+            assert_eq!(outcome.end["type"], "job_done", "{body:?} after {framing:?}: {}", outcome.end);
+            assert_eq!(String::from_utf8_lossy(&outcome.body()), body);
+        }
+    }
+}
+
+#[test]
+fn a_reset_connection_is_unreachable_before_the_first_byte_and_internal_after_it() {
+    let backend = without_keep_alive();
+    let rig = Rig::new(&backend);
+    backend.reset_on_close();
+    let id = rig.session.job("m", json!({}));
+    drop(backend.next());
+    let outcome = rig.session.outcome(&id);
+    assert_eq!((outcome.error(), outcome.chunks.len()), ("backend_unreachable", 0));
+
+    let id = rig.session.job("m", json!({}));
+    let mut held = backend.next();
+    held.start_sse();
+    held.chunk(TEXT);
+    assert_eq!(rig.session.chunk(&id), TEXT.as_bytes());
+    drop(held);
+    assert_eq!(rig.session.outcome(&id).error(), "internal");
+    backend.assert_none(QUIET);
+}
+
+#[test]
+fn garbage_between_two_chunks_ends_the_stream_as_internal() {
+    let backend = without_keep_alive();
+    let rig = Rig::new(&backend);
+    let id = rig.session.job("m", json!({}));
+    let mut held = backend.next();
+    held.start_sse();
+    held.chunk(TEXT);
+    assert_eq!(rig.session.chunk(&id), TEXT.as_bytes());
+    held.send("not a size\r\n");
+    let outcome = rig.session.outcome(&id);
+    assert_eq!((outcome.error(), outcome.chunks.len()), ("internal", 0));
+    held.wait_hang_up();
+}
+
+#[test]
+fn a_body_that_is_no_event_stream_and_is_cut_short_fails_too() {
+    let backend = without_keep_alive();
+    let rig = Rig::new(&backend);
+    for framing in ["Content-Length: 99\r\n\r\n{\"a\":1}", "Transfer-Encoding: chunked\r\n\r\n7\r\n{\"a\":1}\r\n"] {
+        let id = rig.session.job("m", json!({}));
+        let mut held = backend.next();
+        held.send(format!("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n{framing}"));
+        drop(held);
+        let outcome = rig.session.outcome(&id);
+        assert_eq!((outcome.error(), outcome.body()), ("internal", b"{\"a\":1}".to_vec()), "{framing:?}");
+    }
+}
+
+#[test]
+fn tokens_emitted_counts_the_output_tokens_of_the_broken_stream() {
+    let backend = without_keep_alive();
+    let rig = Rig::new(&backend);
+    let id = rig.session.job("m", json!({}));
+    let mut held = backend.next();
+    let usage = |n: u32| {
+        format!(
+            "data: {{\"choices\":[{{\"delta\":{{\"content\":\"long text\"}}}}],\"usage\":{{\"completion_tokens\":{n}}}}}\n\n"
+        )
+    };
+    held.send(format!("{SSE}\r\n{}{}", usage(1), usage(2)));
+    drop(held);
+    let outcome = rig.session.outcome(&id);
+    assert_eq!((outcome.error(), &outcome.end["tokens_emitted"]), ("internal", &json!(2)));
+}
+
+#[test]
+fn an_http_error_becomes_its_code_and_the_message_names_it() {
+    let openai = |text: &str, kind: &str| json!({"error": {"message": text, "type": kind}}).to_string();
+    let cases: Vec<(u16, String, &str)> = vec![
+        (
+            400,
+            openai("request (9000 tokens) exceeds the available context size", "exceed_context_size_error"),
+            "internal",
+        ),
+        (400, openai("temperature must be a number", "invalid_request_error"), "internal"),
+        (400, openai("model 'm' not found", "invalid_request_error"), "model_not_loaded"),
+        (401, openai("wrong key", "auth"), "auth_rejected_by_backend"),
+        (403, "forbidden".into(), "auth_rejected_by_backend"),
+        (404, openai("The model `m` does not exist.", "NotFoundError"), "model_not_loaded"),
+        (404, r#"{"object":"error","message":"The model `m` does not exist."}"#.into(), "model_not_loaded"),
+        (404, openai("model \"m\" not found, try pulling it first", "not_found_error"), "model_not_loaded"),
+        (404, openai("No models loaded. Please load a model", "invalid_request_error"), "model_not_loaded"),
+        (409, "conflict".into(), "internal"),
+        (413, "too large".into(), "internal"),
+        (422, "unprocessable".into(), "internal"),
+        (429, "slow down".into(), "out_of_capacity"),
+        (500, openai("CUDA error", "server_error"), "internal"),
+        (501, "".into(), "internal"),
+        (502, "<html>Bad Gateway</html>".into(), "backend_unreachable"),
+        (503, openai("Loading model", "unavailable_error"), "model_not_loaded"),
+        (503, openai("server busy, please try again", "api_error"), "out_of_capacity"),
+        (503, "".into(), "out_of_capacity"),
+        (504, "timeout".into(), "backend_unreachable"),
+    ];
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    for (status, body, code) in cases {
+        let id = rig.session.job("m", json!({}));
+        let mut held = backend.next();
+        held.send(response(status, "application/json", &body));
+        held.keep();
+        let outcome = rig.session.outcome(&id);
+        assert_eq!((outcome.error(), outcome.chunks.len()), (code, 0), "{status} {body}: {}", outcome.end);
+        assert!(outcome.message().contains(&status.to_string()), "no {status} in {:?}", outcome.message());
+        let said = body.get(..20).unwrap_or(&body);
+        assert!(outcome.message().contains(said), "{body:?} is not in {:?}", outcome.message());
+    }
+}
+
+#[test]
+fn a_hosted_backend_that_wants_money_or_time_is_out_of_capacity() {
+    let backend = Backend::new(|request| match request.target.as_str() {
+        "/models" => Answer::Json(200, json!({"data": [{"id": "m"}]})),
+        _ => Answer::Hold,
+    });
+    let toml = format!("kind = \"openrouter\"\nurl = \"{}\"\napi_key_env = \"THE_KEY\"", backend.url());
+    let rig = Rig::with(|setup| setup.backend(toml).env("THE_KEY", "sk-hosted"));
+    for status in [402, 429, 503] {
+        let id = rig.session.job("m", json!({}));
+        let mut held = backend.next();
+        held.send(response(status, "application/json", "{}"));
+        held.keep();
+        assert_eq!(rig.session.outcome(&id).error(), "out_of_capacity", "{status}");
+    }
+}
+
+/// A good answer with a few bytes changed, cut or doubled, the same each time.
+fn spoilt(seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = |below: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state % below as u64) as usize
+    };
+    let stream = sse(7, 13);
+    let mut bytes = match next(2) {
+        0 => response(200, "text/event-stream", stream),
+        _ => format!("{SSE}{}0\r\n\r\n", chunked(&stream)).into_bytes(),
+    };
+    for _ in 0..=next(4) {
+        let at = next(bytes.len());
+        match next(4) {
+            0 => bytes[at] = next(256) as u8,
+            1 => bytes.truncate(at + 1),
+            2 => bytes.extend_from_within(at..),
+            _ => drop(bytes.remove(at)),
+        }
+    }
+    bytes
+}
+
+#[test]
+fn whatever_a_backend_sends_the_job_ends_once_and_the_agent_lives() {
+    let backend = Backend::vllm_with(&["m"], |request| {
+        Answer::RawThenClose(spoilt(request.json()["seed"].as_u64().expect("a seed")))
+    });
+    let rig = Rig::new(&backend);
+    for seed in 1..=300 {
+        let id = rig.session.job("m", json!({"seed": seed}));
+        let end = rig.session.outcome(&id).end;
+        assert!(end["type"] == "job_done" || end["type"] == "job_error", "seed {seed}: {end}");
+    }
+    rig.session.assert_no_frame("a second end", QUIET, |frame| frame["type"] != "heartbeat");
+}
+
+#[test]
+fn an_error_message_holds_at_most_512_bytes_of_the_body() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let bodies: [Vec<u8>; 4] = [
+        vec![b'A'; 1 << 20],
+        "é".repeat(2000).into_bytes(),
+        vec![0xff; 2000],
+        b"x".iter().copied().chain("𝄞".repeat(500).bytes()).collect(),
+    ];
+    for body in bodies {
+        let id = rig.session.job("m", json!({}));
+        let mut held = backend.next();
+        held.send(response(500, "text/plain", &body));
+        held.keep();
+        let outcome = rig.session.outcome(&id);
+        assert_eq!(outcome.error(), "internal");
+        // Beside the body there is room for a few words of our own.
+        let (length, least) = (outcome.message().len(), if body[0] == 0xff { 0 } else { 400 });
+        assert!((least..600).contains(&length), "{length} bytes of {:?}…: {}", &body[..4], outcome.message());
+    }
+}
+
+/// A prompt is not to be carried to wherever a backend points.
+#[test]
+fn redirects_are_not_followed() {
+    let elsewhere = Backend::vllm(&["m"]);
+    let backend = without_keep_alive();
+    let rig = Rig::new(&backend);
+    for status in [301, 302, 303, 307, 308] {
+        let id = rig.session.job("m", json!({}));
+        let mut held = backend.next();
+        held.send(format!(
+            "HTTP/1.1 {status} Moved\r\nLocation: {}/v1/chat/completions\r\nContent-Length: 0\r\n\r\n",
+            elsewhere.url()
+        ));
+        drop(held);
+        let outcome = rig.session.outcome(&id);
+        assert_eq!((outcome.error(), outcome.chunks.len()), ("internal", 0), "{status}: {}", outcome.end);
+    }
+    assert_eq!(elsewhere.connections(), 0, "the redirect's target was contacted");
+}
+
+#[test]
+fn a_backend_that_is_gone_is_unreachable() {
+    let address = nobody_at("127.0.0.5");
+    let backend = Backend::vllm_on(&address, &["m"]);
+    let rig = Rig::new(&backend);
+    drop(backend);
+    let id = rig.session.job("m", json!({}));
+    let outcome = rig.session.outcome(&id);
+    assert_eq!((outcome.error(), outcome.chunks.len()), ("backend_unreachable", 0));
+}
+
+/// A job over a connection that served one before, so that the backend may have closed it meanwhile.
+fn second_job(rig: &Rig, backend: &Backend) -> (String, Held) {
+    let first = rig.session.job("m", json!({}));
+    let held = backend.next();
+    let connection = held.request.connection;
+    held.finish();
+    rig.session.outcome(&first).done();
+    let id = rig.session.job("m", json!({"second": true}));
+    let held = backend.next();
+    assert_eq!(held.request.connection, connection, "the test needs the connection to be used again");
+    (id, held)
+}
+
+#[test]
+fn a_kept_alive_connection_that_turns_out_closed_is_retried_once() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let (id, held) = second_job(&rig, &backend);
+    let body = held.request.body.clone();
+    drop(held);
+    let held = backend.next();
+    assert_eq!(held.request.body, body);
+    held.finish();
+    let outcome = rig.session.outcome(&id);
+    assert_eq!(outcome.body(), sse(7, 13).as_bytes());
+    outcome.done();
+}
+
+#[test]
+fn a_retry_is_not_retried() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let (id, held) = second_job(&rig, &backend);
+    drop(held);
+    drop(backend.next());
+    assert_eq!(rig.session.outcome(&id).error(), "backend_unreachable");
+    backend.assert_none(QUIET);
+}
+
+#[test]
+fn after_one_byte_of_the_response_nothing_is_retried() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let (id, mut held) = second_job(&rig, &backend);
+    held.send("H");
+    drop(held);
+    assert_eq!(rig.session.outcome(&id).error(), "backend_unreachable");
+    backend.assert_none(QUIET);
+}
+
+#[test]
+fn connections_that_the_backend_closed_while_idle_cost_no_job() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    for _ in 0..10 {
+        let id = rig.session.job("m", json!({}));
+        backend.next().finish();
+        rig.session.outcome(&id).done();
+        backend.hang_up();
+    }
+    let posts = backend.seen().iter().filter(|request| request.method == "POST").count();
+    assert_eq!(posts, 10, "each job is posted once");
+}
+
+#[test]
+fn an_error_names_no_key_and_no_prompt() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::with(|setup| {
+        setup.backend(format!("{}\napi_key_env = \"THE_KEY\"", backend.toml())).env("THE_KEY", "sk-secret-123")
+    });
+    let prompt: Value = json!({"messages": [{"role": "user", "content": "my-private-prompt"}]});
+    for answer in
+        ["HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: my-private-answer\n\n", "garbage\r\n\r\n"]
+    {
+        let id = rig.session.job("m", prompt.clone());
+        let mut held = backend.next();
+        held.send(answer);
+        drop(held);
+        rig.session.outcome(&id).error();
+    }
+    let log = rig.agent.stderr.text();
+    for secret in ["sk-secret-123", "my-private-prompt", "my-private-answer"] {
+        assert!(!log.contains(secret), "`{secret}` is in the log, which is at level debug");
+    }
+}

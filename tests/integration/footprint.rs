@@ -1,0 +1,33 @@
+//! What an agent costs while nobody needs it, and what it may cost while somebody does.
+
+use std::time::Instant;
+
+use serde_json::json;
+
+use crate::support::*;
+
+#[test]
+fn an_idle_agent_has_at_most_five_threads_also_after_work() {
+    let backend = Backend::vllm(&["m"]);
+    let other = Backend::vllm(&["n"]);
+    let rig = Rig::with(|setup| setup.backend(backend.toml()).backend(other.toml()).limits("max_concurrent = 16"));
+    let wait_idle = |what: &str| {
+        let began = Instant::now();
+        while rig.agent.threads().len() > 5 {
+            assert!(began.elapsed() < secs(20), "{what}: {:?}", rig.agent.threads());
+            std::thread::sleep(ms(50));
+        }
+    };
+    wait_idle("connected");
+    let jobs: Vec<_> = (0..16).map(|_| rig.session.job("m", json!({}))).collect();
+    let held: Vec<_> = jobs.iter().map(|_| backend.next()).collect();
+    held.into_iter().for_each(Held::finish);
+    for id in &jobs {
+        rig.session.outcome(id).done();
+    }
+    wait_idle("after 16 jobs");
+    // The first is the process's own.
+    for thread in &rig.agent.threads()[1..] {
+        assert_ne!(thread, "usepod-agent", "every thread has a name of its own: {:?}", rig.agent.threads());
+    }
+}

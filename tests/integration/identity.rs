@@ -1,0 +1,177 @@
+//! The identity file, which 0.3.5 and we share.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
+
+use serde_json::json;
+
+use crate::config::data_files;
+use crate::support::*;
+
+/// Test vector 1 of RFC 8032, which the files in `tests/data/identity/valid` hold.
+const PUBLIC: &str = "11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo=";
+const SECRET: &str = "nWGxne/9WmC6hEr0kuwsxERJxWl7MmkZcDusAxyuf2A=";
+
+/// A setup whose identity file has this content.
+fn with_identity(url: &str, content: &[u8]) -> Setup {
+    let setup = Setup::new(url);
+    setup.scratch.write(".usepod-agent/identity.key", content);
+    setup
+}
+
+/// `enroll` over a setup's files.
+fn enroll(setup: &Setup) -> (Option<i32>, String, String) {
+    let config = setup.write();
+    let arguments = ["enroll", "--allow-insecure", "--config", config.to_str().expect("UTF-8")];
+    let output = cli(setup.scratch.path(), &arguments, &[]);
+    let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
+    (output.status.code(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn every_valid_file_gives_the_same_key() {
+    for file in data_files("identity/valid", 8) {
+        let content = fs::read(&file).expect("a data file");
+        let (code, stdout, stderr) = enroll(&with_identity("ws://127.0.0.1:1/", &content));
+        let name = file.display();
+        assert_eq!(code, Some(0), "{name}: {stderr}");
+        assert!(stdout.lines().any(|line| line == format!("public_key: {PUBLIC}")), "{name}: {stdout}");
+        let id =
+            if String::from_utf8_lossy(&content).contains("provider_id") { "prov_123" } else { "<not yet enrolled>" };
+        assert!(stdout.lines().any(|line| line == format!("provider_id: {id}")), "{name}: {stdout}");
+        assert!(!stdout.contains(SECRET) && !stderr.contains(SECRET), "{name}: the seed was printed");
+    }
+}
+
+#[test]
+fn every_invalid_file_is_refused_by_name_and_left_alone() {
+    for file in data_files("identity/invalid", 12) {
+        let content = fs::read(&file).expect("a data file");
+        let setup = with_identity("ws://127.0.0.1:1/", &content);
+        let name = file.display();
+        let (code, stdout, stderr) = enroll(&setup);
+        assert_eq!((code, stdout.as_str()), (Some(1), ""), "{name}: {stderr}");
+        assert!(stderr.contains("identity.key"), "{name}: the error names the file: {stderr}");
+        assert!(!stderr.contains(&SECRET[..20]), "{name}: the seed was printed: {stderr}");
+        assert_eq!(fs::read(setup.identity()).expect("the file"), content, "{name}");
+
+        let mut agent = setup.start();
+        assert_eq!(agent.wait(SOON).code(), Some(1), "{name}: run");
+    }
+}
+
+#[test]
+fn the_first_run_makes_a_private_file_in_the_format_of_0_3_5() {
+    let setup = Setup::new("ws://127.0.0.1:1/");
+    let (code, stdout, stderr) = enroll(&setup);
+    assert_eq!(code, Some(0), "{stderr}");
+    let text = fs::read_to_string(setup.identity()).expect("the identity file");
+    let lines: Vec<_> = text.lines().collect();
+    let field = |n: usize, name: &str| {
+        let value = lines.get(n).and_then(|line| line.strip_prefix(name)).and_then(|rest| rest.strip_prefix(": "));
+        value.unwrap_or_else(|| panic!("line {n} should be `{name}: …`")).to_owned()
+    };
+    assert_eq!((lines[0], lines.len()), ("-----BEGIN USEPOD AGENT KEY-----", 6), "{}", lines.len());
+    assert_eq!(lines[5], "-----END USEPOD AGENT KEY-----");
+    assert_eq!(field(1, "version"), "1");
+    let created = field(2, "created");
+    assert!(created.ends_with("+00:00") && created.as_bytes()[10] == b'T', "{created}");
+    assert_eq!(unbase64(&field(3, "secret")).len(), 32);
+    assert_eq!(stdout.lines().next(), Some(format!("public_key: {}", field(4, "public")).as_str()));
+    let mode = fs::metadata(setup.identity()).expect("the file").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600, "the file's mode");
+    assert!(!stdout.contains(&field(3, "secret")) && !stderr.contains(&field(3, "secret")), "the seed was printed");
+    // A second run finds it.
+    assert_eq!(enroll(&setup).1, stdout);
+}
+
+#[test]
+fn two_agents_do_not_share_a_key() {
+    let [first, second] = [(), ()].map(|()| enroll(&Setup::new("ws://127.0.0.1:1/")).1);
+    assert_ne!(first.lines().next(), second.lines().next());
+}
+
+#[test]
+fn key_path_is_honoured_and_its_tilde_expanded() {
+    for path in ["~/keys/of/mine.key", "keys/of/mine.key"] {
+        let setup = Setup::new("ws://127.0.0.1:1/").more(&format!("[identity]\nkey_path = \"{path}\""));
+        let (code, _, stderr) = enroll(&setup);
+        assert_eq!(code, Some(0), "{path}: {stderr}");
+        assert!(setup.scratch.join("keys/of/mine.key").exists(), "{path}");
+    }
+}
+
+#[test]
+fn the_key_in_the_file_signs_and_a_new_provider_id_is_kept_with_every_other_line() {
+    let coordinator = Coordinator::new();
+    let known =
+        fs::read(data_files("identity/valid", 8).iter().find(|f| f.ends_with("unknown-lines.key")).expect("the file"));
+    let setup = with_identity(&coordinator.url(), &known.expect("a data file"));
+    let _agent = setup.start();
+    let session = coordinator.accept();
+    let auth = session.challenge(b"nonce");
+    assert_eq!(auth["pubkey"], PUBLIC);
+    verify_auth(&auth, b"nonce");
+    session.send(&json!({"type": "auth_ok", "provider_id": "prov_new"}));
+    // The offer comes after the file: whoever sees it may swap the agent.
+    session.frame("capabilities", SOON);
+    let text = fs::read_to_string(setup.identity()).expect("the identity file");
+    for line in ["version: 1", "from_the_future: yes: and more", "note: kept", "provider_id: prov_new"] {
+        assert!(text.lines().any(|l| l == line), "no `{line}` in the file");
+    }
+    assert!(text.contains(SECRET) && text.contains(PUBLIC) && !text.contains("prov_123"));
+    let mode = fs::metadata(setup.identity()).expect("the file").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600, "the file's mode");
+    let left: Vec<_> = fs::read_dir(setup.identity().parent().expect("a folder")).expect("the folder").collect();
+    assert!(left.len() <= 2, "more than the file and its lock: {left:?}");
+}
+
+#[test]
+fn without_a_new_provider_id_the_file_stays_as_it_is() {
+    let coordinator = Coordinator::new();
+    let file = &data_files("identity/valid", 8)[0];
+    let content = fs::read(file).expect("a data file");
+    let setup = with_identity(&coordinator.url(), &content);
+    let _agent = setup.start();
+    coordinator.session();
+    assert_eq!(fs::read(setup.identity()).expect("the file"), content);
+}
+
+#[test]
+fn a_symlink_is_followed_and_not_replaced() {
+    let coordinator = Coordinator::new();
+    let setup = Setup::new(&coordinator.url());
+    let target =
+        setup.scratch.write("elsewhere/real.key", fs::read(&data_files("identity/valid", 8)[0]).expect("a file"));
+    fs::create_dir_all(setup.scratch.join(".usepod-agent")).expect("the folder");
+    symlink(&target, setup.identity()).expect("a symlink");
+    let _agent = setup.start();
+    coordinator.accept().authenticate(Some("prov_linked"));
+    assert!(fs::symlink_metadata(setup.identity()).expect("the link").is_symlink());
+    assert!(fs::read_to_string(target).expect("the target").contains("provider_id: prov_linked"));
+}
+
+/// A full disk, a read-only one: here the folder itself is gone.
+#[test]
+fn an_agent_that_cannot_write_the_file_serves_on_with_what_it_learnt() {
+    let coordinator = Coordinator::new();
+    let setup = Setup::new(&coordinator.url()).coordinator("enrollment_code = \"POD-ENROLL-abc\"");
+    let agent = setup.start();
+    let session = coordinator.accept();
+    assert_eq!(session.challenge(b"1")["enrollment_code"], "POD-ENROLL-abc");
+    fs::remove_dir_all(setup.scratch.join(".usepod-agent")).expect("the folder is there");
+    session.send(&json!({"type": "auth_ok", "provider_id": "prov_kept"}));
+    session.frame("capabilities", SOON);
+    agent.stderr.wait_line(&["warn", "provider id"]);
+    session.close(1001, "drain:deploy");
+    assert_eq!(coordinator.accept().challenge(b"2").get("enrollment_code"), None, "it knows its provider_id");
+}
+
+#[test]
+fn an_identity_that_cannot_be_made_is_a_runtime_error() {
+    let setup = Setup::new("ws://127.0.0.1:1/").more("[identity]\nkey_path = \"agent.toml/identity.key\"");
+    let (code, _, stderr) = enroll(&setup);
+    assert_eq!(code, Some(1), "{stderr}");
+    assert!(stderr.contains(Path::new("agent.toml/identity.key").to_str().expect("UTF-8")), "{stderr}");
+}

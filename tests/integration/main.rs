@@ -1,0 +1,19 @@
+//! The agent from outside: the real binary between scripted peers over loopback sockets, and the library by its
+//! contract. A test belongs with the promise it checks:
+mod backends; // what each kind is asked, and what is offered of it
+mod cli; // commands, options, exit codes, what is printed where
+mod config; // agent.toml: what is taken, and how a mistake is named
+mod contract; // the library's fixed names and behaviours
+mod demo; // the local coordinator and its front door
+mod failures; // broken answers of a backend: what is relayed, and which error code follows
+mod footprint; // what an idle agent costs
+mod handshake; // from the dial to the first `capabilities`
+mod identity; // the identity file
+mod jobs; // admission, cancel, deadlines, the one terminal frame
+mod proxy; // HTTPS_PROXY and its relatives
+mod reconnect; // how sessions end, and when the next begins
+mod relay; // the response's bytes, and what is read off them
+mod request; // the job as the backend gets it
+mod session; // everything else that happens on a live session
+mod shutdown; // signals and the drain
+mod support; // the scripted peers

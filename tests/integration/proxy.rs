@@ -1,0 +1,106 @@
+//! HTTPS_PROXY and its relatives: who goes through a proxy, and who never does.
+
+use std::io::{BufReader, Read};
+
+use serde_json::json;
+
+use crate::support::*;
+
+/// Reads what the agent asks of its proxy, grants it, and returns the request and the first bytes through the tunnel.
+fn tunnel(proxy: &Coordinator) -> (Request, Vec<u8>) {
+    let mut dialled = proxy.dialled(SOON);
+    let request = dialled.request();
+    dialled.send(b"HTTP/1.1 200 Connection established\r\n\r\n");
+    (request, first_bytes(&dialled))
+}
+
+fn first_bytes(dialled: &Dialled) -> Vec<u8> {
+    dialled.stream.set_read_timeout(Some(SOON)).expect("a read timeout");
+    let mut bytes = vec![0; 2048];
+    let n = BufReader::new(&dialled.stream).read(&mut bytes).expect("the first bytes");
+    bytes.truncate(n);
+    bytes
+}
+
+fn assert_client_hello(bytes: &[u8], host: &str) {
+    assert_eq!(bytes.first(), Some(&0x16), "a TLS handshake begins with 0x16: {bytes:?}");
+    assert!(bytes.windows(host.len()).any(|window| window == host.as_bytes()), "no {host} in the ClientHello");
+}
+
+const COORDINATOR: &str = "wss://coordinator.example:4433/provider/connect";
+
+#[test]
+fn the_coordinator_is_reached_by_connect_through_https_proxy() {
+    side_by_side(["HTTPS_PROXY", "https_proxy"], |variable| {
+        let proxy = Coordinator::new();
+        let agent = Setup::new(COORDINATOR).env(variable, &format!("http://{}", proxy.address())).start();
+        let (request, tunnelled) = tunnel(&proxy);
+        assert_eq!(request.line(), "CONNECT coordinator.example:4433", "{variable}");
+        assert_eq!(request.header("host"), Some("coordinator.example:4433"));
+        assert_client_hello(&tunnelled, "coordinator.example");
+        drop(agent);
+    });
+}
+
+#[test]
+fn a_proxys_password_goes_to_the_proxy_and_into_no_log() {
+    let proxy = Coordinator::new();
+    let url = format!("http://me:s3cret@{}", proxy.address());
+    let agent = Setup::new(COORDINATOR).env("HTTPS_PROXY", &url).start();
+    let mut dialled = proxy.dialled(SOON);
+    let request = dialled.request();
+    let expected = format!("Basic {}", base64("me:s3cret"));
+    assert_eq!(request.header("proxy-authorization"), Some(expected.as_str()));
+    dialled.send(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n");
+    drop(dialled);
+    // Refused is as good as down: it tries again.
+    agent.stderr.wait_line(&["407"]);
+    proxy.dialled(SOON);
+    assert!(!agent.stderr.text().contains("s3cret"), "the proxy's password is in the log");
+}
+
+#[test]
+fn no_proxy_names_who_is_dialled_directly() {
+    side_by_side(["127.0.0.1", "localhost,127.0.0.1", "*"], |no_proxy| {
+        let (proxy, coordinator) = (Coordinator::new(), Coordinator::new());
+        let agent = Setup::new(&format!("wss://{}/", coordinator.address()))
+            .env("HTTPS_PROXY", &format!("http://{}", proxy.address()))
+            .env("NO_PROXY", no_proxy)
+            .start();
+        let direct = first_bytes(&coordinator.dialled(SOON));
+        assert_eq!(direct.first(), Some(&0x16), "NO_PROXY={no_proxy}");
+        proxy.assert_not_dialled(QUIET);
+        drop(agent);
+    });
+}
+
+#[test]
+fn hosted_backends_go_through_https_proxy_and_local_ones_through_none() {
+    let proxy = Coordinator::new();
+    // Not where the coordinator is, which NO_PROXY names.
+    let local = Backend::vllm_on("127.0.0.10:0", &["local"]);
+    let proxy_url = format!("http://{}", proxy.address());
+    let coordinator = Coordinator::new();
+    let mut setup = Setup::new(&coordinator.url())
+        .backend("kind = \"openrouter\"\nurl = \"https://hosted.example/api/v1\"\napi_key_env = \"THE_KEY\"")
+        .backend(local.toml())
+        .env("THE_KEY", "sk-hosted")
+        .env("NO_PROXY", "127.0.0.1");
+    for variable in ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "HTTPS_PROXY"] {
+        setup = setup.env(variable, &proxy_url);
+    }
+    let _agent = setup.start();
+    let session = coordinator.accept();
+    session.challenge(b"nonce");
+    session.send(&json!({"type": "auth_ok"}));
+
+    // The one connection to the proxy is the hosted backend's probe.
+    let (request, tunnelled) = tunnel(&proxy);
+    assert_eq!(request.line(), "CONNECT hosted.example:443");
+    assert_client_hello(&tunnelled, "hosted.example");
+    let capabilities = session.frame("capabilities", SOON);
+    assert_eq!(capabilities["models"][0]["model_id"], "local");
+    let id = session.job("local", json!({}));
+    local.next().finish();
+    session.outcome(&id).done();
+}

@@ -1,0 +1,176 @@
+//! The job as the backend gets it: where it is posted, with which headers, and what is changed in its body.
+
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::support::*;
+
+/// Sends a job whose `request` is this very text, and returns what the backend was asked.
+fn posted(rig: &Rig, backend: &Backend, request: &str, format: &str) -> Request {
+    let id = Uuid::new_v4();
+    rig.session.send_text(&format!(
+        r#"{{"type":"job","job_id":"{id}","model_id":"m","request":{request},"format":{format},"deadline_ms":30000}}"#
+    ));
+    let held = backend.next();
+    let request = held.request.clone();
+    held.finish();
+    rig.session.outcome(&id.to_string()).done();
+    request
+}
+
+#[test]
+fn an_openai_job_is_posted_as_a_stream_with_usage() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    // What is sent, and what must arrive: the request's own keys first, then what was added.
+    let cases = [
+        (r#"{"messages":[]}"#, r#"{"messages":[],"stream":true,"stream_options":{"include_usage":true},"model":"m"}"#),
+        ("{}", r#"{"stream":true,"stream_options":{"include_usage":true},"model":"m"}"#),
+        (
+            r#"{"model":"theirs","stream":false}"#,
+            r#"{"model":"theirs","stream":true,"stream_options":{"include_usage":true}}"#,
+        ),
+        (r#"{"stream":null,"model":null}"#, r#"{"stream":true,"model":null,"stream_options":{"include_usage":true}}"#),
+        (
+            r#"{"stream_options":{"include_usage":false},"model":"m"}"#,
+            r#"{"stream_options":{"include_usage":false},"model":"m","stream":true}"#,
+        ),
+        (r#"{"stream_options":null,"model":"m"}"#, r#"{"stream_options":null,"model":"m","stream":true}"#),
+        (r#"{"stream_options":{},"model":"m"}"#, r#"{"stream_options":{},"model":"m","stream":true}"#),
+    ];
+    for format in [r#""openai""#, r#""responses""#, "null", "7"] {
+        for (sent, expected) in cases {
+            let got = posted(&rig, &backend, sent, format);
+            assert_eq!(got.line(), "POST /v1/chat/completions", "format {format}");
+            assert_eq!(got.json(), serde_json::from_str::<Value>(expected).expect("JSON"), "{sent}, format {format}");
+        }
+    }
+}
+
+#[test]
+fn an_anthropic_job_is_posted_to_messages_and_gets_only_stream_and_model() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let cases = [
+        (r#"{"max_tokens":5,"messages":[]}"#, json!({"max_tokens": 5, "messages": [], "stream": true, "model": "m"})),
+        (r#"{"model":"theirs","stream":false}"#, json!({"model": "theirs", "stream": true})),
+        (r#"{"model":"x","stream_options":1}"#, json!({"model": "x", "stream_options": 1, "stream": true})),
+    ];
+    for (sent, expected) in cases {
+        let got = posted(&rig, &backend, sent, r#""anthropic""#);
+        assert_eq!((got.line().as_str(), got.json()), ("POST /v1/messages", expected));
+    }
+}
+
+/// A tool schema's key order reaches the model's prompt, and a number is not ours to round.
+#[test]
+fn the_requests_own_text_arrives_with_its_key_order_and_exact_numbers() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let own = concat!(
+        r#""zeta":1,"alpha":{"z":[],"a":{},"m":null},"seed":123456789012345678901234567890,"#,
+        r#""temperature":1.0,"top_p":0.1,"exact":0.30000000000000004,"small":1e-7,"big":1E+400,"negative":-0,"#,
+        r#""text":"\u00e9 é \" \\ \n \u0000 𝄞 \ud834\udd1e </script>","empty":"","#,
+        r#""messages":[{"role":"user","content":"hi"}]"#
+    );
+    let got = posted(&rig, &backend, &format!("{{{own}}}"), "\"openai\"").body_text();
+    let normalised = |text: &str| text.replace("1E+400", "1e+400").replace("1e400", "1e+400");
+    // Strings may be escaped another way, and so may the sign of an exponent; all else is the same text.
+    let (before, rest) = own.split_once(r#""text":"#).expect("the text");
+    let got = normalised(&got);
+    assert!(got.starts_with(&format!("{{{}", normalised(before))), "{got}");
+    let (_, messages) = rest.split_once(r#""messages""#).expect("the messages");
+    assert!(got.contains(&format!(r#""empty":"","messages"{messages},"stream":true"#)), "{got}");
+    let text = serde_json::from_str::<Value>(&got).expect("JSON")["text"].clone();
+    assert_eq!(text, "é é \" \\ \n \0 𝄞 𝄞 </script>");
+}
+
+#[test]
+fn a_request_that_is_not_an_object_is_posted_as_it_is() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    for request in ["[1,2]", "\"text\"", "null", "true", "1.50"] {
+        for (format, line) in [("\"openai\"", "POST /v1/chat/completions"), ("\"anthropic\"", "POST /v1/messages")] {
+            let got = posted(&rig, &backend, request, format);
+            assert_eq!((got.body_text().as_str(), got.line().as_str()), (request, line));
+        }
+    }
+}
+
+#[test]
+fn the_backend_gets_the_agents_own_headers_and_no_others() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let id = Uuid::new_v4().to_string();
+    let mut frame = job(&id, "m", json!({"messages": [], "headers": {"X-Conversation-Id": "1"}}));
+    frame["headers"] = json!({"X-Conversation-Id": "1", "Authorization": "Bearer theirs"});
+    rig.session.send(&frame);
+    let held = backend.next();
+    let request = held.request.clone();
+    held.finish();
+    assert_eq!(request.header("content-type"), Some("application/json"));
+    assert_eq!(request.header("host"), Some(backend.address().to_string().as_str()));
+    // An encoding would let the backend compress, and then the bytes are not verbatim any more.
+    assert!(matches!(request.header("accept-encoding"), None | Some("identity")), "{:?}", request.headers);
+    let names: Vec<_> = request.headers.iter().map(|(name, _)| name.as_str()).collect();
+    let known = [
+        "host",
+        "content-type",
+        "content-length",
+        "transfer-encoding",
+        "accept",
+        "accept-encoding",
+        "user-agent",
+        "connection",
+    ];
+    let strange: Vec<_> = names.iter().filter(|name| !known.contains(name)).collect();
+    assert!(strange.is_empty(), "headers that are nobody's business: {strange:?}");
+}
+
+#[test]
+fn the_key_of_a_backend_goes_into_each_request_to_it() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::with(|setup| {
+        setup.backend(format!("{}\napi_key_env = \"THE_KEY\"", backend.toml())).env("THE_KEY", "sk-secret-123")
+    });
+    rig.session.job("m", json!({}));
+    backend.next().finish();
+    for request in backend.seen() {
+        assert_eq!(request.header("authorization"), Some("Bearer sk-secret-123"), "{}", request.line());
+    }
+}
+
+#[test]
+fn a_job_goes_to_the_backend_that_was_advertised_for_its_model() {
+    let backends = [&["a", "shared"], &["b", "shared"]].map(|models| Backend::vllm(models));
+    let rig = Rig::with(|setup| backends.iter().fold(setup, |setup, backend| setup.backend(backend.toml())));
+    for (model, served_by) in [("a", 0), ("b", 1), ("shared", 0)] {
+        let id = rig.session.job(model, json!({}));
+        let held = backends[served_by].next();
+        assert_eq!(held.request.json()["model"], model);
+        held.finish();
+        rig.session.outcome(&id).done();
+    }
+}
+
+/// Requests carry pictures: 0.3.5 takes frames up to 16 MiB only.
+#[test]
+fn a_request_of_20_mb_and_one_of_nearly_64_mib_pass_in_one_frame() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    for size in [20_000_000, (64 << 20) - 1000] {
+        let picture = "x".repeat(size);
+        let id = Uuid::new_v4().to_string();
+        // By hand, as building so large a value costs an unoptimised test its time.
+        let frame = job(&id, "m", json!({"picture": "PICTURE"})).to_string();
+        let patient = frame.replace("\"deadline_ms\":30000", "\"deadline_ms\":600000");
+        rig.session.send_text(&patient.replace("PICTURE", &picture));
+        let held = backend.next_within(6 * SOON);
+        let body = &held.request.body;
+        let begins = body.windows(2).position(|pair| pair == b"xx").expect("the picture");
+        assert!(body[begins..].starts_with(picture.as_bytes()), "the picture of {size} bytes changed");
+        assert!(body.len() < size + 200, "{size} bytes arrived as {}", body.len());
+        held.finish();
+        rig.session.outcome(&id).done();
+    }
+}

@@ -1,0 +1,342 @@
+//! What happens on a live session beside jobs: frames nobody knows, heartbeats, dead links, a changing offer.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use crate::support::*;
+
+fn models(capabilities: &Value) -> Vec<&str> {
+    let models = capabilities["models"].as_array().unwrap_or_else(|| panic!("no models in {capabilities}"));
+    models.iter().map(|model| model["model_id"].as_str().expect("a model_id")).collect()
+}
+
+fn serve_one(session: &Session, backend: &Backend, model: &str) {
+    let id = session.job(model, json!({}));
+    backend.next().finish();
+    session.outcome(&id).done();
+}
+
+#[test]
+fn capabilities_states_models_limits_and_version() {
+    let list = json!({"data": [{"id": "z"}, {"id": "a/b", "max_model_len": 8192}]});
+    let backend = Backend::new(move |request| match request.line().as_str() {
+        "GET /health" => Answer::Raw(response(200, "text/plain", "")),
+        _ => Answer::Json(200, list.clone()),
+    });
+    let rig = Rig::with(|setup| {
+        setup
+            .backend(backend.toml())
+            .limits("max_concurrent = 3\nmax_tokens_per_minute = 200_000")
+            .pricing("[pricing.models]\nz = { input_per_1m = 1, output_per_1m = 2 }")
+    });
+    let expected = json!({
+        "type": "capabilities",
+        "models": [
+            {"model_id": "a/b", "input_per_1m": 500_000, "output_per_1m": 750_000, "max_concurrent": 3,
+             "backend": "vllm", "context_window": 8192},
+            {"model_id": "z", "input_per_1m": 1, "output_per_1m": 2, "max_concurrent": 3, "backend": "vllm"},
+        ],
+        "limits": {"max_concurrent_total": 3, "max_tokens_per_minute": 200_000},
+        "metadata": {"agent_version": env!("CARGO_PKG_VERSION")},
+    });
+    assert_eq!(rig.session.capabilities, expected);
+}
+
+#[test]
+fn an_empty_offer_is_sent_too_with_the_default_limits() {
+    let rig = Rig::with(|setup| setup);
+    assert_eq!(rig.session.capabilities["models"], json!([]));
+    let limits = &rig.session.capabilities["limits"];
+    assert_eq!(limits["max_tokens_per_minute"], Value::Null, "null when unset: {limits}");
+    assert!(limits.as_object().is_some_and(|limits| limits.contains_key("max_tokens_per_minute")), "{limits}");
+}
+
+#[test]
+fn frames_that_nobody_knows_or_can_read_do_not_end_the_session() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let unknown = [
+        r#"{"type":"config_update","config":{"a":1}}"#,
+        r#"{"type":"auth_challenge","nonce":"AAAA"}"#,
+        r#"{"type":"auth_ok","provider_id":"prov_late"}"#,
+        r#"{"type":"ping"}"#,
+    ];
+    let bad = [
+        "",
+        "{",
+        "null",
+        "[]",
+        "\"job\"",
+        "{}",
+        r#"{"type":7}"#,
+        r#"{"type":"job"}"#,
+        r#"{"type":"job","job_id":"x","model_id":"m","request":{}}"#,
+        r#"{"type":"job","job_id":7,"model_id":"m","request":{}}"#,
+        r#"{"type":"job","job_id":"00000000-0000-4000-8000-000000000001","request":{}}"#,
+        r#"{"type":"job","job_id":"00000000-0000-4000-8000-000000000001","model_id":7,"request":{}}"#,
+        r#"{"type":"job_cancel"}"#,
+        r#"{"type":"job_cancel","job_id":"x"}"#,
+        "not json at all, and secret-prompt-text",
+    ];
+    for text in unknown.iter().chain(&bad) {
+        rig.session.send_text(text);
+    }
+    // Deep nesting is a stack overflow in a careless parser.
+    rig.session.send_text(&"[".repeat(200_000));
+    serve_one(&rig.session, &backend, "m");
+    rig.session.assert_no_frame("an answer to a bad frame", QUIET, |frame| frame["type"] != "heartbeat");
+    let log = rig.agent.stderr.text();
+    let told = |line: &&str| line.contains("DEBUG") && line.contains("config_update");
+    assert_eq!(log.lines().filter(told).count(), 1, "an unknown type is told at debug");
+    let warnings = log.lines().filter(|line| line.to_lowercase().contains("warn")).count();
+    assert!(warnings > bad.len(), "each bad frame gets a warning, {warnings} were written");
+    assert!(!log.contains("secret-prompt-text"), "a bad frame's content is in the log");
+}
+
+/// Frames with a few characters changed, the same each time: none may end the session or the agent.
+#[test]
+fn whatever_text_the_coordinator_sends_the_session_lives() {
+    let backend = Backend::vllm_with(&["m", "held"], |request| match request.json()["model"].as_str() {
+        Some("held") => Answer::Hold,
+        _ => Answer::Raw(response(200, "text/event-stream", sse(1, 2))),
+    });
+    let rig = Rig::new(&backend);
+    let good = [
+        job("00000000-0000-4000-8000-000000000001", "m", json!({"messages": [1.5, "é", {"a": null}]})).to_string(),
+        json!({"type": "job_cancel", "job_id": "00000000-0000-4000-8000-000000000001"}).to_string(),
+        json!({"type": "auth_challenge", "nonce": "AAAA"}).to_string(),
+    ];
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    let mut next = |below: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state % below as u64) as usize
+    };
+    for n in 0..600 {
+        let mut text: Vec<char> = good[n % good.len()].chars().collect();
+        for _ in 0..=next(4) {
+            let at = next(text.len());
+            match next(4) {
+                0 => text[at] = char::from(next(127) as u8 + 1),
+                1 => text.truncate(at + 1),
+                2 => text.insert(at, ['"', '{', '}', '[', '\\', '-', '9', '\u{10ffff}'][next(8)]),
+                _ => drop(text.remove(at)),
+            }
+            text.push(' ');
+        }
+        rig.session.send_text(&text.iter().collect::<String>());
+    }
+    serve_one(&rig.session, &backend, "held");
+}
+
+#[test]
+fn a_ping_is_answered_with_its_own_payload() {
+    let rig = Rig::with(|setup| setup);
+    for payload in [&b""[..], b"1", &[0xff; 125]] {
+        rig.session.send_frame(PING, payload);
+        rig.session.wait("the pong", SOON, |event| matches!(event, Event::Pong(p) if p == payload).then_some(()));
+    }
+}
+
+#[test]
+fn a_session_byte_by_byte_serves_as_well() {
+    let coordinator = Coordinator::new();
+    let proxy = FaultProxy::to(coordinator.address());
+    let backend = Backend::vllm(&["m"]);
+    let _agent = Setup::new(&format!("ws://{}/", proxy.address())).backend(backend.toml()).start();
+    let session = coordinator.accept();
+    // The 101 passes whole: the agent's WebSocket library takes one in crumbs for an attack.
+    session.send_frame(PING, b"");
+    session.wait("the pong", SOON, |event| matches!(event, Event::Pong(_)).then_some(()));
+    proxy.set(Mode::Trickle);
+    let session = session.authenticate(None);
+    serve_one(&session, &backend, "m");
+}
+
+#[test]
+fn a_job_in_fragments_is_one_job() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let id = uuid::Uuid::new_v4().to_string();
+    let text = job(&id, "m", json!({"messages": "é"})).to_string().into_bytes();
+    let pieces: Vec<_> = text.chunks(3).collect();
+    for (n, piece) in pieces.iter().enumerate() {
+        let opcode = if n == 0 { TEXT } else { CONTINUATION };
+        rig.session.send_raw(&encode(opcode, n + 1 == pieces.len(), piece));
+    }
+    let held = backend.next();
+    assert_eq!(held.request.json()["messages"], "é");
+    held.finish();
+    rig.session.outcome(&id).done();
+}
+
+/// Waits for the first heartbeat, and checks when it came and that a Ping came with it.
+fn first_heartbeat(session: &Session, since: Instant) -> Value {
+    let heartbeat = session.frame("heartbeat", secs(20));
+    let came = since.elapsed();
+    assert!(came > ms(14_500) && came < ms(17_000), "the first heartbeat came {came:?} after capabilities");
+    session.wait("a ping with the heartbeat", secs(1), |event| matches!(event, Event::Ping).then_some(()));
+    heartbeat
+}
+
+#[test]
+fn the_heartbeat_carries_the_true_figures() {
+    let idle = || {
+        let rig = Rig::with(|setup| setup);
+        let heartbeat = first_heartbeat(&rig.session, Instant::now());
+        let figures = |name: &str| heartbeat[name].as_f64();
+        for name in ["queue_depth", "tokens_per_sec_p50", "p50_latency_ms", "p95_latency_ms", "error_rate_60s"] {
+            assert_eq!(figures(name), Some(0.0), "{name} of an idle agent: {heartbeat}");
+        }
+        assert_eq!((&heartbeat["last_error_at"], &heartbeat["last_error_code"]), (&Value::Null, &Value::Null));
+        let keys = heartbeat.as_object().expect("an object").len();
+        assert_eq!(keys, 8, "type and seven figures: {heartbeat}");
+    };
+    let busy = || {
+        let backend = Backend::vllm(&["m"]);
+        let rig = Rig::new(&backend);
+        let began = Instant::now();
+        let started = OffsetDateTime::now_utc().format(&Rfc3339).expect("a date");
+        let answer = |bytes: Vec<u8>, after| {
+            let id = rig.session.job("m", json!({}));
+            let mut held = backend.next();
+            std::thread::sleep(ms(after));
+            held.send(bytes);
+            held.keep();
+            rig.session.outcome(&id)
+        };
+        // The requester's own faults and a cancel count nowhere.
+        for status in [400, 413, 422] {
+            answer(response(status, "text/plain", "your fault"), 0).error();
+        }
+        let cancelled = rig.session.job("m", json!({}));
+        let mut held = backend.next();
+        rig.session.cancel(&cancelled);
+        held.wait_hang_up();
+        // Two that went well, one that did not, one that runs.
+        answer(response(200, "text/event-stream", sse(7, 13)), 200).done();
+        answer(response(200, "text/event-stream", sse(7, 13)), 400).done();
+        answer(response(500, "text/plain", "boom"), 300).error();
+        rig.session.job("m", json!({}));
+        let _running = backend.next();
+
+        let heartbeat = first_heartbeat(&rig.session, began);
+        let figure = |name: &str| heartbeat[name].as_f64().unwrap_or_else(|| panic!("no {name} in {heartbeat}"));
+        let between = |name, least, most| {
+            let value = figure(name);
+            assert!((least..=most).contains(&value), "{name} should be in {least}..={most}: {heartbeat}");
+        };
+        between("queue_depth", 1.0, 1.0);
+        between("error_rate_60s", 0.33, 0.34);
+        between("p50_latency_ms", 195.0, 600.0);
+        between("p95_latency_ms", 390.0, 1500.0);
+        // 13 tokens in 200 to 400 ms, as a rate over the whole job or over the part after the first token.
+        between("tokens_per_sec_p50", 10.0, 100_000.0);
+        assert_eq!(heartbeat["last_error_code"], "internal", "{heartbeat}");
+        let at = heartbeat["last_error_at"].as_str().expect("a date");
+        let now = OffsetDateTime::now_utc().format(&Rfc3339).expect("a date");
+        assert!(at.ends_with('Z') || at.ends_with("+00:00"), "not UTC: {at}");
+        assert!(started[..19] <= at[..19] && at[..19] <= now[..19], "{at} is not between {started} and {now}");
+    };
+    let parts: [&(dyn Fn() + Sync); 2] = [&idle, &busy];
+    side_by_side(parts, |part| part());
+}
+
+/// The link dies without a word: bytes go in and nothing comes out. What keeps a session alive is any byte at all.
+#[test]
+fn forty_five_seconds_of_silence_end_a_session_and_any_byte_prevents_it() {
+    let silent = || {
+        let coordinator = Coordinator::new();
+        let proxy = FaultProxy::to(coordinator.address());
+        let _agent = Setup::new(&format!("ws://{}/", proxy.address())).start();
+        let _session = coordinator.session();
+        proxy.set(Mode::Swallow);
+        let began = Instant::now();
+        let redialled = coordinator.dialled(secs(60)).at - began;
+        // The delay before the new dial is up to 1.2 s.
+        assert!(redialled > secs(44) && redialled < secs(50), "a dead link was noticed after {redialled:?}");
+    };
+    let pongs_only = || {
+        let rig = Rig::with(|setup| setup);
+        let began = Instant::now();
+        for n in 1..=3 {
+            rig.session.frame("heartbeat", secs(17));
+            let at = began.elapsed();
+            assert!(at > secs(15 * n - 1) && at < secs(15 * n + 2), "heartbeat {n} came after {at:?}");
+        }
+        assert!(!rig.session.ends_within(secs(4)), "the session was ended although each ping was answered");
+    };
+    let frames_only = || {
+        let rig = Rig::with(|setup| setup);
+        rig.session.ignore_pings();
+        for _ in 0..2 {
+            assert!(!rig.session.ends_within(secs(25)), "the session was ended although the coordinator spoke");
+            rig.session.send(&json!({"type": "something_new"}));
+        }
+    };
+    // The agent's writer is stuck in a socket that nobody reads when the silence is over.
+    let wedged = || {
+        let backend = Backend::vllm(&["m"]);
+        let rig = Rig::new(&backend);
+        rig.session.pause(true);
+        let began = Instant::now();
+        rig.session.job("m", json!({}));
+        let mut held = backend.next();
+        held.start_sse();
+        let flood = held.flood();
+        let redialled = rig.coordinator.dialled(secs(60)).at - began;
+        assert!(redialled > secs(44) && redialled < secs(52), "a wedged session was given up after {redialled:?}");
+        flood.join().expect("the flood to end with its session");
+    };
+    let parts: [&(dyn Fn() + Sync); 4] = [&silent, &pongs_only, &frames_only, &wedged];
+    side_by_side(parts, |part| part());
+}
+
+#[test]
+fn a_changed_offer_is_sent_again_on_the_live_session_and_an_unchanged_one_is_not() {
+    let address = nobody_at("127.0.0.6");
+    let fleeting = Backend::vllm_on(&address, &["fleeting"]);
+    let steady = Backend::vllm(&["steady"]);
+    let rig = Rig::with(|setup| setup.backend(fleeting.toml()).backend(steady.toml()));
+    assert_eq!(models(&rig.session.capabilities), ["fleeting", "steady"]);
+
+    // A job that finds its backend gone is reason enough to look again at once.
+    drop(fleeting);
+    let id = rig.session.job("fleeting", json!({}));
+    assert_eq!(rig.session.outcome(&id).error(), "backend_unreachable");
+    assert_eq!(models(&rig.session.frame("capabilities", SOON)), ["steady"]);
+
+    // That it is back shows in the next look around, every 30 s.
+    let back = Backend::vllm_on(&address, &["fleeting", "new"]);
+    assert_eq!(models(&rig.session.frame("capabilities", secs(45))), ["fleeting", "new", "steady"]);
+    serve_one(&rig.session, &back, "new");
+    serve_one(&rig.session, &steady, "steady");
+    rig.session.assert_no_frame("an unchanged offer", QUIET, |frame| frame["type"] == "capabilities");
+}
+
+#[test]
+fn a_backend_that_is_still_loading_is_picked_up_by_itself() {
+    let kinds = ["vllm", "llamacpp"];
+    side_by_side(kinds, |kind| {
+        let ready = Arc::new(AtomicBool::new(false));
+        let is_ready = Arc::clone(&ready);
+        let loading = json!({"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}});
+        let backend = Backend::new(move |request| match request.line().as_str() {
+            _ if !is_ready.load(Ordering::SeqCst) => Answer::Json(503, loading.clone()),
+            "GET /v1/models" => Answer::Json(200, json!({"data": [{"id": "m"}]})),
+            "POST /v1/chat/completions" => Answer::Hold,
+            _ => Answer::Json(200, json!({})),
+        });
+        let rig = Rig::with(|setup| setup.backend(format!("kind = \"{kind}\"\nurl = \"{}\"", backend.url())));
+        assert_eq!(models(&rig.session.capabilities), [""; 0], "{kind}");
+        ready.store(true, Ordering::SeqCst);
+        assert_eq!(models(&rig.session.frame("capabilities", secs(12))), ["m"], "{kind}");
+        serve_one(&rig.session, &backend, "m");
+    });
+}

@@ -1,0 +1,198 @@
+//! Signals, and the drain that follows them.
+
+use std::any::Any;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::support::*;
+
+fn is_empty_offer(frame: &Value) -> bool {
+    frame["type"] == "capabilities" && frame["models"] == json!([])
+}
+
+fn assert_empty_offer(session: &Session) {
+    let capabilities = session.frame("capabilities", SOON);
+    assert!(is_empty_offer(&capabilities), "a stopping agent offers nothing: {capabilities}");
+}
+
+#[test]
+fn an_idle_agent_takes_its_leave_within_a_second_of_each_signal() {
+    side_by_side(["TERM", "INT", "HUP"], |signal| {
+        let backend = Backend::vllm(&["m"]);
+        let mut rig = Rig::new(&backend);
+        let asked = Instant::now();
+        rig.agent.signal(signal);
+        assert_empty_offer(&rig.session);
+        assert_eq!(rig.session.ended(SOON).map(|(code, _)| code), Some(1000), "the Close after SIG{signal}");
+        assert_eq!(rig.agent.wait(SOON).code(), Some(0), "SIG{signal}");
+        assert!(asked.elapsed() < secs(1), "SIG{signal} took {:?}", asked.elapsed());
+    });
+}
+
+#[test]
+fn jobs_in_flight_finish_new_ones_are_refused_and_heartbeats_go_on() {
+    let backend = Backend::vllm(&["m"]);
+    // One that is asked every 5 s while it loads: that it is ready at last must not bring an offer back.
+    let ready = Arc::new(AtomicBool::new(false));
+    let is_ready = Arc::clone(&ready);
+    let loading = Backend::new(move |request| match request.line().as_str() {
+        "GET /v1/models" => Answer::Json(200, json!({"data": [{"id": "late"}]})),
+        _ => Answer::Json(if is_ready.load(Ordering::SeqCst) { 200 } else { 503 }, json!({})),
+    });
+    let mut rig = Rig::with(|setup| setup.backend(backend.toml()).backend(loading.toml()));
+    let jobs = [rig.session.job("m", json!({})), rig.session.job("m", json!({}))];
+    let mut held = [backend.next(), backend.next()];
+    held.iter_mut().for_each(Held::start_sse);
+    rig.agent.signal("TERM");
+    assert_empty_offer(&rig.session);
+    ready.store(true, Ordering::SeqCst);
+
+    let refused = rig.session.job("m", json!({}));
+    assert_eq!(rig.session.outcome(&refused).error(), "out_of_capacity");
+    held[0].chunk("data: 1\n\n");
+    rig.session.wait("a chunk while draining", SOON, |event| match event {
+        Event::Frame(frame) if frame["type"] == "job_chunk" => Some(()),
+        _ => None,
+    });
+    let heartbeat = rig.session.frame("heartbeat", secs(20));
+    assert_eq!(heartbeat["queue_depth"], 2, "{heartbeat}");
+    rig.session.assert_no_frame("an offer", Duration::ZERO, |frame| frame["type"] == "capabilities");
+    rig.agent.assert_running();
+
+    for mut held in held {
+        held.chunk(sse(7, 13));
+        held.end();
+    }
+    for id in &jobs {
+        rig.session.outcome(id).done();
+    }
+    assert_eq!(rig.session.ended(secs(2)).map(|(code, _)| code), Some(1000));
+    assert_eq!(rig.agent.wait(secs(2)).code(), Some(0));
+}
+
+#[test]
+fn what_is_left_after_drain_seconds_gets_a_job_error() {
+    let backend = Backend::vllm(&["m"]);
+    let mut rig = Rig::with(|setup| setup.backend(backend.toml()).limits("drain_seconds = 1"));
+    let jobs = [rig.session.job("m", json!({})), rig.session.job("m", json!({}))];
+    let mut held = [backend.next(), backend.next()];
+    held[0].start_sse();
+    held[0].chunk("data: 1\n\n");
+    let asked = Instant::now();
+    rig.agent.signal("TERM");
+    for id in &jobs {
+        rig.session.outcome(id).error();
+    }
+    let took = asked.elapsed();
+    assert!(took > ms(900) && took < secs(3), "a drain of 1 s took {took:?}");
+    held.iter_mut().for_each(|held| {
+        held.wait_hang_up();
+    });
+    assert_eq!(rig.session.ended(secs(2)).map(|(code, _)| code), Some(1000));
+    assert_eq!(rig.agent.wait(secs(2)).code(), Some(0));
+}
+
+#[test]
+fn a_drain_ends_with_its_last_job() {
+    let backend = Backend::vllm(&["m"]);
+    let mut rig = Rig::new(&backend);
+    let id = rig.session.job("m", json!({}));
+    let mut held = backend.next();
+    rig.agent.signal("TERM");
+    assert_empty_offer(&rig.session);
+    rig.session.cancel(&id);
+    held.wait_hang_up();
+    assert_eq!(rig.session.ended(secs(2)).map(|(code, _)| code), Some(1000));
+    assert_eq!(rig.agent.wait(secs(2)).code(), Some(0));
+    rig.session.assert_quiet(&id);
+}
+
+#[test]
+fn a_second_signal_stops_at_once() {
+    let backend = Backend::vllm(&["m"]);
+    let mut rig = Rig::new(&backend);
+    rig.session.job("m", json!({}));
+    let mut held = backend.next();
+    rig.agent.signal("TERM");
+    assert_empty_offer(&rig.session);
+    let asked = Instant::now();
+    rig.agent.signal("TERM");
+    rig.agent.wait(secs(2));
+    assert!(asked.elapsed() < ms(1500), "a second signal took {:?}", asked.elapsed());
+    held.wait_hang_up();
+}
+
+#[test]
+fn an_agent_whose_session_ends_while_it_drains_stops_and_does_not_reconnect() {
+    let backend = Backend::vllm(&["m"]);
+    let mut rig = Rig::new(&backend);
+    rig.session.job("m", json!({}));
+    let mut held = backend.next();
+    rig.agent.signal("TERM");
+    assert_empty_offer(&rig.session);
+    rig.session.cut();
+    held.wait_hang_up();
+    rig.agent.wait(secs(3));
+    rig.coordinator.assert_not_dialled(Duration::ZERO);
+}
+
+/// A coordinator that does not read any more must not keep the process: what cannot be said is left unsaid.
+#[test]
+fn a_stuck_coordinator_does_not_outlast_the_drain() {
+    let backend = Backend::vllm(&["m"]);
+    let mut rig = Rig::with(|setup| setup.backend(backend.toml()).limits("drain_seconds = 1"));
+    rig.session.pause(true);
+    rig.session.job("m", json!({}));
+    let mut held = backend.next();
+    held.start_sse();
+    let flood =
+        std::thread::spawn(move || while held.try_send(&[b"10000\r\n", &[b'x'; 1 << 16][..], b"\r\n"].concat()) {});
+    rig.agent.signal("TERM");
+    rig.agent.wait(secs(10));
+    flood.join().expect("the flood to end with its job");
+}
+
+#[test]
+fn a_signal_is_heeded_in_every_state_of_connecting() {
+    // Each returns what has to stay open.
+    type Get = fn(&Coordinator) -> Box<dyn Any>;
+    let states: [(&str, Get); 4] = [
+        ("between two dials", |coordinator| {
+            drop(coordinator.dialled(SOON));
+            drop(coordinator.dialled(SOON));
+            Box::new(())
+        }),
+        ("waiting for the upgrade", |coordinator| Box::new(coordinator.dialled(SOON))),
+        ("waiting for the challenge", |coordinator| Box::new(coordinator.accept())),
+        ("waiting for the verdict", |coordinator| {
+            let session = coordinator.accept();
+            session.challenge(b"nonce");
+            Box::new(session)
+        }),
+    ];
+    side_by_side(states, |(what, get)| {
+        let coordinator = Coordinator::new();
+        let mut agent = Setup::new(&coordinator.url()).start();
+        let _open = get(&coordinator);
+        let asked = Instant::now();
+        agent.signal("TERM");
+        assert_eq!(agent.wait(SOON).code(), Some(0), "{what}");
+        assert!(asked.elapsed() < secs(1), "{what}: SIGTERM took {:?}", asked.elapsed());
+    });
+}
+
+#[test]
+fn a_signal_while_the_first_offer_is_gathered_is_heeded() {
+    let hung = Backend::new(|_| Answer::Hold);
+    let coordinator = Coordinator::new();
+    let mut agent = Setup::new(&coordinator.url()).backend(hung.toml()).start();
+    let session = coordinator.accept();
+    session.challenge(b"nonce");
+    session.send(&json!({"type": "auth_ok"}));
+    let _held = hung.next();
+    agent.signal("TERM");
+    assert_eq!(agent.wait(secs(5)).code(), Some(0));
+}

@@ -1,0 +1,284 @@
+//! The real binary as a child process, with a home of its own and nothing of our environment.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use super::{SOON, Scratch, ms};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_usepod-agent");
+
+/// What an agent is started with. Outlives the agent, so that a second one can be started over the same files.
+pub struct Setup {
+    pub scratch: Arc<Scratch>,
+    coordinator: String,
+    top: String,
+    pricing: String,
+    limits: String,
+    backends: Vec<String>,
+    environment: Vec<(String, String)>,
+}
+
+impl Setup {
+    pub fn new(coordinator_url: &str) -> Self {
+        Self {
+            scratch: Arc::new(Scratch::new()),
+            coordinator: format!("url = \"{coordinator_url}\""),
+            top: String::new(),
+            pricing: "default_input_per_1m = 500_000\ndefault_output_per_1m = 750_000".to_owned(),
+            limits: String::new(),
+            backends: Vec::new(),
+            environment: Vec::new(),
+        }
+    }
+
+    /// The lines of one `[[backends]]`.
+    pub fn backend(mut self, toml: impl Into<String>) -> Self {
+        self.backends.push(toml.into());
+        self
+    }
+
+    /// Lines for `[limits]`.
+    pub fn limits(mut self, toml: &str) -> Self {
+        self.limits = toml.to_owned();
+        self
+    }
+
+    /// Lines for `[pricing]`, after the defaults.
+    pub fn pricing(mut self, toml: &str) -> Self {
+        self.pricing = format!("{}\n{toml}", self.pricing);
+        self
+    }
+
+    /// A line for `[coordinator]`, beside the url.
+    pub fn coordinator(mut self, toml: &str) -> Self {
+        self.coordinator = format!("{}\n{toml}", self.coordinator);
+        self
+    }
+
+    /// Lines for the end of the file.
+    pub fn more(mut self, toml: &str) -> Self {
+        self.top = toml.to_owned();
+        self
+    }
+
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    pub fn toml(&self) -> String {
+        let backends: String = self.backends.iter().map(|toml| format!("[[backends]]\n{toml}\n\n")).collect();
+        format!(
+            "[coordinator]\n{}\n\n[pricing]\n{}\n\n[limits]\n{}\n\n{backends}{}",
+            self.coordinator, self.pricing, self.limits, self.top
+        )
+    }
+
+    /// Writes the config file.
+    pub fn write(&self) -> PathBuf {
+        self.scratch.write("agent.toml", self.toml())
+    }
+
+    pub fn identity(&self) -> PathBuf {
+        self.scratch.join(".usepod-agent/identity.key")
+    }
+
+    pub fn start(&self) -> Agent {
+        self.start_at_level(Some("debug"))
+    }
+
+    pub fn start_at_level(&self, level: Option<&str>) -> Agent {
+        Agent::spawn(self.command(level), Some(Arc::clone(&self.scratch)))
+    }
+
+    /// Nobody reads what it prints: its pipes are closed before it can write.
+    pub fn start_unheard(&self) -> Agent {
+        let mut child = self.command(None).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the agent");
+        drop((child.stdout.take(), child.stderr.take()));
+        Agent { child, stdout: Log::closed(), stderr: Log::closed(), _scratch: Some(Arc::clone(&self.scratch)) }
+    }
+
+    fn command(&self, level: Option<&str>) -> Command {
+        let mut command = command(self.scratch.path());
+        command.arg("--config").arg(self.write()).arg("--allow-insecure");
+        command.args(level.into_iter().flat_map(|level| ["--log-level", level]));
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
+        command
+    }
+}
+
+fn command(home: &Path) -> Command {
+    let mut command = Command::new(BINARY);
+    command.env_clear().env("HOME", home).current_dir(home).stdin(Stdio::null());
+    command
+}
+
+/// Runs the binary to its end, with `home` as home and working folder.
+pub fn cli(home: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Output {
+    let mut agent = Agent::spawn_in(home, arguments, environment);
+    let status = agent.wait(SOON);
+    Output { status, stdout: agent.stdout.whole().into_bytes(), stderr: agent.stderr.whole().into_bytes() }
+}
+
+/// A running agent; killed on drop, and its log is shown when the test fails.
+pub struct Agent {
+    child: Child,
+    pub stdout: Log,
+    pub stderr: Log,
+    // The agent's folder stays for as long as the agent.
+    _scratch: Option<Arc<Scratch>>,
+}
+
+impl Agent {
+    /// The binary with these arguments, with `home` as home and working folder.
+    pub fn run(home: &Path, arguments: &[&str]) -> Self {
+        Self::spawn_in(home, arguments, &[])
+    }
+
+    fn spawn_in(home: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Self {
+        let mut command = command(home);
+        command.args(arguments).envs(environment.iter().copied());
+        Self::spawn(command, None)
+    }
+
+    fn spawn(mut command: Command, scratch: Option<Arc<Scratch>>) -> Self {
+        let mut child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|e| panic!("failed to start {BINARY}: {e}"));
+        let stdout = Log::follow(child.stdout.take().expect("a piped stdout"));
+        let stderr = Log::follow(child.stderr.take().expect("a piped stderr"));
+        Self { child, stdout, stderr, _scratch: scratch }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// `TERM`, `INT`, `HUP`, …
+    pub fn signal(&self, name: &str) {
+        let status = Command::new("sh").arg("-c").arg(format!("kill -{name} {}", self.pid())).status();
+        assert!(status.expect("a shell").success(), "kill -{name} failed: is the agent still running?");
+    }
+
+    /// Waits for the end of the process.
+    pub fn wait(&mut self, within: Duration) -> ExitStatus {
+        let deadline = Instant::now() + within;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("the state of our own child") {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "the agent did not exit within {within:?}");
+            std::thread::sleep(ms(5));
+        }
+    }
+
+    /// The names of its threads, the main one first.
+    pub fn threads(&self) -> Vec<String> {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("the agent's threads");
+        let mut ids: Vec<u32> = tasks.filter_map(|task| task.ok()?.file_name().to_str()?.parse().ok()).collect();
+        ids.sort_unstable();
+        let name = |id| std::fs::read_to_string(format!("/proc/{}/task/{id}/comm", self.pid()));
+        // One that has just ended has no name any more.
+        ids.into_iter().filter_map(|id| name(id).ok()).map(|name| name.trim().to_owned()).collect()
+    }
+
+    /// The most memory that it ever held.
+    pub fn peak_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("the agent's status");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("VmHWM");
+        line.trim().trim_end_matches(" kB").parse().expect("a number")
+    }
+
+    pub fn assert_running(&mut self) {
+        let status = self.child.try_wait().expect("the state of our own child");
+        assert!(status.is_none(), "the agent should be running, but ended with {status:?}");
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let log = self.stderr.whole();
+        if std::thread::panicking() {
+            let lines: Vec<_> = log.lines().collect();
+            let tail = &lines[lines.len().saturating_sub(40)..];
+            #[expect(clippy::print_stderr, reason = "the harness shows it with the failed test")]
+            {
+                eprintln!("--- the agent's stderr ends:\n{}\n---", tail.join("\n"));
+            }
+        } else {
+            // Whatever else a test looks at: no thread of the agent may have panicked.
+            assert!(!log.contains("panicked at"), "the agent panicked:\n{log}");
+        }
+    }
+}
+
+/// What a process wrote to one of its outputs, as it grows.
+#[derive(Clone, Default)]
+pub struct Log(Arc<(Mutex<State>, Condvar)>);
+
+#[derive(Default)]
+struct State {
+    text: String,
+    ended: bool,
+}
+
+impl Log {
+    fn follow(from: impl Read + Send + 'static) -> Self {
+        let log = Self(Arc::default());
+        let writer = log.clone();
+        std::thread::spawn(move || {
+            let mut from = BufReader::new(from);
+            let mut line = Vec::new();
+            while matches!(from.read_until(b'\n', &mut line), Ok(1..)) {
+                writer.update(|state| state.text.push_str(&String::from_utf8_lossy(&line)));
+                line.clear();
+            }
+            writer.update(|state| state.ended = true);
+        });
+        log
+    }
+
+    /// Of a pipe that nobody reads.
+    fn closed() -> Self {
+        let log = Self::default();
+        log.update(|state| state.ended = true);
+        log
+    }
+
+    fn update(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.0.0.lock().expect("log"));
+        self.0.1.notify_all();
+    }
+
+    /// What was written so far.
+    pub fn text(&self) -> String {
+        self.0.0.lock().expect("log").text.clone()
+    }
+
+    /// All of it; of a process that has ended.
+    fn whole(&self) -> String {
+        let state = self.0.0.lock().expect("log");
+        let (state, _) = self.0.1.wait_timeout_while(state, SOON, |state| !state.ended).expect("log");
+        state.text.clone()
+    }
+
+    /// The first line that holds every one of `words`, in any case.
+    pub fn wait_line(&self, words: &[&str]) -> String {
+        let words: Vec<_> = words.iter().map(|word| word.to_lowercase()).collect();
+        let find = |text: &str| {
+            let has_all = |line: &&str| words.iter().all(|word| line.to_lowercase().contains(word));
+            text.lines().find(has_all).map(str::to_owned)
+        };
+        let state = self.0.0.lock().expect("log");
+        let waiting = |state: &mut State| find(&state.text).is_none() && !state.ended;
+        let text = self.0.1.wait_timeout_while(state, SOON, waiting).expect("log").0.text.clone();
+        find(&text).unwrap_or_else(|| panic!("no line with {words:?} was written; all there is:\n{text}"))
+    }
+}

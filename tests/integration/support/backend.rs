@@ -1,0 +1,295 @@
+//! An inference server that does as it is told. A function of the request says how each one is answered; those that
+//! it holds back come to the test as [`Held`], which the test answers byte by byte.
+
+use std::collections::HashMap;
+use std::io::{self, BufReader, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use serde_json::{Value, json};
+
+use super::http::{Request, read_request, response};
+use super::{SOON, ms};
+
+pub enum Answer {
+    Json(u16, Value),
+    /// These bytes; the connection stays open.
+    Raw(Vec<u8>),
+    /// These bytes, then the end of the connection.
+    RawThenClose(Vec<u8>),
+    /// The test answers, see [`Backend::next`].
+    Hold,
+}
+
+type Routes = dyn Fn(&Request) -> Answer + Send + Sync;
+
+pub struct Backend {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    held: Receiver<Held>,
+    acceptor: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    routes: Box<Routes>,
+    held: Sender<Held>,
+    stopped: AtomicBool,
+    /// Bytes of each request's body that stay in the socket: closing it then sends a reset instead of an end.
+    unread: AtomicUsize,
+    connected: AtomicUsize,
+    open: Mutex<HashMap<usize, TcpStream>>,
+    seen: Mutex<Vec<Request>>,
+    news: Condvar,
+}
+
+impl Backend {
+    pub fn new(routes: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
+        Self::on("127.0.0.1:0", routes)
+    }
+
+    /// On a given address, to come back where another backend was.
+    pub fn on(address: &str, routes: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind(address).unwrap_or_else(|e| panic!("failed to bind {address}: {e}"));
+        let address = listener.local_addr().expect("a bound address");
+        let (sender, held) = unbounded();
+        let shared = Arc::new(Shared {
+            routes: Box::new(routes),
+            held: sender,
+            stopped: AtomicBool::new(false),
+            unread: AtomicUsize::new(0),
+            connected: AtomicUsize::new(0),
+            open: Mutex::default(),
+            seen: Mutex::default(),
+            news: Condvar::new(),
+        });
+        let accepting = Arc::clone(&shared);
+        let acceptor = Some(std::thread::spawn(move || accepting.accept(&listener)));
+        Self { address, shared, held, acceptor }
+    }
+
+    /// Healthy, lists `models`, holds every job.
+    pub fn vllm(models: &[&str]) -> Self {
+        Self::vllm_with(models, |_| Answer::Hold)
+    }
+
+    /// Healthy, lists `models`, answers jobs as `jobs` says.
+    pub fn vllm_with(models: &[&str], jobs: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
+        Self::new(serving(models, jobs))
+    }
+
+    /// As [`Self::vllm`], on a given address.
+    pub fn vllm_on(address: &str, models: &[&str]) -> Self {
+        Self::on(address, serving(models, |_| Answer::Hold))
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// `[[backends]]` for this one as a vLLM.
+    pub fn toml(&self) -> String {
+        format!("kind = \"vllm\"\nurl = \"{}\"", self.url())
+    }
+
+    /// From now on, closing a connection resets it.
+    pub fn reset_on_close(&self) {
+        self.shared.unread.store(1, Ordering::SeqCst);
+    }
+
+    /// The next request that was held back.
+    pub fn next(&self) -> Held {
+        self.next_within(SOON)
+    }
+
+    pub fn next_within(&self, within: Duration) -> Held {
+        self.held.recv_timeout(within).unwrap_or_else(|_| {
+            panic!(
+                "no held request came within {within:?}; seen: {:?}",
+                self.seen().iter().map(Request::line).collect::<Vec<_>>()
+            )
+        })
+    }
+
+    /// Panics when a request is held back within `time`.
+    pub fn assert_none(&self, time: Duration) {
+        if let Ok(held) = self.held.recv_timeout(time) {
+            panic!("a request that must not come: {} {}", held.request.line(), held.request.body_text());
+        }
+    }
+
+    /// Everything asked so far.
+    pub fn seen(&self) -> Vec<Request> {
+        self.shared.seen.lock().expect("requests").clone()
+    }
+
+    /// Waits until `count` requests with this method and path were made.
+    pub fn wait_for(&self, line: &str, count: usize) {
+        let deadline = Instant::now() + SOON;
+        let mut seen = self.shared.seen.lock().expect("requests");
+        while seen.iter().filter(|request| request.line() == line).count() < count {
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "waited {SOON:?} for {count} × {line}");
+            seen = self.shared.news.wait_timeout(seen, left).expect("requests").0;
+        }
+    }
+
+    pub fn connections(&self) -> usize {
+        self.shared.connected.load(Ordering::SeqCst)
+    }
+
+    /// Closes every connection that is open now.
+    pub fn hang_up(&self) {
+        for stream in self.shared.open.lock().expect("connections").values() {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+fn serving(
+    models: &[&str],
+    jobs: impl Fn(&Request) -> Answer + Send + Sync + 'static,
+) -> impl Fn(&Request) -> Answer + Send + Sync + 'static {
+    let list = json!({"object": "list", "data": models.iter().map(|id| json!({"id": id})).collect::<Vec<_>>()});
+    move |request| match request.line().as_str() {
+        "GET /health" => Answer::Raw(response(200, "text/plain", "")),
+        "GET /v1/models" => Answer::Json(200, list.clone()),
+        _ => jobs(request),
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        self.shared.stopped.store(true, Ordering::SeqCst);
+        // The acceptor sits in `accept`: one more connection lets it look at the flag.
+        let _ = TcpStream::connect(self.address);
+        // Once it is gone, so is the listening socket: who connects from now on is refused.
+        let _ = self.acceptor.take().map(JoinHandle::join);
+        self.hang_up();
+    }
+}
+
+impl Shared {
+    fn accept(self: &Arc<Self>, listener: &TcpListener) {
+        for stream in listener.incoming() {
+            if self.stopped.load(Ordering::SeqCst) {
+                return;
+            }
+            let Ok(stream) = stream else { continue };
+            let (shared, id) = (Arc::clone(self), self.connected.fetch_add(1, Ordering::SeqCst));
+            std::thread::spawn(move || {
+                let _ = shared.serve(&stream, id);
+                // Nothing may keep the socket open once its thread is through with it.
+                shared.open.lock().expect("connections").remove(&id);
+            });
+        }
+    }
+
+    fn serve(&self, mut stream: &TcpStream, id: usize) -> io::Result<()> {
+        stream.set_nodelay(true)?;
+        self.open.lock().expect("connections").insert(id, stream.try_clone()?);
+        let mut reader = BufReader::new(stream);
+        while let Some(request) = read_request(&mut reader, id, self.unread.load(Ordering::SeqCst))? {
+            self.seen.lock().expect("requests").push(request.clone());
+            self.news.notify_all();
+            match (self.routes)(&request) {
+                Answer::Json(status, body) => {
+                    stream.write_all(&response(status, "application/json", body.to_string()))?;
+                }
+                Answer::Raw(bytes) => stream.write_all(&bytes)?,
+                Answer::RawThenClose(bytes) => return stream.write_all(&bytes),
+                Answer::Hold => {
+                    let (release, released) = bounded(1);
+                    let held = Held { request, stream: stream.try_clone()?, release };
+                    if self.held.send(held).is_err() || released.recv().is_err() {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A request that waits for the test to answer it. Dropping it closes the connection.
+pub struct Held {
+    pub request: Request,
+    // Before `release`: the connection's thread must find itself the last owner of the socket.
+    stream: TcpStream,
+    release: Sender<()>,
+}
+
+impl Held {
+    /// Raw bytes onto the connection; that the agent is gone is for the test to find out elsewhere.
+    pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        self.try_send(bytes.as_ref());
+    }
+
+    /// Whether the agent still takes them.
+    pub fn try_send(&mut self, bytes: &[u8]) -> bool {
+        self.stream.write_all(bytes).is_ok()
+    }
+
+    /// Sends chunks of 64 KiB without end, until the agent hangs up. They hold one line without end.
+    pub fn flood(mut self) -> JoinHandle<()> {
+        let chunk = [&b"10000\r\n"[..], &[b'x'; 1 << 16], b"\r\n"].concat();
+        std::thread::spawn(move || while self.try_send(&chunk) {})
+    }
+
+    /// The head of a chunked event stream.
+    pub fn start_sse(&mut self) {
+        self.send("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n");
+    }
+
+    pub fn chunk(&mut self, data: impl AsRef<[u8]>) {
+        let data = data.as_ref();
+        self.send([format!("{:x}\r\n", data.len()).as_bytes(), data, b"\r\n"].concat());
+    }
+
+    /// Ends a chunked body and gives the connection back for the next request.
+    pub fn end(mut self) {
+        self.send("0\r\n\r\n");
+        self.keep();
+    }
+
+    /// The whole of a good answer.
+    pub fn finish(mut self) {
+        self.send(response(200, "text/event-stream", super::sse(7, 13)));
+        self.keep();
+    }
+
+    /// The answer is complete; the connection serves on.
+    pub fn keep(self) {
+        let _ = self.release.send(());
+    }
+
+    /// Waits until the agent has closed the connection, and tells how long that took.
+    pub fn wait_hang_up(&mut self) -> Duration {
+        let began = Instant::now();
+        self.stream.set_read_timeout(Some(SOON)).expect("a read timeout");
+        match self.stream.read(&mut [0; 64]) {
+            Ok(0) => began.elapsed(),
+            Ok(n) => panic!("{n} bytes where the agent should hang up"),
+            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => began.elapsed(),
+            Err(e) => panic!("the agent did not hang up on {} within {SOON:?}: {e}", self.request.line()),
+        }
+    }
+
+    /// Panics when the agent has closed the connection.
+    pub fn assert_connected(&mut self) {
+        self.stream.set_read_timeout(Some(ms(50))).expect("a read timeout");
+        let outcome = self.stream.read(&mut [0; 64]);
+        self.stream.set_read_timeout(None).expect("no read timeout");
+        match outcome {
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {}
+            other => panic!("the connection of {} should be open and silent: {other:?}", self.request.line()),
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! The listening half of a scripted coordinator: takes the agent's connections, upgrades them, and hands out
+//! [`Session`]s.
+
+use std::io::{BufReader, ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, unbounded};
+use tungstenite::handshake::derive_accept_key;
+
+use super::SOON;
+use super::http::{Request, read_request};
+use super::session::Session;
+
+pub struct Coordinator {
+    address: SocketAddr,
+    dialled: Receiver<Dialled>,
+    stopped: Arc<AtomicBool>,
+    acceptor: Option<JoinHandle<()>>,
+}
+
+/// A connection of the agent's that nothing was said on yet.
+pub struct Dialled {
+    pub stream: TcpStream,
+    pub at: Instant,
+}
+
+impl Coordinator {
+    pub fn new() -> Self {
+        Self::on("127.0.0.1:0")
+    }
+
+    pub fn on(address: &str) -> Self {
+        let listener = TcpListener::bind(address).unwrap_or_else(|e| panic!("failed to bind {address}: {e}"));
+        let address = listener.local_addr().expect("a bound address");
+        let (sender, dialled) = unbounded();
+        let stopped = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&stopped);
+        let acceptor = std::thread::spawn(move || {
+            for stream in listener.incoming().map_while(Result::ok) {
+                if flag.load(Ordering::SeqCst) || sender.send(Dialled { stream, at: Instant::now() }).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { address, dialled, stopped, acceptor: Some(acceptor) }
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    pub fn url(&self) -> String {
+        format!("ws://{}/provider/connect", self.address)
+    }
+
+    /// The next connection.
+    pub fn dialled(&self, within: Duration) -> Dialled {
+        self.dialled
+            .recv_timeout(within)
+            .unwrap_or_else(|_| panic!("the agent did not dial the coordinator within {within:?}"))
+    }
+
+    /// Panics when the agent dials within `time`.
+    pub fn assert_not_dialled(&self, time: Duration) {
+        assert!(self.dialled.recv_timeout(time).is_err(), "the agent dialled, and must not within {time:?}");
+    }
+
+    /// The next connection, upgraded; the coordinator has not spoken yet.
+    pub fn accept(&self) -> Session {
+        self.dialled(SOON).upgrade()
+    }
+
+    /// The next connection, taken through the handshake.
+    pub fn session(&self) -> Session {
+        self.accept().authenticate(None)
+    }
+}
+
+impl Drop for Coordinator {
+    fn drop(&mut self) {
+        self.stopped.store(true, Ordering::SeqCst);
+        // The acceptor sits in `accept`: one more connection lets it look at the flag.
+        let _ = TcpStream::connect(self.address);
+        let _ = self.acceptor.take().map(JoinHandle::join);
+    }
+}
+
+impl Dialled {
+    /// Reads the upgrade request.
+    pub fn request(&self) -> Request {
+        self.stream.set_read_timeout(Some(SOON)).expect("a read timeout");
+        // The client says nothing more before it is answered, so that the reader's buffer ends up empty.
+        let request = read_request(&mut BufReader::new(&self.stream), 0, 0);
+        request.expect("an upgrade request").expect("an upgrade request before the end of the connection")
+    }
+
+    pub fn upgrade(self) -> Session {
+        self.upgrade_with(b"")
+    }
+
+    /// Upgrades, with `more` in the same write as the 101.
+    pub fn upgrade_with(mut self, more: &[u8]) -> Session {
+        let request = self.request();
+        self.send(&[&switching_protocols(&request), more].concat());
+        Session::new(self.stream, self.at)
+    }
+
+    /// Takes whatever the agent says and answers nothing; returns when it closed the connection.
+    pub fn drain_until_hang_up(&self, within: Duration) -> Instant {
+        self.stream.set_read_timeout(Some(within)).expect("a read timeout");
+        loop {
+            match (&self.stream).read(&mut [0; 4096]) {
+                Ok(1..) => {}
+                Err(e) if e.kind() == ErrorKind::WouldBlock => panic!("the agent did not hang up within {within:?}"),
+                _ => return Instant::now(),
+            }
+        }
+    }
+
+    pub fn send(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).unwrap_or_else(|e| panic!("failed to answer the agent's dial: {e}"));
+    }
+}
+
+fn switching_protocols(request: &Request) -> Vec<u8> {
+    let key = request.header("sec-websocket-key").expect("a Sec-WebSocket-Key");
+    format!(
+        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+         Sec-WebSocket-Accept: {}\r\n\r\n",
+        derive_accept_key(key.as_bytes())
+    )
+    .into_bytes()
+}

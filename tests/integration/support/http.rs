@@ -1,0 +1,98 @@
+//! As much of HTTP/1.1 as a scripted server needs.
+
+use std::io::{self, BufRead, Read};
+
+use serde_json::Value;
+
+#[derive(Clone, Debug)]
+pub struct Request {
+    pub method: String,
+    pub target: String,
+    /// In their order, names in lower case.
+    pub headers: Vec<(String, String)>,
+    pub body: Vec<u8>,
+    /// Which connection of the server it came on, counted from 0.
+    pub connection: usize,
+}
+
+impl Request {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
+    }
+
+    /// `GET /v1/models`
+    pub fn line(&self) -> String {
+        format!("{} {}", self.method, self.target)
+    }
+
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body)
+            .unwrap_or_else(|e| panic!("the body of {} is not JSON ({e}): {:?}", self.line(), self.body_text()))
+    }
+
+    pub fn body_text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+}
+
+/// Reads one request; `unread` bytes at the end of its body are left in the socket. `None` at a clean end.
+pub fn read_request(from: &mut impl BufRead, connection: usize, unread: usize) -> io::Result<Option<Request>> {
+    let mut line = String::new();
+    if from.read_line(&mut line)? == 0 {
+        return Ok(None);
+    }
+    let mut words = line.split_whitespace();
+    let (method, target) = (words.next().unwrap_or_default().to_owned(), words.next().unwrap_or_default().to_owned());
+    let mut headers = Vec::new();
+    loop {
+        line.clear();
+        if from.read_line(&mut line)? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let Some((name, value)) = line.trim_end().split_once(':') else { break };
+        headers.push((name.to_ascii_lowercase(), value.trim().to_owned()));
+    }
+    let mut request = Request { method, target, headers, body: Vec::new(), connection };
+    request.body = match request.header("transfer-encoding") {
+        Some(_) => read_chunked(from)?,
+        None => {
+            let length = request.header("content-length").map_or(0, |n| n.parse().expect("a content-length"));
+            let mut body = vec![0; usize::saturating_sub(length, unread)];
+            from.read_exact(&mut body)?;
+            body
+        }
+    };
+    Ok(Some(request))
+}
+
+fn read_chunked(from: &mut impl BufRead) -> io::Result<Vec<u8>> {
+    let mut body = Vec::new();
+    loop {
+        let mut line = String::new();
+        from.read_line(&mut line)?;
+        let size = usize::from_str_radix(line.trim(), 16).map_err(io::Error::other)?;
+        from.take(size as u64).read_to_end(&mut body)?;
+        from.read_line(&mut line)?;
+        if size == 0 {
+            return Ok(body);
+        }
+    }
+}
+
+/// A whole response with a content-length.
+pub fn response(status: u16, content_type: &str, body: impl AsRef<[u8]>) -> Vec<u8> {
+    let body = body.as_ref();
+    let head =
+        format!("HTTP/1.1 {status} Scripted\r\nContent-Type: {content_type}\r\nContent-Length: {}\r\n\r\n", body.len());
+    [head.as_bytes(), body].concat()
+}
+
+/// The whole of a small, good stream: two deltas, usage, `[DONE]`.
+pub fn sse(input: u32, output: u32) -> String {
+    format!(
+        "data: {{\"choices\":[{{\"delta\":{{\"content\":\"hello \"}}}}]}}\n\n\
+         data: {{\"choices\":[{{\"delta\":{{\"content\":\"world\"}},\"finish_reason\":\"stop\"}}]}}\n\n\
+         data: {{\"choices\":[],\"usage\":{{\"prompt_tokens\":{input},\"completion_tokens\":{output}}}}}\n\n\
+         data: [DONE]\n\n"
+    )
+}

@@ -1,0 +1,67 @@
+//! Fakes of everything the agent talks to, each over a real loopback socket and each with a bound on every wait.
+//!
+//! [`Rig`] is what most tests want: one coordinator, one started agent, one session past its handshake.
+
+mod agent;
+mod backend;
+mod coordinator;
+mod fault;
+mod http;
+mod rig;
+mod scratch;
+mod session;
+mod wire;
+
+use std::time::Duration;
+
+pub use agent::{Agent, Setup, cli};
+pub use backend::{Answer, Backend, Held};
+pub use coordinator::{Coordinator, Dialled};
+pub use fault::{FaultProxy, Mode};
+pub use http::{Request, response, sse};
+pub use rig::Rig;
+pub use scratch::Scratch;
+pub use session::{Event, Outcome, Session, Take, job};
+pub use wire::{BINARY, CLOSE, CONTINUATION, PING, TEXT, close_payload, encode, verify_auth};
+
+/// How long anything that should happen at once may take on a loaded machine.
+pub const SOON: Duration = Duration::from_secs(10);
+
+/// How long a test watches for something that must not happen.
+pub const QUIET: Duration = Duration::from_millis(300);
+
+pub const fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+pub const fn secs(n: u64) -> Duration {
+    Duration::from_secs(n)
+}
+
+/// An address where nothing listens. On a loopback address of its own, so that no other test's port can fall there.
+pub fn nobody_at(loopback: &str) -> String {
+    let listener = std::net::TcpListener::bind((loopback, 0)).expect("a loopback port");
+    listener.local_addr().expect("a bound address").to_string()
+}
+
+pub fn base64(bytes: impl AsRef<[u8]>) -> String {
+    use base64::Engine;
+    base64::engine::general_purpose::STANDARD.encode(bytes)
+}
+
+pub fn unbase64(text: &str) -> Vec<u8> {
+    use base64::Engine;
+    base64::engine::general_purpose::STANDARD.decode(text).unwrap_or_else(|e| panic!("not base64 ({e}): {text:?}"))
+}
+
+/// Runs each case on a thread of its own, for cases that mostly wait; the first panic fails the test.
+pub fn side_by_side<C: Send>(cases: impl IntoIterator<Item = C>, run: impl Fn(C) + Sync) {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = cases.into_iter().map(|case| scope.spawn(|| run(case))).collect();
+        for thread in threads {
+            if let Err(panic) = thread.join() {
+                std::panic::resume_unwind(panic);
+            }
+        }
+    });
+}

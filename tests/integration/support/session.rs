@@ -1,0 +1,380 @@
+//! One connection of the agent's, from the coordinator's side. A thread reads; what it reads waits here until a test
+//! asks for it, so that a heartbeat in between disturbs nobody.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::io::{BufReader, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::wire::{self, BINARY, CLOSE, CONTINUATION, PING, PONG, TEXT};
+use super::{SOON, base64, close_payload, encode, unbase64, verify_auth};
+
+#[derive(Clone, Debug)]
+pub enum Event {
+    Frame(Value),
+    Ping,
+    Pong(Vec<u8>),
+    Close(Option<(u16, String)>),
+    /// The agent broke the protocol.
+    Violation(String),
+}
+
+/// What a visitor of [`Session::each`] does with an event.
+pub enum Take {
+    /// Not mine: it stays for a later wait.
+    Leave,
+    Eat,
+    /// Eaten, and it was the last.
+    Stop,
+}
+
+pub struct Session {
+    /// When the agent's connection came in.
+    pub dialled_at: Instant,
+    /// The first `capabilities`; null before the handshake is over.
+    pub capabilities: Value,
+    out: Arc<Mutex<TcpStream>>,
+    events: Receiver<Event>,
+    kept: RefCell<VecDeque<Event>>,
+    control: Arc<Control>,
+}
+
+struct Control {
+    answers_pings: AtomicBool,
+    /// We sent the first Close: the agent's is the answer.
+    closing: AtomicBool,
+    paused: Mutex<bool>,
+    resumed: Condvar,
+}
+
+impl Session {
+    pub fn new(stream: TcpStream, dialled_at: Instant) -> Self {
+        stream.set_read_timeout(None).expect("no read timeout");
+        stream.set_nodelay(true).expect("no delay");
+        let out = Arc::new(Mutex::new(stream.try_clone().expect("a second handle of the socket")));
+        let control = Arc::new(Control {
+            answers_pings: AtomicBool::new(true),
+            closing: AtomicBool::new(false),
+            paused: Mutex::new(false),
+            resumed: Condvar::new(),
+        });
+        let (sender, events) = unbounded();
+        let reader = Reader { out: Arc::clone(&out), control: Arc::clone(&control), events: sender };
+        std::thread::spawn(move || reader.run(stream));
+        Self { dialled_at, capabilities: Value::Null, out, events, kept: RefCell::default(), control }
+    }
+
+    /// Takes the agent through the handshake, checking its signature.
+    pub fn authenticate(mut self, provider_id: Option<&str>) -> Self {
+        let nonce: Vec<u8> = Uuid::new_v4().as_bytes().repeat(2);
+        verify_auth(&self.challenge(&nonce), &nonce);
+        match provider_id {
+            Some(id) => self.send(&json!({"type": "auth_ok", "provider_id": id})),
+            None => self.send(&json!({"type": "auth_ok"})),
+        }
+        self.capabilities = self.frame("capabilities", SOON);
+        self
+    }
+
+    /// Sends the challenge, returns the `auth_response`.
+    pub fn challenge(&self, nonce: &[u8]) -> Value {
+        self.send(&json!({"type": "auth_challenge", "nonce": base64(nonce)}));
+        self.frame("auth_response", SOON)
+    }
+
+    pub fn send(&self, frame: &Value) {
+        self.send_text(&frame.to_string());
+    }
+
+    pub fn send_text(&self, text: &str) {
+        self.send_frame(TEXT, text.as_bytes());
+    }
+
+    pub fn send_frame(&self, opcode: u8, payload: &[u8]) {
+        self.send_raw(&encode(opcode, true, payload));
+    }
+
+    /// Bytes onto the socket; that the agent is gone shows in what it does not answer.
+    pub fn send_raw(&self, bytes: &[u8]) {
+        let _ = self.out.lock().expect("the writing half").write_all(bytes);
+    }
+
+    /// Sends a Close frame; the agent is to end the connection.
+    pub fn close(&self, code: u16, reason: &str) {
+        self.close_with(&close_payload(code, reason));
+    }
+
+    pub fn close_with(&self, payload: &[u8]) {
+        self.control.closing.store(true, Ordering::SeqCst);
+        self.send_frame(CLOSE, payload);
+    }
+
+    /// Ends the TCP connection without a word.
+    pub fn cut(&self) {
+        let _ = self.out.lock().expect("the writing half").shutdown(Shutdown::Both);
+    }
+
+    /// Pings of the agent's are not answered any more.
+    pub fn ignore_pings(&self) {
+        self.control.answers_pings.store(false, Ordering::SeqCst);
+    }
+
+    /// Stops reading from the socket, or goes on.
+    pub fn pause(&self, paused: bool) {
+        *self.control.paused.lock().expect("pause flag") = paused;
+        self.control.resumed.notify_all();
+    }
+
+    /// Sends a job with a deadline of 30 s and returns its id.
+    pub fn job(&self, model: &str, request: Value) -> String {
+        let id = Uuid::new_v4().to_string();
+        self.send(&job(&id, model, request));
+        id
+    }
+
+    pub fn cancel(&self, id: &str) {
+        self.send(&json!({"type": "job_cancel", "job_id": id}));
+    }
+
+    /// Visits the events in their order, those left over by earlier waits first, until `visit` stops.
+    pub fn each(&self, what: &str, within: Duration, mut visit: impl FnMut(&Event) -> Take) {
+        let deadline = Instant::now() + within;
+        let mut earlier = std::mem::take(&mut *self.kept.borrow_mut());
+        let mut left = VecDeque::new();
+        loop {
+            let event = match earlier.pop_front() {
+                Some(event) => event,
+                None => match self.events.recv_deadline(deadline) {
+                    Ok(event) => event,
+                    Err(RecvTimeoutError::Timeout) => {
+                        panic!("no {what} within {within:?}; came instead: {}", brief(&left))
+                    }
+                    Err(RecvTimeoutError::Disconnected) => {
+                        panic!("the agent's connection ended before {what}; came instead: {}", brief(&left))
+                    }
+                },
+            };
+            if let Event::Violation(text) = &event {
+                panic!("while waiting for {what}: {text}");
+            }
+            match visit(&event) {
+                Take::Leave => left.push_back(event),
+                Take::Eat => {}
+                Take::Stop => break,
+            }
+        }
+        left.extend(earlier);
+        *self.kept.borrow_mut() = left;
+    }
+
+    /// The first event that `pick` takes.
+    pub fn wait<T>(&self, what: &str, within: Duration, pick: impl Fn(&Event) -> Option<T>) -> T {
+        let mut found = None;
+        self.each(what, within, |event| {
+            found = pick(event);
+            if found.is_some() { Take::Stop } else { Take::Leave }
+        });
+        found.expect("the wait ended with a match")
+    }
+
+    /// The next frame of this type.
+    pub fn frame(&self, kind: &str, within: Duration) -> Value {
+        self.wait(kind, within, |event| match event {
+            Event::Frame(frame) if frame["type"] == kind => Some(frame.clone()),
+            _ => None,
+        })
+    }
+
+    /// All chunks of a job, up to its terminal frame.
+    pub fn outcome(&self, id: &str) -> Outcome {
+        self.outcome_within(id, 3 * SOON)
+    }
+
+    pub fn outcome_within(&self, id: &str, within: Duration) -> Outcome {
+        let mut outcome = Outcome { chunks: Vec::new(), end: Value::Null };
+        self.each(&format!("terminal frame of {id}"), within, |event| match event {
+            Event::Frame(frame) if frame["job_id"] == id => {
+                if frame["type"] == "job_chunk" {
+                    outcome.chunks.push(unbase64(frame["data"].as_str().expect("data of a job_chunk")));
+                    return Take::Eat;
+                }
+                outcome.end = frame.clone();
+                Take::Stop
+            }
+            _ => Take::Leave,
+        });
+        outcome
+    }
+
+    /// The next chunk of a job.
+    pub fn chunk(&self, id: &str) -> Vec<u8> {
+        self.wait(&format!("job_chunk of {id}"), SOON, |event| match event {
+            Event::Frame(frame) if frame["job_id"] == id => {
+                assert_eq!(frame["type"], "job_chunk", "a chunk was awaited: {frame}");
+                Some(unbase64(frame["data"].as_str().expect("data of a job_chunk")))
+            }
+            _ => None,
+        })
+    }
+
+    /// Panics when a frame comes, or is waiting, that `is_it` knows.
+    pub fn assert_no_frame(&self, what: &str, time: Duration, is_it: impl Fn(&Value) -> bool) {
+        let deadline = Instant::now() + time;
+        let mut kept = self.kept.borrow_mut();
+        while let Ok(event) = self.events.recv_deadline(deadline) {
+            kept.push_back(event);
+        }
+        for event in kept.iter() {
+            if let Event::Frame(frame) = event {
+                assert!(!is_it(frame), "{what} must not come: {frame}");
+            }
+        }
+    }
+
+    /// Panics when anything comes for a job.
+    pub fn assert_quiet(&self, id: &str) {
+        self.assert_no_frame(&format!("a frame of {id}"), super::QUIET, |frame| frame["job_id"] == id);
+    }
+
+    /// Waits for the end of the TCP connection; returns the agent's Close frame, if it sent one.
+    pub fn ended(&self, within: Duration) -> Option<(u16, String)> {
+        assert!(self.ends_within(within), "the agent did not end the connection within {within:?}");
+        self.kept.borrow().iter().find_map(|event| match event {
+            Event::Close(close) => close.clone(),
+            _ => None,
+        })
+    }
+
+    /// Whether the TCP connection ends within `time`.
+    pub fn ends_within(&self, time: Duration) -> bool {
+        let deadline = Instant::now() + time;
+        loop {
+            match self.events.recv_deadline(deadline) {
+                Ok(event) => self.kept.borrow_mut().push_back(event),
+                Err(error) => return error == RecvTimeoutError::Disconnected,
+            }
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.pause(false);
+        self.cut();
+    }
+}
+
+/// A `job` frame with a deadline of 30 s.
+pub fn job(id: &str, model: &str, request: Value) -> Value {
+    json!({"type": "job", "job_id": id, "model_id": model, "request": request, "format": "openai", "deadline_ms": 30_000})
+}
+
+/// How a job went.
+#[derive(Debug)]
+pub struct Outcome {
+    pub chunks: Vec<Vec<u8>>,
+    /// The terminal frame.
+    pub end: Value,
+}
+
+impl Outcome {
+    pub fn body(&self) -> Vec<u8> {
+        self.chunks.concat()
+    }
+
+    /// The `job_done`.
+    pub fn done(&self) -> &Value {
+        assert_eq!(self.end["type"], "job_done", "the job should be done: {}", self.end);
+        &self.end
+    }
+
+    /// The code of the `job_error`.
+    pub fn error(&self) -> &str {
+        assert_eq!(self.end["type"], "job_error", "the job should fail: {}", self.end);
+        self.end["error_code"].as_str().expect("an error_code")
+    }
+
+    pub fn message(&self) -> &str {
+        self.end["message"].as_str().expect("a message")
+    }
+}
+
+fn brief(events: &VecDeque<Event>) -> String {
+    let last = events.iter().rev().take(8).rev();
+    let texts: Vec<String> = last.map(|event| format!("{event:?}").chars().take(300).collect()).collect();
+    format!("{} events, the last: {texts:#?}", events.len())
+}
+
+struct Reader {
+    out: Arc<Mutex<TcpStream>>,
+    control: Arc<Control>,
+    events: Sender<Event>,
+}
+
+impl Reader {
+    fn run(self, stream: TcpStream) {
+        let mut from = BufReader::with_capacity(1 << 16, stream);
+        let mut message: Option<Vec<u8>> = None;
+        loop {
+            let paused = self.control.paused.lock().expect("pause flag");
+            drop(self.control.resumed.wait_while(paused, |paused| *paused).expect("pause flag"));
+            let frame = match wire::read_frame(&mut from) {
+                Ok(frame) => frame,
+                Err(e) => {
+                    if e.kind() == std::io::ErrorKind::Other {
+                        let _ = self.events.send(Event::Violation(e.to_string()));
+                    }
+                    return;
+                }
+            };
+            let event = match frame.opcode {
+                TEXT | CONTINUATION => {
+                    let mut text = message.take().unwrap_or_default();
+                    text.extend(frame.payload);
+                    if !frame.last {
+                        message = Some(text);
+                        continue;
+                    }
+                    match serde_json::from_slice(&text) {
+                        Ok(value) => Event::Frame(value),
+                        Err(e) => Event::Violation(format!("a frame of the agent's is not JSON: {e}")),
+                    }
+                }
+                PING => {
+                    if self.control.answers_pings.load(Ordering::SeqCst) {
+                        let _ =
+                            self.out.lock().expect("the writing half").write_all(&encode(PONG, true, &frame.payload));
+                    }
+                    Event::Ping
+                }
+                PONG => Event::Pong(frame.payload),
+                CLOSE => {
+                    Event::Close(frame.payload.split_first_chunk().map(|(code, reason)| {
+                        (u16::from_be_bytes(*code), String::from_utf8_lossy(reason).into_owned())
+                    }))
+                }
+                BINARY => Event::Violation("the agent sent a binary frame".to_owned()),
+                other => Event::Violation(format!("the agent sent opcode {other}")),
+            };
+            let ended = matches!(event, Event::Close(_));
+            if self.events.send(event).is_err() {
+                return;
+            }
+            // Once the Close frames are exchanged it is the server that ends the connection (RFC 6455, 7.1.1).
+            if ended {
+                let mut out = self.out.lock().expect("the writing half");
+                if !self.control.closing.load(Ordering::SeqCst) {
+                    let _ = out.write_all(&encode(CLOSE, true, &close_payload(1000, "")));
+                }
+                let _ = out.shutdown(Shutdown::Write);
+            }
+        }
+    }
+}
