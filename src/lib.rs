@@ -52,6 +52,7 @@ pub mod writer;
 
 pub mod job_executor;
 pub mod worker_pool;
+pub mod threads;
 pub mod heartbeat;
 
 pub mod discovery;

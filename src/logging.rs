@@ -4,7 +4,7 @@ use log::LevelFilter;
 use simplelog::{ConfigBuilder, WriteLogger};
 
 /// Crates whose lines would show what ours never do: headers, bodies, frames.
-const QUIET: [&str; 5] = ["ureq", "rustls", "tungstenite", "tiny_http", "mio"];
+const QUIET: [&str; 3] = ["ureq", "rustls", "tungstenite"];
 
 /// Starts logging at `level`. A broken stderr loses the lines and nothing else.
 pub fn start(level: LevelFilter) {

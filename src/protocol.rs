@@ -5,7 +5,6 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use serde::Serialize;
 use serde_json::{Number, Value, json};
 use uuid::Uuid;
 
@@ -147,7 +146,7 @@ pub fn auth_response(public_key: &[u8], signature: &[u8], enrollment_code: Optio
 }
 
 /// The limits that `capabilities` states beside the models.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OfferLimits {
     /// Jobs in flight, over all models.
     pub max_concurrent_total: u32,
@@ -176,14 +175,17 @@ pub fn capabilities(models: &[ResolvedModel], limits: OfferLimits) -> String {
     json!({
         "type": "capabilities",
         "models": models,
-        "limits": limits,
+        "limits": {
+            "max_concurrent_total": limits.max_concurrent_total,
+            "max_tokens_per_minute": limits.max_tokens_per_minute,
+        },
         "metadata": {"agent_version": AGENT_VERSION},
     })
     .to_string()
 }
 
 /// The figures of one heartbeat.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Heartbeat {
     /// Jobs in flight.
     pub queue_depth: u32,
@@ -204,14 +206,17 @@ pub struct Heartbeat {
 impl Heartbeat {
     /// The frame.
     pub fn to_frame(&self) -> String {
-        #[derive(Serialize)]
-        struct Frame<'a> {
-            r#type: &'static str,
-            #[serde(flatten)]
-            figures: &'a Heartbeat,
-        }
-        // Plain numbers and strings always serialise.
-        serde_json::to_string(&Frame { r#type: "heartbeat", figures: self }).unwrap_or_default()
+        json!({
+            "type": "heartbeat",
+            "queue_depth": self.queue_depth,
+            "tokens_per_sec_p50": self.tokens_per_sec_p50,
+            "p50_latency_ms": self.p50_latency_ms,
+            "p95_latency_ms": self.p95_latency_ms,
+            "error_rate_60s": self.error_rate_60s,
+            "last_error_at": self.last_error_at,
+            "last_error_code": self.last_error_code,
+        })
+        .to_string()
     }
 }
 

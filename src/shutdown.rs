@@ -6,11 +6,11 @@
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::session::SessionHandle;
+use crate::threads;
 
 /// The request to stop, shared by those who make it and those who heed it.
 pub struct Stop {
@@ -87,8 +87,7 @@ impl Stop {
             Live::Session(session) => {
                 let (session, stop) = (session.clone(), self.clone());
                 let for_thread = session.clone();
-                let drain = thread::Builder::new().name("drain".into());
-                if let Err(e) = drain.spawn(move || for_thread.drain(&|| stop.is_urgent())) {
+                if let Err(e) = threads::spawn("drain", move || for_thread.drain(&|| stop.is_urgent())) {
                     log::error!("failed to start a thread, so jobs in flight are cut off: {e}");
                     session.cut();
                 }

@@ -7,11 +7,9 @@
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::Duration;
 
-/// An HTTPS exchange through ureq and rustls needs 64 KiB of stack, in debug builds 256 KiB; four times that.
-const STACK_BYTES: usize = if cfg!(debug_assertions) { 1 << 20 } else { 256 << 10 };
+use crate::threads;
 
 /// How long a worker waits for the next task before it leaves.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -64,7 +62,7 @@ impl WorkerPool {
             // Spawned under the lock, so that the task cannot be taken by another while we may have to take it back.
             let shared = self.shared.clone();
             let name = format!("{}-{}", shared.name, state.workers);
-            let spawned = thread::Builder::new().name(name).stack_size(STACK_BYTES).spawn(move || shared.work());
+            let spawned = threads::spawn(name, move || shared.work());
             match spawned {
                 Ok(_) => state.workers += 1,
                 Err(e) => {

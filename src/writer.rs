@@ -4,7 +4,7 @@
 //! leaves at once, and many that have queued up leave together. No timer delays anything. A write that makes no progress
 //! for [`crate::transport::STALL_TIMEOUT`] ends the session.
 
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded, select_biased, tick, unbounded};
@@ -13,6 +13,7 @@ use tungstenite::protocol::frame::coding::CloseCode;
 use tungstenite::{Bytes, Message};
 
 use crate::job_executor::Frame;
+use crate::threads;
 use crate::transport::WriteHalf;
 
 /// Time between heartbeats, and of the first after `capabilities`.
@@ -75,7 +76,7 @@ impl Writer {
             offered: String::new(),
             withdrawn: false,
         };
-        let thread = thread::Builder::new().name("writer".into()).stack_size(256 << 10).spawn(move || {
+        let thread = threads::spawn("writer", move || {
             // Dropped at the end, whatever it is.
             let _ended = ended_sender;
             if let Err(e) = actor.run() {

@@ -8,17 +8,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::echo::{self, Echo};
-use super::spawn;
 use super::witness::{Record, Witness};
 use crate::backend::{self, BackendError, BackendModel, BaseUrl, Kind};
 use crate::config::{BackendConfig, Config};
 use crate::discovery::OfferedBackend;
+use crate::threads::spawn;
 
 /// How long the demo looks for local servers. A server on this machine answers in milliseconds, or is too busy to show.
 const PROBE_WAIT: Duration = Duration::from_millis(800);
-
-/// Stack of a thread that looks at one address.
-const PROBE_STACK_BYTES: usize = 512 * 1024;
 
 /// What the agent is given, and what the operator is told about it.
 pub(super) struct Chosen {
@@ -72,7 +69,7 @@ fn find_local() -> Vec<BackendConfig> {
             let probed = backend.probe();
             let _ = answers.send((index, backend.id().to_owned(), probed));
         };
-        if let Err(error) = spawn(format!("demo-probe-{index}"), PROBE_STACK_BYTES, Box::new(probe)) {
+        if let Err(error) = spawn(format!("demo-probe-{index}"), probe) {
             log::warn!("failed to start a thread to look for backends: {error}");
         }
     }

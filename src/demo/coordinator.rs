@@ -20,11 +20,8 @@ use uuid::Uuid;
 
 use super::inbox::{self, Inbox, Received};
 use super::link::{self, Frame, HandshakeError, JobEnd, OfferedModel};
-use super::spawn;
 use super::websocket::{self, Reader, Sender};
-
-/// Stack of the accept thread and of a connection's thread.
-const THREAD_STACK_BYTES: usize = 256 * 1024;
+use crate::threads::spawn;
 
 /// How much later than its deadline a job is given up when the agent stays silent.
 const DEADLINE_GRACE: Duration = Duration::from_secs(5);
@@ -186,7 +183,7 @@ impl Coordinator {
             Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), stopping: AtomicBool::new(false) });
         let of_thread = shared.clone();
         let accept = move || accept_agents(&listener, &of_thread);
-        let accept = spawn("demo-accept".to_owned(), THREAD_STACK_BYTES, Box::new(accept))?;
+        let accept = spawn("demo-accept", accept)?;
         Ok(Self { address, shared, accept: Some(accept) })
     }
 
@@ -346,7 +343,7 @@ fn accept_agents(listener: &TcpListener, shared: &Arc<Shared>) {
         };
         let of_thread = shared.clone();
         let serve = move || serve_agent(tcp, connection, &of_thread);
-        match spawn(format!("demo-agent-{connection}"), THREAD_STACK_BYTES, Box::new(serve)) {
+        match spawn(format!("demo-agent-{connection}"), serve) {
             Ok(thread) => shared.lock().threads.push(thread),
             Err(error) => log::warn!("failed to start a thread for an agent: {error}"),
         }

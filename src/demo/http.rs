@@ -15,16 +15,10 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::exchange::{self, Exchange};
-use super::spawn;
+use crate::threads::spawn;
 
 /// Connections served at a time; each costs a thread. One more is answered 503.
 const CONNECTIONS_MAX: usize = 256;
-
-/// Stack of a connection's thread: JSON nests at most 128 deep, bodies live on the heap.
-const CONNECTION_STACK_BYTES: usize = 256 * 1024;
-
-/// Stack of the accept thread.
-const ACCEPT_STACK_BYTES: usize = 128 * 1024;
 
 /// How long a connection may be silent between two requests, or in the middle of one.
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
@@ -72,7 +66,7 @@ impl HttpServer {
             Arc::new(Shared { name: name.to_owned(), stopping: AtomicBool::new(false), open: Mutex::default() });
         let of_thread = shared.clone();
         let accept = move || accept_connections(&listener, &of_thread, &handle);
-        let accept = spawn(format!("{name}-accept"), ACCEPT_STACK_BYTES, Box::new(accept))?;
+        let accept = spawn(format!("{name}-accept"), accept)?;
         Ok(Self { address, shared, accept: Some(accept) })
     }
 }
@@ -134,7 +128,7 @@ fn start_connection(mut tcp: TcpStream, shared: &Arc<Shared>, handle: &Handler) 
         let _leaving = leaving;
         serve(tcp, &of_thread, &handle);
     };
-    let thread = spawn(format!("{}-{number}", shared.name), CONNECTION_STACK_BYTES, Box::new(connection))?;
+    let thread = spawn(format!("{}-{number}", shared.name), connection)?;
     shared.lock().threads.push(thread);
     Ok(())
 }

@@ -26,7 +26,7 @@ use std::collections::HashMap;
 use std::io::{self, Write};
 use std::net::TcpListener;
 use std::sync::Arc;
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -38,6 +38,7 @@ use crate::discovery::Terms;
 use crate::identity::{Identity, IdentityError};
 use crate::shutdown::Stop;
 use crate::supervisor::Agent;
+use crate::threads;
 
 use backends::Chosen;
 use coordinator::{Coordinator, CoordinatorError, Offer};
@@ -57,9 +58,6 @@ const LOADING_WAIT: Duration = Duration::from_secs(300);
 
 /// How often a wait looks whether the demo is to stop.
 const STOP_POLL: Duration = Duration::from_millis(50);
-
-/// Stack of the agent's main thread.
-const AGENT_STACK_BYTES: usize = 1024 * 1024;
 
 /// What a real model is asked.
 const PROMPT: &str = "Say hello to the operator of this machine, in one short sentence.";
@@ -310,12 +308,6 @@ fn curl(door: &FrontDoor, model_id: &str) -> String {
     format!("curl -N http://{}/v1/chat/completions -H 'Content-Type: application/json' -d {data}", door.address())
 }
 
-/// Starts a thread. One function for all of the demo's threads: what the standard library needs around each kind of
-/// closure would come to more machine code than the threads themselves.
-fn spawn(name: String, stack_bytes: usize, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>> {
-    Builder::new().name(name).stack_size(stack_bytes).spawn(body)
-}
-
 /// The agent, on a thread of its own.
 struct RunningAgent {
     thread: JoinHandle<()>,
@@ -346,7 +338,7 @@ impl RunningAgent {
                 log::error!("the agent cannot run: {error}");
             }
         };
-        let thread = spawn("agent".to_owned(), AGENT_STACK_BYTES, Box::new(run))?;
+        let thread = threads::spawn("agent", run)?;
         Ok(Self { thread })
     }
 

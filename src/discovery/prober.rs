@@ -3,13 +3,13 @@
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 
 use super::{Catalog, DiscoveredBackend, OfferedBackend, Offers, Terms};
 use crate::backend::{Backend, BackendError, BackendModel, BackendResult};
+use crate::threads;
 
 /// The catalog is refreshed this often, give or take a fifth.
 const REFRESH: Duration = Duration::from_secs(30);
@@ -42,7 +42,7 @@ impl Prober {
         let (requests, inbox) = bounded(REQUESTS_MAX);
         let backends = backends.into_iter().map(Probed::new).collect();
         let actor = Actor { backends, terms, offers };
-        thread::Builder::new().name("prober".into()).spawn(move || actor.run(&inbox))?;
+        threads::spawn("prober", move || actor.run(&inbox))?;
         Ok(Prober { requests })
     }
 
@@ -170,7 +170,7 @@ fn ask_all(backends: &[Arc<dyn Backend>]) -> Receiver<(usize, Answer)> {
             break;
         }
         let in_thread = ask.clone();
-        if thread::Builder::new().name(format!("probe-{index}")).spawn(in_thread).is_err() {
+        if threads::spawn(format!("probe-{index}"), in_thread).is_err() {
             ask();
         }
     }

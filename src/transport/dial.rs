@@ -2,7 +2,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
@@ -16,6 +16,7 @@ use tungstenite::protocol::WebSocketConfig;
 use ureq::Proxy;
 
 use super::{Link, LinkReader, MESSAGE_BYTES_MAX, READ_BUFFER_BYTES, ReadHalf, STALL_TIMEOUT};
+use crate::threads;
 
 /// For all steps together.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
@@ -112,13 +113,19 @@ impl Dialer {
             None => (self.host.clone(), self.port),
         };
         let (ended_sender, ended) = bounded::<()>(0);
-        let thread = std::thread::Builder::new().name("dial".into()).stack_size(256 << 10).spawn(move || {
+        let opened = Arc::new(Mutex::new(Err(DialError::TimedOut)));
+        let of_thread = opened.clone();
+        threads::spawn("dial", move || {
             // Dropped at the end, whatever it is.
             let _ended = ended_sender;
-            open(host, port, deadline)
+            let tcp = open(host, port, deadline);
+            *of_thread.lock().unwrap_or_else(PoisonError::into_inner) = tcp;
         })?;
         select! {
-            recv(ended) -> _ => thread.join().unwrap_or(Err(DialError::TimedOut)),
+            recv(ended) -> _ => {
+                let mut opened = opened.lock().unwrap_or_else(PoisonError::into_inner);
+                std::mem::replace(&mut *opened, Err(DialError::TimedOut))
+            }
             recv(stop) -> _ => Err(DialError::Stopping),
             default(deadline.saturating_duration_since(Instant::now())) => Err(DialError::TimedOut),
         }
