@@ -19,6 +19,7 @@ use tungstenite::http::Uri;
 pub use error::ConfigError;
 
 use crate::backend::{BaseUrl, Kind};
+use crate::transport::ExtraRoots;
 
 /// Jobs at a time.
 pub const MAX_CONCURRENT_RANGE: RangeInclusive<u32> = 1..=256;
@@ -59,6 +60,8 @@ pub struct CoordinatorConfig {
     pub url: Uri,
     /// Sent while the identity has no provider id; a secret.
     pub enrollment_code: Option<String>,
+    /// `ca_file`: certificates that the coordinator's may be signed by, beside those of the web.
+    pub roots: ExtraRoots,
 }
 
 impl fmt::Debug for CoordinatorConfig {

@@ -53,7 +53,7 @@ impl Agent {
         let prober = Prober::spawn(std::mem::take(&mut self.backends), self.terms.clone(), offers.clone())?;
         let statistics = Arc::new(Statistics::default());
         let proxy = if self.use_proxy { backend::proxy_from_env() } else { None };
-        let dialer = Dialer::new(self.coordinator.url.clone(), proxy);
+        let dialer = Dialer::new(self.coordinator.url.clone(), self.coordinator.roots.clone(), proxy);
         let limits = OfferLimits {
             max_concurrent_total: self.terms.max_concurrent,
             max_tokens_per_minute: self.max_tokens_per_minute,

@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-pub use error::{BackendError, BackendResult, HttpStatus};
+pub use error::{BackendError, BackendResult, ERROR_BODY_MAX, HttpStatus};
 pub use http::{Interrupt, proxy_from_env};
 pub use http_backend::HttpBackend;
 pub use kind::{BaseUrl, Kind};

@@ -17,6 +17,7 @@ use super::{
 };
 use crate::backend::{BaseUrl, Kind};
 use crate::config::error::Source;
+use crate::transport::ExtraRoots;
 
 /// How a price is written.
 const PRICE_FIX: &str = "write a price in USDC micro-units per million tokens: 500_000 is 0.50 USDC";
@@ -62,7 +63,14 @@ fn coordinator(section: &Section<'_>, allow_insecure: bool) -> Result<Coordinato
     }
     let code = section.string("enrollment_code", "write it in quotes, as it was given to you")?;
     let enrollment_code = code.map(|c| c.value.trim().to_owned()).filter(|c| !c.is_empty());
-    Ok(CoordinatorConfig { url: uri, enrollment_code })
+    Ok(CoordinatorConfig { url: uri, enrollment_code, roots: extra_roots(section)? })
+}
+
+fn extra_roots(section: &Section<'_>) -> Result<ExtraRoots, ConfigError> {
+    const FIX: &str = "name a PEM file with the certificate of your authority, or leave it out for those of the web";
+    let Some(file) = section.string("ca_file", FIX)? else { return Ok(ExtraRoots::default()) };
+    let path = expand_home(file.value).ok_or_else(|| file.fault("HOME is not set", FIX))?;
+    ExtraRoots::from_file(&path).map_err(|what| file.fault(&what, FIX))
 }
 
 fn key_path(section: &Section<'_>) -> Result<PathBuf, ConfigError> {

@@ -323,7 +323,7 @@ impl RunningAgent {
         let (pricing, limits) = config.map_or_else(own_terms, |config| (config.pricing, config.limits));
         let url = coordinator.url().parse().map_err(io::Error::other)?;
         let agent = Agent {
-            coordinator: CoordinatorConfig { url, enrollment_code: None },
+            coordinator: CoordinatorConfig { url, enrollment_code: None, roots: Default::default() },
             use_proxy: false, // the coordinator is on this machine
             identity: Identity::ephemeral()?,
             backends: chosen.backends.clone(),

@@ -2,13 +2,15 @@
 
 use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
+use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use crossbeam_channel::{Receiver, bounded, select};
-use rustls::pki_types::ServerName;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore};
 use tungstenite::HandshakeError;
 use tungstenite::http::Uri;
@@ -65,6 +67,27 @@ pub enum DialError {
     System(#[from] io::Error),
 }
 
+/// Certificates that are trusted beside those of the web: an operator's own authority, for instance.
+#[derive(Debug, Clone, Default)]
+pub struct ExtraRoots(Vec<CertificateDer<'static>>);
+
+impl ExtraRoots {
+    /// Reads a PEM file.
+    ///
+    /// # Errors
+    /// What is wrong with it, in words.
+    pub fn from_file(path: &Path) -> Result<ExtraRoots, String> {
+        let pem = std::fs::read(path).map_err(|e| format!("failed to read it: {e}"))?;
+        let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
+        let certificates = certificates.map_err(|e| format!("it is not a PEM file: {e}"))?;
+        let mut store = RootCertStore::empty();
+        for certificate in &certificates {
+            store.add(certificate.clone()).map_err(|e| format!("a certificate in it cannot be a root: {e}"))?;
+        }
+        if certificates.is_empty() { Err("no certificate is in it".into()) } else { Ok(ExtraRoots(certificates)) }
+    }
+}
+
 /// Opens connections to one coordinator. Names are resolved anew each time.
 pub struct Dialer {
     uri: Uri,
@@ -72,17 +95,18 @@ pub struct Dialer {
     port: u16,
     secure: bool,
     proxy: Option<Proxy>,
+    roots: ExtraRoots,
     tls: OnceLock<Arc<ClientConfig>>,
 }
 
 impl Dialer {
     /// `uri` is a checked `ws` or `wss` address. A `proxy` is used unless it excepts the host.
-    pub fn new(uri: Uri, proxy: Option<Proxy>) -> Dialer {
+    pub fn new(uri: Uri, roots: ExtraRoots, proxy: Option<Proxy>) -> Dialer {
         let secure = uri.scheme_str() == Some("wss");
         let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
         let port = uri.port_u16().unwrap_or(if secure { 443 } else { 80 });
         let proxy = proxy.filter(|p| !p.is_no_proxy(&uri));
-        Dialer { uri, host, port, secure, proxy, tls: OnceLock::new() }
+        Dialer { uri, host, port, secure, proxy, roots, tls: OnceLock::new() }
     }
 
     /// Connects. `opened` is given the socket as soon as there is one, so that it can be closed from elsewhere;
@@ -167,7 +191,7 @@ impl Dialer {
         let config = match self.tls.get() {
             Some(config) => config.clone(),
             None => {
-                let config = client_config().map_err(tls_error)?;
+                let config = client_config(&self.roots).map_err(tls_error)?;
                 self.tls.get_or_init(|| config).clone()
             }
         };
@@ -227,9 +251,12 @@ fn open(host: String, port: u16, deadline: Instant) -> Result<TcpStream, DialErr
     Err(DialError::Connect { host, port, error: last })
 }
 
-/// The roots of the web, TLS 1.2 and 1.3.
-fn client_config() -> Result<Arc<ClientConfig>, rustls::Error> {
-    let roots = RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
+/// The roots of the web and the operator's own, TLS 1.2 and 1.3.
+fn client_config(extra: &ExtraRoots) -> Result<Arc<ClientConfig>, rustls::Error> {
+    let mut roots = RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
+    for certificate in &extra.0 {
+        roots.add(certificate.clone())?;
+    }
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
     Ok(Arc::new(builder.with_root_certificates(roots).with_no_client_auth()))

@@ -17,7 +17,7 @@ use rustls::ClientConnection;
 use tungstenite::protocol::{Role, WebSocketConfig};
 use tungstenite::{Message, WebSocket};
 
-pub use dial::{CONNECT_TIMEOUT, DialError, Dialer};
+pub use dial::{CONNECT_TIMEOUT, DialError, Dialer, ExtraRoots};
 
 use crate::writer::{CONTROL_LANE_MAX, Control};
 

@@ -17,3 +17,4 @@ mod request; // the job as the backend gets it
 mod session; // everything else that happens on a live session
 mod shutdown; // signals and the drain
 mod support; // the scripted peers
+mod tls; // wss and its certificates

@@ -10,6 +10,7 @@ mod http;
 mod rig;
 mod scratch;
 mod session;
+mod tls;
 mod wire;
 
 use std::time::Duration;
@@ -22,6 +23,7 @@ pub use http::{Request, response, sse};
 pub use rig::Rig;
 pub use scratch::Scratch;
 pub use session::{Event, Outcome, Session, Take, job};
+pub use tls::{Authority, Flaw, TlsProxy};
 pub use wire::{BINARY, CLOSE, CONTINUATION, PING, TEXT, close_payload, encode, verify_auth};
 
 /// How long anything that should happen at once may take on a loaded machine.
