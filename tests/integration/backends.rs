@@ -348,6 +348,21 @@ fn the_offer_is_sorted_without_doubles_unpriced_and_unlisted_models() {
 }
 
 #[test]
+fn a_model_may_have_any_name() {
+    let names = ["a \"quoted\" one", "back\\slash", "new\nline", "naïve/模型:🦙", "org/Model-7B_Q4.gguf"];
+    let backend = Backend::vllm(&names);
+    let rig = Rig::new(&backend);
+    for name in names {
+        assert!(ids(&rig.session.capabilities).iter().any(|id| id == name), "{name:?} is not offered");
+        let id = rig.session.job(name, json!({}));
+        let held = backend.next();
+        assert_eq!(held.request.json()["model"], name);
+        held.finish();
+        rig.session.outcome(&id).done();
+    }
+}
+
+#[test]
 fn an_allow_list_offers_only_what_it_names_and_an_empty_one_nothing() {
     let backend = Backend::vllm(&["a", "b", "c"]);
     for (models, expected) in [("[\"c\", \"a\", \"not-there\"]", &["a", "c"][..]), ("[]", &[]), ("[\"A\"]", &[])] {

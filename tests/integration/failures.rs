@@ -147,6 +147,22 @@ fn garbage_between_two_chunks_ends_the_stream_as_internal() {
     held.wait_hang_up();
 }
 
+/// Costs neither the job's whole deadline nor the memory of what was sent.
+#[test]
+fn a_head_without_end_is_given_up() {
+    let backend = without_keep_alive();
+    let rig = Rig::new(&backend);
+    let id = rig.session.job("m", json!({}));
+    let mut held = backend.next();
+    held.send("HTTP/1.1 200 OK\r\n");
+    let line = format!("X-Filler: {}\r\n", "x".repeat(1000));
+    let flood = std::thread::spawn(move || while held.try_send(line.as_bytes()) {});
+    let outcome = rig.session.outcome_within(&id, SOON);
+    assert!(["internal", "backend_unreachable"].contains(&outcome.error()), "{}", outcome.end);
+    flood.join().expect("the flood to end with its job");
+    assert!(rig.agent.peak_kib() < 32 << 10, "an endless head took {} KiB of memory", rig.agent.peak_kib());
+}
+
 #[test]
 fn a_body_that_is_no_event_stream_and_is_cut_short_fails_too() {
     let backend = without_keep_alive();

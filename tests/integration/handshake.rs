@@ -62,6 +62,50 @@ fn no_capabilities_before_auth_ok() {
 }
 
 #[test]
+fn a_job_right_behind_auth_ok_is_served() {
+    let backend = Backend::vllm(&["m"]);
+    let coordinator = Coordinator::new();
+    let _agent = Setup::new(&coordinator.url()).backend(backend.toml()).start();
+    let session = coordinator.accept();
+    session.challenge(b"nonce");
+    let id = uuid::Uuid::new_v4().to_string();
+    let frames = [json!({"type": "auth_ok"}), job(&id, "m", json!({}))];
+    let bytes: Vec<u8> = frames.iter().flat_map(|frame| encode(TEXT, true, frame.to_string().as_bytes())).collect();
+    session.send_raw(&bytes);
+    session.frame("capabilities", SOON);
+    backend.next().finish();
+    session.outcome(&id).done();
+}
+
+#[test]
+fn an_auth_ok_whose_provider_id_makes_no_sense_is_an_auth_ok() {
+    side_by_side([json!(7), json!(null), json!(""), json!(["prov"])], |id| {
+        let (coordinator, _agent, setup) = lonely();
+        let session = coordinator.accept();
+        session.challenge(b"nonce");
+        let before = std::fs::read(setup.identity()).expect("the identity file");
+        session.send(&json!({"type": "auth_ok", "provider_id": id}));
+        session.frame("capabilities", SOON);
+        assert_eq!(std::fs::read(setup.identity()).expect("the identity file"), before, "provider_id {id}");
+    });
+}
+
+/// Names are resolved, and each address is tried: `localhost` is often `::1` first, where nobody listens.
+#[test]
+fn localhost_reaches_a_coordinator_and_a_backend_on_127_0_0_1() {
+    let backend = Backend::vllm(&["m"]);
+    let coordinator = Coordinator::new();
+    let _agent = Setup::new(&format!("ws://localhost:{}/", coordinator.address().port()))
+        .backend(format!("kind = \"vllm\"\nurl = \"http://localhost:{}\"", backend.address().port()))
+        .start();
+    let session = coordinator.session();
+    assert_eq!(session.capabilities["models"][0]["model_id"], "m");
+    let id = session.job("m", json!({}));
+    backend.next().finish();
+    session.outcome(&id).done();
+}
+
+#[test]
 fn a_challenge_that_comes_in_one_packet_with_the_101_is_not_lost() {
     let (coordinator, _agent, _setup) = lonely();
     let challenge = json!({"type": "auth_challenge", "nonce": base64("early")}).to_string();

@@ -67,6 +67,20 @@ fn jobs_above_the_limit_are_refused_at_once_and_the_others_go_on() {
     }
 }
 
+#[test]
+fn as_many_jobs_as_the_limit_can_be_run_side_by_side() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::with(|setup| setup.backend(backend.toml()).limits("max_concurrent = 256"));
+    let jobs: Vec<_> = (0..256).map(|_| rig.session.job("m", body())).collect();
+    let held: Vec<_> = jobs.iter().map(|_| backend.next()).collect();
+    let refused = rig.session.job("m", body());
+    assert_eq!(rig.session.outcome(&refused).error(), "out_of_capacity");
+    held.into_iter().for_each(Held::finish);
+    for id in &jobs {
+        assert_eq!(rig.session.outcome(id).done()["tokens"]["output"], 13);
+    }
+}
+
 /// The place is free when the coordinator sees the terminal frame, and no later.
 #[test]
 fn a_job_right_behind_a_terminal_frame_is_admitted() {

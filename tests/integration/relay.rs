@@ -211,6 +211,23 @@ fn odd_but_lawful_http_is_understood() {
     }
 }
 
+/// Nobody asked for an encoding; what comes in one all the same is the client's to undo.
+#[test]
+fn an_encoded_body_stays_encoded() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let body = [0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 3, 1, 2, 3];
+    for encoding in ["gzip", "br", "deflate"] {
+        let id = rig.session.job("m", json!({}));
+        let mut held = backend.next();
+        let head =
+            format!("Content-Type: text/plain\r\nContent-Encoding: {encoding}\r\nContent-Length: {}", body.len());
+        held.send([format!("HTTP/1.1 200 OK\r\n{head}\r\n\r\n").as_bytes(), &body].concat());
+        held.keep();
+        assert_same(&rig.session.outcome(&id), &body, encoding);
+    }
+}
+
 #[test]
 fn usage_is_read_off_the_stream_as_it_passes() {
     let backend = Backend::vllm(&["m"]);
