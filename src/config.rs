@@ -19,6 +19,7 @@ use tungstenite::http::Uri;
 pub use error::ConfigError;
 
 use crate::backend::{BaseUrl, Kind};
+use crate::files;
 use crate::transport::ExtraRoots;
 
 /// Jobs at a time.
@@ -125,18 +126,9 @@ impl Config {
     /// # Errors
     /// The first fault.
     pub fn load(path: &Path, allow_insecure: bool) -> Result<Config, ConfigError> {
-        let read = |e: std::io::Error| {
+        let bytes = files::read_bounded(path, FILE_BYTES_MAX).map_err(|e| {
             ConfigError::in_file(path, &format!("failed to read it: {e}"), "check the path and the rights")
-        };
-        let metadata = std::fs::metadata(path).map_err(read)?;
-        if metadata.len() > FILE_BYTES_MAX {
-            return Err(ConfigError::in_file(
-                path,
-                "it is too large to be an agent.toml",
-                "name the right file with --config",
-            ));
-        }
-        let bytes = std::fs::read(path).map_err(read)?;
+        })?;
         let text = String::from_utf8(bytes)
             .map_err(|_| ConfigError::in_file(path, "it is not UTF-8 text", "save it as UTF-8"))?;
         Config::parse(&text, path, allow_insecure)
@@ -175,12 +167,14 @@ fn home() -> Option<PathBuf> {
     std::env::var_os("HOME").filter(|h| !h.is_empty()).map(PathBuf::from)
 }
 
-/// `~` and `~/…`; `None` when there is a `~` and no home.
+/// `~` and `~/…`; `None` for another user's, and when there is no home.
 fn expand_home(path: &str) -> Option<PathBuf> {
     match path.strip_prefix('~') {
         Some("") => home(),
         Some(rest) if rest.starts_with('/') => home().map(|h| h.join(rest.trim_start_matches('/'))),
-        _ => Some(PathBuf::from(path)),
+        // Another user's home is not ours to find.
+        Some(_) => None,
+        None => Some(PathBuf::from(path)),
     }
 }
 

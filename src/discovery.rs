@@ -6,6 +6,7 @@
 mod catalog;
 mod prober;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 pub use catalog::{Catalog, Offers};
@@ -13,6 +14,9 @@ pub use prober::{Prober, dice, probe_all};
 
 use crate::backend::{Backend, BackendModel};
 use crate::config::Pricing;
+
+/// The most models of one backend: OpenRouter has some 500.
+const MODELS_MAX: usize = 4096;
 
 /// A model that is offered: by which backend, and at which prices.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,11 +66,19 @@ impl OfferedBackend {
     /// Prices what the backend listed. A model with a price of 0 is dropped, and so is a second one of the same name.
     pub fn resolve(&self, listed: Vec<BackendModel>, terms: &Terms) -> DiscoveredBackend {
         let allowed = |id: &str| self.allowed_models.as_ref().is_none_or(|only| only.iter().any(|m| m == id));
+        let mut seen = HashSet::new();
         let mut models: Vec<ResolvedModel> = Vec::new();
         for model in listed {
             let price = terms.pricing.of(&model.model_id);
-            let known = models.iter().any(|m| m.model_id == model.model_id);
-            if known || !allowed(&model.model_id) || price.input_per_1m == 0 || price.output_per_1m == 0 {
+            if models.len() == MODELS_MAX {
+                log::warn!("{}: only the first {MODELS_MAX} models are offered", self.backend.id());
+                break;
+            }
+            if !seen.insert(model.model_id.clone())
+                || !allowed(&model.model_id)
+                || price.input_per_1m == 0
+                || price.output_per_1m == 0
+            {
                 continue;
             }
             models.push(ResolvedModel {

@@ -4,43 +4,75 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
+/// Reads a file of at most `bytes_max` bytes, whatever its size is said to be.
+///
+/// # Errors
+/// It cannot be read, or is longer (`FileTooLarge`).
+pub fn read_bounded(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    File::open(path)?.take(bytes_max + 1).read_to_end(&mut content)?;
+    if content.len() as u64 > bytes_max { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(content) }
+}
+
 /// Replaces the content of `path` as a whole, or leaves it as it was. The file is its owner's alone (0600); a symlink is
 /// followed, not replaced.
 ///
 /// # Errors
 /// The first thing that failed; nothing is left behind.
 pub fn write_atomic(path: &Path, content: &[u8]) -> io::Result<()> {
-    let (target, temporary) = places_of(path)?;
-    let written = write_new(&temporary, content).and_then(|()| fs::rename(&temporary, &target));
+    put(path, content, |temporary, target| fs::rename(temporary, target))
+}
+
+/// Makes the file `path` with its whole content, unless there is one.
+///
+/// # Errors
+/// `AlreadyExists`, or the first thing that failed; nothing is left behind.
+pub fn create_atomic(path: &Path, content: &[u8]) -> io::Result<()> {
+    put(path, content, |temporary, target| match fs::hard_link(temporary, target) {
+        Ok(()) => fs::remove_file(temporary),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Err(e),
+        // A file system without links: what is left is to look first.
+        Err(_) if target.exists() => Err(io::ErrorKind::AlreadyExists.into()),
+        Err(_) => fs::rename(temporary, target),
+    })
+}
+
+fn put(path: &Path, content: &[u8], move_in: impl Fn(&Path, &Path) -> io::Result<()>) -> io::Result<()> {
+    let (target, prefix) = places_of(path)?;
+    // Unique, so that two writers cannot spoil each other's.
+    let temporary = target.with_file_name(format!("{prefix}{}", uuid::Uuid::new_v4().simple()));
+    let written = write_new(&temporary, content).and_then(|()| move_in(&temporary, &target));
     if written.is_err() {
         let _ = fs::remove_file(&temporary);
         return written;
     }
-    // The rename itself is on the disk only once the folder is. Not every file system can do it; the content is there.
+    // The new name is on the disk only once the folder is. Not every file system can do it; the content is there.
     if let Some(folder) = target.parent().and_then(|folder| File::open(folder).ok()) {
         let _ = folder.sync_all();
     }
     Ok(())
 }
 
-/// Removes what a crash in the middle of [`write_atomic`] left behind.
-pub fn remove_leftover(path: &Path) {
-    if let Ok((_, temporary)) = places_of(path) {
-        let _ = fs::remove_file(temporary);
+/// Removes what crashes in the middle of writing `path` left behind. For who holds the [`InstanceLock`].
+pub fn remove_leftovers(path: &Path) {
+    let Ok((target, prefix)) = places_of(path) else { return };
+    let entries = target.parent().and_then(|folder| fs::read_dir(folder).ok());
+    for entry in entries.into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(&prefix) {
+            let _ = fs::remove_file(entry.path());
+        }
     }
 }
 
-/// The file that is meant, and the one beside it that is to become it. The name is always the same, so that a crash
-/// leaves one file at the most; whoever writes holds the [`InstanceLock`].
-fn places_of(path: &Path) -> io::Result<(PathBuf, PathBuf)> {
+/// The file that is meant, and how the names of those beside it begin that are to become it.
+fn places_of(path: &Path) -> io::Result<(PathBuf, String)> {
     let target = fs::canonicalize(path).or_else(|_| std::path::absolute(path))?;
     let name = target.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy();
-    let temporary = target.with_file_name(format!(".{name}.new"));
-    Ok((target, temporary))
+    let prefix = format!(".{name}.new-");
+    Ok((target, prefix))
 }
 
 fn write_new(path: &Path, content: &[u8]) -> io::Result<()> {
-    let _ = fs::remove_file(path);
     let mut file = private(OpenOptions::new().write(true).create_new(true)).open(path)?;
     file.write_all(content)?;
     file.sync_all()

@@ -21,6 +21,8 @@ const END: &str = "-----END USEPOD AGENT KEY-----";
 const VERSION: &str = "1";
 /// A file larger than this is no identity file, in bytes.
 const FILE_BYTES_MAX: u64 = 64 << 10;
+/// The longest provider id that is kept in the file, in bytes.
+const PROVIDER_ID_BYTES_MAX: usize = 256;
 
 /// An agent's identity.
 pub struct Identity {
@@ -67,19 +69,28 @@ impl Identity {
     /// # Errors
     /// It can neither be read nor made.
     pub fn load_or_create(path: &Path) -> Result<Identity, IdentityError> {
-        let io_error = |action| move |error| IdentityError::Io { action, path: path.to_owned(), error };
-        match std::fs::metadata(path) {
-            Ok(metadata) if metadata.len() > FILE_BYTES_MAX => {
-                Err(IdentityError::Invalid { path: path.to_owned(), reason: "it is too large for one".into() })
-            }
-            Ok(metadata) => {
-                warn_if_readable_by_others(path, &metadata);
-                let bytes = std::fs::read(path).map_err(io_error("read"))?;
-                Identity::parse(&bytes, path).map_err(|reason| IdentityError::Invalid { path: path.to_owned(), reason })
-            }
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Identity::create(path),
-            Err(e) => Err(io_error("read")(e)),
+        match Identity::load(path) {
+            Err(IdentityError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => {}
+            loaded => return loaded,
         }
+        match Identity::create(path) {
+            // Somebody was faster: theirs it is.
+            Err(IdentityError::Io { error, .. }) if error.kind() == io::ErrorKind::AlreadyExists => {
+                Identity::load(path)
+            }
+            created => created,
+        }
+    }
+
+    /// Reads the file.
+    ///
+    /// # Errors
+    /// There is none, it cannot be read, or it is no identity.
+    pub fn load(path: &Path) -> Result<Identity, IdentityError> {
+        let io_error = |error| IdentityError::Io { action: "read", path: path.to_owned(), error };
+        warn_if_readable_by_others(path, &std::fs::metadata(path).map_err(io_error)?);
+        let bytes = files::read_bounded(path, FILE_BYTES_MAX).map_err(io_error)?;
+        Identity::parse(&bytes, path).map_err(|reason| IdentityError::Invalid { path: path.to_owned(), reason })
     }
 
     fn create(path: &Path) -> Result<Identity, IdentityError> {
@@ -90,10 +101,9 @@ impl Identity {
         let (secret, public) = (BASE64.encode(seed), BASE64.encode(key.public_key()));
         let text =
             format!("{BEGIN}\nversion: {VERSION}\ncreated: {created}\nsecret: {secret}\npublic: {public}\n{END}\n");
-        files::write_atomic(path, text.as_bytes()).map_err(io_error)?;
-        let file = IdentityFile { path: path.to_owned(), text };
+        files::create_atomic(path, text.as_bytes()).map_err(io_error)?;
         log::info!("new identity in `{}`", path.display());
-        Ok(Identity { key, provider_id: None, file: Some(file) })
+        Ok(Identity { key, provider_id: None, file: Some(IdentityFile { path: path.to_owned(), text }) })
     }
 
     /// An identity of this process alone.
@@ -106,6 +116,8 @@ impl Identity {
 
     fn parse(bytes: &[u8], path: &Path) -> Result<Identity, String> {
         let text = std::str::from_utf8(bytes).map_err(|_| "it is not text")?;
+        // A byte-order mark is what some editors put first.
+        let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let mut fields = Fields::default();
         for line in block(text).ok_or_else(|| format!("it has no `{BEGIN}` … `{END}` block"))? {
             let (name, value) = line.split_once(':').ok_or("a line in it has no colon")?;
@@ -151,7 +163,7 @@ impl Identity {
         if self.provider_id.as_deref() == Some(&id) {
             return;
         }
-        if id.contains(|c: char| c.is_control()) {
+        if id.len() > PROVIDER_ID_BYTES_MAX || id.trim() != id || id.contains(char::is_control) {
             log::warn!("the coordinator named a provider id that no file can hold; it is used until the agent stops");
         } else if let Some(file) = &mut self.file
             && let Err(e) = file.keep_provider_id(&id)

@@ -1,10 +1,35 @@
 //! Log lines: to stderr, dated, with the thread that wrote them.
+//!
+//! Invariant: logging never blocks who logs. Lines are queued, and a thread that exists only while there are some writes
+//! them; when nobody reads stderr the queue fills, and lines are dropped and counted. The reader of the socket, the drain
+//! and the signal handler all log, and a full pipe must not be able to stop them.
 
-use log::LevelFilter;
+use std::collections::VecDeque;
+use std::fmt::Arguments;
+use std::io::{self, Write};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use log::{Level, LevelFilter, Record};
 use simplelog::{ConfigBuilder, WriteLogger};
+
+use crate::threads;
+
+/// Lines that wait for stderr.
+const QUEUE_LINES_MAX: usize = 1024;
+/// The longest line that is kept, in bytes: with the above, 4 MiB at the most.
+const LINE_BYTES_MAX: usize = 4 << 10;
+/// How long the writing thread waits for the next line before it leaves.
+const IDLE_TIMEOUT: Duration = Duration::from_millis(200);
+/// How long the end of the process waits for the last lines.
+const FLUSH_TIMEOUT: Duration = Duration::from_millis(300);
+/// The most of a foreign text that a line shows, in characters.
+const SHOWN_MAX: usize = 200;
 
 /// Crates whose lines would show what ours never do: headers, bodies, frames.
 const QUIET: [&str; 3] = ["ureq", "rustls", "tungstenite"];
+
+static QUEUE: Queue = Queue { state: Mutex::new(State::new()), changed: Condvar::new() };
 
 /// Starts logging at `level`. A broken stderr loses the lines and nothing else.
 pub fn start(level: LevelFilter) {
@@ -19,5 +44,156 @@ pub fn start(level: LevelFilter) {
         config.add_filter_ignore_str(name);
     }
     // Fails only when a logger is there already, and then that one is as good.
-    let _ = WriteLogger::init(level, config.build(), std::io::stderr());
+    let _ = WriteLogger::init(level, config.build(), Lines::default());
+    // The message of a panic may quote what it choked on; where it happened is enough to mend it.
+    std::panic::set_hook(Box::new(|panic| match panic.location() {
+        Some(location) => log::error!("this is a bug: panicked at {location}"),
+        None => log::error!("this is a bug: panicked"),
+    }));
+}
+
+/// Waits for the queued lines to be written, a moment at the most.
+pub fn flush() {
+    let until = Instant::now() + FLUSH_TIMEOUT;
+    let mut state = QUEUE.lock();
+    while !state.is_written() {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return;
+        }
+        state = QUEUE.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+    }
+}
+
+/// A text from outside, fit for one line: escaped, and cut where it is long.
+pub fn shown(text: &str) -> String {
+    let mut shown: String = text.chars().take(SHOWN_MAX).flat_map(char::escape_debug).collect();
+    if text.chars().nth(SHOWN_MAX).is_some() {
+        shown.push('…');
+    }
+    shown
+}
+
+/// [`debug!`]'s other half.
+pub fn log_debug(args: Arguments<'_>) {
+    log::logger().log(&Record::builder().level(Level::Debug).target("usepod").args(args).build());
+}
+
+/// A debug line. In place of `log::debug!`, which release builds leave out together with the debug lines of the crates
+/// below us: 70 KB that nobody could see.
+#[macro_export]
+macro_rules! debug {
+    ($($arg:tt)+) => {
+        if log::max_level() >= log::LevelFilter::Debug {
+            $crate::logging::log_debug(format_args!($($arg)+));
+        }
+    };
+}
+
+/// Where the logger writes: pieces of lines, which become whole ones here.
+#[derive(Default)]
+struct Lines(Vec<u8>);
+
+impl Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for piece in bytes.split_inclusive(|b| *b == b'\n') {
+            if self.0.len() < LINE_BYTES_MAX {
+                self.0.extend_from_slice(&piece[..piece.len().min(LINE_BYTES_MAX - self.0.len())]);
+            }
+            if piece.ends_with(b"\n") {
+                let mut line = std::mem::take(&mut self.0);
+                if !line.ends_with(b"\n") {
+                    line.push(b'\n');
+                }
+                QUEUE.push(line);
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct Queue {
+    state: Mutex<State>,
+    /// A line was pushed, or written.
+    changed: Condvar,
+}
+
+struct State {
+    lines: VecDeque<Vec<u8>>,
+    dropped: u64,
+    has_thread: bool,
+    is_writing: bool,
+}
+
+impl State {
+    const fn new() -> State {
+        State { lines: VecDeque::new(), dropped: 0, has_thread: false, is_writing: false }
+    }
+
+    fn is_written(&self) -> bool {
+        self.lines.is_empty() && !self.is_writing
+    }
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&'static self, line: Vec<u8>) {
+        let mut state = self.lock();
+        if state.lines.len() >= QUEUE_LINES_MAX {
+            state.dropped += 1;
+            return;
+        }
+        state.lines.push_back(line);
+        if !state.has_thread {
+            // Without a thread the lines wait for the next attempt to start one.
+            state.has_thread = threads::spawn("log", || self.write_lines()).is_ok();
+        }
+        self.changed.notify_all();
+    }
+
+    /// In the `log` thread: everything that is queued, until nothing has come for a while.
+    fn write_lines(&self) {
+        let mut state = self.lock();
+        loop {
+            if let Some(line) = state.lines.pop_front() {
+                state.is_writing = true;
+                let dropped = std::mem::take(&mut state.dropped);
+                drop(state);
+                let mut stderr = io::stderr();
+                let _ = stderr.write_all(&line);
+                if dropped > 0 {
+                    let _ = writeln!(stderr, "[{dropped} log lines were dropped: nobody read them in time]");
+                }
+                state = self.lock();
+                state.is_writing = false;
+                self.changed.notify_all();
+                continue;
+            }
+            let (guard, waited) =
+                self.changed.wait_timeout(state, IDLE_TIMEOUT).unwrap_or_else(PoisonError::into_inner);
+            state = guard;
+            if waited.timed_out() && state.lines.is_empty() {
+                state.has_thread = false;
+                return;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_foreign_text_is_one_line_and_short() {
+        assert_eq!(shown("a\nb\u{1b}[2J"), "a\\nb\\u{1b}[2J");
+        assert_eq!(shown(&"x".repeat(1000)).chars().count(), SHOWN_MAX + 1);
+    }
 }

@@ -5,6 +5,7 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use serde::Deserialize;
 use serde_json::{Number, Value, json};
 use uuid::Uuid;
 
@@ -16,6 +17,9 @@ pub const AGENT_VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// The deadline of a job that names none, or one that cannot be read, in milliseconds.
 pub const DEADLINE_DEFAULT_MS: u32 = 60_000;
+
+/// The most JSON values in one job: each costs about 100 bytes, so 100 MB, where the text has a byte for each.
+const VALUES_MAX: usize = 1 << 20;
 
 /// The six codes that the coordinator knows; there are no others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -59,6 +63,8 @@ pub enum Inbound {
     AuthFailed(String),
     /// A job to run.
     Job(Box<Job>),
+    /// A job that has an id, but a request that cannot be read, and why not.
+    UnreadableJob(Uuid, &'static str),
     /// A job whose customer is gone.
     JobCancel(Uuid),
     /// A type that we do not know; newer coordinators may send some.
@@ -68,8 +74,8 @@ pub enum Inbound {
 /// Why a frame could not be read. Says nothing of its content, which may be a prompt.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
-    /// Not a JSON object.
-    #[error("not a JSON object (line {line}, column {column})")]
+    /// Not a JSON object with a `type`.
+    #[error("it is not a JSON object with a `type` (line {line}, column {column})")]
     Json {
         /// Line of the fault, from 1.
         line: usize,
@@ -77,51 +83,105 @@ pub enum FrameError {
         column: usize,
     },
     /// A field is missing or has the wrong type.
-    #[error("`{frame}` without a valid `{field}`")]
+    #[error("it is a `{frame}` without a valid `{fields}`")]
     Field {
         /// The frame's type.
         frame: &'static str,
-        /// The field at fault.
-        field: &'static str,
+        /// The field at fault, or those that may be.
+        fields: &'static str,
     },
 }
 
-/// Reads one text message.
+/// Reads one text message. A frame of a type that we do not know costs no memory, however large it is.
 pub fn parse(text: &str) -> Result<Inbound, FrameError> {
-    let mut frame: Value =
-        serde_json::from_str(text).map_err(|e| FrameError::Json { line: e.line(), column: e.column() })?;
-    if !frame.is_object() {
-        return Err(FrameError::Json { line: 1, column: 1 });
+    #[derive(Deserialize)]
+    struct Head {
+        r#type: String,
     }
-    let kind = frame["type"].as_str().ok_or(FrameError::Field { frame: "frame", field: "type" })?;
-    match kind {
-        "auth_challenge" => {
-            let nonce = frame["nonce"].as_str().and_then(|n| BASE64.decode(n).ok());
-            nonce.map(Inbound::AuthChallenge).ok_or(FrameError::Field { frame: "auth_challenge", field: "nonce" })
+    let head: Head = serde_json::from_str(text).map_err(|e| FrameError::Json { line: e.line(), column: e.column() })?;
+    match head.r#type.as_str() {
+        "job" => parse_job(text),
+        "job_cancel" => {
+            job_id(text).map(Inbound::JobCancel).ok_or(FrameError::Field { frame: "job_cancel", fields: "job_id" })
         }
-        "auth_ok" => Ok(Inbound::AuthOk(frame["provider_id"].as_str().filter(|id| !id.is_empty()).map(str::to_owned))),
-        "auth_failed" => Ok(Inbound::AuthFailed(frame["reason"].as_str().unwrap_or("no reason given").to_owned())),
-        "job" => parse_job(&mut frame).map(|job| Inbound::Job(Box::new(job))),
-        "job_cancel" => job_id(&frame, "job_cancel").map(Inbound::JobCancel),
-        other => Ok(Inbound::Other(other.to_owned())),
+        "auth_challenge" => {
+            let nonce = small(text)["nonce"].as_str().and_then(|n| BASE64.decode(n).ok());
+            nonce.map(Inbound::AuthChallenge).ok_or(FrameError::Field { frame: "auth_challenge", fields: "nonce" })
+        }
+        "auth_ok" => {
+            let provider_id = small(text)["provider_id"].as_str().filter(|id| !id.is_empty()).map(str::to_owned);
+            Ok(Inbound::AuthOk(provider_id))
+        }
+        "auth_failed" => {
+            Ok(Inbound::AuthFailed(small(text)["reason"].as_str().unwrap_or("no reason given").to_owned()))
+        }
+        _ => Ok(Inbound::Other(head.r#type)),
     }
 }
 
-fn parse_job(frame: &mut Value) -> Result<Job, FrameError> {
-    let job_id = job_id(frame, "job")?;
-    let model_id = frame["model_id"].as_str().ok_or(FrameError::Field { frame: "job", field: "model_id" })?.to_owned();
-    let request = frame.get_mut("request").ok_or(FrameError::Field { frame: "job", field: "request" })?.take();
-    let format = match frame["format"].as_str() {
+/// A frame that has no reason to be large; one that is reads as empty.
+fn small(text: &str) -> Value {
+    const BYTES_MAX: usize = 64 << 10;
+    if text.len() > BYTES_MAX { Value::Null } else { serde_json::from_str(text).unwrap_or_default() }
+}
+
+fn parse_job(text: &str) -> Result<Inbound, FrameError> {
+    #[derive(Deserialize)]
+    struct Frame {
+        job_id: String,
+        model_id: String,
+        request: Value,
+        // Whatever stands in these two, the job is one.
+        format: Option<Value>,
+        deadline_ms: Option<Value>,
+    }
+    const MALFORMED: FrameError = FrameError::Field { frame: "job", fields: "job_id`, `model_id` or `request" };
+    let unreadable = |why| job_id(text).map(|id| Inbound::UnreadableJob(id, why)).ok_or(MALFORMED);
+    if text.len() > VALUES_MAX && has_more_values_than(VALUES_MAX, text) {
+        return unreadable("the request holds more than a million JSON values");
+    }
+    let frame: Frame = match serde_json::from_str(text) {
+        Ok(frame) => frame,
+        Err(e) if e.is_data() => return Err(MALFORMED),
+        // The frame itself is JSON, for its type could be read: a half emoji, or a thousand brackets.
+        Err(_) => return unreadable("the request is JSON that the agent cannot represent"),
+    };
+    let format = match frame.format.as_ref().and_then(Value::as_str) {
         Some("anthropic") => WireFormat::Anthropic,
         _ => WireFormat::Openai,
     };
-    let deadline_ms = frame["deadline_ms"].as_number().and_then(milliseconds).unwrap_or(DEADLINE_DEFAULT_MS);
-    Ok(Job { job_id, model_id, request, format, deadline_ms })
+    let deadline_ms = frame.deadline_ms.as_ref().and_then(Value::as_number).and_then(milliseconds);
+    Ok(Inbound::Job(Box::new(Job {
+        job_id: Uuid::parse_str(&frame.job_id).map_err(|_| MALFORMED)?,
+        model_id: frame.model_id,
+        request: frame.request,
+        format,
+        deadline_ms: deadline_ms.unwrap_or(DEADLINE_DEFAULT_MS),
+    })))
 }
 
-fn job_id(frame: &Value, name: &'static str) -> Result<Uuid, FrameError> {
-    let id = frame["job_id"].as_str().and_then(|id| Uuid::parse_str(id).ok());
-    id.ok_or(FrameError::Field { frame: name, field: "job_id" })
+fn job_id(text: &str) -> Option<Uuid> {
+    #[derive(Deserialize)]
+    struct Head {
+        job_id: String,
+    }
+    let head: Head = serde_json::from_str(text).ok()?;
+    Uuid::parse_str(&head.job_id).ok()
+}
+
+/// Counts what separates values, outside of strings.
+fn has_more_values_than(max: usize, json: &str) -> bool {
+    let (mut values, mut in_string, mut escaped) = (0, false, false);
+    for b in json.bytes() {
+        match b {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            b',' | b'[' | b'{' if !in_string => values += 1,
+            _ => {}
+        }
+    }
+    values > max
 }
 
 /// A whole, non-negative number; one above the range of `u32` (49 days) is as good as endless and saturates.
@@ -283,6 +343,22 @@ mod tests {
         for wrong in ["-1", "1.0", "1e3", "\"1\"", "null", "[]"] {
             assert_eq!(deadline_of(&format!(r#","deadline_ms":{wrong}"#)), 60_000, "{wrong}");
         }
+    }
+
+    #[test]
+    fn what_cannot_be_read_of_a_job_is_answered_by_its_id() {
+        let id = "a0000000-0000-4000-8000-00000000000a";
+        let job =
+            |request: &str| parse(&format!(r#"{{"type":"job","job_id":"{id}","model_id":"m","request":{request}}}"#));
+        let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
+        let many = format!("[{}0]", "0,".repeat(VALUES_MAX));
+        for request in [r#""half an emoji: \ud83d""#, &deep, &many] {
+            let parsed = job(request);
+            assert!(matches!(parsed, Ok(Inbound::UnreadableJob(..))), "{parsed:?}");
+        }
+        assert!(matches!(job(r#"{"text":"[[[,,,"}"#), Ok(Inbound::Job(_))));
+        let other = format!(r#"{{"type":"news","x":{many}}}"#);
+        assert!(matches!(parse(&other), Ok(Inbound::Other(kind)) if kind == "news"));
     }
 
     #[test]

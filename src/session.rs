@@ -15,7 +15,8 @@ use crate::discovery::{Offers, Prober};
 use crate::heartbeat::Statistics;
 use crate::identity::Identity;
 use crate::job_executor::{JobExecutor, Outbox, Overflow};
-use crate::protocol::{self, Inbound, OfferLimits};
+use crate::logging::shown;
+use crate::protocol::{self, ErrorCode, Inbound, OfferLimits};
 use crate::shutdown::{Live, Stop};
 use crate::transport::{Link, ReadHalf, STALL_TIMEOUT};
 use crate::writer::{Control, Lanes, Writer};
@@ -30,6 +31,9 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 const CLOSE_REPLY_TIMEOUT: Duration = Duration::from_millis(300);
 /// The end of a session waits so long for its writer, which may be blocked in a dead socket.
 const WRITER_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// How soon a second signal is noticed; only a stopping agent looks so often.
+const GLANCE: Duration = Duration::from_millis(20);
 
 /// How a session ended.
 #[derive(Debug)]
@@ -78,7 +82,7 @@ pub fn authenticate(
     half.send(response).map_err(|e| HandshakeError::Connection(e.to_string()))?;
     expect(half, "auth_ok", |frame| match frame {
         Inbound::AuthOk(provider_id) => Some(Ok(provider_id)),
-        Inbound::AuthFailed(reason) => Some(Err(HandshakeError::Rejected(reason))),
+        Inbound::AuthFailed(reason) => Some(Err(HandshakeError::Rejected(shown(&reason)))),
         _ => None,
     })?
 }
@@ -98,7 +102,7 @@ fn expect<T>(
                     if let Some(found) = wanted(frame) {
                         return Ok(found);
                     }
-                    log::debug!("a frame other than `{name}` is ignored during the handshake");
+                    crate::debug!("a frame other than `{name}` is ignored during the handshake");
                 }
                 Err(e) => log::warn!("a frame of the handshake cannot be read: {e}"),
             },
@@ -134,6 +138,8 @@ pub struct Context<'a> {
 
 /// Serves jobs until the connection ends. `settled` disconnects when the first offer can be made.
 pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) -> SessionEnd {
+    // From here on a stop is not to cut the connection, but to take its leave on it.
+    context.stop.set_live(Live::Nothing);
     select! {
         recv(settled) -> _ => {}
         recv(context.stop.signal()) -> _ => {}
@@ -175,7 +181,7 @@ pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) 
     executor.cancel_all();
     let _ = writer.control.send(Control::Finish);
     if writer.ended.recv_timeout(WRITER_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
-        log::debug!("the writer is blocked in a dead socket");
+        crate::debug!("the writer is blocked in a dead socket");
     }
     link.shutdown();
     writer.join();
@@ -227,19 +233,23 @@ fn read_loop(half: &mut ReadHalf, executor: &JobExecutor) -> SessionEnd {
 fn handle_frame(text: &str, executor: &JobExecutor) -> Result<(), Overflow> {
     match protocol::parse(text) {
         Ok(Inbound::Job(job)) => {
-            log::debug!("job {} for model `{}`", job.job_id, job.model_id);
-            executor.try_dispatch(*job)
+            crate::debug!("job {} for model `{}`", job.job_id, shown(&job.model_id));
+            executor.try_dispatch(*job, text.len())
+        }
+        Ok(Inbound::UnreadableJob(job_id, why)) => {
+            log::warn!("job {job_id} cannot be run: {why}");
+            executor.refuse(job_id, ErrorCode::Internal, why)
         }
         Ok(Inbound::JobCancel(job_id)) => {
             executor.cancel(job_id);
             Ok(())
         }
         Ok(Inbound::Other(kind)) => {
-            log::debug!("a frame of type `{}` is ignored", kind.escape_debug());
+            crate::debug!("a frame of type `{}` is ignored", shown(&kind));
             Ok(())
         }
         Ok(Inbound::AuthChallenge(_) | Inbound::AuthOk(_) | Inbound::AuthFailed(_)) => {
-            log::debug!("a frame of the handshake is ignored within the session");
+            crate::debug!("a frame of the handshake is ignored within the session");
             Ok(())
         }
         Err(e) => {
@@ -263,7 +273,7 @@ fn describe(frame: &CloseFrame) -> String {
         "drain:operator" => ", an operator asked for it",
         _ => "",
     };
-    format!("closed with {} \"{}\"{meaning}", u16::from(frame.code), frame.reason.as_str().escape_debug())
+    format!("closed with {} \"{}\"{meaning}", u16::from(frame.code), shown(frame.reason.as_str()))
 }
 
 /// What it takes to end a session from another thread.
@@ -292,9 +302,19 @@ impl SessionHandle {
             self.executor.abandon_all("the agent is stopping");
         }
         let _ = self.control.send(Control::Close);
-        let _ = self.writer_ended.recv_timeout(FLUSH_TIMEOUT);
+        self.wait_for_writer(urgent);
         let _ = self.session_ended.recv_timeout(CLOSE_REPLY_TIMEOUT);
         self.cut();
+    }
+
+    /// A coordinator that does not read holds an urgent stop up no longer than the end of any session.
+    fn wait_for_writer(&self, urgent: &dyn Fn() -> bool) {
+        let began = Instant::now();
+        while began.elapsed() < if urgent() { WRITER_TIMEOUT } else { FLUSH_TIMEOUT } {
+            if self.writer_ended.recv_timeout(GLANCE) != Err(RecvTimeoutError::Timeout) {
+                return;
+            }
+        }
     }
 
     /// Ends the session at once.

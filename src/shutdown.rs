@@ -46,12 +46,12 @@ impl Default for Stop {
 impl Stop {
     /// Stop, when the jobs in flight are done; the second time, now.
     pub fn request(self: &Arc<Self>) {
-        if self.requests.fetch_add(1, Ordering::SeqCst) > 0 {
-            return;
-        }
+        // Counted under the lock, so that `set_live` and this wake a session once between them.
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        drop(state.signal.take());
-        self.wake(&state.live);
+        if self.requests.fetch_add(1, Ordering::SeqCst) == 0 {
+            drop(state.signal.take());
+            self.wake(&state.live);
+        }
     }
 
     /// Whether there was a request.

@@ -11,6 +11,7 @@ use crate::config::CoordinatorConfig;
 use crate::discovery::{OfferedBackend, Offers, Prober, Terms};
 use crate::heartbeat::Statistics;
 use crate::identity::Identity;
+use crate::logging::shown;
 use crate::protocol::OfferLimits;
 use crate::session::{self, SessionEnd};
 use crate::shutdown::{Live, Stop};
@@ -100,7 +101,8 @@ impl Agent {
             }
             Err(e) => return Attempt::Failed(e.to_string()),
         }
-        log::info!("connected as {}", self.identity.provider_id().unwrap_or("a provider without an id"));
+        let id = self.identity.provider_id().map_or_else(|| "a provider without an id".to_owned(), shown);
+        log::info!("connected as {id}");
         let authenticated = Instant::now();
         let end = session::serve(half, &settled, context);
         Attempt::Served(end, authenticated.elapsed())

@@ -3,8 +3,9 @@
 use std::io;
 use std::thread::{Builder, JoinHandle};
 
-/// An HTTPS exchange through ureq and rustls needs 64 KiB of stack, in debug builds 256 KiB; four times that.
-const STACK_BYTES: usize = if cfg!(debug_assertions) { 1 << 20 } else { 256 << 10 };
+/// An HTTPS exchange through ureq and rustls needs 64 KiB of stack, in debug builds 256 KiB; a resolver's modules may need
+/// more. Address space alone: pages that are not touched cost nothing.
+const STACK_BYTES: usize = if cfg!(debug_assertions) { 1 << 20 } else { 512 << 10 };
 
 /// Starts a thread. The body is boxed, for what the standard library compiles around each kind of closure would come to
 /// more machine code than the threads themselves.

@@ -80,7 +80,7 @@ impl Writer {
             // Dropped at the end, whatever it is.
             let _ended = ended_sender;
             if let Err(e) = actor.run() {
-                log::debug!("writing ended: {e}");
+                crate::debug!("writing ended: {e}");
                 // The reader finds out, and ends the session.
                 actor.half.shutdown();
             }

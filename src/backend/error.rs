@@ -41,6 +41,9 @@ pub enum BackendError {
     /// Refused, not resolved, not connected in time, or broken off before the first byte of the answer.
     #[error("the backend cannot be reached: {0}")]
     Unreachable(String),
+    /// A probe got no answer in its time: the backend may be busy, or hang.
+    #[error("no answer within {0} s")]
+    Unanswered(u64),
     /// What came back is not HTTP.
     #[error("the backend does not speak HTTP: {0}")]
     NotHttp(String),
@@ -91,9 +94,10 @@ impl BackendError {
         match self {
             BackendError::Cancelled | BackendError::SessionGone => None,
             BackendError::DeadlinePassed => Some(ErrorCode::BackendTimeout),
-            BackendError::Unreachable(_) | BackendError::NotHttp(_) | BackendError::BadGateway(_) => {
-                Some(ErrorCode::BackendUnreachable)
-            }
+            BackendError::Unreachable(_)
+            | BackendError::Unanswered(_)
+            | BackendError::NotHttp(_)
+            | BackendError::BadGateway(_) => Some(ErrorCode::BackendUnreachable),
             BackendError::Loading(_) | BackendError::ModelNotFound(_) => Some(ErrorCode::ModelNotLoaded),
             BackendError::Overloaded(_) => Some(ErrorCode::OutOfCapacity),
             BackendError::MissingKey(_) | BackendError::AuthRejected(_) => Some(ErrorCode::AuthRejectedByBackend),
@@ -139,6 +143,7 @@ impl BackendError {
             | BackendError::SessionGone
             | BackendError::DeadlinePassed
             | BackendError::Unreachable(_)
+            | BackendError::Unanswered(_)
             | BackendError::NotHttp(_)
             | BackendError::MissingKey(_)
             | BackendError::CutStream(_)

@@ -110,6 +110,18 @@ impl Client {
         }
     }
 
+    /// The error that a status stands for. Some gateways repeat the key that they refuse: it goes no further.
+    pub fn status_error(&self, status: u16, body: &[u8]) -> super::BackendError {
+        match &self.key {
+            ApiKey::Bearer(header) => {
+                let key = header.trim_start_matches("Bearer ");
+                let body = String::from_utf8_lossy(body).replace(key, "(the API key)");
+                super::BackendError::from_status(status, body.as_bytes())
+            }
+            ApiKey::NotNeeded | ApiKey::Missing { .. } => super::BackendError::from_status(status, body),
+        }
+    }
+
     /// An agent for one exchange: the one used last, if its connection may still be open, else a fresh one.
     pub fn lease(&self) -> Lease<'_> {
         let idle = {
@@ -199,11 +211,11 @@ impl<'a> Lease<'a> {
     }
 }
 
-/// Reads at most `max` bytes of a body; what comes after them is left unread.
-pub fn read_bounded(body: Body, max: usize) -> std::io::Result<Vec<u8>> {
+/// Reads at most `max` bytes of a body, and says how that ended; what comes after them is left unread.
+pub fn read_bounded(body: Body, max: usize) -> (Vec<u8>, std::io::Result<()>) {
     let mut bytes = Vec::new();
-    body.into_reader().take(max as u64).read_to_end(&mut bytes)?;
-    Ok(bytes)
+    let end = body.into_reader().take(max as u64).read_to_end(&mut bytes).map(drop);
+    (bytes, end)
 }
 
 /// The proxy of `HTTPS_PROXY`, with the exceptions of `NO_PROXY`; for hosted backends and the coordinator.
@@ -223,8 +235,10 @@ pub fn proxy_from_env() -> Option<Proxy> {
         proxy = proxy.username(user).password(parsed.password().unwrap_or_default());
     }
     for exception in read(["NO_PROXY", "no_proxy"]).unwrap_or_default().split(',') {
-        if !exception.trim().is_empty() {
-            proxy = proxy.no_proxy(exception.trim());
+        let exception = exception.trim();
+        if !exception.is_empty() {
+            // A bare name stands for what is below it too, as everywhere else.
+            proxy = proxy.no_proxy(exception).no_proxy(&format!(".{}", exception.trim_start_matches(['*', '.'])));
         }
     }
     proxy.build().ok()
@@ -259,7 +273,7 @@ impl Connector<()> for WatchedConnector {
     fn connect(&self, details: &ConnectionDetails, chained: Option<()>) -> Result<Option<Watched>, ureq::Error> {
         self.wire.opened.store(true, Ordering::Relaxed);
         let inner = self.inner.connect(details, chained)?;
-        Ok(inner.map(|inner| Watched { inner, wire: self.wire.clone() }))
+        Ok(inner.map(|inner| Watched { inner, wire: self.wire.clone(), write_failed: false }))
     }
 }
 
@@ -267,6 +281,7 @@ impl Connector<()> for WatchedConnector {
 struct Watched {
     inner: Box<dyn Transport>,
     wire: Arc<Wire>,
+    write_failed: bool,
 }
 
 impl Transport for Watched {
@@ -275,7 +290,18 @@ impl Transport for Watched {
     }
 
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
-        self.inner.transmit_output(amount, timeout)
+        if self.write_failed {
+            return Ok(());
+        }
+        match self.inner.transmit_output(amount, timeout) {
+            // A server that refuses a large request answers and closes while we still write. What it said is worth
+            // more than that we could not go on, so the verdict is left to the read that follows.
+            Err(ureq::Error::Io(_)) => {
+                self.write_failed = true;
+                Ok(())
+            }
+            other => other,
+        }
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
@@ -289,7 +315,7 @@ impl Transport for Watched {
     }
 
     fn is_open(&mut self) -> bool {
-        self.inner.is_open()
+        !self.write_failed && self.inner.is_open()
     }
 
     fn is_tls(&self) -> bool {
@@ -297,7 +323,7 @@ impl Transport for Watched {
     }
 }
 
-/// Resolves addresses and `localhost` in place, which cannot block; ureq's resolver spends a thread on every name.
+/// Resolves addresses and `localhost` in place, which take no time to speak of; ureq's resolver spends a thread on every name.
 #[derive(Debug, Default)]
 struct LocalFirstResolver(DefaultResolver);
 

@@ -1,5 +1,8 @@
 //! The one backend implementation: an HTTP server of some [`Kind`].
 
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ureq::Body;
@@ -30,6 +33,8 @@ pub struct HttpBackend {
     /// Where the OpenAI routes start.
     api: String,
     client: Client,
+    /// The windows that the last probe found.
+    windows: Mutex<HashMap<String, u32>>,
 }
 
 impl HttpBackend {
@@ -41,11 +46,24 @@ impl HttpBackend {
             (Some(url), None) => (url.root().to_owned(), format!("{}/v1", url.root())),
         };
         let client = Client::new(kind.is_hosted(), ApiKey::from_env(api_key_env));
-        HttpBackend { kind, id: format!("{kind} at {root}"), root, api, client }
+        HttpBackend { kind, id: format!("{kind} at {root}"), root, api, client, windows: Mutex::default() }
+    }
+
+    /// Gives a model whose window could not be asked for this time the one that it had the last time, so that a slow
+    /// answer does not change the offer.
+    fn remember_windows(&self, mut models: Vec<BackendModel>, some_failed: bool) -> Vec<BackendModel> {
+        let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
+        if some_failed {
+            for model in &mut models {
+                model.context_window = model.context_window.or_else(|| windows.get(&model.model_id).copied());
+            }
+        }
+        *windows = models.iter().filter_map(|m| Some((m.model_id.clone(), m.context_window?))).collect();
+        models
     }
 
     fn probe_for(&self, time: Duration) -> Probe<'_> {
-        Probe { backend: self, until: Instant::now() + time }
+        Probe { backend: self, until: Instant::now() + time, failed: Cell::new(false) }
     }
 }
 
@@ -53,6 +71,8 @@ impl HttpBackend {
 pub struct Probe<'a> {
     backend: &'a HttpBackend,
     until: Instant,
+    /// Whether a question got no answer.
+    failed: Cell<bool>,
 }
 
 impl Probe<'_> {
@@ -68,7 +88,8 @@ impl Probe<'_> {
 
     fn models(&self) -> BackendResult<Vec<BackendModel>> {
         let listed = listing::parse(self.backend.kind, &self.listing()?)?;
-        Ok(context_window::fill_in(self.backend.kind, listed, self))
+        let models = context_window::fill_in(self.backend.kind, listed, self);
+        Ok(self.backend.remember_windows(models, self.failed.get()))
     }
 
     fn listing(&self) -> BackendResult<Vec<u8>> {
@@ -88,8 +109,22 @@ impl Probe<'_> {
         self.ask(|lease, time| lease.post(&url, body, time))
     }
 
-    /// Asked again when a kept-alive connection turned out to be closed.
     fn ask(&self, put: impl Fn(&Lease<'_>, Duration) -> Result<Response<Body>, ureq::Error>) -> BackendResult<Vec<u8>> {
+        let answer = self.answer(put);
+        if answer.is_err() {
+            self.failed.set(true);
+        }
+        answer
+    }
+
+    /// Asked again when a kept-alive connection turned out to be closed.
+    fn answer(
+        &self,
+        put: impl Fn(&Lease<'_>, Duration) -> Result<Response<Body>, ureq::Error>,
+    ) -> BackendResult<Vec<u8>> {
+        if Instant::now() >= self.until {
+            return Err(BackendError::Unanswered(PROBE_TIME.as_secs()));
+        }
         let time = || self.until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
         let client = &self.backend.client;
         let mut lease = client.lease();
@@ -100,18 +135,20 @@ impl Probe<'_> {
         }
         let response = answer.map_err(probe_error)?;
         let status = response.status().as_u16();
-        let body = read_bounded(response.into_body(), ANSWER_MAX).map_err(|e| probe_error(e.into()))?;
+        let (body, end) = read_bounded(response.into_body(), ANSWER_MAX);
+        if !(200..300).contains(&status) {
+            return Err(client.status_error(status, &body));
+        }
+        end.map_err(|e| probe_error(e.into()))?;
         lease.give_back();
-        if (200..300).contains(&status) { Ok(body) } else { Err(BackendError::from_status(status, &body)) }
+        Ok(body)
     }
 }
 
 /// A probe has no deadline of a job's: its time being over means that the backend does not answer.
 fn probe_error(e: ureq::Error) -> BackendError {
     match before_the_answer(e) {
-        BackendError::DeadlinePassed => {
-            BackendError::Unreachable(format!("no answer within {} s", PROBE_TIME.as_secs()))
-        }
+        BackendError::DeadlinePassed => BackendError::Unanswered(PROBE_TIME.as_secs()),
         e => e,
     }
 }
@@ -163,6 +200,6 @@ impl Backend for HttpBackend {
         };
         let url = format!("{}/{route}", self.api);
         let deadline = Duration::from_millis(u64::from(job.deadline_ms));
-        relay(&self.client, &url, &body_of(job), deadline, sink)
+        relay(&self.client, &url, body_of(job), deadline, sink)
     }
 }

@@ -146,7 +146,7 @@ impl BaseUrl {
     }
 
     /// Where the server's own routes start: the address without a `/v1` that the operator may have put behind it.
-    pub(super) fn root(&self) -> &str {
+    pub fn root(&self) -> &str {
         self.0.strip_suffix("/v1").unwrap_or(&self.0).trim_end_matches('/')
     }
 }

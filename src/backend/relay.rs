@@ -9,13 +9,15 @@ use std::time::{Duration, Instant};
 use ureq::Body;
 use ureq::http::Response;
 
-use super::error::ERROR_BODY_MAX;
 use super::http::{Client, Lease, read_bounded};
 use super::sse::{Scanner, Usage};
-use super::{BackendError, BackendResult, JobResult, JobSink};
+use super::{BackendError, BackendResult, ERROR_BODY_MAX, JobResult, JobSink};
 
 /// The most that one chunk carries, in bytes of the answer: what the backend has sent when we look, up to this.
 const READ_BYTES: usize = 16 << 10;
+
+/// Read of an error's body, in bytes: more than is passed on, for the key that may have to be taken out of it.
+const ERROR_READ_MAX: usize = 4 * ERROR_BODY_MAX;
 
 /// A JSON body is kept for its usage up to this size, in bytes; a larger one is relayed without.
 const JSON_BODY_MAX: usize = 1 << 20;
@@ -24,22 +26,23 @@ const JSON_BODY_MAX: usize = 1 << 20;
 pub fn relay(
     client: &Client,
     url: &str,
-    body: &[u8],
+    body: Vec<u8>,
     deadline: Duration,
     sink: &mut dyn JobSink,
 ) -> BackendResult<JobResult> {
     let started = Instant::now();
-    let (lease, response) = post(client, url, body, deadline, sink)?;
+    let (lease, response) = post(client, url, &body, deadline, sink)?;
+    // It may be 60 MB, and the answer may take minutes.
+    drop(body);
     let status = response.status().as_u16();
     if !(200..300).contains(&status) {
-        let error_body = read_bounded(response.into_body(), ERROR_BODY_MAX).unwrap_or_default();
+        // What came before it broke off tells enough.
+        let (error_body, _) = read_bounded(response.into_body(), ERROR_READ_MAX);
         sink.still_wanted()?;
-        return Err(BackendError::from_status(status, &error_body));
+        return Err(client.status_error(status, &error_body));
     }
     let mut watch = Watch::of(&response);
-    let outcome = relay_body(&lease, response.into_body(), &mut watch, sink);
-    sink.tokens_emitted(watch.tokens_emitted());
-    let usage = outcome?;
+    let usage = relay_body(&lease, response.into_body(), &mut watch, sink)?;
     lease.give_back();
     let duration_ms = u32::try_from(started.elapsed().as_millis()).unwrap_or(u32::MAX);
     Ok(JobResult { input_tokens: usage.input, output_tokens: usage.output, duration_ms })
@@ -87,6 +90,7 @@ fn relay_body(lease: &Lease<'_>, body: Body, watch: &mut Watch, sink: &mut dyn J
                 sink.send_chunk(&buffer[..n])?;
                 relayed = true;
                 watch.feed(&buffer[..n]);
+                sink.tokens_emitted(watch.tokens_emitted());
             }
             Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
             Err(e) => match ureq::Error::from(e) {

@@ -142,6 +142,8 @@ impl Scanner {
         for choice in event["choices"].as_array().into_iter().flatten() {
             match &choice["finish_reason"] {
                 Value::Null => {}
+                // Some gateways send an empty one with every piece.
+                Value::String(reason) if reason.is_empty() => {}
                 Value::String(reason) if reason == "abort" => {
                     self.failure.get_or_insert(BackendError::Aborted);
                 }

@@ -2,7 +2,6 @@
 
 use super::args::Globals;
 use super::{Failure, load_config, print};
-use crate::files::{self, InstanceLock};
 use crate::identity::Identity;
 
 /// The part of an enrollment code that is shown at each end, in characters.
@@ -11,9 +10,6 @@ const CODE_ENDS: usize = 4;
 /// Prints the public key, the provider id and the ends of the enrollment code.
 pub fn run(globals: &Globals) -> Result<(), Failure> {
     let config = load_config(globals)?;
-    // Two that make an identity at the same time would make two. Where an agent runs, it has made it already.
-    let _ = files::create_folder_of(&config.key_path);
-    let _lock = InstanceLock::acquire(&config.key_path);
     let identity = Identity::load_or_create(&config.key_path)?;
     let code = config.coordinator.enrollment_code.as_deref().map_or_else(|| "<none>".to_owned(), shortened);
     print(&format!(

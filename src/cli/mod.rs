@@ -88,6 +88,7 @@ pub fn main(args: impl Iterator<Item = std::ffi::OsString>) -> ExitCode {
         }
         Err(e) => Err(Failure::Usage(e)),
     };
+    logging::flush();
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
@@ -123,7 +124,7 @@ fn load_config(globals: &args::Globals) -> Result<Config, Failure> {
     let path = Config::find(globals.config.as_deref())?;
     let config = Config::load(&path, globals.allow_insecure)?;
     logging::start(globals.log_level.or(config.log_level).unwrap_or(log::LevelFilter::Info));
-    log::debug!("configuration from `{}`", path.display());
+    crate::debug!("configuration from `{}`", path.display());
     for warning in &config.warnings {
         log::warn!("{warning}");
     }

@@ -21,7 +21,7 @@ pub fn run(globals: &Globals) -> Result<(), Failure> {
     files::create_folder_of(&config.key_path).map_err(create)?;
     let _lock = match InstanceLock::acquire(&config.key_path) {
         Ok(lock) => {
-            files::remove_leftover(&config.key_path);
+            files::remove_leftovers(&config.key_path);
             Some(lock)
         }
         Err(LockError::Held(pid)) => return Err(Failure::AlreadyRunning { pid }),

@@ -69,7 +69,7 @@ fn coordinator(section: &Section<'_>, allow_insecure: bool) -> Result<Coordinato
 fn extra_roots(section: &Section<'_>) -> Result<ExtraRoots, ConfigError> {
     const FIX: &str = "name a PEM file with the certificate of your authority, or leave it out for those of the web";
     let Some(file) = section.string("ca_file", FIX)? else { return Ok(ExtraRoots::default()) };
-    let path = expand_home(file.value).ok_or_else(|| file.fault("HOME is not set", FIX))?;
+    let path = expand_home(file.value).ok_or_else(|| file.fault("there is no such home", FIX))?;
     ExtraRoots::from_file(&path).map_err(|what| file.fault(&what, FIX))
 }
 
@@ -79,7 +79,7 @@ fn key_path(section: &Section<'_>) -> Result<PathBuf, ConfigError> {
         Some(path) if path.value.trim().is_empty() => {
             Err(path.fault("it is empty", &format!("leave it out for {KEY_PATH_DEFAULT}")))
         }
-        Some(path) => expand_home(path.value).ok_or_else(|| path.fault("HOME is not set", FIX)),
+        Some(path) => expand_home(path.value).ok_or_else(|| path.fault("there is no such home", FIX)),
         None => expand_home(KEY_PATH_DEFAULT).ok_or_else(|| section.missing("key_path", FIX)),
     }
 }
@@ -91,6 +91,7 @@ fn backends(root: &Section<'_>) -> Result<Vec<BackendConfig>, ConfigError> {
         let entry = backend(&section)?;
         // Hosted entries without a url differ by their key.
         let place = match &entry.url {
+            Some(url) if !entry.kind.is_hosted() => url.root().to_owned(),
             Some(url) => url.to_string(),
             None => entry.api_key_env.clone().unwrap_or_default(),
         };

@@ -80,7 +80,7 @@ fn find_local() -> Vec<BackendConfig> {
         match probed {
             Ok(models) if !models.is_empty() => answered[index] = true,
             Ok(_) => log::info!("no {id}: it lists no models"),
-            Err(error) => log::debug!("no {id}: {error}"),
+            Err(error) => crate::debug!("no {id}: {error}"),
         }
     }
     candidates.into_iter().zip(answered).filter(|(_, answered)| *answered).map(|(candidate, _)| candidate).collect()

@@ -301,7 +301,7 @@ impl Job {
             return; // the end was on its way already, or the agent is gone
         }
         if let Err(error) = self.sender.send(&cancel_frame(self.job_id)) {
-            log::debug!("the cancel of job {} did not go out: {error}", self.job_id);
+            crate::debug!("the cancel of job {} did not go out: {error}", self.job_id);
         }
     }
 }
@@ -412,8 +412,8 @@ fn read_frames(
             Ok(Frame::Error { job_id, code, message }) => {
                 shared.deliver_end(job_id, JobEvent::Failed { code, message });
             }
-            Ok(Frame::Heartbeat) => log::debug!("heartbeat of the agent"),
-            Ok(Frame::Other(kind)) => log::debug!("unknown frame `{kind}` of the agent"),
+            Ok(Frame::Heartbeat) => crate::debug!("heartbeat of the agent"),
+            Ok(Frame::Other(kind)) => crate::debug!("unknown frame `{kind}` of the agent"),
             Err(error) => log::warn!("the agent sent a bad frame: {error}"),
         }
     }
@@ -470,7 +470,7 @@ impl Shared {
     fn deliver_chunk(&self, job_id: Uuid, bytes: Vec<u8>) -> Result<(), TooSlow> {
         let mut state = self.lock();
         let Some(waiting) = state.jobs.iter().find(|waiting| waiting.job_id == job_id) else {
-            log::debug!("a chunk of the unknown job {job_id}");
+            crate::debug!("a chunk of the unknown job {job_id}");
             return Ok(());
         };
         if waiting.events.send(JobEvent::Chunk(bytes)) {
@@ -486,7 +486,7 @@ impl Shared {
             Some(waiting) => {
                 waiting.events.send(end);
             }
-            None => log::debug!("the end of the unknown job {job_id}"),
+            None => crate::debug!("the end of the unknown job {job_id}"),
         }
     }
 }

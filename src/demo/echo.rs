@@ -73,7 +73,7 @@ fn stream(exchange: &mut Exchange<'_>, pieces: &[String]) {
         body.finish()
     });
     if let Err(error) = sent {
-        log::debug!("the echo was not wanted to its end: {error}");
+        crate::debug!("the echo was not wanted to its end: {error}");
     }
 }
 

@@ -157,13 +157,13 @@ fn serve(tcp: TcpStream, shared: &Shared, handle: &Handler) {
             }
             Ok(None) => break,
             Err(error) => {
-                log::debug!("{}: a connection ended: {error}", shared.name);
+                crate::debug!("{}: a connection ended: {error}", shared.name);
                 return;
             }
         }
     }
     if let Err(error) = close_gently(input.get_mut()) {
-        log::debug!("{}: a connection did not close well: {error}", shared.name);
+        crate::debug!("{}: a connection did not close well: {error}", shared.name);
     }
 }
 

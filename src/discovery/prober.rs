@@ -2,6 +2,7 @@
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,8 +14,10 @@ use crate::threads;
 
 /// The catalog is refreshed this often, give or take a fifth.
 const REFRESH: Duration = Duration::from_secs(30);
-/// A backend that is loading its model is asked this often, so that it serves soon after.
-const REFRESH_LOADING: Duration = Duration::from_secs(5);
+/// A backend that may serve at any moment (loading its model, full, or too slow to answer) is asked this often.
+const REFRESH_SOON: Duration = Duration::from_secs(5);
+/// A backend that served is offered on when so many probes in a row get no answer: it may be busy serving.
+const UNANSWERED_MAX: u32 = 1;
 /// The first offer waits for all probes; from here on only until one has found something.
 const SETTLE: Duration = Duration::from_secs(1);
 /// Rounds that failing jobs ask for are at least so far apart.
@@ -22,7 +25,7 @@ const NUDGE_SPACING: Duration = Duration::from_secs(1);
 /// Requests for a round that may wait: one more would ask for what the next round does anyway.
 const REQUESTS_MAX: usize = 4;
 
-const _: () = assert!(REFRESH_LOADING.as_secs() <= REFRESH.as_secs());
+const _: () = assert!(REFRESH_SOON.as_secs() <= REFRESH.as_secs());
 
 /// A round is wanted; the sender, where there is one, is dropped when an offer can be made.
 type Request = Option<Sender<()>>;
@@ -75,6 +78,8 @@ struct Probed {
     /// Why it is not offered; `None` while it is.
     away: Option<BackendError>,
     heard_of: bool,
+    /// Probes in a row without an answer.
+    unanswered: u32,
 }
 
 impl Actor {
@@ -103,8 +108,7 @@ impl Actor {
             }
             self.round(waiting);
             last_round = Instant::now();
-            let soon = |b: &Probed| matches!(b.away, Some(BackendError::Loading(_) | BackendError::Overloaded(_)));
-            let wait = if self.backends.iter().any(soon) { REFRESH_LOADING } else { REFRESH };
+            let wait = if self.backends.iter().any(Probed::may_serve_soon) { REFRESH_SOON } else { REFRESH };
             due = Some(last_round + wait.mul_f64(0.8 + 0.4 * dice()));
         }
     }
@@ -162,7 +166,11 @@ fn ask_all(backends: &[Arc<dyn Backend>]) -> Receiver<(usize, Answer)> {
     for (index, backend) in backends.iter().enumerate() {
         let ask = {
             let (backend, answers) = (backend.clone(), answers.clone());
-            move || drop(answers.send((index, backend.probe())))
+            move || {
+                // A backend's bug is to cost that backend, not the thread that watches over the others.
+                let answer = catch_unwind(AssertUnwindSafe(|| backend.probe()));
+                drop(answers.send((index, answer.unwrap_or(Err(BackendError::Panicked)))));
+            }
         };
         // A single one delays nobody else, so it needs no thread of its own.
         if backends.len() == 1 {
@@ -179,12 +187,26 @@ fn ask_all(backends: &[Arc<dyn Backend>]) -> Receiver<(usize, Answer)> {
 
 impl Probed {
     fn new(offered: OfferedBackend) -> Probed {
-        Probed { offered, known: None, away: None, heard_of: false }
+        Probed { offered, known: None, away: None, heard_of: false, unanswered: 0 }
+    }
+
+    fn may_serve_soon(&self) -> bool {
+        use BackendError::{Loading, Overloaded, Unanswered};
+        self.unanswered > 0 || matches!(self.away, Some(Loading(_) | Overloaded(_) | Unanswered(_)))
     }
 
     /// Takes an answer; true when the backend can be offered.
     fn hear(&mut self, answer: Answer, terms: &Terms) -> bool {
         let id = self.offered.backend.id();
+        self.unanswered = match answer {
+            Err(BackendError::Unanswered(_)) => self.unanswered + 1,
+            _ => 0,
+        };
+        let serves = self.heard_of && self.away.is_none();
+        if serves && (1..=UNANSWERED_MAX).contains(&self.unanswered) {
+            log::info!("{id}: no answer to the probe; offered on until the next one");
+            return true;
+        }
         let ready = self.offered.backend.ready();
         let (listed, away) = match answer {
             Ok(listed) => (Some(listed), ready.err()),

@@ -29,6 +29,10 @@ use crate::heartbeat::Statistics;
 use crate::protocol::{self, ErrorCode};
 use crate::worker_pool::WorkerPool;
 
+/// A cancel frees the place at once, but a worker that is resolving a name or connecting notices only afterwards: others
+/// take the next jobs meanwhile.
+const WORKERS_PER_PLACE: usize = 2;
+
 /// Runs the jobs of one session. Dropping it cancels what is in flight.
 pub struct JobExecutor {
     shared: Arc<Shared>,
@@ -71,22 +75,22 @@ impl JobExecutor {
         let places = max_concurrent as usize;
         let table = Arc::new(JobTable::new(places));
         let shared = Shared { offers, max_concurrent, outbox, statistics, prober, table };
-        JobExecutor { shared: Arc::new(shared), pool: WorkerPool::new("job", places) }
+        JobExecutor { shared: Arc::new(shared), pool: WorkerPool::new("job", places * WORKERS_PER_PLACE) }
     }
 
     /// Starts the job, or answers why not.
     pub fn dispatch(&self, job: Job) {
         // A single lane is the caller's own choice; there is no session to end for it.
-        let _ = self.try_dispatch(job);
+        let _ = self.try_dispatch(job, 0);
     }
 
-    /// As [`JobExecutor::dispatch`].
+    /// As [`JobExecutor::dispatch`], for a request of so many bytes.
     ///
     /// # Errors
     /// The coordinator sends jobs without reading the refusals.
-    pub fn try_dispatch(&self, job: Job) -> Result<(), Overflow> {
+    pub fn try_dispatch(&self, job: Job, request_bytes: usize) -> Result<(), Overflow> {
         let job_id = job.job_id;
-        let refusal = match self.admit(&job) {
+        let refusal = match self.admit(&job, request_bytes) {
             Err(refusal) => refusal,
             Ok((ticket, backend)) => {
                 let (shared, of_worker) = (self.shared.clone(), ticket.clone());
@@ -106,23 +110,35 @@ impl JobExecutor {
                 Ok(())
             }
             Refusal::Answer(code, message) => {
-                log::debug!("job {job_id} refused: {}", code.as_str());
-                self.shared.outbox.control(protocol::job_error(job_id, code, &message, 0))
+                crate::debug!("job {job_id} refused: {}", code.as_str());
+                self.refuse(job_id, code, &message)
             }
         }
     }
 
-    fn admit(&self, job: &Job) -> Result<(Arc<Ticket>, Arc<dyn Backend>), Refusal> {
+    /// Answers a job that is not taken.
+    ///
+    /// # Errors
+    /// As [`JobExecutor::try_dispatch`].
+    pub fn refuse(&self, job_id: Uuid, code: ErrorCode, message: &str) -> Result<(), Overflow> {
+        self.shared.outbox.control(protocol::job_error(job_id, code, message, 0))
+    }
+
+    fn admit(&self, job: &Job, request_bytes: usize) -> Result<(Arc<Ticket>, Arc<dyn Backend>), Refusal> {
         let Some(backend) = self.shared.offers.snapshot().backend_of(&job.model_id).cloned() else {
             let duplicate = self.shared.table.holds(job.job_id);
             let unknown = Refusal::Answer(ErrorCode::ModelNotLoaded, "no backend serves this model".into());
             return Err(if duplicate { Refusal::Duplicate } else { unknown });
         };
         let deadline = Duration::from_millis(u64::from(job.deadline_ms));
-        match self.shared.table.admit(job.job_id, deadline) {
+        match self.shared.table.admit(job.job_id, deadline, request_bytes) {
             Ok(ticket) => Ok((ticket, backend)),
             Err(NoPlace::Duplicate) => Err(Refusal::Duplicate),
             Err(NoPlace::Closed) => Err(Refusal::Answer(ErrorCode::OutOfCapacity, "the agent is stopping".into())),
+            Err(NoPlace::TooLarge) => {
+                let message = "the requests in flight leave no memory for one of this size";
+                Err(Refusal::Answer(ErrorCode::OutOfCapacity, message.into()))
+            }
             Err(NoPlace::Full) => {
                 let message = format!("all {} places are taken", self.shared.max_concurrent);
                 Err(Refusal::Answer(ErrorCode::OutOfCapacity, message))
@@ -133,7 +149,7 @@ impl JobExecutor {
     /// Ends the job without a word; does nothing when it is not in flight.
     pub fn cancel(&self, job_id: Uuid) {
         if self.shared.table.cancel(job_id) {
-            log::debug!("job {job_id} cancelled");
+            crate::debug!("job {job_id} cancelled");
         }
     }
 
@@ -154,8 +170,10 @@ impl JobExecutor {
 
     /// Ends what is in flight with a `job_error` each.
     pub fn abandon_all(&self, message: &str) {
-        for job_id in self.shared.table.cancel_all() {
-            let _ = self.shared.outbox.control(protocol::job_error(job_id, ErrorCode::Internal, message, 0));
+        for ticket in self.shared.table.cancel_all() {
+            let tokens = ticket.tokens_emitted();
+            let frame = protocol::job_error(ticket.job_id, ErrorCode::Internal, message, tokens);
+            let _ = self.shared.outbox.control(frame);
         }
     }
 

@@ -12,6 +12,11 @@ use uuid::Uuid;
 
 use super::ticket::Ticket;
 
+/// Of all requests in flight, as text, in bytes. Parsed, one may take several times its text.
+const REQUEST_BYTES_MAX: usize = 256 << 20;
+
+const _: () = assert!(REQUEST_BYTES_MAX >= crate::transport::MESSAGE_BYTES_MAX);
+
 /// The table.
 pub struct JobTable {
     places: usize,
@@ -23,6 +28,8 @@ pub struct JobTable {
 #[derive(Default)]
 struct State {
     jobs: HashMap<Uuid, Arc<Ticket>>,
+    /// Of all their requests.
+    bytes: usize,
     closed: bool,
 }
 
@@ -33,6 +40,8 @@ pub enum NoPlace {
     Duplicate,
     /// Every place is taken.
     Full,
+    /// A place is free, but not so much memory.
+    TooLarge,
     /// No job is taken any more.
     Closed,
 }
@@ -43,14 +52,18 @@ impl JobTable {
     }
 
     /// Gives a job a place.
-    pub fn admit(&self, job_id: Uuid, deadline: Duration) -> Result<Arc<Ticket>, NoPlace> {
-        let mut state = self.lock();
-        let (taken, closed) = (state.jobs.len(), state.closed);
+    pub fn admit(&self, job_id: Uuid, deadline: Duration, request_bytes: usize) -> Result<Arc<Ticket>, NoPlace> {
+        let state = &mut *self.lock();
+        let taken = state.jobs.len();
         match state.jobs.entry(job_id) {
             Entry::Occupied(_) => Err(NoPlace::Duplicate),
-            Entry::Vacant(_) if closed => Err(NoPlace::Closed),
+            Entry::Vacant(_) if state.closed => Err(NoPlace::Closed),
             Entry::Vacant(_) if taken >= self.places => Err(NoPlace::Full),
-            Entry::Vacant(place) => Ok(place.insert(Arc::new(Ticket::new(job_id, deadline))).clone()),
+            Entry::Vacant(_) if state.bytes + request_bytes > REQUEST_BYTES_MAX => Err(NoPlace::TooLarge),
+            Entry::Vacant(place) => {
+                state.bytes += request_bytes;
+                Ok(place.insert(Arc::new(Ticket::new(job_id, deadline, request_bytes))).clone())
+            }
         }
     }
 
@@ -64,6 +77,7 @@ impl JobTable {
         let mut state = self.lock();
         if state.jobs.get(&ticket.job_id).is_some_and(|t| Arc::ptr_eq(t, ticket)) {
             state.jobs.remove(&ticket.job_id);
+            state.bytes -= ticket.request_bytes;
             self.signal_if_empty(&state);
         }
     }
@@ -72,6 +86,7 @@ impl JobTable {
     pub fn cancel(&self, job_id: Uuid) -> bool {
         let mut state = self.lock();
         let Some(ticket) = state.jobs.remove(&job_id) else { return false };
+        state.bytes -= ticket.request_bytes;
         ticket.mark_cancelled();
         self.signal_if_empty(&state);
         drop(state);
@@ -79,15 +94,16 @@ impl JobTable {
         true
     }
 
-    /// Takes out and cancels all; returns their ids.
-    pub fn cancel_all(&self) -> Vec<Uuid> {
+    /// Takes out and cancels all; returns them.
+    pub fn cancel_all(&self) -> Vec<Arc<Ticket>> {
         let mut state = self.lock();
         let tickets: Vec<Arc<Ticket>> = state.jobs.drain().map(|(_, ticket)| ticket).collect();
+        state.bytes = 0;
         tickets.iter().for_each(|t| t.mark_cancelled());
         self.signal_if_empty(&state);
         drop(state);
         tickets.iter().for_each(|t| t.wake_worker());
-        tickets.iter().map(|t| t.job_id).collect()
+        tickets
     }
 
     /// From here on no job gets a place.
@@ -136,19 +152,22 @@ mod tests {
     fn a_place_is_free_once_whatever_order_ends_meet_in() {
         let table = JobTable::new(1);
         let id = Uuid::from_u128(1);
-        let first = table.admit(id, LONG).expect("a place");
-        assert_eq!(table.admit(id, LONG).err(), Some(NoPlace::Duplicate));
-        assert_eq!(table.admit(Uuid::from_u128(2), LONG).err(), Some(NoPlace::Full));
+        let first = table.admit(id, LONG, 0).expect("a place");
+        assert_eq!(table.admit(id, LONG, 0).err(), Some(NoPlace::Duplicate));
+        assert_eq!(table.admit(Uuid::from_u128(2), LONG, 0).err(), Some(NoPlace::Full));
         assert!(table.cancel(id));
         assert!(!table.cancel(id));
-        let again = table.admit(id, LONG).expect("the same id, anew");
+        let again = table.admit(id, LONG, 0).expect("the same id, anew");
         table.finish(&first);
         assert_eq!(table.len(), 1, "the first job's end does not end the second");
         table.finish(&again);
         table.finish(&again);
         assert_eq!(table.len(), 0);
         assert!(first.is_cancelled() && !again.is_cancelled());
+        let large = table.admit(id, LONG, REQUEST_BYTES_MAX).expect("room for it alone");
+        table.finish(&large);
+        assert_eq!(table.admit(id, LONG, REQUEST_BYTES_MAX + 1).err(), Some(NoPlace::TooLarge));
         table.close();
-        assert_eq!(table.admit(id, LONG).err(), Some(NoPlace::Closed));
+        assert_eq!(table.admit(id, LONG, 0).err(), Some(NoPlace::Closed));
     }
 }

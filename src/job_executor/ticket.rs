@@ -1,6 +1,6 @@
 //! One job in flight, as the threads that may end it share it.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,9 @@ pub struct Ticket {
     pub accepted: Instant,
     /// `None` when it is too far off for the clock to hold.
     pub deadline: Option<Instant>,
+    /// Of its request, as text.
+    pub request_bytes: usize,
+    tokens_emitted: AtomicU32,
     cancelled: AtomicBool,
     wake: Mutex<Wake>,
     /// Disconnects at the cancel: ends a wait for room in a lane.
@@ -28,12 +31,21 @@ struct Wake {
 }
 
 impl Ticket {
-    pub fn new(job_id: Uuid, deadline: Duration) -> Ticket {
+    pub fn new(job_id: Uuid, deadline: Duration, request_bytes: usize) -> Ticket {
         let accepted = Instant::now();
         let (sender, cancel_signal) = bounded(0);
         let wake = Mutex::new(Wake { interrupt: None, cancel_signal: Some(sender) });
         let deadline = accepted.checked_add(deadline);
-        Ticket { job_id, accepted, deadline, cancelled: AtomicBool::new(false), wake, cancel_signal }
+        Ticket {
+            job_id,
+            accepted,
+            deadline,
+            request_bytes,
+            tokens_emitted: AtomicU32::new(0),
+            cancelled: AtomicBool::new(false),
+            wake,
+            cancel_signal,
+        }
     }
 
     /// Nothing of the job is written any more. Called by the table alone, under its lock.
@@ -62,6 +74,16 @@ impl Ticket {
 
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::SeqCst)
+    }
+
+    /// Output tokens so far, as far as the stream shows.
+    pub fn tokens_emitted(&self) -> u32 {
+        self.tokens_emitted.load(Ordering::Relaxed)
+    }
+
+    /// Notes what the stream has shown.
+    pub fn set_tokens_emitted(&self, tokens: u32) {
+        self.tokens_emitted.store(tokens, Ordering::Relaxed);
     }
 
     /// Until the deadline.

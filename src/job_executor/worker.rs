@@ -14,7 +14,7 @@ const DEADLINE_HOPELESS_MS: u32 = 1;
 /// Runs in a worker thread, from the first byte of the job to its terminal frame.
 pub fn run(shared: &Arc<Shared>, ticket: &Arc<Ticket>, mut job: Job, backend: &dyn Backend) {
     // From here on the job is answered, whatever happens: also when the backend panics.
-    let mut ending = Ending { shared, ticket, outcome: Err(BackendError::Panicked), tokens_emitted: 0 };
+    let mut ending = Ending { shared, ticket, outcome: Err(BackendError::Panicked) };
     if ticket.is_cancelled() {
         return;
     }
@@ -25,17 +25,13 @@ pub fn run(shared: &Arc<Shared>, ticket: &Arc<Ticket>, mut job: Job, backend: &d
         ending.outcome = Err(BackendError::DeadlinePassed);
         return;
     }
-    let mut sink = Relay { shared, ticket, tokens_emitted: 0 };
-    let outcome = backend.execute(&job, &mut sink);
-    ending.tokens_emitted = sink.tokens_emitted;
-    ending.outcome = outcome;
+    ending.outcome = backend.execute(&job, &mut Relay { shared, ticket });
 }
 
 /// Between a backend and the outbox.
 struct Relay<'a> {
     shared: &'a Shared,
     ticket: &'a Arc<Ticket>,
-    tokens_emitted: u32,
 }
 
 impl JobSink for Relay<'_> {
@@ -63,7 +59,7 @@ impl JobSink for Relay<'_> {
     }
 
     fn tokens_emitted(&mut self, tokens: u32) {
-        self.tokens_emitted = tokens;
+        self.ticket.set_tokens_emitted(tokens);
     }
 }
 
@@ -72,7 +68,6 @@ struct Ending<'a> {
     shared: &'a Arc<Shared>,
     ticket: &'a Arc<Ticket>,
     outcome: BackendResult<JobResult>,
-    tokens_emitted: u32,
 }
 
 impl Drop for Ending<'_> {
@@ -99,7 +94,7 @@ impl Ending<'_> {
                 Some(protocol::job_done(job_id, result))
             }
             Err(e) => {
-                let frame = protocol::job_error(job_id, e.code()?, &e.to_string(), self.tokens_emitted);
+                let frame = protocol::job_error(job_id, e.code()?, &e.to_string(), self.ticket.tokens_emitted());
                 if !self.ticket.is_cancelled() {
                     log::warn!("job {job_id} failed: {}", e.for_log());
                 }
@@ -114,7 +109,7 @@ impl Ending<'_> {
             Ok(result) => self.shared.statistics.done(latency, result.output_tokens.unwrap_or(0)),
             Err(e) => {
                 if let Some(code) = e.code().filter(|_| !e.is_requesters_fault()) {
-                    self.shared.statistics.failed(latency, self.tokens_emitted, code);
+                    self.shared.statistics.failed(latency, self.ticket.tokens_emitted(), code);
                 }
                 if let Some(prober) = self.shared.prober.as_ref().filter(|_| e.is_stale_offer()) {
                     prober.nudge();

@@ -18,10 +18,14 @@ use tungstenite::protocol::WebSocketConfig;
 use ureq::Proxy;
 
 use super::{Link, LinkReader, MESSAGE_BYTES_MAX, READ_BUFFER_BYTES, ReadHalf, STALL_TIMEOUT};
-use crate::threads;
+use crate::logging::shown;
+use crate::{files, threads};
 
 /// For all steps together.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// The largest file of extra roots, in bytes; a whole distribution's bundle has a quarter of it.
+const PEM_BYTES_MAX: u64 = 1 << 20;
 
 /// The longest answer of a proxy to CONNECT, in bytes.
 const PROXY_ANSWER_MAX: usize = 8 << 10;
@@ -77,7 +81,7 @@ impl ExtraRoots {
     /// # Errors
     /// What is wrong with it, in words.
     pub fn from_file(path: &Path) -> Result<ExtraRoots, String> {
-        let pem = std::fs::read(path).map_err(|e| format!("failed to read it: {e}"))?;
+        let pem = files::read_bounded(path, PEM_BYTES_MAX).map_err(|e| format!("failed to read it: {e}"))?;
         let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
         let certificates = certificates.map_err(|e| format!("it is not a PEM file: {e}"))?;
         let mut store = RootCertStore::empty();
@@ -133,7 +137,7 @@ impl Dialer {
     /// Name resolution cannot be bounded or interrupted, so it happens in a thread that may be left behind.
     fn connect(&self, deadline: Instant, stop: &Receiver<()>) -> Result<TcpStream, DialError> {
         let (host, port) = match &self.proxy {
-            Some(proxy) => (proxy.host().to_owned(), proxy.port()),
+            Some(proxy) => (proxy.host().trim_matches(['[', ']']).to_owned(), proxy.port()),
             None => (self.host.clone(), self.port),
         };
         let (ended_sender, ended) = bounded::<()>(0);
@@ -180,7 +184,7 @@ impl Dialer {
         let status_line = head.lines().next().unwrap_or_default();
         match status_line.split(' ').nth(1) {
             Some(status) if status_line.starts_with("HTTP/1.") && status.starts_with('2') => Ok(()),
-            _ => Err(DialError::Proxy(status_line.chars().take(100).collect())),
+            _ => Err(DialError::Proxy(shown(status_line))),
         }
     }
 

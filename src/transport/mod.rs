@@ -243,7 +243,10 @@ impl LinkReader {
         };
         let pending = tls.wants_write();
         drop(tls);
-        if pending && let Outlet::Writer(control) = &self.outlet {
+        if pending
+            && let Outlet::Writer(control) = &self.outlet
+            && control.len() < CONTROL_LANE_MAX
+        {
             let _ = control.send(Control::Raw(Vec::new()));
         }
         outcome
