@@ -12,8 +12,8 @@ use std::sync::Arc;
 pub use catalog::{Catalog, Offers};
 pub use prober::{Prober, dice, probe_all};
 
-use crate::backend::{Backend, BackendModel};
-use crate::config::Pricing;
+use crate::backend::{Backend, BackendModel, HttpBackend};
+use crate::config::{BackendConfig, Pricing};
 
 /// The most models of one backend: OpenRouter has some 500.
 const MODELS_MAX: usize = 4096;
@@ -62,7 +62,17 @@ pub struct Terms {
     pub max_concurrent: u32,
 }
 
+/// The backend that a `[[backends]]` entry describes.
+pub fn configured_backend(config: &BackendConfig) -> Arc<dyn Backend> {
+    Arc::new(HttpBackend::new(config.kind, config.url.clone(), config.api_key_env.as_deref()))
+}
+
 impl OfferedBackend {
+    /// What a `[[backends]]` entry offers.
+    pub fn configured(config: &BackendConfig) -> OfferedBackend {
+        OfferedBackend { backend: configured_backend(config), allowed_models: config.models.clone() }
+    }
+
     /// Prices what the backend listed. A model with a price of 0 is dropped, and so is a second one of the same name.
     pub fn resolve(&self, listed: Vec<BackendModel>, terms: &Terms) -> DiscoveredBackend {
         let allowed = |id: &str| self.allowed_models.as_ref().is_none_or(|only| only.iter().any(|m| m == id));

@@ -33,9 +33,9 @@
 //! | a message or frame from the coordinator | [`transport::MESSAGE_BYTES_MAX`] |
 //! | connect, TLS and upgrade together | [`transport::CONNECT_TIMEOUT`] |
 //! | silence before a link counts as dead | [`transport::STALL_TIMEOUT`] |
-//! | frames of jobs that wait for the socket | [`writer::DATA_LANE_MAX`] |
-//! | control messages that wait for the socket | [`writer::CONTROL_LANE_MAX`] |
-//! | requests in flight, together | `REQUEST_BYTES_MAX` in `job_executor::table` |
+//! | frames of jobs that wait for the socket | [`job_executor::DATA_LANE_MAX`] |
+//! | control messages that wait for the socket | [`job_executor::CONTROL_LANE_MAX`] |
+//! | requests in flight, together | [`job_executor::REQUEST_BYTES_MAX`] |
 //! | JSON values in one request | `VALUES_MAX` in `protocol` |
 //! | log lines that wait for stderr | `QUEUE_LINES_MAX` in `logging` |
 //! | jobs at a time | [`config::MAX_CONCURRENT_RANGE`] |

@@ -74,7 +74,7 @@ pub fn shown(text: &str) -> String {
     shown
 }
 
-/// [`debug!`]'s other half.
+/// The other half of [`crate::debug!`].
 pub fn log_debug(args: Arguments<'_>) {
     log::logger().log(&Record::builder().level(Level::Debug).target("usepod").args(args).build());
 }

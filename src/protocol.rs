@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde_json::{Number, Value, json};
 use uuid::Uuid;
 
+pub use crate::backend::ErrorCode;
 use crate::backend::{Job, JobResult, WireFormat};
 use crate::discovery::ResolvedModel;
 
@@ -20,37 +21,6 @@ pub const DEADLINE_DEFAULT_MS: u32 = 60_000;
 
 /// The most JSON values in one job: each costs about 100 bytes, so 100 MB, where the text has a byte for each.
 const VALUES_MAX: usize = 1 << 20;
-
-/// The six codes that the coordinator knows; there are no others.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum ErrorCode {
-    /// No place is free, here or at the backend.
-    OutOfCapacity,
-    /// The model is not offered, not there, or still loading.
-    ModelNotLoaded,
-    /// The backend could not be reached, or went away before its first byte.
-    BackendUnreachable,
-    /// The deadline passed.
-    BackendTimeout,
-    /// The backend refused our key, or the key is missing.
-    AuthRejectedByBackend,
-    /// Everything else, cut streams among it.
-    Internal,
-}
-
-impl ErrorCode {
-    /// The spelling on the wire.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            ErrorCode::OutOfCapacity => "out_of_capacity",
-            ErrorCode::ModelNotLoaded => "model_not_loaded",
-            ErrorCode::BackendUnreachable => "backend_unreachable",
-            ErrorCode::BackendTimeout => "backend_timeout",
-            ErrorCode::AuthRejectedByBackend => "auth_rejected_by_backend",
-            ErrorCode::Internal => "internal",
-        }
-    }
-}
 
 /// A frame from the coordinator.
 #[derive(Debug)]

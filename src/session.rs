@@ -3,6 +3,7 @@
 //! Invariants: the reading thread waits for nothing but its socket; what has to be said is queued for the writer. The end
 //! of a session ends its jobs, so that no GPU works for nobody.
 
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,12 +15,12 @@ use tungstenite::{Error as WsError, Message};
 use crate::discovery::{Offers, Prober};
 use crate::heartbeat::Statistics;
 use crate::identity::Identity;
-use crate::job_executor::{JobExecutor, Outbox, Overflow};
+use crate::job_executor::{CONTROL_LANE_MAX, Control, JobExecutor, Lanes, Outbox, Overflow, REQUEST_BYTES_MAX};
 use crate::logging::shown;
 use crate::protocol::{self, ErrorCode, Inbound, OfferLimits};
-use crate::shutdown::{Live, Stop};
-use crate::transport::{Link, ReadHalf, STALL_TIMEOUT};
-use crate::writer::{Control, Lanes, Writer};
+use crate::shutdown::{Leave, Live, Stop};
+use crate::transport::{Link, MESSAGE_BYTES_MAX, ReadHalf, STALL_TIMEOUT};
+use crate::writer::Writer;
 
 /// For each frame of the handshake.
 const AUTH_FRAME_TIMEOUT: Duration = Duration::from_secs(10);
@@ -34,6 +35,8 @@ const WRITER_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// How soon a second signal is noticed; only a stopping agent looks so often.
 const GLANCE: Duration = Duration::from_millis(20);
+
+const _: () = assert!(REQUEST_BYTES_MAX >= MESSAGE_BYTES_MAX);
 
 /// How a session ended.
 #[derive(Debug)]
@@ -158,7 +161,7 @@ pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) 
         Some(context.prober.clone()),
     ));
     let link = half.link();
-    let write_half = half.split(lanes.control.clone());
+    let write_half = half.split(outlet_to(lanes.control.clone()));
     let heartbeat = heartbeat_of(&executor, context.statistics);
     let writer = match Writer::spawn(write_half, lanes, heartbeat) {
         Ok(writer) => writer,
@@ -187,6 +190,16 @@ pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) 
     writer.join();
     drop(ended_sender);
     if context.stop.is_requested() { SessionEnd::Stopped } else { end }
+}
+
+/// The way of what the reading side has to send: pongs, close replies, TLS alerts.
+fn outlet_to(control: Sender<Control>) -> impl Fn(Vec<u8>) -> io::Result<()> + Send + 'static {
+    move |bytes| {
+        if control.len() >= CONTROL_LANE_MAX {
+            return Err(io::Error::other("the coordinator sends pings but does not read the pongs"));
+        }
+        control.send(Control::Raw(bytes)).map_err(|_| io::ErrorKind::BrokenPipe.into())
+    }
 }
 
 /// Sends the offer now and whenever it changes.
@@ -287,10 +300,10 @@ pub struct SessionHandle {
     session_ended: Receiver<()>,
 }
 
-impl SessionHandle {
-    /// Ends the session in order: offer nothing, take nothing, finish what is in flight, close. When `urgent` says so,
-    /// or the time for it is over, what is in flight is answered with an error.
-    pub fn drain(&self, urgent: &dyn Fn() -> bool) {
+impl Leave for SessionHandle {
+    /// Offer nothing, take nothing, finish what is in flight, close. When `urgent` says so, or the time for it is over,
+    /// what is in flight is answered with an error.
+    fn leave(&self, urgent: &dyn Fn() -> bool) {
         self.executor.refuse_new();
         let _ = self.control.send(Control::Withdraw(protocol::capabilities(&[], self.limits)));
         let in_flight = self.executor.queue_depth();
@@ -307,6 +320,12 @@ impl SessionHandle {
         self.cut();
     }
 
+    fn cut(&self) {
+        self.link.shutdown();
+    }
+}
+
+impl SessionHandle {
     /// A coordinator that does not read holds an urgent stop up no longer than the end of any session.
     fn wait_for_writer(&self, urgent: &dyn Fn() -> bool) {
         let began = Instant::now();
@@ -315,10 +334,5 @@ impl SessionHandle {
                 return;
             }
         }
-    }
-
-    /// Ends the session at once.
-    pub fn cut(&self) {
-        self.link.shutdown();
     }
 }

@@ -9,7 +9,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-use crate::session::SessionHandle;
 use crate::threads;
 
 /// The request to stop, shared by those who make it and those who heed it.
@@ -32,7 +31,16 @@ pub enum Live {
     /// A handshake, blocked in this socket.
     Handshake(TcpStream),
     /// A session, which ends in order.
-    Session(Arc<SessionHandle>),
+    Session(Arc<dyn Leave>),
+}
+
+/// What can end in order.
+pub trait Leave: Send + Sync {
+    /// Finishes what is in flight, then ends; at once when `urgent` says so. Blocks meanwhile.
+    fn leave(&self, urgent: &dyn Fn() -> bool);
+
+    /// Ends at once.
+    fn cut(&self);
 }
 
 impl Default for Stop {
@@ -87,7 +95,7 @@ impl Stop {
             Live::Session(session) => {
                 let (session, stop) = (session.clone(), self.clone());
                 let for_thread = session.clone();
-                if let Err(e) = threads::spawn("drain", move || for_thread.drain(&|| stop.is_urgent())) {
+                if let Err(e) = threads::spawn("drain", move || for_thread.leave(&|| stop.is_urgent())) {
                     log::error!("failed to start a thread, so jobs in flight are cut off: {e}");
                     session.cut();
                 }

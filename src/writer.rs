@@ -7,43 +7,23 @@
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, bounded, select_biased, tick, unbounded};
+use crossbeam_channel::{Receiver, Sender, bounded, select_biased, tick};
 use tungstenite::protocol::CloseFrame;
 use tungstenite::protocol::frame::coding::CloseCode;
 use tungstenite::{Bytes, Message};
 
-use crate::job_executor::Frame;
+use crate::job_executor::{Control, DATA_LANE_MAX, Frame, Lanes};
 use crate::threads;
 use crate::transport::WriteHalf;
 
 /// Time between heartbeats, and of the first after `capabilities`.
 pub const HEARTBEAT: Duration = Duration::from_secs(15);
-/// Frames of jobs that may wait: 22 KiB each at the most, so 2.8 MiB, and as much again in the workers that wait.
-pub const DATA_LANE_MAX: usize = 128;
-/// Control messages that may wait: some 250 bytes each, so 8 MiB; more mean that the coordinator does not read.
-pub const CONTROL_LANE_MAX: usize = 32 << 10;
 /// Frames written before a flush.
 const BATCH_FRAMES_MAX: usize = 64;
 /// Bytes of frames written before a flush.
 const BATCH_BYTES_MAX: usize = 256 << 10;
 
 const _: () = assert!(BATCH_FRAMES_MAX <= DATA_LANE_MAX);
-
-/// What goes out ahead of all data.
-pub enum Control {
-    /// A frame of no job in flight: a refusal, a `job_error` of a stopping agent.
-    Text(String),
-    /// The offer; nothing is sent when it is what was sent last, or when it was withdrawn.
-    Offer(String),
-    /// The empty offer of an agent that is stopping; no other follows it.
-    Withdraw(String),
-    /// Bytes that the reading side has to send by itself: a pong, the reply to a close, a TLS alert.
-    Raw(Vec<u8>),
-    /// Write all data that is queued, then Close(1000), and end.
-    Close,
-    /// Write what is in this lane, and end.
-    Finish,
-}
 
 /// The handle: the lanes, and the thread that drains them.
 pub struct Writer {
@@ -95,25 +75,6 @@ impl Writer {
         if thread.join().is_err() {
             log::error!("the writer thread panicked");
         }
-    }
-}
-
-/// Both lanes, both ends.
-pub struct Lanes {
-    /// To the writer.
-    pub control: Sender<Control>,
-    control_inbox: Receiver<Control>,
-    /// To the writer.
-    pub data: Sender<Frame>,
-    data_inbox: Receiver<Frame>,
-}
-
-impl Default for Lanes {
-    fn default() -> Self {
-        // Unbounded, for a bounded channel of this length would take its memory at once; `CONTROL_LANE_MAX` bounds it.
-        let (control, control_inbox) = unbounded();
-        let (data, data_inbox) = bounded(DATA_LANE_MAX);
-        Lanes { control, control_inbox, data, data_inbox }
     }
 }
 

@@ -2,10 +2,39 @@
 
 use std::fmt;
 
-use crate::protocol::ErrorCode;
-
 /// How much of a backend's error body travels on, in bytes.
 pub const ERROR_BODY_MAX: usize = 512;
+
+/// The six codes that the coordinator knows; there are no others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ErrorCode {
+    /// No place is free, here or at the backend.
+    OutOfCapacity,
+    /// The model is not offered, not there, or still loading.
+    ModelNotLoaded,
+    /// The backend could not be reached, or went away before its first byte.
+    BackendUnreachable,
+    /// The deadline passed.
+    BackendTimeout,
+    /// The backend refused our key, or the key is missing.
+    AuthRejectedByBackend,
+    /// Everything else, cut streams among it.
+    Internal,
+}
+
+impl ErrorCode {
+    /// The spelling on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            ErrorCode::OutOfCapacity => "out_of_capacity",
+            ErrorCode::ModelNotLoaded => "model_not_loaded",
+            ErrorCode::BackendUnreachable => "backend_unreachable",
+            ErrorCode::BackendTimeout => "backend_timeout",
+            ErrorCode::AuthRejectedByBackend => "auth_rejected_by_backend",
+            ErrorCode::Internal => "internal",
+        }
+    }
+}
 
 /// What [`Backend`](super::Backend) methods return.
 pub type BackendResult<T> = Result<T, BackendError>;

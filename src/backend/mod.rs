@@ -14,11 +14,9 @@ mod request;
 mod secret;
 mod sse;
 
-use std::sync::Arc;
-
 use uuid::Uuid;
 
-pub use error::{BackendError, BackendResult, ERROR_BODY_MAX, HttpStatus};
+pub use error::{BackendError, BackendResult, ERROR_BODY_MAX, ErrorCode, HttpStatus};
 pub use http::{Interrupt, proxy_from_env};
 pub use http_backend::HttpBackend;
 pub use kind::{BaseUrl, Kind};
@@ -148,9 +146,4 @@ pub trait Backend: Send + Sync {
     fn ready(&self) -> BackendResult<()> {
         Ok(())
     }
-}
-
-/// The backend that a `[[backends]]` entry describes.
-pub fn from_config(config: &crate::config::BackendConfig) -> Arc<dyn Backend> {
-    Arc::new(HttpBackend::new(config.kind, config.url.clone(), config.api_key_env.as_deref()))
 }

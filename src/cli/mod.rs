@@ -18,8 +18,8 @@ use args::{Args, Command};
 use crate::config::{Config, ConfigError};
 use crate::discovery::{OfferedBackend, Terms};
 use crate::identity::IdentityError;
+use crate::logging;
 use crate::protocol::AGENT_VERSION;
-use crate::{backend, logging};
 
 /// Why a command failed.
 #[derive(Debug)]
@@ -133,11 +133,7 @@ fn load_config(globals: &args::Globals) -> Result<Config, Failure> {
 
 /// The backends of a configuration, ready to be asked.
 fn backends_of(config: &Config) -> Vec<OfferedBackend> {
-    let offered = |c: &crate::config::BackendConfig| OfferedBackend {
-        backend: backend::from_config(c),
-        allowed_models: c.models.clone(),
-    };
-    config.backends.iter().map(offered).collect()
+    config.backends.iter().map(OfferedBackend::configured).collect()
 }
 
 fn terms_of(config: &Config) -> Terms {

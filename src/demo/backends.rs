@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use super::echo::{self, Echo};
 use super::witness::{Record, Witness};
-use crate::backend::{self, BackendError, BackendModel, BaseUrl, Kind};
+use crate::backend::{BackendError, BackendModel, BaseUrl, Kind};
 use crate::config::{BackendConfig, Config};
-use crate::discovery::OfferedBackend;
+use crate::discovery::{OfferedBackend, configured_backend};
 use crate::threads::spawn;
 
 /// How long the demo looks for local servers. A server on this machine answers in milliseconds, or is too busy to show.
@@ -48,7 +48,7 @@ pub(super) fn is_echo(chosen: &Chosen, model_id: &str) -> bool {
 }
 
 fn watched(config: &BackendConfig, record: &Arc<Record>) -> OfferedBackend {
-    let witness = Witness::new(backend::from_config(config), record.clone());
+    let witness = Witness::new(configured_backend(config), record.clone());
     OfferedBackend { backend: Arc::new(witness), allowed_models: config.models.clone() }
 }
 
@@ -63,7 +63,7 @@ fn find_local() -> Vec<BackendConfig> {
     let candidates: Vec<BackendConfig> = addresses.filter_map(|(kind, url)| at(kind, url).ok()).collect();
     let (answers, inbox) = crossbeam_channel::bounded(candidates.len());
     for (index, candidate) in candidates.iter().enumerate() {
-        let (backend, answers) = (backend::from_config(candidate), answers.clone());
+        let (backend, answers) = (configured_backend(candidate), answers.clone());
         // Not joined: a server that accepts and then hangs must not hold the demo up. The probe ends by its own timeout.
         let probe = move || {
             let probed = backend.probe();

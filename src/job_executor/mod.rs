@@ -19,7 +19,8 @@ use crossbeam_channel::Sender;
 use tungstenite::Message;
 use uuid::Uuid;
 
-pub use outbox::{Frame, Outbox, Overflow};
+pub use outbox::{CONTROL_LANE_MAX, Control, DATA_LANE_MAX, Frame, Lanes, Outbox, Overflow};
+pub use table::REQUEST_BYTES_MAX;
 use table::{JobTable, NoPlace};
 use ticket::Ticket;
 

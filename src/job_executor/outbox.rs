@@ -6,16 +6,54 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use crossbeam_channel::{Sender, TrySendError, select};
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, select, unbounded};
 use tungstenite::Message;
 
 use super::table::JobTable;
 use super::ticket::Ticket;
 use crate::backend::{BackendError, BackendResult};
-use crate::writer::{CONTROL_LANE_MAX, Control};
 
+/// Frames of jobs that may wait: 22 KiB each at the most, so 2.8 MiB, and as much again in the workers that wait.
+pub const DATA_LANE_MAX: usize = 128;
+/// Control messages that may wait: some 250 bytes each, so 8 MiB; more mean that the coordinator does not read.
+pub const CONTROL_LANE_MAX: usize = 32 << 10;
 /// How long [`JobExecutor::dispatch`](super::JobExecutor::dispatch) waits for room in a single, bounded lane.
 const PLAIN_LANE_PATIENCE: std::time::Duration = std::time::Duration::from_millis(250);
+
+/// What goes out ahead of all data.
+pub enum Control {
+    /// A frame of no job in flight: a refusal, a `job_error` of a stopping agent.
+    Text(String),
+    /// The offer; nothing is sent when it is what was sent last, or when it was withdrawn.
+    Offer(String),
+    /// The empty offer of an agent that is stopping; no other follows it.
+    Withdraw(String),
+    /// Bytes that the reading side has to send by itself: a pong, the reply to a close, a TLS alert.
+    Raw(Vec<u8>),
+    /// Write all data that is queued, then Close(1000), and end.
+    Close,
+    /// Write what is in this lane, and end.
+    Finish,
+}
+
+/// Both lanes, both ends.
+pub struct Lanes {
+    /// To the writer.
+    pub control: Sender<Control>,
+    pub(crate) control_inbox: Receiver<Control>,
+    /// To the writer.
+    pub data: Sender<Frame>,
+    pub(crate) data_inbox: Receiver<Frame>,
+}
+
+impl Default for Lanes {
+    fn default() -> Self {
+        // Unbounded, for a bounded channel of this length would take its memory at once; `CONTROL_LANE_MAX` bounds it.
+        let (control, control_inbox) = unbounded();
+        let (data, data_inbox) = bounded(DATA_LANE_MAX);
+        Lanes { control, control_inbox, data, data_inbox }
+    }
+}
 
 /// Where frames go.
 pub enum Outbox {

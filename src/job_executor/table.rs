@@ -13,9 +13,7 @@ use uuid::Uuid;
 use super::ticket::Ticket;
 
 /// Of all requests in flight, as text, in bytes. Parsed, one may take several times its text.
-const REQUEST_BYTES_MAX: usize = 256 << 20;
-
-const _: () = assert!(REQUEST_BYTES_MAX >= crate::transport::MESSAGE_BYTES_MAX);
+pub const REQUEST_BYTES_MAX: usize = 256 << 20;
 
 /// The table.
 pub struct JobTable {

@@ -12,14 +12,11 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::Sender;
 use rustls::ClientConnection;
 use tungstenite::protocol::{Role, WebSocketConfig};
 use tungstenite::{Message, WebSocket};
 
 pub use dial::{CONNECT_TIMEOUT, DialError, Dialer, ExtraRoots};
-
-use crate::writer::{CONTROL_LANE_MAX, Control};
 
 /// So long without a byte in, or without progress out, and the link is dead. Three heartbeats' pongs missed.
 pub const STALL_TIMEOUT: Duration = Duration::from_secs(45);
@@ -107,10 +104,10 @@ impl ReadHalf {
         reader.link.tcp.set_read_timeout(Some(STALL_TIMEOUT))
     }
 
-    /// Makes the writing end; from here on this end writes through `control` alone.
-    pub fn split(&mut self, control: Sender<Control>) -> WriteHalf {
+    /// Makes the writing end; from here on this end hands what it has to send to `outlet`, which must not block.
+    pub fn split(&mut self, outlet: impl Fn(Vec<u8>) -> io::Result<()> + Send + 'static) -> WriteHalf {
         let reader = self.socket.get_mut();
-        reader.outlet = Outlet::Writer(control);
+        reader.outlet = Outlet::Writer(Box::new(outlet));
         let config = WebSocketConfig::default().read_buffer_size(0).write_buffer_size(WRITE_BUFFER_BYTES);
         let writer = LinkWriter(reader.link.clone());
         WriteHalf { socket: WebSocket::from_raw_socket(writer, Role::Client, Some(config)) }
@@ -182,7 +179,7 @@ struct LinkReader {
 enum Outlet {
     /// There is no writer yet.
     Direct,
-    Writer(Sender<Control>),
+    Writer(Box<dyn Fn(Vec<u8>) -> io::Result<()> + Send>),
 }
 
 impl LinkReader {
@@ -243,11 +240,9 @@ impl LinkReader {
         };
         let pending = tls.wants_write();
         drop(tls);
-        if pending
-            && let Outlet::Writer(control) = &self.outlet
-            && control.len() < CONTROL_LANE_MAX
-        {
-            let _ = control.send(Control::Raw(Vec::new()));
+        if pending && let Outlet::Writer(outlet) = &self.outlet {
+            // No bytes of ours: the writer is to send what TLS has to say.
+            outlet(Vec::new())?;
         }
         outcome
     }
@@ -284,10 +279,7 @@ impl Write for LinkReader {
         }
         match &self.outlet {
             Outlet::Direct => LinkWriter(self.link.clone()).write_all(&bytes),
-            Outlet::Writer(control) if control.len() >= CONTROL_LANE_MAX => {
-                Err(io::Error::other("the coordinator sends pings but does not read the pongs"))
-            }
-            Outlet::Writer(control) => control.send(Control::Raw(bytes)).map_err(|_| io::ErrorKind::BrokenPipe.into()),
+            Outlet::Writer(outlet) => outlet(bytes),
         }
     }
 }
