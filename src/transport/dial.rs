@@ -17,7 +17,7 @@ use tungstenite::http::Uri;
 use tungstenite::protocol::WebSocketConfig;
 use ureq::Proxy;
 
-use super::{Link, LinkReader, MESSAGE_BYTES_MAX, READ_BUFFER_BYTES, ReadHalf, STALL_TIMEOUT};
+use super::{Link, LinkReader, MESSAGE_BYTES_MAX, READ_BUFFER_BYTES, ReadHalf, STALL_TIMEOUT, uninterrupted};
 use crate::logging::shown;
 use crate::{files, threads};
 
@@ -281,15 +281,19 @@ impl Bounded<'_> {
 
 impl Read for Bounded<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.tcp.set_read_timeout(Some(self.left()?))?;
-        (&mut &*self.tcp).read(buffer)
+        uninterrupted(|| {
+            self.tcp.set_read_timeout(Some(self.left()?))?;
+            (&mut &*self.tcp).read(buffer)
+        })
     }
 }
 
 impl Write for Bounded<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.tcp.set_write_timeout(Some(self.left()?))?;
-        (&mut &*self.tcp).write(bytes)
+        uninterrupted(|| {
+            self.tcp.set_write_timeout(Some(self.left()?))?;
+            (&mut &*self.tcp).write(bytes)
+        })
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -48,7 +48,7 @@ impl Link {
 
     /// Encrypts where needed, and writes; the lock is not held while the socket blocks.
     fn write(&self, bytes: &[u8]) -> io::Result<usize> {
-        let Some(mut tls) = self.tls() else { return (&self.tcp).write(bytes) };
+        let Some(mut tls) = self.tls() else { return uninterrupted(|| (&self.tcp).write(bytes)) };
         let taken = tls.writer().write(bytes)?;
         drop(tls);
         self.write_records()?;
@@ -64,6 +64,17 @@ impl Link {
             }
         }
         (&self.tcp).write_all(&records)
+    }
+}
+
+/// A socket with a timeout says `Interrupted` whenever a signal comes, however its handler was installed; a SIGTERM is to
+/// begin a drain, not to break the link.
+fn uninterrupted<T>(mut attempt: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match attempt() {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
     }
 }
 
@@ -195,24 +206,16 @@ impl LinkReader {
         }
     }
 
-    /// Sets the socket's timeout to what is left of the deadline.
-    fn arm(&self) -> io::Result<()> {
-        let Some(deadline) = self.deadline else { return Ok(()) };
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        self.link.tcp.set_read_timeout(Some(left.min(STALL_TIMEOUT)))
-    }
-
     fn read_decrypted(&mut self, plaintext: &mut [u8]) -> io::Result<usize> {
         loop {
             match self.decrypt(plaintext) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                 other => return other,
             }
-            self.arm()?;
-            let n = (&self.link.tcp).read(&mut self.ciphertext)?;
+            let n = uninterrupted(|| {
+                arm(&self.link.tcp, self.deadline)?;
+                (&self.link.tcp).read(&mut self.ciphertext)
+            })?;
             if n == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
@@ -248,20 +251,30 @@ impl LinkReader {
     }
 }
 
+/// Sets the socket's timeout to what is left of the deadline, where there is one.
+fn arm(tcp: &TcpStream, deadline: Option<Instant>) -> io::Result<()> {
+    let Some(deadline) = deadline else { return Ok(()) };
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    tcp.set_read_timeout(Some(left.min(STALL_TIMEOUT)))
+}
+
 impl Read for LinkReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            let read = if self.link.tls.is_some() {
-                self.read_decrypted(buffer)
-            } else {
-                self.arm().and_then(|()| (&self.link.tcp).read(buffer))
-            };
-            match read {
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                // What a timed-out socket says; the WebSocket would take `WouldBlock` for a reason to come again.
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(io::ErrorKind::TimedOut.into()),
-                other => return other,
-            }
+        let read = if self.link.tls.is_some() {
+            self.read_decrypted(buffer)
+        } else {
+            uninterrupted(|| {
+                arm(&self.link.tcp, self.deadline)?;
+                (&self.link.tcp).read(buffer)
+            })
+        };
+        match read {
+            // What a timed-out socket says; the WebSocket would take `WouldBlock` for a reason to come again.
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(io::ErrorKind::TimedOut.into()),
+            other => other,
         }
     }
 }

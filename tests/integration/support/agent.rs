@@ -101,6 +101,13 @@ impl Setup {
         Agent { child, stdout: Log::closed(), stderr: Log::closed(), _scratch: Some(Arc::clone(&self.scratch)) }
     }
 
+    /// Nobody reads what it prints, and its pipes stay open: once they are full, who writes waits.
+    pub fn start_unread(&self) -> Agent {
+        let mut command = self.command(Some("debug"));
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the agent");
+        Agent { child, stdout: Log::closed(), stderr: Log::closed(), _scratch: Some(Arc::clone(&self.scratch)) }
+    }
+
     fn command(&self, level: Option<&str>) -> Command {
         let mut command = command(self.scratch.path());
         command.arg("--config").arg(self.write()).arg("--allow-insecure");
@@ -271,6 +278,18 @@ impl Log {
 
     /// The first line that holds every one of `words`, in any case.
     pub fn wait_line(&self, words: &[&str]) -> String {
+        self.find_line(words, SOON).unwrap_or_else(|text| {
+            panic!("no line with {words:?} was written; all there is:\n{text}");
+        })
+    }
+
+    /// Whether such a line is written in time.
+    pub fn has_line(&self, words: &[&str], within: Duration) -> bool {
+        self.find_line(words, within).is_ok()
+    }
+
+    /// The line, or all that was written instead.
+    fn find_line(&self, words: &[&str], within: Duration) -> Result<String, String> {
         let words: Vec<_> = words.iter().map(|word| word.to_lowercase()).collect();
         let find = |text: &str| {
             let has_all = |line: &&str| words.iter().all(|word| line.to_lowercase().contains(word));
@@ -278,7 +297,7 @@ impl Log {
         };
         let state = self.0.0.lock().expect("log");
         let waiting = |state: &mut State| find(&state.text).is_none() && !state.ended;
-        let text = self.0.1.wait_timeout_while(state, SOON, waiting).expect("log").0.text.clone();
-        find(&text).unwrap_or_else(|| panic!("no line with {words:?} was written; all there is:\n{text}"))
+        let text = self.0.1.wait_timeout_while(state, within, waiting).expect("log").0.text.clone();
+        find(&text).ok_or(text)
     }
 }
