@@ -3,6 +3,10 @@
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// A file that was being written so long ago was left behind: writing one takes milliseconds.
+const LEFTOVER_AGE: Duration = Duration::from_secs(60);
 
 /// Reads a file of at most `bytes_max` bytes, whatever its size is said to be.
 ///
@@ -29,7 +33,11 @@ pub fn write_atomic(path: &Path, content: &[u8]) -> io::Result<()> {
 /// `AlreadyExists`, or the first thing that failed; nothing is left behind.
 pub fn create_atomic(path: &Path, content: &[u8]) -> io::Result<()> {
     put(path, content, |temporary, target| match fs::hard_link(temporary, target) {
-        Ok(()) => fs::remove_file(temporary),
+        Ok(()) => {
+            // What matters is there; the other name goes with the leftovers if it must.
+            let _ = fs::remove_file(temporary);
+            Ok(())
+        }
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Err(e),
         // A file system without links: what is left is to look first.
         Err(_) if target.exists() => Err(io::ErrorKind::AlreadyExists.into()),
@@ -53,12 +61,14 @@ fn put(path: &Path, content: &[u8], move_in: impl Fn(&Path, &Path) -> io::Result
     Ok(())
 }
 
-/// Removes what crashes in the middle of writing `path` left behind. For who holds the [`InstanceLock`].
+/// Removes what crashes in the middle of writing `path` left behind, but not what somebody may be writing right now.
 pub fn remove_leftovers(path: &Path) {
     let Ok((target, prefix)) = places_of(path) else { return };
     let entries = target.parent().and_then(|folder| fs::read_dir(folder).ok());
     for entry in entries.into_iter().flatten().flatten() {
-        if entry.file_name().to_string_lossy().starts_with(&prefix) {
+        let age = || entry.metadata().and_then(|m| m.modified()).ok().and_then(|at| at.elapsed().ok());
+        let is_ours = entry.file_name().to_string_lossy().starts_with(&prefix);
+        if is_ours && age().is_some_and(|age| age >= LEFTOVER_AGE) {
             let _ = fs::remove_file(entry.path());
         }
     }

@@ -115,8 +115,7 @@ impl Client {
         match &self.key {
             ApiKey::Bearer(header) => {
                 let key = header.trim_start_matches("Bearer ");
-                let body = String::from_utf8_lossy(body).replace(key, "(the API key)");
-                super::BackendError::from_status(status, body.as_bytes())
+                super::BackendError::from_status(status, without_key(body, key).as_bytes())
             }
             ApiKey::NotNeeded | ApiKey::Missing { .. } => super::BackendError::from_status(status, body),
         }
@@ -209,6 +208,14 @@ impl<'a> Lease<'a> {
             idle.push(Idle { agent, wire: self.wire, since: Instant::now() });
         }
     }
+}
+
+/// A body without the key, and without the beginning of one at its end, where reading may have stopped.
+fn without_key(body: &[u8], key: &str) -> String {
+    let mut text = String::from_utf8_lossy(body).replace(key, "(the API key)");
+    let cut = (1..key.len()).rev().find(|n| text.ends_with(&key[..*n])).unwrap_or(0);
+    text.truncate(text.len() - cut);
+    text
 }
 
 /// Reads at most `max` bytes of a body, and says how that ended; what comes after them is left unread.

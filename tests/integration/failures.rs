@@ -85,6 +85,19 @@ fn a_stream_that_breaks_is_never_a_success_and_its_bytes_are_relayed_first() {
 }
 
 #[test]
+fn an_empty_finish_reason_is_no_terminal_mark() {
+    let backend = without_keep_alive();
+    let rig = Rig::new(&backend);
+    let id = rig.session.job("m", json!({}));
+    let event = "data: {\"choices\":[{\"delta\":{\"content\":\"x\"},\"finish_reason\":\"\"}]}\n\n";
+    let mut held = backend.next();
+    held.send(format!("{SSE}\r\n{event}"));
+    drop(held);
+    let outcome = rig.session.outcome(&id);
+    assert_eq!((outcome.error(), outcome.body()), ("internal", event.into()));
+}
+
+#[test]
 fn a_stream_with_a_terminal_mark_is_a_success() {
     let bodies = [
         "data: [DONE]\n\n",

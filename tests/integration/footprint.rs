@@ -31,3 +31,16 @@ fn an_idle_agent_has_at_most_five_threads_also_after_work() {
         assert_ne!(thread, "usepod-agent", "every thread has a name of its own: {:?}", rig.agent.threads());
     }
 }
+
+#[test]
+fn a_large_frame_of_an_unknown_type_costs_little_more_than_its_text() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let values = "0,".repeat(12_000_000);
+    rig.session.send_text(&format!("{{\"type\":\"from_the_future\",\"x\":[{values}0]}}"));
+    let id = rig.session.job("m", json!({}));
+    backend.next_within(3 * SOON).finish();
+    rig.session.outcome(&id).done();
+    let peak = rig.agent.peak_kib();
+    assert!(peak < 64 << 10, "an ignored frame of 24 MB took {peak} KiB of memory");
+}

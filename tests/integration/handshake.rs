@@ -284,3 +284,23 @@ fn an_agent_whose_first_connect_fails_stays_and_tries_again() {
     agent.assert_running();
     Coordinator::on(&address).session();
 }
+
+#[test]
+fn what_auth_failed_says_is_one_short_line_of_the_log() {
+    side_by_side([50_000, 100_000], |length| {
+        let (coordinator, agent, _setup) = lonely();
+        let session = coordinator.accept();
+        session.challenge(b"nonce");
+        let reason = format!("the-reason\n2026-01-01 forged line\r\u{1b}[2J{}", "x".repeat(length));
+        session.send(&json!({"type": "auth_failed", "reason": reason}));
+        // The second dial comes after all that was to be said of the first.
+        coordinator.dialled(SOON);
+        let line = agent.stderr.wait_line(&["rejected"]);
+        assert!(line.contains("the-reason") || length > 64 << 10, "a reason that is not absurd is shown: {line}");
+        let log = agent.stderr.text();
+        assert!(!log.contains('\u{1b}') && !log.contains('\r'), "control characters are in the log");
+        assert!(!log.lines().any(|line| line.starts_with("2026-01-01 forged")), "the log was forged");
+        let longest = log.lines().map(str::len).max().expect("a line");
+        assert!(longest < 500, "a line of {longest} bytes");
+    });
+}

@@ -175,3 +175,70 @@ fn an_identity_that_cannot_be_made_is_a_runtime_error() {
     assert_eq!(code, Some(1), "{stderr}");
     assert!(stderr.contains(Path::new("agent.toml/identity.key").to_str().expect("UTF-8")), "{stderr}");
 }
+
+#[test]
+fn whoever_starts_together_in_an_empty_home_has_the_one_key_that_is_on_disk() {
+    for round in 0..40 {
+        let coordinator = Coordinator::new();
+        let setup = Setup::new(&coordinator.url());
+        let config = setup.write();
+        let start = |command| {
+            let arguments = [command, "--allow-insecure", "--config", config.to_str().expect("UTF-8")];
+            Agent::run(setup.scratch.path(), &arguments)
+        };
+        let enroll_all = |count| (0..count).map(|_| start("enroll")).collect::<Vec<_>>();
+        // In both orders, as the one that is started first mostly wins.
+        let mut enrolling = enroll_all(round % 4);
+        let agent = start("run");
+        enrolling.extend(enroll_all(3 - round % 4));
+        let served = coordinator.accept().challenge(b"nonce")["pubkey"].clone();
+        let served = format!("public: {}", served.as_str().expect("a public key"));
+        for enroll in &mut enrolling {
+            assert_eq!(enroll.wait(SOON).code(), Some(0), "enroll failed in round {round}: {}", enroll.stderr.text());
+            let printed = enroll.stdout.wait_line(&["public_key: "]).replace("public_key", "public");
+            assert_eq!(printed, served, "what enroll printed in round {round}");
+        }
+        let text = fs::read_to_string(setup.identity()).expect("the identity file");
+        assert!(text.lines().any(|line| line == served), "round {round}: served {served}, on disk is\n{text}");
+        let folder = fs::read_dir(setup.scratch.join(".usepod-agent")).expect("the folder");
+        let mut names: Vec<_> = folder.map(|entry| entry.expect("an entry").file_name()).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["identity.key", "identity.key.lock"], "round {round}");
+        drop(agent);
+    }
+}
+
+#[test]
+fn no_provider_id_makes_the_file_unreadable() {
+    let [long, longer] = [50_000, 100_000].map(|length| "x".repeat(length));
+    let ids = [
+        &long,
+        &longer,
+        "two\nlines",
+        "carriage\rreturn",
+        " padded ",
+        "\u{feff}",
+        "-----END USEPOD AGENT KEY-----",
+        ": a: b",
+    ];
+    side_by_side(ids, |id| {
+        let coordinator = Coordinator::new();
+        let setup = Setup::new(&coordinator.url());
+        let pubkey = |session: &Session| {
+            let auth = session.challenge(b"nonce");
+            session.send(&json!({"type": "auth_ok", "provider_id": id}));
+            // The offer comes after the file.
+            session.frame("capabilities", SOON);
+            auth["pubkey"].as_str().expect("a public key").to_owned()
+        };
+        let what: String = id.chars().take(40).collect();
+        let agent = setup.start();
+        let first = pubkey(&coordinator.accept());
+        drop(agent);
+        let (code, stdout, stderr) = enroll(&setup);
+        assert_eq!(code, Some(0), "{what:?}: {stderr}");
+        assert!(stdout.contains(&first), "{what:?}: {stdout}");
+        let _agent = setup.start();
+        assert_eq!(pubkey(&coordinator.accept()), first, "{what:?}");
+    });
+}

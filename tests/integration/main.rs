@@ -10,8 +10,10 @@ mod footprint; // what an idle agent costs
 mod handshake; // from the dial to the first `capabilities`
 mod identity; // the identity file
 mod jobs; // admission, cancel, deadlines, the one terminal frame
+mod probes; // how the offer follows the backends
 mod proxy; // HTTPS_PROXY and its relatives
 mod reconnect; // how sessions end, and when the next begins
+mod refusals; // the statuses and words of a backend that does not serve
 mod relay; // the response's bytes, and what is read off them
 mod request; // the job as the backend gets it
 mod session; // everything else that happens on a live session

@@ -1,6 +1,7 @@
 //! HTTPS_PROXY and its relatives: who goes through a proxy, and who never does.
 
 use std::io::{BufReader, Read};
+use std::time::Duration;
 
 use serde_json::json;
 
@@ -103,4 +104,35 @@ fn hosted_backends_go_through_https_proxy_and_local_ones_through_none() {
     let id = session.job("local", json!({}));
     local.next().finish();
     session.outcome(&id).done();
+}
+
+#[test]
+fn a_proxy_may_have_an_ipv6_address() {
+    if std::net::TcpListener::bind("[::1]:0").is_err() {
+        return; // This machine has no such loopback.
+    }
+    let proxy = Coordinator::on("[::1]:0");
+    let _agent = Setup::new(COORDINATOR).env("HTTPS_PROXY", &format!("http://{}", proxy.address())).start();
+    let (request, tunnelled) = tunnel(&proxy);
+    assert_eq!(request.line(), "CONNECT coordinator.example:4433");
+    assert_client_hello(&tunnelled, "coordinator.example");
+}
+
+/// The names cannot be resolved, and that it was tried is the proof: through a proxy it would be the proxy's affair.
+#[test]
+fn no_proxy_with_a_domain_covers_what_is_below_it() {
+    side_by_side(["invalid", "elsewhere.example, .coordinator.invalid"], |no_proxy| {
+        let proxy = Coordinator::new();
+        let agent = Setup::new("wss://eu.coordinator.invalid:4433/")
+            .env("HTTPS_PROXY", &format!("http://{}", proxy.address()))
+            .env("NO_PROXY", no_proxy)
+            .start();
+        agent.stderr.wait_line(&["resolve", "eu.coordinator.invalid"]);
+        proxy.assert_not_dialled(Duration::ZERO);
+    });
+    // A name that only ends alike is no part of the domain.
+    let proxy = Coordinator::new();
+    let proxy_url = format!("http://{}", proxy.address());
+    let _agent = Setup::new(COORDINATOR).env("HTTPS_PROXY", &proxy_url).env("NO_PROXY", "ordinator.example").start();
+    assert_eq!(tunnel(&proxy).0.line(), "CONNECT coordinator.example:4433");
 }

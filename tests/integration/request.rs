@@ -174,3 +174,29 @@ fn a_request_of_20_mb_and_one_of_nearly_64_mib_pass_in_one_frame() {
         rig.session.outcome(&id).done();
     }
 }
+
+#[test]
+fn a_job_whose_request_cannot_be_read_is_answered_by_its_id() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let nested = format!("{}{}", "[".repeat(300), "]".repeat(300));
+    let many = format!("[{}0]", "0,".repeat(3_000_000));
+    let requests = [
+        ("half an emoji", r#"{"messages":[{"role":"user","content":"secret-prompt \ud83d"}]}"#),
+        ("300 nested brackets", &nested),
+        ("three million values", &many),
+    ];
+    for (what, request) in requests {
+        let id = Uuid::new_v4().to_string();
+        rig.session.send_text(&job(&id, "m", json!("REQUEST")).to_string().replace("\"REQUEST\"", request));
+        let outcome = rig.session.outcome(&id);
+        assert_eq!((outcome.error(), outcome.chunks.len()), ("internal", 0), "{what}");
+        assert!(!outcome.message().contains("secret-prompt"), "{what}: {}", outcome.message());
+    }
+    let peak = rig.agent.peak_kib();
+    assert!(peak < 48 << 10, "requests that cannot be read took {peak} KiB of memory");
+    let id = rig.session.job("m", json!({}));
+    backend.next().finish();
+    rig.session.outcome(&id).done();
+    assert!(!rig.agent.stderr.text().contains("secret-prompt"), "a prompt is in the log");
+}

@@ -185,7 +185,7 @@ fn a_signal_is_heeded_in_every_state_of_connecting() {
 }
 
 #[test]
-fn a_signal_while_the_first_offer_is_gathered_is_heeded() {
+fn an_agent_takes_its_leave_also_while_the_first_offer_is_gathered() {
     let hung = Backend::new(|_| Answer::Hold);
     let coordinator = Coordinator::new();
     let mut agent = Setup::new(&coordinator.url()).backend(hung.toml()).start();
@@ -193,6 +193,72 @@ fn a_signal_while_the_first_offer_is_gathered_is_heeded() {
     session.challenge(b"nonce");
     session.send(&json!({"type": "auth_ok"}));
     let _held = hung.next();
+    agent.stderr.wait_line(&["connected as"]);
+    let asked = Instant::now();
     agent.signal("TERM");
-    assert_eq!(agent.wait(secs(5)).code(), Some(0));
+    assert_empty_offer(&session);
+    assert_eq!(session.ended(SOON).map(|(code, _)| code), Some(1000));
+    assert_eq!(agent.wait(SOON).code(), Some(0));
+    assert!(asked.elapsed() < secs(1), "SIGTERM took {:?}", asked.elapsed());
+}
+
+#[test]
+fn an_agent_whose_log_nobody_reads_serves_and_stops() {
+    let backend = Backend::vllm(&["m"]);
+    let coordinator = Coordinator::new();
+    let mut agent = Setup::new(&coordinator.url()).backend(backend.toml()).start_unread();
+    let session = coordinator.session();
+    // A warning for each: many times what a pipe holds.
+    for _ in 0..5000 {
+        session.send_text("not a frame");
+    }
+    let id = session.job("m", json!({}));
+    backend.next().finish();
+    session.outcome(&id).done();
+    let asked = Instant::now();
+    agent.signal("TERM");
+    assert_empty_offer(&session);
+    assert_eq!(session.ended(SOON).map(|(code, _)| code), Some(1000));
+    assert_eq!(agent.wait(SOON).code(), Some(0));
+    assert!(asked.elapsed() < secs(2), "SIGTERM took {:?}", asked.elapsed());
+}
+
+#[test]
+fn a_second_signal_waits_for_no_coordinator_that_does_not_read() {
+    let backend = Backend::vllm(&["m"]);
+    let mut rig = Rig::new(&backend);
+    rig.session.pause(true);
+    // Fills every buffer on the way, and with the last one the second job's time is over: the writer is stuck.
+    let start = |deadline_ms: u64| {
+        let mut frame = job(&uuid::Uuid::new_v4().to_string(), "m", json!({}));
+        frame["deadline_ms"] = json!(deadline_ms);
+        rig.session.send(&frame);
+        let mut held = backend.next();
+        held.start_sse();
+        held.flood()
+    };
+    let (flood, late) = (start(60_000), start(1500));
+    late.join().expect("the flood of the job that ran out of time");
+    rig.agent.signal("TERM");
+    rig.agent.stderr.wait_line(&["stopping"]);
+    let asked = Instant::now();
+    rig.agent.signal("TERM");
+    rig.agent.wait(SOON);
+    assert!(asked.elapsed() < secs(2), "a second signal took {:?}", asked.elapsed());
+    flood.join().expect("the flood to end with its job");
+}
+
+#[test]
+fn a_job_cut_off_at_the_end_of_the_drain_reports_the_tokens_that_went_out() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::with(|setup| setup.backend(backend.toml()).limits("drain_seconds = 1"));
+    let id = rig.session.job("m", json!({}));
+    let mut held = backend.next();
+    held.start_sse();
+    let event = "data: {\"choices\":[{\"delta\":{\"content\":\"x\"}}],\"usage\":{\"completion_tokens\":5}}\n\n";
+    held.chunk(event);
+    assert_eq!(rig.session.chunk(&id), event.as_bytes());
+    rig.agent.signal("TERM");
+    let outcome = rig.session.outcome(&id);
+    assert_eq!((outcome.error(), &outcome.end["tokens_emitted"]), ("internal", &json!(5)), "{}", outcome.end);
 }

@@ -38,6 +38,9 @@ struct Shared {
     routes: Box<Routes>,
     held: Sender<Held>,
     stopped: AtomicBool,
+    /// The acceptor accepts no more.
+    deaf: AtomicBool,
+    parked: AtomicBool,
     /// Bytes of each request's body that stay in the socket: closing it then sends a reset instead of an end.
     unread: AtomicUsize,
     connected: AtomicUsize,
@@ -60,6 +63,8 @@ impl Backend {
             routes: Box::new(routes),
             held: sender,
             stopped: AtomicBool::new(false),
+            deaf: AtomicBool::new(false),
+            parked: AtomicBool::new(false),
             unread: AtomicUsize::new(0),
             connected: AtomicUsize::new(0),
             open: Mutex::default(),
@@ -101,7 +106,30 @@ impl Backend {
 
     /// From now on, closing a connection resets it.
     pub fn reset_on_close(&self) {
-        self.shared.unread.store(1, Ordering::SeqCst);
+        self.leave_unread(1);
+    }
+
+    /// From the next connection on, so many bytes of each body stay in the socket; closing it resets the connection.
+    pub fn leave_unread(&self, bytes: usize) {
+        self.shared.unread.store(bytes, Ordering::SeqCst);
+    }
+
+    /// From now on nobody who connects hears anything: the queue of the connections to be accepted is full, which it
+    /// is for as long as what is returned.
+    pub fn swallow_connects(&self) -> Vec<TcpStream> {
+        self.shared.deaf.store(true, Ordering::SeqCst);
+        // The acceptor sits in `accept`: it has to leave before the queue can be full.
+        let last = TcpStream::connect(self.address).expect("the acceptor");
+        let began = Instant::now();
+        while !self.shared.parked.load(Ordering::SeqCst) {
+            assert!(began.elapsed() < SOON, "the acceptor goes on accepting");
+            std::thread::sleep(ms(1));
+        }
+        // Over loopback only a full queue takes any time.
+        let connect = || TcpStream::connect_timeout(&self.address, ms(500)).ok();
+        let queue = std::iter::once(last).chain(std::iter::from_fn(connect).take(5000)).collect();
+        self.hang_up();
+        queue
     }
 
     /// The next request that was held back.
@@ -168,10 +196,12 @@ fn serving(
 impl Drop for Backend {
     fn drop(&mut self) {
         self.shared.stopped.store(true, Ordering::SeqCst);
-        // The acceptor sits in `accept`: one more connection lets it look at the flag.
-        let _ = TcpStream::connect(self.address);
+        // The acceptor sits in `accept`, or parks: one more connection, or this, lets it look at the flag.
+        let acceptor = self.acceptor.take().expect("a backend is dropped once");
+        acceptor.thread().unpark();
+        let _ = TcpStream::connect_timeout(&self.address, ms(200));
         // Once it is gone, so is the listening socket: who connects from now on is refused.
-        let _ = self.acceptor.take().map(JoinHandle::join);
+        let _ = acceptor.join();
         self.hang_up();
     }
 }
@@ -179,6 +209,10 @@ impl Drop for Backend {
 impl Shared {
     fn accept(self: &Arc<Self>, listener: &TcpListener) {
         for stream in listener.incoming() {
+            while self.deaf.load(Ordering::SeqCst) && !self.stopped.load(Ordering::SeqCst) {
+                self.parked.store(true, Ordering::SeqCst);
+                std::thread::park();
+            }
             if self.stopped.load(Ordering::SeqCst) {
                 return;
             }
