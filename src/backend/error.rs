@@ -145,6 +145,18 @@ impl BackendError {
         matches!(self, BackendError::BadRequest(_))
     }
 
+    /// Whether another backend may do better: this one is not there, not ready or full, and has not begun.
+    pub fn may_fail_over(&self) -> bool {
+        matches!(
+            self,
+            BackendError::Unreachable(_)
+                | BackendError::NotHttp(_)
+                | BackendError::BadGateway(_)
+                | BackendError::Loading(_)
+                | BackendError::Overloaded(_)
+        )
+    }
+
     /// Whether the offer may be out of date: the backend was not there, or not with this model.
     pub fn is_stale_offer(&self) -> bool {
         matches!(

@@ -1,18 +1,19 @@
 //! The catalog: which models are offered, and which backend a job for one goes to.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::{DiscoveredBackend, ResolvedModel};
 use crate::backend::{Backend, Kind};
 
-/// One consistent view. A job goes to the very backend that was advertised for its model.
+/// One consistent view. A job goes to the very backend that was advertised for its model, and to the others that list it
+/// only when that one cannot take it.
 #[derive(Default)]
 pub struct Catalog {
     /// What is offered, by `model_id`.
     pub offer: Vec<ResolvedModel>,
-    routes: HashMap<String, Arc<dyn Backend>>,
+    /// The advertised one first.
+    routes: HashMap<String, Vec<Arc<dyn Backend>>>,
 }
 
 impl Catalog {
@@ -26,14 +27,15 @@ impl Catalog {
         catalog
     }
 
-    /// The models that found no route before.
+    /// Adds the backends behind those that are there; returns the models that had none.
     fn route(&mut self, mut backends: Vec<DiscoveredBackend>) -> Vec<ResolvedModel> {
         backends.sort_by_key(|d| Kind::rank_of(d.backend.kind()));
         let mut routed = Vec::new();
         for DiscoveredBackend { backend, models } in backends {
             for model in models {
-                if let Entry::Vacant(route) = self.routes.entry(model.model_id.clone()) {
-                    route.insert(backend.clone());
+                let route = self.routes.entry(model.model_id.clone()).or_default();
+                route.push(backend.clone());
+                if route.len() == 1 {
                     routed.push(model);
                 }
             }
@@ -41,9 +43,9 @@ impl Catalog {
         routed
     }
 
-    /// Where jobs for `model_id` go.
-    pub fn backend_of(&self, model_id: &str) -> Option<&Arc<dyn Backend>> {
-        self.routes.get(model_id)
+    /// Where jobs for `model_id` go, in order of preference; empty when nobody lists it.
+    pub fn backends_of(&self, model_id: &str) -> &[Arc<dyn Backend>] {
+        self.routes.get(model_id).map(Vec::as_slice).unwrap_or_default()
     }
 }
 

@@ -50,6 +50,9 @@ struct Shared {
     table: Arc<JobTable>,
 }
 
+/// Those that list a model, in order of preference.
+type Backends = Vec<Arc<dyn Backend>>;
+
 /// Why a job is not taken.
 enum Refusal {
     /// This id is in flight already; to answer would end that job.
@@ -93,9 +96,9 @@ impl JobExecutor {
         let job_id = job.job_id;
         let refusal = match self.admit(&job, request_bytes) {
             Err(refusal) => refusal,
-            Ok((ticket, backend)) => {
+            Ok((ticket, backends)) => {
                 let (shared, of_worker) = (self.shared.clone(), ticket.clone());
-                match self.pool.run(Box::new(move || worker::run(&shared, &of_worker, job, &*backend))) {
+                match self.pool.run(Box::new(move || worker::run(&shared, &of_worker, job, &backends))) {
                     Ok(()) => return Ok(()),
                     Err(e) => {
                         log::error!("{e}; is the box short of threads or memory?");
@@ -125,15 +128,16 @@ impl JobExecutor {
         self.shared.outbox.control(protocol::job_error(job_id, code, message, 0))
     }
 
-    fn admit(&self, job: &Job, request_bytes: usize) -> Result<(Arc<Ticket>, Arc<dyn Backend>), Refusal> {
-        let Some(backend) = self.shared.offers.snapshot().backend_of(&job.model_id).cloned() else {
+    fn admit(&self, job: &Job, request_bytes: usize) -> Result<(Arc<Ticket>, Backends), Refusal> {
+        let backends = self.shared.offers.snapshot().backends_of(&job.model_id).to_vec();
+        if backends.is_empty() {
             let duplicate = self.shared.table.holds(job.job_id);
             let unknown = Refusal::Answer(ErrorCode::ModelNotLoaded, "no backend serves this model".into());
             return Err(if duplicate { Refusal::Duplicate } else { unknown });
-        };
+        }
         let deadline = Duration::from_millis(u64::from(job.deadline_ms));
         match self.shared.table.admit(job.job_id, deadline, request_bytes) {
-            Ok(ticket) => Ok((ticket, backend)),
+            Ok(ticket) => Ok((ticket, backends)),
             Err(NoPlace::Duplicate) => Err(Refusal::Duplicate),
             Err(NoPlace::Closed) => Err(Refusal::Answer(ErrorCode::OutOfCapacity, "the agent is stopping".into())),
             Err(NoPlace::TooLarge) => {

@@ -11,27 +11,52 @@ use crate::protocol;
 /// With so many milliseconds left or fewer, nothing can be done.
 const DEADLINE_HOPELESS_MS: u32 = 1;
 
-/// Runs in a worker thread, from the first byte of the job to its terminal frame.
-pub fn run(shared: &Arc<Shared>, ticket: &Arc<Ticket>, mut job: Job, backend: &dyn Backend) {
+/// Runs in a worker thread, from the first byte of the job to its terminal frame. `backends` is not empty; the next is
+/// tried when one cannot take the job, as long as no byte of an answer has been sent.
+pub fn run(shared: &Arc<Shared>, ticket: &Arc<Ticket>, mut job: Job, backends: &[Arc<dyn Backend>]) {
     // From here on the job is answered, whatever happens: also when the backend panics.
     let mut ending = Ending { shared, ticket, outcome: Err(BackendError::Panicked) };
     if ticket.is_cancelled() {
         return;
     }
-    // The deadline covers the time in the queue too. Rounded up: a job just admitted has its time.
-    let left_ms = ticket.time_left().as_micros().div_ceil(1000);
-    job.deadline_ms = u32::try_from(left_ms).unwrap_or(u32::MAX).min(job.deadline_ms);
-    if job.deadline_ms <= DEADLINE_HOPELESS_MS {
-        ending.outcome = Err(BackendError::DeadlinePassed);
-        return;
+    let mut relay = Relay { shared, ticket, has_sent: false };
+    for (backend, is_last) in backends.iter().zip((1..=backends.len()).map(|n| n == backends.len())) {
+        // The deadline covers the time in the queue and with other backends too. Rounded up: a job just admitted has
+        // its time.
+        let left_ms = ticket.time_left().as_micros().div_ceil(1000);
+        job.deadline_ms = u32::try_from(left_ms).unwrap_or(u32::MAX).min(job.deadline_ms);
+        if job.deadline_ms <= DEADLINE_HOPELESS_MS {
+            ending.outcome = Err(BackendError::DeadlinePassed);
+            return;
+        }
+        match backend.execute(&job, &mut relay) {
+            Err(e) if e.may_fail_over() && !relay.has_sent && !is_last => {
+                log::info!("job {}: {} cannot take it ({}); trying the next", job.job_id, backend.id(), e.for_log());
+                shared.tell_prober(&e);
+            }
+            outcome => {
+                ending.outcome = outcome;
+                return;
+            }
+        }
     }
-    ending.outcome = backend.execute(&job, &mut Relay { shared, ticket });
+}
+
+impl Shared {
+    /// Has the backends probed soon when an error says that the offer may be out of date.
+    fn tell_prober(&self, e: &BackendError) {
+        if let Some(prober) = self.prober.as_ref().filter(|_| e.is_stale_offer()) {
+            prober.nudge();
+        }
+    }
 }
 
 /// Between a backend and the outbox.
 struct Relay<'a> {
     shared: &'a Shared,
     ticket: &'a Arc<Ticket>,
+    /// A piece of an answer is on its way, so no other backend's may follow it.
+    has_sent: bool,
 }
 
 impl JobSink for Relay<'_> {
@@ -40,6 +65,7 @@ impl JobSink for Relay<'_> {
             return self.still_wanted();
         }
         self.still_wanted()?;
+        self.has_sent = true;
         let frame = protocol::job_chunk(self.ticket.job_id, bytes);
         self.shared.outbox.chunk(self.ticket, frame)
     }
@@ -111,9 +137,7 @@ impl Ending<'_> {
                 if let Some(code) = e.code().filter(|_| !e.is_requesters_fault()) {
                     self.shared.statistics.failed(latency, self.ticket.tokens_emitted(), code);
                 }
-                if let Some(prober) = self.shared.prober.as_ref().filter(|_| e.is_stale_offer()) {
-                    prober.nudge();
-                }
+                self.shared.tell_prober(e);
             }
         }
     }

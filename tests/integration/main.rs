@@ -6,6 +6,7 @@ mod config; // agent.toml: what is taken, and how a mistake is named
 mod contract; // the library's fixed names and behaviours
 mod demo; // the local coordinator and its front door
 mod failures; // broken answers of a backend: what is relayed, and which error code follows
+mod failover; // several backends for one model
 mod footprint; // what an idle agent costs
 mod handshake; // from the dial to the first `capabilities`
 mod identity; // the identity file
