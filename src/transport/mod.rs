@@ -212,10 +212,7 @@ impl LinkReader {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                 other => return other,
             }
-            let n = uninterrupted(|| {
-                arm(&self.link.tcp, self.deadline)?;
-                (&self.link.tcp).read(&mut self.ciphertext)
-            })?;
+            let n = read_socket(&self.link.tcp, self.deadline, &mut self.ciphertext)?;
             if n == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
@@ -251,14 +248,28 @@ impl LinkReader {
     }
 }
 
-/// Sets the socket's timeout to what is left of the deadline, where there is one.
-fn arm(tcp: &TcpStream, deadline: Option<Instant>) -> io::Result<()> {
-    let Some(deadline) = deadline else { return Ok(()) };
-    let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() {
-        return Err(io::ErrorKind::TimedOut.into());
+/// Reads until the deadline, or for [`STALL_TIMEOUT`] where there is none, for which the socket is set: a signal in
+/// between does not start the time anew.
+fn read_socket(mut tcp: &TcpStream, deadline: Option<Instant>, buffer: &mut [u8]) -> io::Result<usize> {
+    let until = deadline.unwrap_or_else(|| Instant::now() + STALL_TIMEOUT);
+    let mut shortened = deadline.is_some();
+    loop {
+        if shortened {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            tcp.set_read_timeout(Some(left))?;
+        }
+        let read = tcp.read(buffer);
+        if !matches!(&read, Err(e) if e.kind() == io::ErrorKind::Interrupted) {
+            if shortened && deadline.is_none() {
+                tcp.set_read_timeout(Some(STALL_TIMEOUT))?;
+            }
+            return read;
+        }
+        shortened = true;
     }
-    tcp.set_read_timeout(Some(left.min(STALL_TIMEOUT)))
 }
 
 impl Read for LinkReader {
@@ -266,10 +277,7 @@ impl Read for LinkReader {
         let read = if self.link.tls.is_some() {
             self.read_decrypted(buffer)
         } else {
-            uninterrupted(|| {
-                arm(&self.link.tcp, self.deadline)?;
-                (&self.link.tcp).read(buffer)
-            })
+            read_socket(&self.link.tcp, self.deadline, buffer)
         };
         match read {
             // What a timed-out socket says; the WebSocket would take `WouldBlock` for a reason to come again.
