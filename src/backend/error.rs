@@ -147,26 +147,18 @@ impl BackendError {
 
     /// Whether another backend may do better: this one is not there, not ready or full, and has not begun.
     pub fn may_fail_over(&self) -> bool {
-        matches!(
-            self,
-            BackendError::Unreachable(_)
-                | BackendError::NotHttp(_)
-                | BackendError::BadGateway(_)
-                | BackendError::Loading(_)
-                | BackendError::Overloaded(_)
-        )
+        self.is_absent() || matches!(self, BackendError::Overloaded(_))
     }
 
     /// Whether the offer may be out of date: the backend was not there, or not with this model.
     pub fn is_stale_offer(&self) -> bool {
-        matches!(
-            self,
-            BackendError::Unreachable(_)
-                | BackendError::NotHttp(_)
-                | BackendError::BadGateway(_)
-                | BackendError::Loading(_)
-                | BackendError::ModelNotFound(_)
-        )
+        self.is_absent() || matches!(self, BackendError::ModelNotFound(_))
+    }
+
+    /// Nothing that could serve is there, or not yet.
+    fn is_absent(&self) -> bool {
+        use BackendError::{BadGateway, Loading, NotHttp, Unreachable};
+        matches!(self, Unreachable(_) | NotHttp(_) | BadGateway(_) | Loading(_))
     }
 
     /// The cause without anything that a backend said, which may quote a prompt: fit for a log.

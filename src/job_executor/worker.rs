@@ -20,7 +20,8 @@ pub fn run(shared: &Arc<Shared>, ticket: &Arc<Ticket>, mut job: Job, backends: &
         return;
     }
     let mut relay = Relay { shared, ticket, has_sent: false };
-    for (backend, is_last) in backends.iter().zip((1..=backends.len()).map(|n| n == backends.len())) {
+    let mut backends = backends.iter().peekable();
+    while let Some(backend) = backends.next() {
         // The deadline covers the time in the queue and with other backends too. Rounded up: a job just admitted has
         // its time.
         let left_ms = ticket.time_left().as_micros().div_ceil(1000);
@@ -30,7 +31,7 @@ pub fn run(shared: &Arc<Shared>, ticket: &Arc<Ticket>, mut job: Job, backends: &
             return;
         }
         match backend.execute(&job, &mut relay) {
-            Err(e) if e.may_fail_over() && !relay.has_sent && !is_last => {
+            Err(e) if e.may_fail_over() && !relay.has_sent && backends.peek().is_some() => {
                 log::info!("job {}: {} cannot take it ({}); trying the next", job.job_id, backend.id(), e.for_log());
                 shared.tell_prober(&e);
             }

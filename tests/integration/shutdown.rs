@@ -18,6 +18,16 @@ fn assert_empty_offer(session: &Session) {
     assert!(is_empty_offer(&capabilities), "a stopping agent offers nothing: {capabilities}");
 }
 
+/// SIGTERM to an agent without jobs: the empty offer, Close(1000), exit code 0, all within `limit`.
+fn assert_takes_its_leave(agent: &mut Agent, session: &Session, limit: Duration) {
+    let asked = Instant::now();
+    agent.signal("TERM");
+    assert_empty_offer(session);
+    assert_eq!(session.ended(SOON).map(|(code, _)| code), Some(1000));
+    assert_eq!(agent.wait(SOON).code(), Some(0));
+    assert!(asked.elapsed() < limit, "SIGTERM took {:?}", asked.elapsed());
+}
+
 #[test]
 fn an_idle_agent_takes_its_leave_within_a_second_of_each_signal() {
     side_by_side(["TERM", "INT", "HUP"], |signal| {
@@ -194,12 +204,7 @@ fn an_agent_takes_its_leave_also_while_the_first_offer_is_gathered() {
     session.send(&json!({"type": "auth_ok"}));
     let _held = hung.next();
     agent.stderr.wait_line(&["connected as"]);
-    let asked = Instant::now();
-    agent.signal("TERM");
-    assert_empty_offer(&session);
-    assert_eq!(session.ended(SOON).map(|(code, _)| code), Some(1000));
-    assert_eq!(agent.wait(SOON).code(), Some(0));
-    assert!(asked.elapsed() < secs(1), "SIGTERM took {:?}", asked.elapsed());
+    assert_takes_its_leave(&mut agent, &session, secs(1));
 }
 
 #[test]
@@ -215,12 +220,7 @@ fn an_agent_whose_log_nobody_reads_serves_and_stops() {
     let id = session.job("m", json!({}));
     backend.next().finish();
     session.outcome(&id).done();
-    let asked = Instant::now();
-    agent.signal("TERM");
-    assert_empty_offer(&session);
-    assert_eq!(session.ended(SOON).map(|(code, _)| code), Some(1000));
-    assert_eq!(agent.wait(SOON).code(), Some(0));
-    assert!(asked.elapsed() < secs(2), "SIGTERM took {:?}", asked.elapsed());
+    assert_takes_its_leave(&mut agent, &session, secs(2));
 }
 
 #[test]
