@@ -1,5 +1,6 @@
 //! The real binary as a child process, with a home of its own and nothing of our environment.
 
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -8,7 +9,10 @@ use std::time::{Duration, Instant};
 
 use super::{SOON, Scratch, ms};
 
-const BINARY: &str = env!("CARGO_BIN_EXE_usepod-agent");
+/// The binary under test: another one where `AGENT` names it.
+fn binary() -> OsString {
+    std::env::var_os("AGENT").unwrap_or_else(|| env!("CARGO_BIN_EXE_usepod-agent").into())
+}
 
 /// What an agent is started with. Outlives the agent, so that a second one can be started over the same files.
 pub struct Setup {
@@ -118,7 +122,7 @@ impl Setup {
 }
 
 fn command(home: &Path) -> Command {
-    let mut command = Command::new(BINARY);
+    let mut command = Command::new(binary());
     command.env_clear().env("HOME", home).current_dir(home).stdin(Stdio::null());
     command
 }
@@ -156,7 +160,7 @@ impl Agent {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
-            .unwrap_or_else(|e| panic!("failed to start {BINARY}: {e}"));
+            .unwrap_or_else(|e| panic!("failed to start {:?}: {e}", binary()));
         let stdout = Log::follow(child.stdout.take().expect("a piped stdout"));
         let stderr = Log::follow(child.stderr.take().expect("a piped stderr"));
         Self { child, stdout, stderr, _scratch: scratch }
@@ -196,9 +200,14 @@ impl Agent {
 
     /// The most memory that it ever held.
     pub fn peak_kib(&self) -> u64 {
+        self.status_kib("VmHWM")
+    }
+
+    /// A line of `/proc/PID/status`.
+    pub fn status_kib(&self, name: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("the agent's status");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("VmHWM");
-        line.trim().trim_end_matches(" kB").parse().expect("a number")
+        let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).expect(name);
+        value.trim().trim_end_matches(" kB").parse().expect("a number")
     }
 
     pub fn assert_running(&mut self) {

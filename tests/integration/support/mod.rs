@@ -11,6 +11,7 @@ mod rig;
 mod scratch;
 mod session;
 mod tls;
+mod vitals;
 mod wire;
 
 use std::time::Duration;
@@ -24,6 +25,7 @@ pub use rig::Rig;
 pub use scratch::Scratch;
 pub use session::{Event, Outcome, Session, Take, job};
 pub use tls::{Authority, Flaw, TlsProxy};
+pub use vitals::Vitals;
 pub use wire::{BINARY, CLOSE, CONTINUATION, PING, TEXT, close_payload, encode, verify_auth};
 
 /// How long anything that should happen at once may take on a loaded machine.

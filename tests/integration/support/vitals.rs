@@ -1,0 +1,53 @@
+//! What a running agent holds of the box, so that a test can show that a fault left nothing behind.
+
+use std::time::Instant;
+
+use super::{Agent, Backend, Session, ms, secs};
+
+/// How far memory may stay above what it was, in KiB: what an allocator keeps for the next job.
+const MEMORY_SLACK_KIB: u64 = 12 << 10;
+
+/// Taken right after a job, when one worker and one kept-alive connection are there and whatever was left over is not.
+#[derive(Clone, Copy, Debug)]
+pub struct Vitals {
+    pub threads: usize,
+    pub descriptors: usize,
+    pub resident_kib: u64,
+}
+
+impl Vitals {
+    /// Has the agent serve one job for `m` at `backend`, which holds jobs back, and weighs it.
+    pub fn after_a_job(agent: &Agent, session: &Session, backend: &Backend) -> Self {
+        let id = session.job("m", serde_json::json!({}));
+        backend.next().finish();
+        session.outcome(&id).done();
+        Self::of(agent)
+    }
+
+    pub fn of(agent: &Agent) -> Self {
+        let descriptors = std::fs::read_dir(format!("/proc/{}/fd", agent.pid())).expect("the agent's descriptors");
+        Self {
+            threads: agent.threads().len(),
+            descriptors: descriptors.count(),
+            resident_kib: agent.status_kib("VmRSS"),
+        }
+    }
+
+    /// Waits until the agent is as it was, and has it serve one more job. Workers leave after 10 s.
+    pub fn assert_restored(&self, agent: &Agent, session: &Session, backend: &Backend) {
+        let began = Instant::now();
+        // The log's thread comes and goes.
+        while Self::of(agent).threads > self.threads + 1 {
+            assert!(began.elapsed() < secs(25), "threads stay: {:?}, before: {self:?}", agent.threads());
+            std::thread::sleep(ms(50));
+        }
+        // Kept-alive connections that have become stale are closed by the next exchange.
+        let mut now = Self::after_a_job(agent, session, backend);
+        while now.threads > self.threads + 1 || now.descriptors > self.descriptors {
+            assert!(began.elapsed() < secs(40), "before: {self:?}, now: {now:?}, {:?}", agent.threads());
+            std::thread::sleep(secs(5));
+            now = Self::after_a_job(agent, session, backend);
+        }
+        assert!(now.resident_kib <= self.resident_kib + MEMORY_SLACK_KIB, "before: {self:?}, now: {now:?}");
+    }
+}
