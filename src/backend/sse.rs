@@ -367,10 +367,10 @@ data: [DONE]"#;
                 }
             }
             // A long one costs an unoptimised test its time.
-            if u.ratio(1, 100)? {
-                let length = u.int_in_range(LINE_MAX - 20..=LINE_MAX + 20)?;
+            if u.ratio(1, 50)? {
+                let line = padded_end_mark(u.int_in_range(LINE_MAX - 20..=LINE_MAX + 20)?);
                 let at = u.choose_index(stream.len() + 1)?;
-                stream.splice(at..at, padded_end_mark(length));
+                stream.splice(at..at, [b"\n", &line[..], b"\n"].concat());
             }
             let mut cuts = vec![0, stream.len()];
             for _ in 0..u.int_in_range(0..=30)? {
