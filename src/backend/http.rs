@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use ureq::config::Config;
 use ureq::http::{Response, Uri};
 use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
+use ureq::unversioned::transport::time::Duration as UreqDuration;
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, DefaultConnector, NextTimeout, Transport};
 use ureq::{Agent, Body, Proxy};
 
@@ -312,7 +313,15 @@ impl Transport for Watched {
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
-        let result = self.inner.await_input(timeout);
+        let until = Instant::now().checked_add(*timeout.after);
+        let result = loop {
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            let after = left.map_or(UreqDuration::NotHappening, |left| nap(left).into());
+            match self.inner.await_input(NextTimeout { after, ..timeout }) {
+                Err(ureq::Error::Timeout(_)) if until.is_some_and(|until| Instant::now() < until) => {}
+                result => break result,
+            }
+        };
         match &result {
             Ok(true) => self.wire.received.store(true, Ordering::Relaxed),
             Ok(false) => {}
@@ -330,6 +339,13 @@ impl Transport for Watched {
     }
 }
 
+/// How long to wait in a socket when so much time is left. The kernel's clock for sockets is coarse: it rings late by up to
+/// an eighth of the time, 2 s after a minute; so the last stretch is approached in steps.
+fn nap(left: Duration) -> Duration {
+    const TICK: Duration = Duration::from_millis(16);
+    if left > TICK { left / 8 * 7 } else { left }
+}
+
 /// Resolves addresses and `localhost` in place, which take no time to speak of; ureq's resolver spends a thread on every name.
 #[derive(Debug, Default)]
 struct LocalFirstResolver(DefaultResolver);
@@ -339,7 +355,7 @@ impl Resolver for LocalFirstResolver {
         let host = uri.host().unwrap_or_default();
         let literal = host.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok();
         let timeout = if literal || host.eq_ignore_ascii_case("localhost") {
-            NextTimeout { after: ureq::unversioned::transport::time::Duration::NotHappening, ..timeout }
+            NextTimeout { after: UreqDuration::NotHappening, ..timeout }
         } else {
             timeout
         };
