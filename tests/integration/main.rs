@@ -1,6 +1,7 @@
 //! The agent from outside: the real binary between scripted peers over loopback sockets, and the library by its
 //! contract. A test belongs with the promise it checks:
 mod backends; // what each kind is asked, and what is offered of it
+mod cancel; // how soon a backend hears that nobody wants its answer any more
 mod cli; // commands, options, exit codes, what is printed where
 mod config; // agent.toml: what is taken, and how a mistake is named
 mod contract; // the library's fixed names and behaviours
