@@ -8,6 +8,7 @@ mod contract; // the library's fixed names and behaviours
 mod demo; // the local coordinator and its front door
 mod failures; // broken answers of a backend: what is relayed, and which error code follows
 mod failover; // several backends for one model
+mod faults_backend; // what a broken backend costs: its job, and nothing that lasts
 mod footprint; // what an idle agent costs
 mod handshake; // from the dial to the first `capabilities`
 mod identity; // the identity file

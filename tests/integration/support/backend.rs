@@ -372,6 +372,21 @@ impl Held {
         }
     }
 
+    /// Reads what is left of the request, up to the end of the connection, and tells how much it was.
+    pub fn read_to_end(&mut self, within: Duration) -> usize {
+        self.stream.set_read_timeout(Some(within)).expect("a read timeout");
+        let (mut buffer, mut total) = ([0; 1 << 16], 0);
+        loop {
+            match self.stream.read(&mut buffer) {
+                Ok(n @ 1..) => total += n,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    panic!("the agent did not hang up within {within:?}")
+                }
+                _ => return total,
+            }
+        }
+    }
+
     /// Panics when the agent has closed the connection.
     pub fn assert_connected(&mut self) {
         self.stream.set_read_timeout(Some(ms(50))).expect("a read timeout");
