@@ -18,6 +18,7 @@ struct Patient {
     backend: Backend,
     rig: Rig,
     before: Vitals,
+    peak_kib_max: u64,
 }
 
 impl Patient {
@@ -28,7 +29,7 @@ impl Patient {
     fn of(backend: Backend) -> Self {
         let rig = Rig::new(&backend);
         let before = Vitals::after_a_job(&rig.agent, &rig.session, &backend);
-        Self { backend, rig, before }
+        Self { backend, rig, before, peak_kib_max: 32 << 10 }
     }
 
     fn job(&self) -> (String, Held) {
@@ -38,6 +39,7 @@ impl Patient {
     /// Requests of a size that was seen before find their memory kept by the allocator, a few times over.
     fn allow_for_large_requests(&mut self) {
         self.before.resident_kib += 4 * (PICTURE_BYTES >> 10) as u64;
+        self.peak_kib_max += 8 * (PICTURE_BYTES >> 10) as u64;
     }
 
     /// The next job gets its own answer, the box is as it was, and of these jobs nothing more was said.
@@ -45,6 +47,8 @@ impl Patient {
         let (id, held) = self.job();
         held.finish();
         assert_eq!(self.rig.session.outcome(&id).body(), sse(7, 13).as_bytes());
+        let peak = self.rig.agent.peak_kib();
+        assert!(peak < self.peak_kib_max, "the agent held {peak} KiB of memory");
         self.before.assert_restored(&self.rig.agent, &self.rig.session, &self.backend);
         self.rig
             .session
@@ -304,10 +308,25 @@ fn refuses() {
     patient.assert_well(&ids.iter().map(String::as_str).collect::<Vec<_>>());
 }
 
+/// Its queue of connections is full: a SYN stays without an answer.
+fn never_accepts() {
+    let patient = Patient::new();
+    patient.backend.hang_up();
+    let queue = patient.backend.swallow_connects();
+    let id = patient.rig.session.job("m", json!({}));
+    let began = Instant::now();
+    assert_eq!(patient.rig.session.outcome(&id).error(), "backend_unreachable");
+    let took = began.elapsed();
+    assert!(took > secs(4) && took < secs(10), "the connect was given up after {took:?}");
+    patient.backend.accept_again(queue);
+    patient.assert_well(&[&id]);
+}
+
 #[test]
 fn a_backend_that_refuses_resets_stalls_or_never_ends_costs_the_job_alone() {
-    let faults: [fn(); 8] = [
+    let faults: [fn(); 9] = [
         refuses,
+        never_accepts,
         is_reset,
         stalls_before_the_head,
         stalls_in_the_stream,
@@ -378,4 +397,93 @@ fn an_answer_before_the_request_was_read_is_relayed_or_an_error_and_costs_the_jo
         patient.backend.leave_unread(0);
         patient.assert_well(&[&id]);
     });
+}
+
+#[test]
+fn two_hundred_megabytes_without_a_line_end_arrive_as_they_were_sent_in_bounded_memory() {
+    const PERIODS: usize = 4200;
+    let patient = Patient::new();
+    let id = hurried_job(&patient, json!({}), secs(120));
+    let mut held = patient.backend.next();
+    let mut line = EndlessLine::new();
+    let chunk = [format!("{:x}\r\n", line.period.len()).as_bytes(), &line.period, b"\r\n"].concat();
+    let line_length = PERIODS * line.period.len();
+    assert!(line_length > 200_000_000);
+    let head = format!(r#"{{"type":"job_chunk","job_id":"{id}","data":""#);
+    let (arrived, has_arrived) = crossbeam_channel::bounded(1);
+    patient.rig.session.tap(move |frame| {
+        let piece = frame.strip_prefix(head.as_bytes()).and_then(|rest| rest.strip_suffix(b"\"}"));
+        let Some(piece) = piece.filter(|_| line.length < line_length) else { return false };
+        line.compare(std::str::from_utf8(piece).expect("base64"));
+        if line.length == line_length {
+            arrived.send(()).expect("the test");
+        }
+        true
+    });
+    held.start_sse();
+    let sender = std::thread::spawn(move || {
+        (0..PERIODS).for_each(|_| held.send(&chunk));
+        held
+    });
+    has_arrived.recv_timeout(secs(100)).expect("the whole line");
+    let mut held = sender.join().expect("the sender");
+    held.chunk(format!("\n\n{}", sse(7, 13)));
+    held.end();
+    assert_eq!(patient.rig.session.outcome(&id).done()["tokens"]["output"], 13);
+    patient.assert_well(&[&id]);
+}
+
+/// Two backends list `m`, the first is advertised; `n` is the second's alone.
+#[test]
+fn of_two_backends_one_dies_and_the_other_goes_on_until_it_is_back() {
+    const STREAMS: usize = 4;
+    let address = nobody_at("127.0.0.11");
+    let (mortal, other) = (Backend::vllm_on(&address, &["m"]), Backend::vllm(&["m", "n"]));
+    let rig = Rig::with(|setup| setup.backend(mortal.toml()).backend(other.toml().replace("vllm", "openai")));
+    let advertised = |offer: &Value| offer["models"][0]["backend"].clone();
+    assert_eq!(advertised(&rig.session.capabilities), "vllm");
+    let before = Vitals::after_a_job(&rig.agent, &rig.session, &mortal);
+    let begin = |model: &str, backend: &Backend| {
+        let id = rig.session.job(model, json!({}));
+        let mut held = backend.next();
+        held.start_sse();
+        held.chunk(TEXT);
+        assert_eq!(rig.session.chunk(&id), TEXT.as_bytes());
+        (id, held)
+    };
+    let doomed: Vec<_> = (0..STREAMS).map(|_| begin("m", &mortal)).collect();
+    let spared: Vec<_> = (0..STREAMS).map(|_| begin("n", &other)).collect();
+    drop(mortal);
+    for (id, held) in doomed {
+        drop(held);
+        let outcome = rig.session.outcome(&id);
+        assert_eq!((outcome.error(), outcome.chunks.len()), ("internal", 0));
+    }
+    // Advertised or not by now, it is the other that serves.
+    for _ in 0..STREAMS {
+        let id = rig.session.job("m", json!({}));
+        other.next().finish();
+        assert_eq!(rig.session.outcome(&id).body(), sse(7, 13).as_bytes());
+    }
+    assert_eq!(advertised(&rig.session.frame("capabilities", SOON)), "openai");
+    for (id, mut held) in spared {
+        held.chunk(sse(1, 2));
+        held.end();
+        assert_eq!(rig.session.outcome(&id).body(), sse(1, 2).as_bytes());
+    }
+
+    let back = Backend::vllm_on(&address, &["m"]);
+    // A job whose model is gone is reason enough to look around at once.
+    let id = rig.session.job("n", json!({}));
+    let mut held = other.next();
+    held.send(response(404, "text/plain", "no such model"));
+    held.keep();
+    assert_eq!(rig.session.outcome(&id).error(), "model_not_loaded");
+    assert_eq!(advertised(&rig.session.frame("capabilities", SOON)), "vllm");
+    // Connections to the other are kept until they are too old to be used, and closed by the next exchange.
+    std::thread::sleep(secs(5));
+    let id = rig.session.job("n", json!({}));
+    other.next().finish();
+    rig.session.outcome(&id).done();
+    before.assert_restored(&rig.agent, &rig.session, &back);
 }
