@@ -197,29 +197,27 @@ fn hurried_job(patient: &Patient, request: Value, time: Duration) -> String {
     id
 }
 
-const TIME: Duration = ms(1500);
-
-/// The deadline ends it, neither sooner nor much later.
-fn assert_ends_in_time(what: &str, progress: impl FnOnce(&Patient, &str, Held)) {
+/// The deadline ends it, neither sooner nor, on a machine that does much else, much later.
+fn assert_ends_after(time: Duration, what: &str, progress: impl FnOnce(&Patient, &str, Held)) {
     let patient = Patient::new();
     let began = Instant::now();
-    let id = hurried_job(&patient, json!({}), TIME);
+    let id = hurried_job(&patient, json!({}), time);
     progress(&patient, &id, patient.backend.next());
     let outcome = patient.rig.session.outcome(&id);
     let took = began.elapsed();
     assert_eq!(outcome.error(), "backend_timeout", "{what}");
-    assert!(took >= TIME && took < 2 * TIME, "{what}: a deadline of {TIME:?} ended it after {took:?}");
+    assert!(took >= time && took < time + secs(3), "{what}: a deadline of {time:?} ended it after {took:?}");
     patient.assert_well(&[&id]);
 }
 
 fn stalls_before_the_head() {
-    assert_ends_in_time("silence", |_, _, mut held| {
+    assert_ends_after(secs(1), "silence", |_, _, mut held| {
         held.wait_hang_up();
     });
 }
 
 fn stalls_in_the_stream() {
-    assert_ends_in_time("a stall", |patient, id, mut held| {
+    assert_ends_after(secs(2), "a stall", |patient, id, mut held| {
         held.start_sse();
         held.chunk(TEXT);
         assert_eq!(patient.rig.session.chunk(id), TEXT.as_bytes());
@@ -228,26 +226,26 @@ fn stalls_in_the_stream() {
 }
 
 fn trickles() {
-    assert_ends_in_time("a trickle", |patient, id, mut held| {
+    assert_ends_after(secs(3), "a trickle", |patient, id, mut held| {
         held.start_sse();
         for byte in ["d", "a"] {
             held.chunk(byte);
             assert_eq!(patient.rig.session.chunk(id), byte.as_bytes());
-            std::thread::sleep(ms(500));
+            std::thread::sleep(secs(1));
         }
         held.wait_hang_up();
     });
 }
 
 fn never_ends() {
-    assert_ends_in_time("an endless stream", |_, _, mut held| {
+    assert_ends_after(secs(1), "an endless stream", |_, _, mut held| {
         held.start_sse();
         held.flood().join().expect("the flood");
     });
 }
 
 fn has_interim_answers_without_end() {
-    assert_ends_in_time("endless interim answers", |_, _, mut held| {
+    assert_ends_after(secs(1), "endless interim answers", |_, _, mut held| {
         let heads = "HTTP/1.1 100 Continue\r\n\r\n".repeat(100);
         while held.try_send(heads.as_bytes()) {}
     });
