@@ -57,6 +57,7 @@ pub mod job_executor;
 pub mod worker_pool;
 pub mod threads;
 pub mod heartbeat;
+pub mod token_limit;
 
 pub mod discovery;
 pub mod backend;

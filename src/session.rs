@@ -15,10 +15,13 @@ use tungstenite::{Error as WsError, Message};
 use crate::discovery::{Offers, Prober};
 use crate::heartbeat::Statistics;
 use crate::identity::Identity;
-use crate::job_executor::{CONTROL_LANE_MAX, Control, JobExecutor, Lanes, Outbox, Overflow, REQUEST_BYTES_MAX};
+use crate::job_executor::{
+    CONTROL_LANE_MAX, Control, JobExecutor, Lanes, Outbox, Overflow, REQUEST_BYTES_MAX, Surroundings,
+};
 use crate::logging::shown;
 use crate::protocol::{self, ErrorCode, Inbound, OfferLimits};
 use crate::shutdown::{Leave, Live, Stop};
+use crate::token_limit::TokenLimit;
 use crate::transport::{Link, MESSAGE_BYTES_MAX, ReadHalf, STALL_TIMEOUT};
 use crate::writer::Writer;
 
@@ -131,6 +134,8 @@ pub struct Context<'a> {
     pub prober: &'a Prober,
     /// Figures over all sessions.
     pub statistics: &'a Arc<Statistics>,
+    /// `max_tokens_per_minute`, over all sessions.
+    pub token_limit: &'a Arc<TokenLimit>,
     /// Stated with the offer.
     pub limits: OfferLimits,
     /// For jobs in flight when the agent stops.
@@ -154,11 +159,14 @@ pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) 
     let lanes = Lanes::default();
     let outbox = Outbox::Lanes { control: lanes.control.clone(), data: lanes.data.clone() };
     let executor = Arc::new(JobExecutor::with_outbox(
-        context.offers.clone(),
         context.limits.max_concurrent_total,
         outbox,
-        context.statistics.clone(),
-        Some(context.prober.clone()),
+        Surroundings {
+            offers: context.offers.clone(),
+            statistics: context.statistics.clone(),
+            token_limit: context.token_limit.clone(),
+            prober: Some(context.prober.clone()),
+        },
     ));
     let link = half.link();
     let write_half = half.split(outlet_to(lanes.control.clone()));

@@ -9,6 +9,7 @@ mod failures; // broken answers of a backend: what is relayed, and which error c
 mod failover; // several backends for one model
 mod footprint; // what an idle agent costs
 mod handshake; // from the dial to the first `capabilities`
+mod health; // how the offer follows the jobs
 mod identity; // the identity file
 mod jobs; // admission, cancel, deadlines, the one terminal frame
 mod probes; // how the offer follows the backends
@@ -20,4 +21,5 @@ mod request; // the job as the backend gets it
 mod session; // everything else that happens on a live session
 mod shutdown; // signals and the drain
 mod support; // the scripted peers
+mod token_limit; // max_tokens_per_minute
 mod tls; // wss and its certificates
