@@ -70,7 +70,7 @@ pub enum BackendError {
     /// Refused, not resolved, not connected in time, or broken off before the first byte of the answer.
     #[error("the backend cannot be reached: {0}")]
     Unreachable(String),
-    /// The box has no descriptor left for a connection.
+    /// The box has no descriptor or no thread left for a connection.
     #[error("the agent's box is short of resources: {0}")]
     Exhausted(String),
     /// So many jobs running failed at it, whatever its health check says.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use ureq::Body;
 use ureq::http::Response;
 
-use super::http::{Client, Lease, read_bounded};
+use super::http::{Client, Lease, NoThread, read_bounded};
 use super::sse::{Scanner, Usage};
 use super::{BackendError, BackendResult, ERROR_BODY_MAX, JobResult, JobSink};
 
@@ -128,6 +128,7 @@ pub fn before_the_answer(e: ureq::Error) -> BackendError {
         ureq::Error::Io(e) if e.raw_os_error().is_some_and(|code| NO_DESCRIPTOR.contains(&code)) => {
             BackendError::Exhausted(e.to_string())
         }
+        ureq::Error::Other(e) if e.is::<NoThread>() => BackendError::Exhausted(e.to_string()),
         ureq::Error::Io(e) => BackendError::Unreachable(e.to_string()),
         e => BackendError::Unreachable(e.to_string()),
     }
