@@ -56,6 +56,7 @@ pub mod writer;
 pub mod job_executor;
 pub mod worker_pool;
 pub mod threads;
+pub mod memory;
 pub mod heartbeat;
 pub mod token_limit;
 

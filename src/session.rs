@@ -19,6 +19,7 @@ use crate::job_executor::{
     CONTROL_LANE_MAX, Control, JobExecutor, Lanes, Outbox, Overflow, REQUEST_BYTES_MAX, Surroundings,
 };
 use crate::logging::shown;
+use crate::memory;
 use crate::protocol::{self, ErrorCode, Inbound, OfferLimits};
 use crate::shutdown::{Leave, Live, Stop};
 use crate::token_limit::TokenLimit;
@@ -35,6 +36,9 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 const CLOSE_REPLY_TIMEOUT: Duration = Duration::from_millis(300);
 /// The end of a session waits so long for its writer, which may be blocked in a dead socket.
 const WRITER_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// The memory of a frame of this size or more is worth giving back.
+const LARGE_FRAME_BYTES: usize = 256 << 10;
 
 /// How soon a second signal is noticed; only a stopping agent looks so often.
 const GLANCE: Duration = Duration::from_millis(20);
@@ -252,6 +256,9 @@ fn read_loop(half: &mut ReadHalf, executor: &JobExecutor) -> SessionEnd {
 }
 
 fn handle_frame(text: &str, executor: &JobExecutor) -> Result<(), Overflow> {
+    if text.len() >= LARGE_FRAME_BYTES {
+        memory::note_freed();
+    }
     match protocol::parse(text) {
         Ok(Inbound::Job(job)) => {
             crate::debug!("job {} for model `{}`", job.job_id, shown(&job.model_id));

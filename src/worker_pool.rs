@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Sender, bounded};
 
-use crate::threads;
+use crate::{memory, threads};
 
 /// How long a worker waits for the next task before it leaves.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -113,6 +113,11 @@ impl Shared {
             // The task answers for itself from a drop guard; here only the worker is to survive.
             let _ = catch_unwind(AssertUnwindSafe(task));
             next = self.next_task(worker);
+        }
+        memory::note_freed();
+        if self.lock().workers == 0 {
+            // The last one to leave has time.
+            memory::give_back();
         }
     }
 

@@ -11,7 +11,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounde
 use super::member::FAILURES_MAX;
 use super::{Catalog, Listing, Member, OfferedBackend, Offers, ResolvedModel, Terms};
 use crate::backend::{Backend, BackendError, BackendModel, BackendResult};
-use crate::threads;
+use crate::{memory, threads};
 
 /// The catalog is refreshed this often, give or take a fifth.
 const REFRESH: Duration = Duration::from_secs(30);
@@ -133,6 +133,7 @@ impl Actor {
                 }
             }
             self.round(waiting);
+            memory::give_back();
             last_round = Instant::now();
             let wait = if self.backends.iter().any(Probed::may_serve_soon) { REFRESH_SOON } else { REFRESH };
             due = Some(last_round + wait.mul_f64(0.8 + 0.4 * dice()));
