@@ -357,14 +357,64 @@ mod tests {
         }
     }
 
+    /// Good frames of every type, spoilt a little, so that most are still JSON and many are still good.
     #[test]
-    fn no_text_makes_the_parser_panic_or_quote_it() {
+    fn no_text_makes_the_parser_panic_misread_or_quote_a_request() {
+        const FRAMES: &[&str] = &[
+            r#"{"type":"auth_challenge","nonce":"AAECAwQFBgc="}"#,
+            r#"{"type":"auth_ok","provider_id":"prov_1"}"#,
+            r#"{"type":"auth_failed","reason":"no"}"#,
+            r#"{"type":"job","job_id":"a0000000-0000-4000-8000-00000000000a","model_id":"m","request":{"messages":[{"role":"user","content":"QQQQQQQQ"}],"seed":12345678901234567890,"temperature":0.10},"format":"anthropic","deadline_ms":5000}"#,
+            r#"{"request":["QQQQ",{"QQQQ":1e5}],"model_id":"m","job_id":"a000000000004000800000000000000a","type":"job"}"#,
+            r#"{"type":"job_cancel","job_id":"a0000000-0000-4000-8000-00000000000a"}"#,
+            r#"{"type":"config_update","x":[1,2,{"y":null}]}"#,
+        ];
+        const TOKENS: &[&str] =
+            &["null", "-1", "1e999", "{}", "[]", "\"\"", "\\ud83d", "\\u0051", "\"type\":", ",", "\"", "}"];
         arbtest::arbtest(|u| {
-            let text: String = u.arbitrary()?;
-            if let Err(e) = parse(&text) {
-                assert!(!e.to_string().contains(&text) || text.len() < 4);
+            let mut bytes = u.choose(FRAMES)?.as_bytes().to_vec();
+            for _ in 0..u.int_in_range(0..=3)? {
+                let at = u.choose_index(bytes.len())?;
+                match u.int_in_range(0..=4)? {
+                    0 => bytes[at] = u.arbitrary()?,
+                    1 => bytes.insert(at, u.arbitrary()?),
+                    2 => bytes.truncate(at.max(1)),
+                    3 => drop(bytes.drain(at..bytes.len().min(at + 1 + u.int_in_range(0..=8)?))),
+                    _ => drop(bytes.splice(at..at, u.choose(TOKENS)?.bytes())),
+                }
+                if bytes.is_empty() {
+                    bytes.push(b'{');
+                }
+            }
+            let text = String::from_utf8_lossy(&bytes);
+            let parsed = parse(&text);
+            // A second opinion, where there is one: a value can hold less than a text may say.
+            let value: Value = serde_json::from_str(&text).unwrap_or_default();
+            let is_id = |id: &Uuid| value["job_id"].as_str().and_then(|text| Uuid::parse_str(text).ok()) == Some(*id);
+            match parsed {
+                Err(e) => assert!(!e.to_string().contains("QQ"), "{e}"),
+                Ok(Inbound::UnreadableJob(_, why)) => assert!(!why.contains("QQ"), "{why}"),
+                Ok(_) if value.is_null() => {}
+                Ok(Inbound::Job(job)) => {
+                    assert!(
+                        value["type"] == "job" && is_id(&job.job_id) && value["model_id"] == job.model_id,
+                        "{text}"
+                    );
+                    assert_eq!(job.request.to_string(), value["request"].to_string(), "{text}");
+                    assert_eq!(job.format == WireFormat::Anthropic, value["format"] == "anthropic", "{text}");
+                }
+                Ok(Inbound::JobCancel(id)) => assert!(value["type"] == "job_cancel" && is_id(&id), "{text}"),
+                Ok(Inbound::Other(kind)) => assert_eq!(value["type"], kind, "{text}"),
+                Ok(Inbound::AuthChallenge(nonce)) => {
+                    assert_eq!(BASE64.decode(value["nonce"].as_str().expect("a nonce")).as_ref(), Ok(&nonce), "{text}");
+                }
+                Ok(Inbound::AuthOk(id)) => {
+                    assert_eq!(id.as_deref(), value["provider_id"].as_str().filter(|id| !id.is_empty()), "{text}");
+                }
+                Ok(Inbound::AuthFailed(_)) => assert_eq!(value["type"], "auth_failed", "{text}"),
             }
             Ok(())
-        });
+        })
+        .budget_ms(700);
     }
 }

@@ -13,6 +13,7 @@ use crossbeam_channel::{RecvTimeoutError, bounded};
 use ureq::config::Config;
 use ureq::http::{Response, Uri};
 use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
+use ureq::unversioned::transport::time::Duration as UreqDuration;
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, DefaultConnector, NextTimeout, Transport};
 use ureq::{Agent, Body, Proxy};
 
@@ -314,7 +315,15 @@ impl Transport for Watched {
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
-        let result = self.inner.await_input(timeout);
+        let until = Instant::now().checked_add(*timeout.after);
+        let result = loop {
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            let after = left.map_or(UreqDuration::NotHappening, |left| nap(left).into());
+            match self.inner.await_input(NextTimeout { after, ..timeout }) {
+                Err(ureq::Error::Timeout(_)) if until.is_some_and(|until| Instant::now() < until) => {}
+                result => break result,
+            }
+        };
         match &result {
             Ok(true) => self.wire.received.store(true, Ordering::Relaxed),
             Ok(false) => {}
@@ -332,6 +341,13 @@ impl Transport for Watched {
     }
 }
 
+/// How long to wait in a socket when so much time is left. The kernel's clock for sockets is coarse: it rings late by up to
+/// an eighth of the time, 2 s after a minute; so the last stretch is approached in steps.
+fn nap(left: Duration) -> Duration {
+    const TICK: Duration = Duration::from_millis(16);
+    if left > TICK { left / 8 * 7 } else { left }
+}
+
 /// Resolves addresses and `localhost` in place, which take no time to speak of, and other names in a thread of their own, for
 /// the system's lookup cannot be bounded otherwise.
 #[derive(Debug, Default)]
@@ -344,7 +360,7 @@ pub struct NoThread(std::io::Error);
 
 impl Resolver for LocalFirstResolver {
     fn resolve(&self, uri: &Uri, config: &Config, timeout: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
-        let unbounded = NextTimeout { after: ureq::unversioned::transport::time::Duration::NotHappening, ..timeout };
+        let unbounded = NextTimeout { after: UreqDuration::NotHappening, ..timeout };
         let host = uri.host().unwrap_or_default();
         let literal = host.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok();
         if literal || host.eq_ignore_ascii_case("localhost") {

@@ -5,6 +5,7 @@
 mod agent;
 mod backend;
 mod coordinator;
+mod endless;
 mod fault;
 mod http;
 mod rig;
@@ -19,6 +20,7 @@ use std::time::Duration;
 pub use agent::{Agent, Setup, cli};
 pub use backend::{Answer, Backend, Held};
 pub use coordinator::{Coordinator, Dialled};
+pub use endless::EndlessLine;
 pub use fault::{FaultProxy, Mode};
 pub use http::{Request, response, sse};
 pub use rig::Rig;

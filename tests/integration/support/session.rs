@@ -46,12 +46,16 @@ pub struct Session {
     control: Arc<Control>,
 }
 
+/// Looks at a text message before it is taken apart; true when that was all there is to do with it.
+type Tap = Box<dyn FnMut(&[u8]) -> bool + Send>;
+
 struct Control {
     answers_pings: AtomicBool,
     /// We sent the first Close: the agent's is the answer.
     closing: AtomicBool,
     paused: Mutex<bool>,
     resumed: Condvar,
+    tap: Mutex<Tap>,
 }
 
 impl Session {
@@ -64,6 +68,7 @@ impl Session {
             closing: AtomicBool::new(false),
             paused: Mutex::new(false),
             resumed: Condvar::new(),
+            tap: Mutex::new(Box::new(|_| false)),
         });
         let (sender, events) = unbounded();
         let reader = Reader { out: Arc::clone(&out), control: Arc::clone(&control), events: sender };
@@ -130,6 +135,11 @@ impl Session {
     pub fn pause(&self, paused: bool) {
         *self.control.paused.lock().expect("pause flag") = paused;
         self.control.resumed.notify_all();
+    }
+
+    /// Shows each text message of the agent's to `tap` first: for more of them than an unoptimised test can take apart.
+    pub fn tap(&self, tap: impl FnMut(&[u8]) -> bool + Send + 'static) {
+        *self.control.tap.lock().expect("the tap") = Box::new(tap);
     }
 
     /// Sends a job with a deadline of 30 s and returns its id.
@@ -340,6 +350,9 @@ impl Reader {
                     text.extend(frame.payload);
                     if !frame.last {
                         message = Some(text);
+                        continue;
+                    }
+                    if (self.control.tap.lock().expect("the tap"))(&text) {
                         continue;
                     }
                     match serde_json::from_slice(&text) {
