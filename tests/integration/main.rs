@@ -11,6 +11,7 @@ mod failover; // several backends for one model
 mod faults_backend; // what a broken backend costs: its job, and nothing that lasts
 mod footprint; // what an idle agent costs
 mod handshake; // from the dial to the first `capabilities`
+mod health; // how the offer follows the jobs
 mod identity; // the identity file
 mod jobs; // admission, cancel, deadlines, the one terminal frame
 mod probes; // how the offer follows the backends
@@ -22,4 +23,5 @@ mod request; // the job as the backend gets it
 mod session; // everything else that happens on a live session
 mod shutdown; // signals and the drain
 mod support; // the scripted peers
+mod token_limit; // max_tokens_per_minute
 mod tls; // wss and its certificates
