@@ -25,6 +25,9 @@ const JSON_BODY_MAX: usize = 1 << 20;
 /// `EMFILE` and `ENFILE`: this process, or the box, has no descriptor left. That says nothing of the backend.
 const NO_DESCRIPTOR: [i32; 2] = [24, 23];
 
+/// A connect is given whole milliseconds, so that one which the deadline ends may end just before it.
+const CONNECT_PRECISION: Duration = Duration::from_millis(1);
+
 /// Posts `body` to `url` and relays the answer into `sink`, all within `deadline`.
 pub fn relay(
     client: &Client,
@@ -69,6 +72,9 @@ fn post<'a>(
             Ok(response) => return Ok((lease, response)),
             Err(e) => {
                 sink.still_wanted()?;
+                if deadline.saturating_sub(started.elapsed()) <= CONNECT_PRECISION {
+                    return Err(BackendError::DeadlinePassed);
+                }
                 if !(retry && lease.was_stale() && matches!(e, ureq::Error::Io(_))) {
                     return Err(before_the_answer(e));
                 }
