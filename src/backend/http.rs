@@ -203,6 +203,11 @@ impl<'a> Lease<'a> {
         self.wire.broken.load(Ordering::Relaxed)
     }
 
+    /// Leaves the rest of the answer at most so much time.
+    pub fn hurry(&self, time: Duration) {
+        *self.wire.hurry() = Instant::now().checked_add(time);
+    }
+
     /// Gives the agent back for the next exchange, when this one was read to its end and nobody interrupted it.
     pub fn give_back(self) {
         let Some(agent) = self.interrupt.disarm() else { return };
@@ -260,10 +265,17 @@ struct Wire {
     opened: AtomicBool,
     received: AtomicBool,
     broken: AtomicBool,
+    /// Nothing is waited for beyond this moment.
+    hurry: Mutex<Option<Instant>>,
 }
 
 impl Wire {
+    fn hurry(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.hurry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn reset(&self) {
+        *self.hurry() = None;
         for flag in [&self.opened, &self.received, &self.broken] {
             flag.store(false, Ordering::Relaxed);
         }
@@ -315,7 +327,8 @@ impl Transport for Watched {
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
-        let until = Instant::now().checked_add(*timeout.after);
+        let given = Instant::now().checked_add(*timeout.after);
+        let until = given.into_iter().chain(*self.wire.hurry()).min();
         let result = loop {
             let left = until.map(|until| until.saturating_duration_since(Instant::now()));
             let after = left.map_or(UreqDuration::NotHappening, |left| nap(left).into());

@@ -19,6 +19,9 @@ const READ_BYTES: usize = 16 << 10;
 /// Read of an error's body, in bytes: more than is passed on, for the key that may have to be taken out of it.
 const ERROR_READ_MAX: usize = 4 * ERROR_BODY_MAX;
 
+/// The body of an error has so much time.
+const ERROR_READ_TIME: Duration = Duration::from_secs(1);
+
 /// A JSON body is kept for its usage up to this size, in bytes; a larger one is relayed without.
 const JSON_BODY_MAX: usize = 1 << 20;
 
@@ -42,7 +45,8 @@ pub fn relay(
     drop(body);
     let status = response.status().as_u16();
     if !(200..300).contains(&status) {
-        // What came before it broke off tells enough.
+        // The status is known: what came of its explanation before it broke off, or stalled, tells enough.
+        lease.hurry(ERROR_READ_TIME);
         let (error_body, _) = read_bounded(response.into_body(), ERROR_READ_MAX);
         sink.still_wanted()?;
         return Err(client.status_error(status, &error_body));
