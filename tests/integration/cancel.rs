@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 use serde_json::json;
-use uuid::Uuid;
 
 use crate::support::*;
 
@@ -91,12 +90,8 @@ fn rig(backend: &Backend) -> Rig {
 
 /// Returns its id and the moment of its deadline.
 fn send_job(session: &Session, model: &str, time: Duration) -> (String, Instant) {
-    let id = Uuid::new_v4().to_string();
-    let mut frame = job(&id, model, json!({}));
-    frame["deadline_ms"] = json!(u64::try_from(time.as_millis()).expect("a short deadline"));
     let sent = Instant::now();
-    session.send(&frame);
-    (id, sent + time)
+    (session.job_within(time, model, json!({})), sent + time)
 }
 
 /// Starts so many jobs and takes them into this phase. One after the other, and with deadlines a few milliseconds apart, so
@@ -121,7 +116,7 @@ fn start(session: &Session, backend: &Backend, phase: Phase, count: u32, time: D
                 held.chunk([b'x'; 16 << 10]);
             }
         }
-        Running { id, deadline, watch: held.watch_hang_up(3 * SOON) }
+        Running { id, deadline, watch: held.watch_hang_up(2 * SOON) }
     };
     (0..count).map(start_one).collect()
 }

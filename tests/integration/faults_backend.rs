@@ -188,20 +188,26 @@ fn of_an_error_of_10_mb_half_a_kilobyte_is_passed_on_and_the_rest_is_left() {
     });
 }
 
-/// A job that is to be over in so much time.
-fn hurried_job(patient: &Patient, request: Value, time: Duration) -> String {
-    let id = Uuid::new_v4().to_string();
-    let mut frame = job(&id, "m", request);
-    frame["deadline_ms"] = json!(u64::try_from(time.as_millis()).expect("a short deadline"));
-    patient.rig.session.send(&frame);
-    id
+#[test]
+fn an_error_that_never_ends_is_not_waited_for() {
+    let stalls = ["Content-Length: 500\r\n\r\nbusy", "Transfer-Encoding: chunked\r\n\r\n4\r\nbusy\r\n", "\r\nbusy"];
+    side_by_side(stalls, |rest| {
+        let patient = Patient::new();
+        let (id, mut held) = patient.job();
+        held.send(format!("HTTP/1.1 503 Busy\r\nContent-Type: text/plain\r\n{rest}"));
+        let outcome = patient.rig.session.outcome_within(&id, SOON);
+        assert_eq!(outcome.error(), "out_of_capacity", "{rest:?}");
+        assert!(outcome.message().contains("busy"), "{rest:?}: {}", outcome.message());
+        held.wait_hang_up();
+        patient.assert_well(&[&id]);
+    });
 }
 
 /// The deadline ends it, neither sooner nor, on a machine that does much else, much later.
 fn assert_ends_after(time: Duration, what: &str, progress: impl FnOnce(&Patient, &str, Held)) {
     let patient = Patient::new();
     let began = Instant::now();
-    let id = hurried_job(&patient, json!({}), time);
+    let id = patient.rig.session.job_within(time, "m", json!({}));
     progress(&patient, &id, patient.backend.next());
     let outcome = patient.rig.session.outcome(&id);
     let took = began.elapsed();
@@ -342,8 +348,7 @@ const PICTURE_BYTES: usize = 12_000_000;
 /// A job with a large request, by hand, for building so large a value costs an unoptimised test its time.
 fn send_large_job(patient: &Patient, time: Duration) -> String {
     let id = Uuid::new_v4().to_string();
-    let mut frame = job(&id, "m", json!({"picture": "PICTURE"}));
-    frame["deadline_ms"] = json!(u64::try_from(time.as_millis()).expect("a short deadline"));
+    let frame = job_within(time, &id, "m", json!({"picture": "PICTURE"}));
     patient.rig.session.send_text(&frame.to_string().replace("PICTURE", &"x".repeat(PICTURE_BYTES)));
     id
 }
@@ -401,7 +406,7 @@ fn an_answer_before_the_request_was_read_is_relayed_or_an_error_and_costs_the_jo
 fn two_hundred_megabytes_without_a_line_end_arrive_as_they_were_sent_in_bounded_memory() {
     const PERIODS: usize = 4200;
     let patient = Patient::new();
-    let id = hurried_job(&patient, json!({}), secs(120));
+    let id = patient.rig.session.job_within(secs(120), "m", json!({}));
     let mut held = patient.backend.next();
     let mut line = EndlessLine::new();
     let chunk = [format!("{:x}\r\n", line.period.len()).as_bytes(), &line.period, b"\r\n"].concat();

@@ -25,7 +25,7 @@ pub use fault::{FaultProxy, Mode};
 pub use http::{Request, response, sse};
 pub use rig::Rig;
 pub use scratch::Scratch;
-pub use session::{Event, Outcome, Session, Take, job};
+pub use session::{Event, Outcome, Session, Take, job, job_within};
 pub use tls::{Authority, Flaw, TlsProxy};
 pub use vitals::Vitals;
 pub use wire::{BINARY, CLOSE, CONTINUATION, PING, TEXT, close_payload, encode, verify_auth};

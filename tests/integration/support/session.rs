@@ -149,6 +149,13 @@ impl Session {
         id
     }
 
+    /// Sends a job with this deadline and returns its id.
+    pub fn job_within(&self, time: Duration, model: &str, request: Value) -> String {
+        let id = Uuid::new_v4().to_string();
+        self.send(&job_within(time, &id, model, request));
+        id
+    }
+
     pub fn cancel(&self, id: &str) {
         self.send(&json!({"type": "job_cancel", "job_id": id}));
     }
@@ -284,6 +291,13 @@ impl Drop for Session {
 /// A `job` frame with a deadline of 30 s.
 pub fn job(id: &str, model: &str, request: Value) -> Value {
     json!({"type": "job", "job_id": id, "model_id": model, "request": request, "format": "openai", "deadline_ms": 30_000})
+}
+
+/// A `job` frame with this deadline.
+pub fn job_within(time: Duration, id: &str, model: &str, request: Value) -> Value {
+    let mut frame = job(id, model, request);
+    frame["deadline_ms"] = json!(u64::try_from(time.as_millis()).expect("a deadline of milliseconds"));
+    frame
 }
 
 /// How a job went.
