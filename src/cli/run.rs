@@ -63,5 +63,12 @@ pub(super) fn heed_signals(stop: &Arc<Stop>) -> Result<(), Failure> {
         }
         stop.request();
     })
-    .map_err(|e| Failure::Runtime(format!("failed to install the signal handler: {e}")))
+    .map_err(|e| {
+        // Its own words for an error of the system do not say which.
+        let why = match e {
+            ctrlc::Error::System(e) => e.to_string(),
+            other => other.to_string(),
+        };
+        Failure::Runtime(format!("failed to install the signal handler: {why}"))
+    })
 }
