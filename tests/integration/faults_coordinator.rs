@@ -234,6 +234,22 @@ fn each_of_10_000_jobs_at_once_is_answered_once() {
 }
 
 #[test]
+fn a_job_that_comes_a_thousand_times_runs_once() {
+    let patient = Patient::new();
+    let session = &patient.rig.session;
+    let id = session.job("m", json!({}));
+    let held = patient.backend.next();
+    session.send_raw(&encode(TEXT, true, job(&id, "m", json!({})).to_string().as_bytes()).repeat(999));
+    // The coordinator's order is the agent's: once this is answered, all of them were read.
+    session.outcome(&session.job("unknown", json!({})));
+    held.finish();
+    session.outcome(&id).done();
+    session.assert_quiet(&id);
+    patient.backend.assert_none(QUIET);
+    patient.assert_unharmed();
+}
+
+#[test]
 fn fifty_sessions_that_end_right_after_auth_ok_cost_nothing() {
     let patient = Patient::new();
     patient.rig.session.close(1001, "drain:deploy");
