@@ -270,7 +270,10 @@ fn jobs_in_all_256_places_behind_a_coordinator_that_reads_nothing_fit_into_64_mb
     let session = &patient.rig.session;
     session.pause(true);
     let mut held: Vec<_> = (0..256).map(|_| start(session, &patient.backend, 120_000).1).collect();
-    side_by_side(held.iter_mut(), Held::flood_until_stuck);
+    side_by_side(held.iter_mut(), |held| {
+        held.start_sse();
+        held.flood_until_full();
+    });
     let peak = patient.rig.agent.peak_kib();
     assert!(peak < 64 << 10, "256 blocked jobs took {peak} KiB of memory");
     session.cut();
