@@ -177,6 +177,12 @@ fn a_link_gone_dead_is_given_up_with_all_that_it_held() {
 
 #[test]
 fn a_coordinator_that_reads_a_byte_a_second_stops_no_cancel_and_no_deadline() {
+    // As in `relay`: where unread bytes pile up, the kernel may drop what acknowledges the cancel, and it never arrives.
+    assert!((0..3).any(|_| slowly_read_jobs_end()), "the cancel did not get through to the agent, three times");
+}
+
+/// False when the cancel did not reach the agent.
+fn slowly_read_jobs_end() -> bool {
     let Patient { rig: Rig { session, agent, setup: _setup, coordinator }, backend, before } = Patient::new();
     session.read_slowly();
     let flood = |deadline_ms| {
@@ -187,6 +193,9 @@ fn a_coordinator_that_reads_a_byte_a_second_stops_no_cancel_and_no_deadline() {
     let [(cancelled, cancelled_flood), (_, first), (_, second)] = [(); 3].map(|()| flood(120_000));
     let (_, late) = flood(3000);
     session.cancel(&cancelled);
+    if !agent.stderr.has_line(&[&cancelled, "cancelled"], secs(5)) {
+        return false;
+    }
     cancelled_flood.join().expect("the flood of the cancelled job");
     late.join().expect("the flood of the job that ran out of time");
     assert!(!first.is_finished() && !second.is_finished(), "the other jobs were to go on");
@@ -197,6 +206,7 @@ fn a_coordinator_that_reads_a_byte_a_second_stops_no_cancel_and_no_deadline() {
         flood.join().expect("the flood to end with its session");
     }
     before.assert_restored(&agent, &coordinator.session(), &backend);
+    true
 }
 
 #[test]
