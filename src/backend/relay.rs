@@ -94,6 +94,9 @@ fn relay_body(lease: &Lease<'_>, body: Body, watch: &mut Watch, sink: &mut dyn J
     let mut buffer = vec![0; READ_BYTES];
     let mut relayed = false;
     loop {
+        // Reading on from a socket that was shut down can empty it, and closing an empty one sends no reset: a backend
+        // blocked in its write would find out when the kernel forgets the connection, a minute later.
+        sink.still_wanted()?;
         let read = reader.read(&mut buffer);
         sink.still_wanted()?;
         match read {

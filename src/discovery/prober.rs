@@ -230,8 +230,9 @@ impl Probed {
     }
 
     fn may_serve_soon(&self) -> bool {
-        use BackendError::{FailsItsJobs, Loading, Overloaded, Unanswered};
-        self.unanswered > 0 || matches!(self.away, Some(Loading(_) | Overloaded(_) | Unanswered(_) | FailsItsJobs(_)))
+        use BackendError::{Exhausted, FailsItsJobs, Loading, Overloaded, Unanswered};
+        let soon = |e: &_| matches!(e, Exhausted(_) | Loading(_) | Overloaded(_) | Unanswered(_) | FailsItsJobs(_));
+        self.unanswered > 0 || self.away.as_ref().is_some_and(soon)
     }
 
     /// Takes the answer to a question of a round that began then; true when the backend can be offered.
@@ -244,6 +245,11 @@ impl Probed {
         let serves = self.heard_of && self.away.is_none();
         if serves && (1..=UNANSWERED_MAX).contains(&self.unanswered) {
             log::info!("{id}: no answer to the probe; offered on until the next one");
+            return true;
+        }
+        if let (true, Err(BackendError::Exhausted(why))) = (serves, &answer) {
+            // Who could not even ask knows nothing about the backend.
+            log::info!("{id}: not probed: {why}; offered on until the next one");
             return true;
         }
         let ready = self.offered.backend.ready();

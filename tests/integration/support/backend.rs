@@ -166,8 +166,13 @@ impl Backend {
         self.next_within(SOON)
     }
 
+    /// The next one, if it is held back in time.
+    pub fn try_next(&self, within: Duration) -> Option<Held> {
+        self.held.recv_timeout(within).ok()
+    }
+
     pub fn next_within(&self, within: Duration) -> Held {
-        self.held.recv_timeout(within).unwrap_or_else(|_| {
+        self.try_next(within).unwrap_or_else(|| {
             panic!(
                 "no held request came within {within:?}; seen: {:?}",
                 self.seen().iter().map(Request::line).collect::<Vec<_>>()
@@ -177,7 +182,7 @@ impl Backend {
 
     /// Panics when a request is held back within `time`.
     pub fn assert_none(&self, time: Duration) {
-        if let Ok(held) = self.held.recv_timeout(time) {
+        if let Some(held) = self.try_next(time) {
             panic!("a request that must not come: {} {}", held.request.line(), held.request.body_text());
         }
     }
@@ -346,10 +351,14 @@ impl Held {
 
     /// Waits until the agent has closed the connection, and tells how long that took.
     pub fn wait_hang_up(&mut self) -> Duration {
+        self.wait_hang_up_within(SOON)
+    }
+
+    pub fn wait_hang_up_within(&mut self, within: Duration) -> Duration {
         let began = Instant::now();
-        match self.read_to_hang_up(SOON) {
+        match self.read_to_hang_up(within) {
             Ok(()) => began.elapsed(),
-            Err(e) => panic!("the agent did not hang up on {} within {SOON:?}: {e}", self.request.line()),
+            Err(e) => panic!("the agent did not hang up on {} within {within:?}: {e}", self.request.line()),
         }
     }
 

@@ -3,7 +3,7 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::io::{BufReader, Write};
+use std::io::{BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::wire::{self, BINARY, CLOSE, CONTINUATION, PING, PONG, TEXT};
-use super::{SOON, base64, close_payload, encode, unbase64, verify_auth};
+use super::{SOON, base64, close_payload, encode, secs, unbase64, verify_auth};
 
 #[derive(Clone, Debug)]
 pub enum Event {
@@ -53,6 +53,9 @@ struct Control {
     answers_pings: AtomicBool,
     /// We sent the first Close: the agent's is the answer.
     closing: AtomicBool,
+    /// The reader is to go without reading on.
+    leaving: AtomicBool,
+    reads_slowly: AtomicBool,
     paused: Mutex<bool>,
     resumed: Condvar,
     tap: Mutex<Tap>,
@@ -66,6 +69,8 @@ impl Session {
         let control = Arc::new(Control {
             answers_pings: AtomicBool::new(true),
             closing: AtomicBool::new(false),
+            leaving: AtomicBool::new(false),
+            reads_slowly: AtomicBool::new(false),
             paused: Mutex::new(false),
             resumed: Condvar::new(),
             tap: Mutex::new(Box::new(|_| false)),
@@ -124,6 +129,23 @@ impl Session {
     /// Ends the TCP connection without a word.
     pub fn cut(&self) {
         let _ = self.out.lock().expect("the writing half").shutdown(Shutdown::Both);
+    }
+
+    /// Ends the TCP connection with a reset, which is what closing a socket with unread bytes in it sends.
+    pub fn reset(self) {
+        self.control.leaving.store(true, Ordering::SeqCst);
+        // The first pong is the last thing that the reader takes, the second stays in the socket.
+        self.send_frame(PING, b"");
+        assert!(self.ends_within(SOON), "the agent does not answer a ping");
+        self.send_frame(PING, b"");
+        let out = self.out.lock().expect("the writing half");
+        out.set_read_timeout(Some(SOON)).expect("a read timeout");
+        out.peek(&mut [0]).expect("the second pong");
+    }
+
+    /// From now on one byte a second is read from the socket.
+    pub fn read_slowly(&self) {
+        self.control.reads_slowly.store(true, Ordering::SeqCst);
     }
 
     /// Pings of the agent's are not answered any more.
@@ -241,17 +263,24 @@ impl Session {
         })
     }
 
-    /// Panics when a frame comes, or is waiting, that `is_it` knows.
-    pub fn assert_no_frame(&self, what: &str, time: Duration, is_it: impl Fn(&Value) -> bool) {
+    /// The frames that come within `time`, or are waiting, and that `is_it` knows. They stay for a later wait.
+    pub fn frames(&self, time: Duration, is_it: impl Fn(&Value) -> bool) -> Vec<Value> {
         let deadline = Instant::now() + time;
         let mut kept = self.kept.borrow_mut();
         while let Ok(event) = self.events.recv_deadline(deadline) {
             kept.push_back(event);
         }
-        for event in kept.iter() {
-            if let Event::Frame(frame) = event {
-                assert!(!is_it(frame), "{what} must not come: {frame}");
-            }
+        let known = |event: &Event| match event {
+            Event::Frame(frame) if is_it(frame) => Some(frame.clone()),
+            _ => None,
+        };
+        kept.iter().filter_map(known).collect()
+    }
+
+    /// Panics when a frame comes, or is waiting, that `is_it` knows.
+    pub fn assert_no_frame(&self, what: &str, time: Duration, is_it: impl Fn(&Value) -> bool) {
+        if let Some(frame) = self.frames(time, is_it).first() {
+            panic!("{what} must not come: {frame}");
         }
     }
 
@@ -284,7 +313,11 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         self.pause(false);
-        self.cut();
+        self.control.reads_slowly.store(false, Ordering::SeqCst);
+        // After a reset there is nothing left to say.
+        if !self.control.leaving.load(Ordering::SeqCst) {
+            self.cut();
+        }
     }
 }
 
@@ -336,6 +369,22 @@ fn brief(events: &VecDeque<Event>) -> String {
     format!("{} events, the last: {texts:#?}", events.len())
 }
 
+/// The socket, at the pace that the test wants.
+struct Paced {
+    stream: TcpStream,
+    control: Arc<Control>,
+}
+
+impl Read for Paced {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        if self.control.reads_slowly.load(Ordering::SeqCst) && !buffer.is_empty() {
+            std::thread::sleep(secs(1));
+            return self.stream.read(&mut buffer[..1]);
+        }
+        self.stream.read(buffer)
+    }
+}
+
 struct Reader {
     out: Arc<Mutex<TcpStream>>,
     control: Arc<Control>,
@@ -344,6 +393,7 @@ struct Reader {
 
 impl Reader {
     fn run(self, stream: TcpStream) {
+        let stream = Paced { stream, control: Arc::clone(&self.control) };
         let mut from = BufReader::with_capacity(1 << 16, stream);
         let mut message: Option<Vec<u8>> = None;
         loop {
@@ -391,7 +441,7 @@ impl Reader {
                 other => Event::Violation(format!("the agent sent opcode {other}")),
             };
             let ended = matches!(event, Event::Close(_));
-            if self.events.send(event).is_err() {
+            if self.events.send(event).is_err() || self.control.leaving.load(Ordering::SeqCst) {
                 return;
             }
             // Once the Close frames are exchanged it is the server that ends the connection (RFC 6455, 7.1.1).
