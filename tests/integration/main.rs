@@ -17,6 +17,7 @@ mod handshake; // from the dial to the first `capabilities`
 mod health; // how the offer follows the jobs
 mod identity; // the identity file
 mod jobs; // admission, cancel, deadlines, the one terminal frame
+mod matrix; // FAULTS.md and the tests that it names
 mod probes; // how the offer follows the backends
 mod proxy; // HTTPS_PROXY and its relatives
 mod reconnect; // how sessions end, and when the next begins
