@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use ureq::Body;
 use ureq::http::Response;
 
-use super::http::{Client, Lease, NoThread, read_bounded};
+use super::http::{Client, Lease, read_bounded};
+use super::resolver::NoThread;
 use super::sse::{Scanner, Usage};
 use super::{BackendError, BackendResult, ERROR_BODY_MAX, JobResult, JobSink};
 
@@ -46,7 +47,7 @@ pub fn relay(
     let status = response.status().as_u16();
     if !(200..300).contains(&status) {
         // The status is known: what came of its explanation before it broke off, or stalled, tells enough.
-        lease.hurry(ERROR_READ_TIME);
+        lease.wire().hurry(ERROR_READ_TIME);
         let (error_body, _) = read_bounded(response.into_body(), ERROR_READ_MAX);
         sink.still_wanted()?;
         return Err(client.status_error(status, &error_body));
@@ -79,7 +80,7 @@ fn post<'a>(
                 if deadline.saturating_sub(started.elapsed()) <= CONNECT_PRECISION {
                     return Err(BackendError::DeadlinePassed);
                 }
-                if !(retry && lease.was_stale() && matches!(e, ureq::Error::Io(_))) {
+                if !(retry && lease.wire().was_stale() && matches!(e, ureq::Error::Io(_))) {
                     return Err(before_the_answer(e));
                 }
                 lease = client.fresh_lease();
@@ -100,7 +101,7 @@ fn relay_body(lease: &Lease<'_>, body: Body, watch: &mut Watch, sink: &mut dyn J
         let read = reader.read(&mut buffer);
         sink.still_wanted()?;
         match read {
-            Ok(0) if lease.has_broken() => return Err(broken("the connection was reset", relayed)),
+            Ok(0) if lease.wire().has_broken() => return Err(broken("the connection was reset", relayed)),
             Ok(0) => return watch.finish().map_err(|e| if relayed { e } else { nothing_came(e) }),
             Ok(n) => {
                 sink.send_chunk(&buffer[..n])?;
