@@ -6,6 +6,7 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::{Number, Value, json};
 use uuid::Uuid;
 
@@ -68,6 +69,10 @@ pub fn parse(text: &str) -> Result<Inbound, FrameError> {
     struct Head {
         r#type: String,
     }
+    // serde reads a struct from a JSON array too.
+    if !text.trim_start().starts_with('{') {
+        return Err(FrameError::Json { line: 1, column: 1 });
+    }
     let head: Head = serde_json::from_str(text).map_err(|e| FrameError::Json { line: e.line(), column: e.column() })?;
     match head.r#type.as_str() {
         "job" => parse_job(text),
@@ -105,16 +110,28 @@ fn parse_job(text: &str) -> Result<Inbound, FrameError> {
         format: Option<Value>,
         deadline_ms: Option<Value>,
     }
+    /// The frame, whatever its request is.
+    #[derive(Deserialize)]
+    struct Shape {
+        #[serde(rename = "model_id")]
+        _model_id: String,
+        #[serde(rename = "request")]
+        _request: IgnoredAny,
+    }
+    const NOT_REPRESENTABLE: &str = "the request is JSON that the agent cannot represent";
     const MALFORMED: FrameError = FrameError::Field { frame: "job", fields: "job_id`, `model_id` or `request" };
     let unreadable = |why| job_id(text).map(|id| Inbound::UnreadableJob(id, why)).ok_or(MALFORMED);
     if text.len() > VALUES_MAX && has_more_values_than(VALUES_MAX, text) {
         return unreadable("the request holds more than a million JSON values");
     }
+    if has_number_key(text) {
+        return unreadable(NOT_REPRESENTABLE);
+    }
     let frame: Frame = match serde_json::from_str(text) {
         Ok(frame) => frame,
-        Err(e) if e.is_data() => return Err(MALFORMED),
+        Err(e) if e.is_data() && serde_json::from_str::<Shape>(text).is_err() => return Err(MALFORMED),
         // The frame itself is JSON, for its type could be read: a half emoji, or a thousand brackets.
-        Err(_) => return unreadable("the request is JSON that the agent cannot represent"),
+        Err(_) => return unreadable(NOT_REPRESENTABLE),
     };
     let format = match frame.format.as_ref().and_then(Value::as_str) {
         Some("anthropic") => WireFormat::Anthropic,
@@ -137,6 +154,14 @@ fn job_id(text: &str) -> Option<Uuid> {
     }
     let head: Head = serde_json::from_str(text).ok()?;
     Uuid::parse_str(&head.job_id).ok()
+}
+
+/// Whether an object has the key by which serde_json hands numbers of any precision on: it would become a number. A text
+/// that speaks of the key is a text.
+fn has_number_key(json: &str) -> bool {
+    const KEY: &str = r#""$serde_json::private::Number""#;
+    let is_key = |at: usize| !json[..at].ends_with('\\') && json[at + KEY.len()..].trim_start().starts_with(':');
+    json.match_indices(KEY).any(|(at, _)| is_key(at))
 }
 
 /// Counts what separates values, outside of strings.
@@ -322,13 +347,30 @@ mod tests {
             |request: &str| parse(&format!(r#"{{"type":"job","job_id":"{id}","model_id":"m","request":{request}}}"#));
         let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
         let many = format!("[{}0]", "0,".repeat(VALUES_MAX));
-        for request in [r#""half an emoji: \ud83d""#, &deep, &many] {
+        let numbers = [r#"{"$serde_json::private::Number":"x"}"#, r#"{"a":{"$serde_json::private::Number":"1"}}"#];
+        // The colon escaped: seen only once it fails.
+        let spelt = r#"{"$serde_json\u003a:private::Number":"x"}"#;
+        for request in [r#""half an emoji: \ud83d""#, &deep, &many, numbers[0], numbers[1], spelt] {
             let parsed = job(request);
             assert!(matches!(parsed, Ok(Inbound::UnreadableJob(..))), "{parsed:?}");
         }
-        assert!(matches!(job(r#"{"text":"[[[,,,"}"#), Ok(Inbound::Job(_))));
+        for request in [
+            r#"{"text":"[[[,,,"}"#,
+            r#"{"text":"what does {\"$serde_json::private::Number\": 1} mean?"}"#,
+            r#"["$serde_json::private::Number"]"#,
+        ] {
+            assert!(matches!(job(request), Ok(Inbound::Job(_))), "{request}");
+        }
         let other = format!(r#"{{"type":"news","x":{many}}}"#);
         assert!(matches!(parse(&other), Ok(Inbound::Other(kind)) if kind == "news"));
+    }
+
+    #[test]
+    fn a_list_is_no_frame() {
+        for text in [r#"["auth_ok"]"#, r#" ["news"]"#, r#""news""#, "[]", ""] {
+            assert!(matches!(parse(text), Err(FrameError::Json { .. })), "{text}");
+        }
+        assert!(matches!(parse(" \r\n{\"type\":\"auth_ok\"} "), Ok(Inbound::AuthOk(None))));
     }
 
     #[test]

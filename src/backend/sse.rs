@@ -213,11 +213,21 @@ impl Seen {
             | b"partial_json" => self.piece |= text,
             b"usage" => self.telling |= value.first() == Some(&b'{'),
             b"finish_reason" | b"error" => self.telling |= !value.starts_with(b"null"),
-            b"type" => self.telling |= value.starts_with(b"\"message_stop\"") || value.starts_with(b"\"error\""),
-            b"object" => self.telling |= value.starts_with(b"\"error\""),
-            _ => {}
+            b"type" | b"object" => {
+                self.telling |= value.starts_with(b"\"message_stop\"")
+                    || value.starts_with(b"\"error\"")
+                    || is_escaped_string(value);
+            }
+            // An escape can spell any of them.
+            _ => self.telling |= key.contains(&b'\\'),
         }
     }
+}
+
+/// Whether `value` starts with a string that has an escape in it.
+fn is_escaped_string(value: &[u8]) -> bool {
+    let string = value.strip_prefix(b"\"").and_then(|string| string.get(..end_of_string(string, 0)?));
+    string.is_some_and(|string| string.contains(&b'\\'))
 }
 
 /// The closing quote of the string that starts at `at`.
@@ -273,6 +283,15 @@ mod tests {
         let stream = b"data: {\"usage\":{\"prompt_tokens\":7}}\n\ndata: {\"usage\":null}\n\n\
             data: {\"usage\":{\"completion_tokens\":1}}\n\ndata: {\"usage\":{\"completion_tokens\":2}}\r\n\r\ndata:[DONE]";
         assert_eq!(verdict(stream).0, Ok(usage(7, 2)));
+    }
+
+    #[test]
+    fn escapes_hide_neither_usage_nor_an_end_nor_an_error() {
+        let stream = br#"data: {"us\u0061ge":{"input":1,"output":2}}
+data: {"type":"message_st\u006fp"}"#;
+        assert_eq!(verdict(stream).0, Ok(usage(1, 2)));
+        let failed = verdict(b"data: {\"type\":\"err\\u006fr\"}\ndata: [DONE]").0;
+        assert!(matches!(failed, Err(BackendError::StreamError(_))), "{failed:?}");
     }
 
     #[test]
