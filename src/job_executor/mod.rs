@@ -123,9 +123,9 @@ impl JobExecutor {
                 match self.pool.run(Box::new(move || worker::run(&shared, &of_worker, member, alternatives))) {
                     Ok(()) => return Ok(()),
                     Err(e) => {
-                        log::error!("{e}; is the box short of threads or memory?");
+                        log::error!("{e}");
                         self.shared.table.finish(&ticket);
-                        Refusal::Answer(ErrorCode::OutOfCapacity, "the agent cannot start a thread".into())
+                        Refusal::Answer(ErrorCode::OutOfCapacity, "the agent has no thread for it".into())
                     }
                 }
             }
