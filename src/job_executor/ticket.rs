@@ -111,9 +111,9 @@ impl Ticket {
         self.tokens_emitted.load(Ordering::Relaxed)
     }
 
-    /// Notes what the stream has shown; returns how many are new. Only the job's worker does.
-    pub fn set_tokens_emitted(&self, tokens: u32) -> u32 {
-        tokens.saturating_sub(self.tokens_emitted.swap(tokens, Ordering::Relaxed))
+    /// Notes what the stream has shown; returns how many are new. What a backend takes back was emitted all the same.
+    pub fn note_tokens_emitted(&self, tokens: u32) -> u32 {
+        tokens.saturating_sub(self.tokens_emitted.fetch_max(tokens, Ordering::Relaxed))
     }
 
     /// Until the deadline.
@@ -123,5 +123,17 @@ impl Ticket {
 
     fn wake(&self) -> MutexGuard<'_, Wake> {
         self.wake.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_token_is_new_twice() {
+        let ticket = Ticket::new(Uuid::nil(), Duration::ZERO);
+        let new = [5, 9, 2, 9, 10].map(|tokens| ticket.note_tokens_emitted(tokens));
+        assert_eq!((new, ticket.tokens_emitted()), ([5, 4, 0, 0, 1], 10));
     }
 }

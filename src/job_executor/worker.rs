@@ -83,7 +83,7 @@ impl JobSink for Relay<'_> {
     }
 
     fn tokens_emitted(&mut self, tokens: u32) {
-        let new = self.ticket.set_tokens_emitted(tokens);
+        let new = self.ticket.note_tokens_emitted(tokens);
         self.shared.surroundings.token_limit.count(u64::from(new));
     }
 }
