@@ -287,3 +287,26 @@ fn a_job_cancelled_in_the_queue_is_never_sent_and_the_one_behind_it_is_served() 
     }
     before.assert_restored(&rig.agent, &rig.session, &healthy);
 }
+
+/// What nobody wants any more is not kept for a worker to find out.
+#[test]
+fn requests_cancelled_in_the_queue_take_their_memory_with_them() {
+    let stuck = Backend::vllm(&["stuck"]);
+    let rig = Rig::with(|setup| setup.backend(stuck.toml()).limits("max_concurrent = 1"));
+    let _queue = stuck.swallow_connects();
+    for connects in [1, 2] {
+        let id = rig.session.job("stuck", json!({}));
+        stuck.wait_for_connects(connects);
+        rig.session.cancel(&id);
+    }
+    let before = rig.agent.status_kib("VmRSS");
+    let large = "x".repeat(1 << 20);
+    // Before the connects are given up.
+    for _ in 0..50 {
+        let id = rig.session.job("stuck", json!({"messages": [large]}));
+        rig.session.cancel(&id);
+    }
+    assert_eq!(rig.session.outcome(&rig.session.job("nobody", json!({}))).error(), "model_not_loaded");
+    let after = rig.agent.status_kib("VmRSS");
+    assert!(after < before + (24 << 10), "{before} KiB, then {after} KiB");
+}
