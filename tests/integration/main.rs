@@ -19,5 +19,6 @@ mod relay; // the response's bytes, and what is read off them
 mod request; // the job as the backend gets it
 mod session; // everything else that happens on a live session
 mod shutdown; // signals and the drain
+mod soak; // all of it at once and at random, for minutes or hours
 mod support; // the scripted peers
 mod tls; // wss and its certificates
