@@ -41,6 +41,8 @@ pub struct Play {
     pub backend: usize,
     pub began: Instant,
     pub ended: Option<Instant>,
+    /// The agent closed the connection before the backend was through.
+    pub hung_up: bool,
     /// How it was refused; `None` when its script was played.
     pub refusal: Option<&'static Refusal>,
 }
@@ -81,7 +83,7 @@ impl Board {
                 return 0;
             };
             seen.working += 1;
-            seen.plays.push(Play { backend, began: Instant::now(), ended: None, refusal });
+            seen.plays.push(Play { backend, began: Instant::now(), ended: None, hung_up: false, refusal });
             seen.plays.len() - 1
         })
     }
@@ -92,7 +94,7 @@ impl Board {
             state.working -= 1;
             let Some(seen) = state.jobs.get_mut(&seed) else { return };
             seen.working -= 1;
-            seen.plays[play].ended = Some(Instant::now());
+            (seen.plays[play].ended, seen.plays[play].hung_up) = (Some(Instant::now()), hung_up);
             if let Some(cancelled) = seen.cancelled.filter(|_| hung_up)
                 && cancelled.trouble(&self.weather).is_zero()
             {

@@ -39,6 +39,10 @@ pub struct Job {
     pub got: usize,
     /// The ping behind its cancel.
     pub cancelled: Option<u64>,
+    /// When its pong came: the agent had read the cancel.
+    pub cancel_read: Option<Moment>,
+    /// Something came behind that pong.
+    pub late: bool,
 }
 
 impl Job {
@@ -95,6 +99,8 @@ impl Job {
             answered: 0,
             got: 0,
             cancelled: None,
+            cancel_read: None,
+            late: false,
         }
     }
 
@@ -111,6 +117,13 @@ impl Job {
     pub fn is_over(&self, plays: &[Play], weather: &Weather) -> bool {
         let was_long = plays.iter().any(|play| play.time() >= DUPLICATE_READ);
         self.answered == self.copies || was_long && self.sent.trouble(weather).is_zero()
+    }
+
+    /// Whether a frame may still come although the agent has read the cancel: when all of the answer was on its way by
+    /// then, which is when no backend lost its connection over the cancel.
+    pub fn may_be_late(&self, plays: &[Play]) -> bool {
+        let had_timed_out = self.cancel_read.is_some_and(|read| read.at >= self.sent.at + self.deadline);
+        had_timed_out || plays.last().is_none_or(|play| !play.hung_up)
     }
 
     /// Whether it should have been answered long ago.

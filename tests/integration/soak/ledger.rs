@@ -16,6 +16,8 @@ use crate::support::*;
 const OFFER_DELAY: Duration = secs(2);
 /// The agent's heartbeat comes every 15 s.
 const HEARTBEAT_MAX: Duration = secs(25);
+/// A job is remembered for so long after its cancel was read.
+const CANCEL_KEPT: Duration = secs(5);
 /// Ended jobs that are remembered, to say what a frame too many came after.
 const ENDED_KEPT: usize = 4096;
 
@@ -55,7 +57,7 @@ impl<'a> Ledger<'a> {
     }
 
     pub fn is_idle(&self) -> bool {
-        self.jobs.is_empty()
+        self.jobs.values().all(|job| job.cancel_read.is_some())
     }
 
     /// Notes a job that is about to be sent.
@@ -120,6 +122,7 @@ impl<'a> Ledger<'a> {
 
     fn chunk(&mut self, frame: &Value, tally: &mut Tally) {
         let Some(job) = self.job_of(frame, tally) else { return };
+        job.late |= job.cancel_read.is_some();
         let bytes = unbase64(frame["data"].as_str().unwrap_or_default());
         let expected = job.script.body.get(job.got..job.got + bytes.len());
         if expected != Some(&bytes[..]) {
@@ -144,6 +147,12 @@ impl<'a> Ledger<'a> {
                 tally.fault(fault);
             }
         }
+        if job.cancel_read.is_some() {
+            tally.count("of them cancelled when they had ended");
+            if !job.may_be_late(&plays) {
+                tally.fault(describe(job, &plays, frame, "a terminal frame after its cancel"));
+            }
+        }
         tally.ended(job, &plays, frame);
         let job = self.jobs.get_mut(&id).expect("it was there");
         job.answered += 1;
@@ -165,23 +174,26 @@ impl<'a> Ledger<'a> {
     }
 
     /// Control overtakes data, and what is left of a cancelled job is dropped before it is written: behind the pong that
-    /// answers the ping behind the cancel nothing of it may come.
+    /// answers the ping behind the cancel nothing of it may come. But a job whose last frame was queued when the cancel was
+    /// read has ended before it, and then all of its frames come.
     fn pong(&mut self, payload: &[u8], tally: &mut Tally) {
         let Ok(number) = payload.try_into().map(u64::from_be_bytes) else {
             return tally.fault(format!("a pong that nobody asked for: {payload:?}"));
         };
         while self.cancels.front().is_some_and(|(ping, _)| *ping <= number) {
             let Some((_, id)) = self.cancels.pop_front() else { return };
-            if self.jobs.contains_key(&id) {
-                tally.count("cancelled");
-                self.retire(&id, "its cancel");
+            if let Some(job) = self.jobs.get_mut(&id) {
+                job.cancel_read = Some(Moment::now(&self.world.weather));
+                self.world.board.over(job.seed);
             }
         }
     }
 
     fn retire(&mut self, id: &str, how: &'static str) {
         let Some(job) = self.jobs.remove(id) else { return };
-        self.world.board.over(job.seed);
+        if job.cancel_read.is_none() {
+            self.world.board.over(job.seed);
+        }
         self.ended.push_back((job.id, how));
         if self.ended.len() > ENDED_KEPT {
             self.ended.pop_front();
@@ -191,15 +203,21 @@ impl<'a> Ledger<'a> {
     /// What should have come long ago.
     pub fn sweep(&mut self, tally: &mut Tally) {
         let weather = &self.world.weather;
-        let overdue: Vec<_> =
-            self.jobs.values().filter(|job| job.is_overdue(weather)).map(|job| job.id.clone()).collect();
-        for id in overdue {
+        let is_old = |job: &&Job| match job.cancel_read {
+            Some(read) => read.fair_time(weather) > CANCEL_KEPT,
+            None => job.is_overdue(weather),
+        };
+        let old: Vec<_> = self.jobs.values().filter(is_old).map(|job| job.id.clone()).collect();
+        for id in old {
             let job = &self.jobs[&id];
-            if job.answered == 0 {
-                let plays = self.world.board.plays(job.seed);
-                tally.fault(describe(job, &plays, &Value::Null, "no answer long after its deadline"));
+            let plays = self.world.board.plays(job.seed);
+            match job.cancel_read {
+                Some(_) if job.late => tally.fault(describe(job, &plays, &Value::Null, "a chunk after its cancel")),
+                Some(_) => tally.count("cancelled"),
+                None if job.answered > 0 => {}
+                None => tally.fault(describe(job, &plays, &Value::Null, "no answer long after its deadline")),
             }
-            self.retire(&id, "being given up");
+            self.retire(&id, if job.cancel_read.is_some() { "its cancel" } else { "being given up" });
         }
         if self.heartbeat.fair_time(weather) > HEARTBEAT_MAX {
             tally.fault("no heartbeat".to_owned());
@@ -216,12 +234,13 @@ impl<'a> Ledger<'a> {
 
     /// The session is over, and with it its jobs.
     pub fn end(mut self, tally: &mut Tally) {
-        let open: Vec<_> = self.jobs.iter().map(|(id, job)| (id.clone(), job.answered)).collect();
-        for (id, answered) in open {
-            if answered == 0 {
-                tally.count("ended with its session");
+        for (_, job) in self.jobs.drain() {
+            match job.cancel_read {
+                Some(_) if !job.late => tally.count("cancelled"),
+                _ if job.answered == 0 => tally.count("ended with its session"),
+                _ => {}
             }
-            self.retire(&id, "the end of its session");
+            self.world.board.over(job.seed);
         }
     }
 }

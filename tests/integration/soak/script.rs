@@ -82,12 +82,12 @@ enum Act {
 }
 
 const ACTS: [(u64, Act); 13] = [
-    (600, Act::Quick),
-    (80, Act::Slow),
+    (700, Act::Quick),
+    (60, Act::Slow),
     (30, Act::Trickle),
-    (40, Act::LateHead),
-    (30, Act::Silence),
-    (20, Act::NoHead),
+    (30, Act::LateHead),
+    (20, Act::Silence),
+    (10, Act::NoHead),
     (50, Act::Cut),
     (30, Act::Reset),
     (40, Act::ErrorEvent),

@@ -11,7 +11,7 @@ use super::weather::{Moment, Trouble, Weather};
 use crate::support::*;
 
 /// Jobs begun at one time, outside of a burst.
-const AT_A_TIME: usize = 2;
+const AT_A_TIME: usize = 3;
 /// A job is cancelled this long after it was sent at the latest.
 const CANCEL_WITHIN: std::ops::Range<u64> = 0..1500;
 /// The agent answers a Close at once.
@@ -125,7 +125,7 @@ impl Whims {
         let mut wanted = self.target.saturating_sub(in_flight).min(AT_A_TIME);
         if now >= self.target_due {
             self.target_due = now + rng.time(1000..6000);
-            self.target = rng.within(2..MAX_CONCURRENT as u64 + 4) as usize;
+            self.target = rng.within(4..MAX_CONCURRENT as u64 + 4) as usize;
             if rng.per_mille(150) {
                 wanted = MAX_CONCURRENT + 16;
             }
