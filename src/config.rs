@@ -82,6 +82,8 @@ pub struct BackendConfig {
     pub api_key_env: Option<String>,
     /// `models`: only these are offered.
     pub models: Option<Vec<String>>,
+    /// `max_concurrent`: jobs of this one at a time, within [`MAX_CONCURRENT_RANGE`].
+    pub max_concurrent: Option<u32>,
 }
 
 /// USDC micro-units per million tokens.
@@ -114,7 +116,7 @@ impl Pricing {
 pub struct Limits {
     /// Within [`MAX_CONCURRENT_RANGE`].
     pub max_concurrent: u32,
-    /// Stated to the coordinator.
+    /// Over a sliding minute, prompts and answers together.
     pub max_tokens_per_minute: Option<u64>,
     /// `drain_seconds`.
     pub drain: Duration,

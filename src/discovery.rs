@@ -1,15 +1,18 @@
 //! What can be offered right now: probes of the backends, prices, and the catalog that the rest of the agent reads.
 //!
 //! One thread, `prober`, owns the state of the backends and is the only one to publish a [`Catalog`]; each round it asks
-//! all of them side by side, so a hung backend delays nobody but itself. Readers take a snapshot and hold no lock.
+//! all of them side by side, so a hung backend delays nobody but itself. Readers take a snapshot and hold no lock. How the
+//! jobs of a backend go is kept in its [`Member`]: one that fails them is not offered, whatever its health check says.
 
 mod catalog;
+mod member;
 mod prober;
 
 use std::collections::HashSet;
 use std::sync::Arc;
 
-pub use catalog::{Catalog, Offers};
+pub use catalog::{Catalog, Listing, Offers};
+pub use member::{Member, Slot};
 pub use prober::{Prober, dice, probe_all};
 
 use crate::backend::{Backend, BackendModel, HttpBackend};
@@ -51,6 +54,8 @@ pub struct OfferedBackend {
     pub backend: Arc<dyn Backend>,
     /// Only these of its models; `None` for all of them.
     pub allowed_models: Option<Vec<String>>,
+    /// Jobs that it may run at a time; `None` for as many as there are.
+    pub max_concurrent: Option<u32>,
 }
 
 /// What does not depend on a backend.
@@ -70,7 +75,16 @@ pub fn configured_backend(config: &BackendConfig) -> Arc<dyn Backend> {
 impl OfferedBackend {
     /// What a `[[backends]]` entry offers.
     pub fn configured(config: &BackendConfig) -> OfferedBackend {
-        OfferedBackend { backend: configured_backend(config), allowed_models: config.models.clone() }
+        OfferedBackend {
+            backend: configured_backend(config),
+            allowed_models: config.models.clone(),
+            max_concurrent: config.max_concurrent,
+        }
+    }
+
+    /// Jobs that it may run at a time.
+    pub fn slots_max(&self, terms: &Terms) -> u32 {
+        self.max_concurrent.unwrap_or(terms.max_concurrent).min(terms.max_concurrent)
     }
 
     /// Prices what the backend listed. A model with a price of 0 is dropped, and so is a second one of the same name.

@@ -56,7 +56,9 @@ pub mod writer;
 pub mod job_executor;
 pub mod worker_pool;
 pub mod threads;
+pub mod memory;
 pub mod heartbeat;
+pub mod token_limit;
 
 pub mod discovery;
 pub mod backend;

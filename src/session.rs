@@ -15,10 +15,14 @@ use tungstenite::{Error as WsError, Message};
 use crate::discovery::{Offers, Prober};
 use crate::heartbeat::Statistics;
 use crate::identity::Identity;
-use crate::job_executor::{CONTROL_LANE_MAX, Control, JobExecutor, Lanes, Outbox, Overflow, REQUEST_BYTES_MAX};
+use crate::job_executor::{
+    CONTROL_LANE_MAX, Control, JobExecutor, Lanes, Outbox, Overflow, REQUEST_BYTES_MAX, Surroundings,
+};
 use crate::logging::shown;
+use crate::memory;
 use crate::protocol::{self, ErrorCode, Inbound, OfferLimits};
 use crate::shutdown::{Leave, Live, Stop};
+use crate::token_limit::TokenLimit;
 use crate::transport::{Link, MESSAGE_BYTES_MAX, ReadHalf, STALL_TIMEOUT};
 use crate::writer::Writer;
 
@@ -32,6 +36,9 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 const CLOSE_REPLY_TIMEOUT: Duration = Duration::from_millis(300);
 /// The end of a session waits so long for its writer, which may be blocked in a dead socket.
 const WRITER_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// The memory of a frame of this size or more is worth giving back.
+const LARGE_FRAME_BYTES: usize = 256 << 10;
 
 /// How soon a second signal is noticed; only a stopping agent looks so often.
 const GLANCE: Duration = Duration::from_millis(20);
@@ -131,6 +138,8 @@ pub struct Context<'a> {
     pub prober: &'a Prober,
     /// Figures over all sessions.
     pub statistics: &'a Arc<Statistics>,
+    /// `max_tokens_per_minute`, over all sessions.
+    pub token_limit: &'a Arc<TokenLimit>,
     /// Stated with the offer.
     pub limits: OfferLimits,
     /// For jobs in flight when the agent stops.
@@ -154,11 +163,14 @@ pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) 
     let lanes = Lanes::default();
     let outbox = Outbox::Lanes { control: lanes.control.clone(), data: lanes.data.clone() };
     let executor = Arc::new(JobExecutor::with_outbox(
-        context.offers.clone(),
         context.limits.max_concurrent_total,
         outbox,
-        context.statistics.clone(),
-        Some(context.prober.clone()),
+        Surroundings {
+            offers: context.offers.clone(),
+            statistics: context.statistics.clone(),
+            token_limit: context.token_limit.clone(),
+            prober: Some(context.prober.clone()),
+        },
     ));
     let link = half.link();
     let write_half = half.split(outlet_to(lanes.control.clone()));
@@ -244,6 +256,9 @@ fn read_loop(half: &mut ReadHalf, executor: &JobExecutor) -> SessionEnd {
 }
 
 fn handle_frame(text: &str, executor: &JobExecutor) -> Result<(), Overflow> {
+    if text.len() >= LARGE_FRAME_BYTES {
+        memory::note_freed();
+    }
     match protocol::parse(text) {
         Ok(Inbound::Job(job)) => {
             crate::debug!("job {} for model `{}`", job.job_id, shown(&job.model_id));

@@ -15,6 +15,7 @@ use crate::logging::shown;
 use crate::protocol::OfferLimits;
 use crate::session::{self, SessionEnd};
 use crate::shutdown::{Live, Stop};
+use crate::token_limit::TokenLimit;
 use crate::transport::Dialer;
 use crate::{backend, discovery};
 
@@ -30,7 +31,7 @@ pub struct Agent {
     pub backends: Vec<OfferedBackend>,
     /// At which prices, and how much at a time.
     pub terms: Terms,
-    /// Stated with the offer.
+    /// Jobs are refused while so many were used in the last minute.
     pub max_tokens_per_minute: Option<u64>,
     /// For jobs in flight when it stops.
     pub drain: Duration,
@@ -53,6 +54,7 @@ impl Agent {
         let offers = Arc::new(Offers::default());
         let prober = Prober::spawn(std::mem::take(&mut self.backends), self.terms.clone(), offers.clone())?;
         let statistics = Arc::new(Statistics::default());
+        let token_limit = Arc::new(TokenLimit::new(self.max_tokens_per_minute));
         let proxy = if self.use_proxy { backend::proxy_from_env() } else { None };
         let dialer = Dialer::new(self.coordinator.url.clone(), self.coordinator.roots.clone(), proxy);
         let limits = OfferLimits {
@@ -63,6 +65,7 @@ impl Agent {
             offers: &offers,
             prober: &prober,
             statistics: &statistics,
+            token_limit: &token_limit,
             limits,
             drain: self.drain,
             stop,

@@ -6,10 +6,12 @@
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::threads;
+use crossbeam_channel::{Sender, bounded};
+
+use crate::{memory, threads};
 
 /// How long a worker waits for the next task before it leaves.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -26,15 +28,24 @@ struct Shared {
     name: &'static str,
     workers_max: usize,
     state: Mutex<State>,
-    wake: Condvar,
 }
 
 #[derive(Default)]
 struct State {
+    /// Waiting for a worker, which happens only at the maximum.
     tasks: VecDeque<Task>,
+    /// The worker that became idle last is the last, and the next to be given a task: under a light load the others go on
+    /// being idle, and leave.
+    idle: Vec<Idle>,
     workers: usize,
-    idle: usize,
+    /// Workers ever started: the number of the next.
+    started: usize,
     closed: bool,
+}
+
+struct Idle {
+    worker: usize,
+    task: Sender<Task>,
 }
 
 /// No worker is there and none could be started.
@@ -45,8 +56,7 @@ pub struct SpawnError(#[from] std::io::Error);
 impl WorkerPool {
     /// No thread is started before the first task.
     pub fn new(name: &'static str, workers_max: usize) -> WorkerPool {
-        let shared = Shared { name, workers_max, state: Mutex::default(), wake: Condvar::new() };
-        WorkerPool { shared: Arc::new(shared) }
+        WorkerPool { shared: Arc::new(Shared { name, workers_max, state: Mutex::default() }) }
     }
 
     /// Has `task` run soon, by an idle worker, a new one, or the next that is through with its own.
@@ -55,23 +65,24 @@ impl WorkerPool {
     /// The system refused a thread; the task is dropped.
     pub fn run(&self, task: Task) -> Result<(), SpawnError> {
         let mut state = self.shared.lock();
-        state.tasks.push_back(task);
-        if state.idle >= state.tasks.len() {
-            self.shared.wake.notify_one();
-        } else if state.workers < self.shared.workers_max {
-            // Spawned under the lock, so that the task cannot be taken by another while we may have to take it back.
-            let shared = self.shared.clone();
-            let name = format!("{}-{}", shared.name, state.workers);
-            let spawned = threads::spawn(name, move || shared.work());
-            match spawned {
-                Ok(_) => state.workers += 1,
-                Err(e) => {
-                    let task = state.tasks.pop_back();
-                    drop(state);
-                    drop(task);
-                    return Err(e.into());
-                }
-            }
+        if let Some(idle) = state.idle.pop() {
+            // There is room for the one task that an idle worker is ever given, and it leaves the list before it leaves.
+            let _ = idle.task.send(task);
+            return Ok(());
+        }
+        if state.workers >= self.shared.workers_max {
+            state.tasks.push_back(task);
+            return Ok(());
+        }
+        let worker = state.started;
+        state.started += 1;
+        state.workers += 1;
+        drop(state);
+        let shared = self.shared.clone();
+        let spawned = threads::spawn(format!("{}-{worker}", shared.name), move || shared.work(worker, task));
+        if let Err(e) = spawned {
+            self.shared.lock().workers -= 1;
+            return Err(e.into());
         }
         Ok(())
     }
@@ -84,8 +95,10 @@ impl WorkerPool {
 
 impl Drop for WorkerPool {
     fn drop(&mut self) {
-        self.shared.lock().closed = true;
-        self.shared.wake.notify_all();
+        let mut state = self.shared.lock();
+        state.closed = true;
+        // Wakes them: their channels disconnect.
+        state.idle.clear();
     }
 }
 
@@ -94,33 +107,42 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn work(&self) {
-        while let Some(task) = self.next_task() {
+    fn work(&self, worker: usize, first: Task) {
+        let mut next = Some(first);
+        while let Some(task) = next {
             // The task answers for itself from a drop guard; here only the worker is to survive.
             let _ = catch_unwind(AssertUnwindSafe(task));
+            next = self.next_task(worker);
+        }
+        memory::note_freed();
+        if self.lock().workers == 0 {
+            // The last one to leave has time.
+            memory::give_back();
         }
     }
 
     /// `None` when this worker is to leave; it is no longer counted then.
-    fn next_task(&self) -> Option<Task> {
+    fn next_task(&self, worker: usize) -> Option<Task> {
         let mut state = self.lock();
-        loop {
-            if let Some(task) = state.tasks.pop_front() {
-                return Some(task);
-            }
-            if state.closed {
-                break;
-            }
-            state.idle += 1;
-            let (guard, waited) = self.wake.wait_timeout(state, IDLE_TIMEOUT).unwrap_or_else(PoisonError::into_inner);
-            state = guard;
-            state.idle -= 1;
-            if waited.timed_out() && state.tasks.is_empty() {
-                break;
-            }
+        if let Some(task) = state.tasks.pop_front() {
+            return Some(task);
         }
-        state.workers -= 1;
-        None
+        if state.closed {
+            state.workers -= 1;
+            return None;
+        }
+        let (task, inbox) = bounded(1);
+        state.idle.push(Idle { worker, task });
+        drop(state);
+        if let Ok(task) = inbox.recv_timeout(IDLE_TIMEOUT) {
+            return Some(task);
+        }
+        let mut state = self.lock();
+        state.idle.retain(|idle| idle.worker != worker);
+        // Between the timeout and the lock a task may have been given.
+        let late = inbox.try_recv().ok();
+        state.workers -= usize::from(late.is_none());
+        late
     }
 }
 
@@ -157,6 +179,32 @@ mod tests {
         started.recv_timeout(PATIENCE).expect("the third runs");
         drop(release);
         assert_eq!(pool.workers(), 2);
+    }
+
+    #[test]
+    fn the_worker_that_became_idle_last_gets_the_next_task() {
+        let pool = WorkerPool::new("test", 2);
+        let (started_tx, started) = unbounded();
+        let (first, first_rx) = bounded(0);
+        let (second, second_rx) = bounded(0);
+        pool.run(blocking_task(&started_tx, &first_rx)).expect("spawned");
+        pool.run(blocking_task(&started_tx, &second_rx)).expect("spawned");
+        for _ in 0..2 {
+            started.recv_timeout(PATIENCE).expect("both run");
+        }
+        let wait_for_idle = |count| {
+            while pool.shared.lock().idle.len() < count {
+                std::thread::yield_now();
+            }
+        };
+        drop(first);
+        wait_for_idle(1);
+        drop(second);
+        wait_for_idle(2);
+        let (tx, rx) = bounded(1);
+        let task = move || tx.send(std::thread::current().name().map(str::to_owned)).expect("the test listens");
+        pool.run(Box::new(task)).expect("given to an idle worker");
+        assert_eq!(rx.recv_timeout(PATIENCE).expect("it ran").as_deref(), Some("test-1"));
     }
 
     #[test]

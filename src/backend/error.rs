@@ -70,6 +70,12 @@ pub enum BackendError {
     /// Refused, not resolved, not connected in time, or broken off before the first byte of the answer.
     #[error("the backend cannot be reached: {0}")]
     Unreachable(String),
+    /// The box has no descriptor or no thread left for a connection.
+    #[error("the agent's box is short of resources: {0}")]
+    Exhausted(String),
+    /// So many jobs running failed at it, whatever its health check says.
+    #[error("its last {0} jobs failed")]
+    FailsItsJobs(u32),
     /// A probe got no answer in its time: the backend may be busy, or hang.
     #[error("no answer within {0} s")]
     Unanswered(u64),
@@ -100,7 +106,10 @@ pub enum BackendError {
     /// Any other status, redirects included.
     #[error("the backend failed: {0}")]
     Status(HttpStatus),
-    /// The stream ended before its end, after its first byte.
+    /// The connection broke after the first byte of the answer.
+    #[error("the connection to the backend broke: {0}")]
+    Broken(String),
+    /// The stream ended before its end mark, after its first byte.
     #[error("the stream was cut: {0}")]
     CutStream(String),
     /// The stream carried an `error` object.
@@ -124,14 +133,16 @@ impl BackendError {
             BackendError::Cancelled | BackendError::SessionGone => None,
             BackendError::DeadlinePassed => Some(ErrorCode::BackendTimeout),
             BackendError::Unreachable(_)
+            | BackendError::FailsItsJobs(_)
             | BackendError::Unanswered(_)
             | BackendError::NotHttp(_)
             | BackendError::BadGateway(_) => Some(ErrorCode::BackendUnreachable),
             BackendError::Loading(_) | BackendError::ModelNotFound(_) => Some(ErrorCode::ModelNotLoaded),
-            BackendError::Overloaded(_) => Some(ErrorCode::OutOfCapacity),
+            BackendError::Overloaded(_) | BackendError::Exhausted(_) => Some(ErrorCode::OutOfCapacity),
             BackendError::MissingKey(_) | BackendError::AuthRejected(_) => Some(ErrorCode::AuthRejectedByBackend),
             BackendError::BadRequest(_)
             | BackendError::Status(_)
+            | BackendError::Broken(_)
             | BackendError::CutStream(_)
             | BackendError::StreamError(_)
             | BackendError::Aborted
@@ -143,6 +154,18 @@ impl BackendError {
     /// Whether the requester is to blame, so that it counts neither against us nor against the backend.
     pub fn is_requesters_fault(&self) -> bool {
         matches!(self, BackendError::BadRequest(_))
+    }
+
+    /// Whether it speaks against the backend's health: a connection that failed, or a 5xx.
+    pub fn is_backends_fault(&self) -> bool {
+        match self {
+            BackendError::Unreachable(_) | BackendError::NotHttp(_) | BackendError::Broken(_) => true,
+            BackendError::BadGateway(s)
+            | BackendError::Loading(s)
+            | BackendError::Overloaded(s)
+            | BackendError::Status(s) => s.status >= 500,
+            _ => false,
+        }
     }
 
     /// Whether another backend may do better: this one is not there, not ready or full, and has not begun.
@@ -176,9 +199,12 @@ impl BackendError {
             | BackendError::SessionGone
             | BackendError::DeadlinePassed
             | BackendError::Unreachable(_)
+            | BackendError::Exhausted(_)
+            | BackendError::FailsItsJobs(_)
             | BackendError::Unanswered(_)
             | BackendError::NotHttp(_)
             | BackendError::MissingKey(_)
+            | BackendError::Broken(_)
             | BackendError::CutStream(_)
             | BackendError::Aborted
             | BackendError::BadAnswer(_)

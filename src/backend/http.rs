@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{RecvTimeoutError, bounded};
 use ureq::config::Config;
 use ureq::http::{Response, Uri};
 use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
@@ -16,6 +17,7 @@ use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, Defaul
 use ureq::{Agent, Body, Proxy};
 
 use super::secret::ApiKey;
+use crate::threads;
 
 /// Agents kept for the next request, each with at most one open connection and its 32 KiB of buffers.
 const IDLE_AGENTS_MAX: usize = 8;
@@ -330,19 +332,36 @@ impl Transport for Watched {
     }
 }
 
-/// Resolves addresses and `localhost` in place, which take no time to speak of; ureq's resolver spends a thread on every name.
+/// Resolves addresses and `localhost` in place, which take no time to speak of, and other names in a thread of their own, for
+/// the system's lookup cannot be bounded otherwise.
 #[derive(Debug, Default)]
 struct LocalFirstResolver(DefaultResolver);
 
+/// The system refused the thread for a lookup.
+#[derive(Debug, thiserror::Error)]
+#[error("failed to start a thread: {0}")]
+pub struct NoThread(std::io::Error);
+
 impl Resolver for LocalFirstResolver {
     fn resolve(&self, uri: &Uri, config: &Config, timeout: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        let unbounded = NextTimeout { after: ureq::unversioned::transport::time::Duration::NotHappening, ..timeout };
         let host = uri.host().unwrap_or_default();
         let literal = host.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok();
-        let timeout = if literal || host.eq_ignore_ascii_case("localhost") {
-            NextTimeout { after: ureq::unversioned::transport::time::Duration::NotHappening, ..timeout }
-        } else {
-            timeout
+        if literal || host.eq_ignore_ascii_case("localhost") {
+            return self.0.resolve(uri, config, unbounded);
+        }
+        let (found, inbox) = bounded(1);
+        let (uri, config) = (uri.clone(), config.clone());
+        let lookup = move || drop(found.send(DefaultResolver::default().resolve(&uri, &config, unbounded)));
+        threads::spawn("resolve", lookup).map_err(|e| ureq::Error::Other(Box::new(NoThread(e))))?;
+        // A lookup that panicked found nothing.
+        let in_time = |e| {
+            if e == RecvTimeoutError::Timeout {
+                ureq::Error::Timeout(timeout.reason)
+            } else {
+                ureq::Error::HostNotFound
+            }
         };
-        self.0.resolve(uri, config, timeout)
+        inbox.recv_timeout(*timeout.after).map_err(in_time)?
     }
 }

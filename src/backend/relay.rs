@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use ureq::Body;
 use ureq::http::Response;
 
-use super::http::{Client, Lease, read_bounded};
+use super::http::{Client, Lease, NoThread, read_bounded};
 use super::sse::{Scanner, Usage};
 use super::{BackendError, BackendResult, ERROR_BODY_MAX, JobResult, JobSink};
 
@@ -21,6 +21,9 @@ const ERROR_READ_MAX: usize = 4 * ERROR_BODY_MAX;
 
 /// A JSON body is kept for its usage up to this size, in bytes; a larger one is relayed without.
 const JSON_BODY_MAX: usize = 1 << 20;
+
+/// `EMFILE` and `ENFILE`: this process, or the box, has no descriptor left. That says nothing of the backend.
+const NO_DESCRIPTOR: [i32; 2] = [24, 23];
 
 /// Posts `body` to `url` and relays the answer into `sink`, all within `deadline`.
 pub fn relay(
@@ -103,7 +106,7 @@ fn relay_body(lease: &Lease<'_>, body: Body, watch: &mut Watch, sink: &mut dyn J
 
 fn broken(how: &str, relayed: bool) -> BackendError {
     if relayed {
-        BackendError::CutStream(how.to_owned())
+        BackendError::Broken(how.to_owned())
     } else {
         BackendError::Unreachable(format!("{how} before the first byte of the answer"))
     }
@@ -122,6 +125,10 @@ pub fn before_the_answer(e: ureq::Error) -> BackendError {
     match e {
         ureq::Error::Timeout(ureq::Timeout::Global) => BackendError::DeadlinePassed,
         ureq::Error::Protocol(_) | ureq::Error::LargeResponseHeader(..) => BackendError::NotHttp(e.to_string()),
+        ureq::Error::Io(e) if e.raw_os_error().is_some_and(|code| NO_DESCRIPTOR.contains(&code)) => {
+            BackendError::Exhausted(e.to_string())
+        }
+        ureq::Error::Other(e) if e.is::<NoThread>() => BackendError::Exhausted(e.to_string()),
         ureq::Error::Io(e) => BackendError::Unreachable(e.to_string()),
         e => BackendError::Unreachable(e.to_string()),
     }

@@ -14,6 +14,12 @@ const LINE_MAX: usize = 1 << 20;
 /// The buffer for an unfinished line is given back beyond this capacity, in bytes.
 const LINE_KEPT: usize = 64 << 10;
 
+/// What a line begins with that is looked into; what is longer than a field's name and none of these is not held.
+const FIELDS: [&[u8]; 3] = [b"data:", b"event:", b"error:"];
+
+/// The longest of them.
+const FIELD_LEN: usize = 6;
+
 const _: () = assert!(LINE_KEPT <= LINE_MAX);
 
 /// Tokens, each field as its last mention says.
@@ -53,10 +59,10 @@ pub struct Scanner {
     deltas: u32,
     ended: bool,
     failure: Option<BackendError>,
-    /// The unfinished last line.
+    /// The unfinished last line, as long as it can tell anything.
     line: Vec<u8>,
-    /// That line has outgrown [`LINE_MAX`]; the rest of it is passed over.
-    overlong: bool,
+    /// That line tells nothing, or has outgrown [`LINE_MAX`]; the rest of it is passed over.
+    passed_over: bool,
 }
 
 impl Scanner {
@@ -64,7 +70,7 @@ impl Scanner {
     pub fn feed(&mut self, mut bytes: &[u8]) {
         while let Some(end) = bytes.iter().position(|b| *b == b'\n') {
             let (head, rest) = (&bytes[..end], &bytes[end + 1..]);
-            if self.line.is_empty() && !self.overlong {
+            if self.line.is_empty() && !self.passed_over {
                 self.look_at(head);
             } else {
                 self.hold(head);
@@ -76,17 +82,22 @@ impl Scanner {
     }
 
     fn hold(&mut self, bytes: &[u8]) {
-        if self.overlong || self.line.len() + bytes.len() > LINE_MAX {
-            self.overlong = true;
-            self.line = Vec::new();
-        } else {
+        if self.passed_over {
+            return;
+        }
+        let fits = self.line.len() + bytes.len() <= LINE_MAX;
+        if fits {
             self.line.extend_from_slice(bytes);
+        }
+        if !fits || (self.line.len() >= FIELD_LEN && !FIELDS.iter().any(|field| self.line.starts_with(field))) {
+            self.passed_over = true;
+            self.line = Vec::new();
         }
     }
 
     fn end_of_line(&mut self) {
         let mut line = std::mem::take(&mut self.line);
-        if !std::mem::take(&mut self.overlong) {
+        if !std::mem::take(&mut self.passed_over) {
             self.look_at(&line);
         }
         if line.capacity() <= LINE_KEPT {
@@ -303,6 +314,11 @@ data: [DONE]"#;
     #[test]
     fn an_endless_line_is_passed_over_and_costs_a_bounded_buffer() {
         let mut s = Scanner::default();
+        for _ in 0..40 {
+            s.feed(&[b'x'; 64 << 10]);
+            assert_eq!(s.line.capacity(), 0, "it tells nothing");
+        }
+        s.feed(b"\ndata: ");
         for _ in 0..40 {
             s.feed(&[b'x'; 64 << 10]);
             assert!(s.line.capacity() <= 2 * LINE_MAX);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::args::Globals;
 use super::{Failure, backends_of, load_config, print, terms_of};
 use crate::backend::Backend;
-use crate::discovery::{Catalog, ResolvedModel, probe_all};
+use crate::discovery::{Catalog, Listing, ResolvedModel, probe_all};
 
 /// Prints the number of backends, how each is, and the offer.
 pub fn run(globals: &Globals) -> Result<(), Failure> {
@@ -25,7 +25,7 @@ pub fn run(globals: &Globals) -> Result<(), Failure> {
                 let count = listed.len();
                 let discovered = offered.resolve(listed, &terms);
                 let _ = writeln!(report, "{id}: lists {count} model(s), {} to offer", discovered.models.len());
-                serving.push(discovered);
+                serving.push(Listing::of(discovered, offered.slots_max(&terms)));
             }
             Err(e) => {
                 let _ = writeln!(report, "{id}: would not be offered: {e}");
@@ -48,10 +48,11 @@ fn offer_table(report: &mut String, offer: &[ResolvedModel]) {
         let window = m.context_window.map_or_else(|| "unknown".to_owned(), |w| w.to_string());
         let _ = writeln!(
             report,
-            "  {:width$}  input {}  output {}  context {window}  {}",
+            "  {:width$}  input {}  output {}  context {window}  up to {} at a time  {}",
             m.model_id,
             usdc(m.input_per_1m),
             usdc(m.output_per_1m),
+            m.max_concurrent,
             m.backend,
         );
     }

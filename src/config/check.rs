@@ -33,7 +33,7 @@ pub fn config(text: &str, path: &Path, allow_insecure: bool) -> Result<Config, C
         key_path: key_path(&root.section("identity")?)?,
         backends: backends(&root)?,
         pricing: pricing(&root.section("pricing")?)?,
-        limits: limits(&root.section("limits")?)?,
+        limits: limits(&root.section("limits")?, &mut warnings)?,
         log_level: log_level(&root.section("observability")?, &mut warnings)?,
         warnings,
     })
@@ -107,7 +107,7 @@ fn backends(root: &Section<'_>) -> Result<Vec<BackendConfig>, ConfigError> {
 
 fn backend(section: &Section<'_>) -> Result<BackendConfig, ConfigError> {
     // `markup` is accepted for the files of 0.3.5, which does not use it either.
-    section.refuse_unknown(&["kind", "url", "api_key_env", "models", "markup"])?;
+    section.refuse_unknown(&["kind", "url", "api_key_env", "models", "max_concurrent", "markup"])?;
     let names: Vec<&str> = Kind::ALL.iter().map(|k| k.name()).collect();
     let one_of = format!("write one of: {}", names.join(", "));
     let name = section.string("kind", &one_of)?.ok_or_else(|| section.missing("kind", &one_of))?;
@@ -117,6 +117,7 @@ fn backend(section: &Section<'_>) -> Result<BackendConfig, ConfigError> {
         url: backend_url(section, kind)?,
         api_key_env: api_key_env(section, kind)?,
         models: section.strings("models", "write a list of model names in quotes")?,
+        max_concurrent: within(section, "max_concurrent", MAX_CONCURRENT_RANGE)?,
     })
 }
 
@@ -176,12 +177,15 @@ fn price(section: &Section<'_>, key: &'static str) -> Result<Option<u64>, Config
     u64::try_from(found.value).map(Some).map_err(|_| found.fault("a price cannot be negative", PRICE_FIX))
 }
 
-fn limits(section: &Section<'_>) -> Result<Limits, ConfigError> {
+fn limits(section: &Section<'_>, warnings: &mut Vec<String>) -> Result<Limits, ConfigError> {
     let drain_seconds = within(section, "drain_seconds", DRAIN_SECONDS_RANGE)?.unwrap_or(DRAIN_SECONDS_DEFAULT);
-    let tokens = section.integer("max_tokens_per_minute", "write a whole number")?;
+    const TOKENS_FIX: &str = "write a whole number, or leave it out for no limit";
+    let tokens = section.integer("max_tokens_per_minute", TOKENS_FIX)?;
+    if let Some(none) = tokens.as_ref().filter(|found| found.value == 0) {
+        warnings.push(none.fault("every job will be refused", TOKENS_FIX).to_string());
+    }
     let non_negative = |found: Found<'_, i64>| {
-        u64::try_from(found.value)
-            .map_err(|_| found.fault("it cannot be negative", "write a whole number, or leave it out"))
+        u64::try_from(found.value).map_err(|_| found.fault("it cannot be negative", TOKENS_FIX))
     };
     Ok(Limits {
         max_concurrent: within(section, "max_concurrent", MAX_CONCURRENT_RANGE)?.unwrap_or(MAX_CONCURRENT_DEFAULT),

@@ -49,12 +49,12 @@ pub(super) fn is_echo(chosen: &Chosen, model_id: &str) -> bool {
 
 fn watched(config: &BackendConfig, record: &Arc<Record>) -> OfferedBackend {
     let witness = Witness::new(configured_backend(config), record.clone());
-    OfferedBackend { backend: Arc::new(witness), allowed_models: config.models.clone() }
+    OfferedBackend { backend: Arc::new(witness), ..OfferedBackend::configured(config) }
 }
 
 fn at(kind: Kind, url: &str) -> io::Result<BackendConfig> {
     let url = BaseUrl::parse(url).map_err(io::Error::other)?;
-    Ok(BackendConfig { kind, url: Some(url), api_key_env: None, models: None })
+    Ok(BackendConfig { kind, url: Some(url), api_key_env: None, models: None, max_concurrent: None })
 }
 
 /// The servers on the default ports that list at least one model, in the order of rank.

@@ -1,51 +1,95 @@
 //! The catalog: which models are offered, and which backend a job for one goes to.
 
+use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use super::member::Member;
 use super::{DiscoveredBackend, ResolvedModel};
-use crate::backend::{Backend, Kind};
+use crate::backend::Kind;
 
-/// One consistent view. A job goes to the very backend that was advertised for its model, and to the others that list it
-/// only when that one cannot take it.
+/// One consistent view. A job goes to the very backend that was advertised for its model, or to its equals of the same kind,
+/// and to the others that list it only when those cannot take it.
 #[derive(Default)]
 pub struct Catalog {
     /// What is offered, by `model_id`.
     pub offer: Vec<ResolvedModel>,
-    /// The advertised one first.
-    routes: HashMap<String, Vec<Arc<dyn Backend>>>,
+    /// In order of preference.
+    routes: HashMap<String, Vec<Tier>>,
+}
+
+/// Members of equal rank, in the order of the file.
+struct Tier {
+    rank: usize,
+    members: Vec<Arc<Member>>,
+}
+
+/// What one member lists.
+pub struct Listing {
+    /// Who.
+    pub member: Arc<Member>,
+    /// Its models, each with a price.
+    pub models: Vec<ResolvedModel>,
+}
+
+impl Listing {
+    /// Of a backend that may run so many jobs at a time.
+    pub fn of(discovered: DiscoveredBackend, slots_max: u32) -> Listing {
+        Listing { member: Member::new(discovered.backend, slots_max), models: discovered.models }
+    }
 }
 
 impl Catalog {
     /// `serving` is offered: of two that list a model, the kind of the lesser rank, then the first given. `standby` is
     /// not; but a job that was sent while it still was goes there all the same, for a true answer.
-    pub fn new(serving: Vec<DiscoveredBackend>, standby: Vec<DiscoveredBackend>) -> Catalog {
+    pub fn new(serving: Vec<Listing>, standby: Vec<Listing>) -> Catalog {
         let mut catalog = Catalog::default();
         catalog.offer = catalog.route(serving);
+        for model in &mut catalog.offer {
+            let members = catalog.routes[&model.model_id].iter().flat_map(|tier| &tier.members);
+            let slots = members.fold(0, |sum: u32, member| sum.saturating_add(member.slots_max));
+            model.max_concurrent = model.max_concurrent.min(slots);
+        }
         catalog.offer.sort_unstable_by(|a, b| a.model_id.cmp(&b.model_id));
         catalog.route(standby);
         catalog
     }
 
-    /// Adds the backends behind those that are there; returns the models that had none.
-    fn route(&mut self, mut backends: Vec<DiscoveredBackend>) -> Vec<ResolvedModel> {
-        backends.sort_by_key(|d| Kind::rank_of(d.backend.kind()));
-        let mut routed = Vec::new();
-        for DiscoveredBackend { backend, models } in backends {
+    /// Adds the members behind those that are there; returns the models that had none.
+    fn route(&mut self, mut listings: Vec<Listing>) -> Vec<ResolvedModel> {
+        let rank_of = |member: &Member| Kind::rank_of(member.backend.kind());
+        listings.sort_by_key(|listing| rank_of(&listing.member));
+        let mut added: HashMap<String, Vec<Tier>> = HashMap::new();
+        let mut first_listed = Vec::new();
+        for Listing { member, models } in listings {
+            let rank = rank_of(&member);
             for model in models {
-                let route = self.routes.entry(model.model_id.clone()).or_default();
-                route.push(backend.clone());
-                if route.len() == 1 {
-                    routed.push(model);
+                let tiers = added.entry(model.model_id.clone()).or_default();
+                if tiers.is_empty() && !self.routes.contains_key(&model.model_id) {
+                    first_listed.push(model);
+                }
+                match tiers.last_mut() {
+                    Some(tier) if tier.rank == rank => tier.members.push(member.clone()),
+                    _ => tiers.push(Tier { rank, members: vec![member.clone()] }),
                 }
             }
         }
-        routed
+        for (model_id, tiers) in added {
+            self.routes.entry(model_id).or_default().extend(tiers);
+        }
+        first_listed
     }
 
-    /// Where jobs for `model_id` go, in order of preference; empty when nobody lists it.
-    pub fn backends_of(&self, model_id: &str) -> &[Arc<dyn Backend>] {
-        self.routes.get(model_id).map(Vec::as_slice).unwrap_or_default()
+    /// Where a job for `model_id` may go, in order of preference: of equals the one with the most free slots. Empty when
+    /// nobody lists it.
+    pub fn route_of(&self, model_id: &str) -> Vec<Arc<Member>> {
+        let mut route = Vec::new();
+        for tier in self.routes.get(model_id).into_iter().flatten() {
+            let mut equals = tier.members.clone();
+            equals.sort_by_key(|member| Reverse(member.slots_free()));
+            route.append(&mut equals);
+        }
+        route
     }
 }
 

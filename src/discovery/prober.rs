@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 
-use super::{Catalog, DiscoveredBackend, OfferedBackend, Offers, Terms};
+use super::member::FAILURES_MAX;
+use super::{Catalog, Listing, Member, OfferedBackend, Offers, ResolvedModel, Terms};
 use crate::backend::{Backend, BackendError, BackendModel, BackendResult};
-use crate::threads;
+use crate::{memory, threads};
 
 /// The catalog is refreshed this often, give or take a fifth.
 const REFRESH: Duration = Duration::from_secs(30);
@@ -27,8 +28,15 @@ const REQUESTS_MAX: usize = 4;
 
 const _: () = assert!(REFRESH_SOON.as_secs() <= REFRESH.as_secs());
 
-/// A round is wanted; the sender, where there is one, is dropped when an offer can be made.
-type Request = Option<Sender<()>>;
+/// What the thread is asked for.
+enum Request {
+    /// A round; the sender is dropped when an offer can be made.
+    Settle(Sender<()>),
+    /// A round, soon: the offer may be out of date.
+    Nudge,
+    /// An offer without the members whose jobs fail, at once.
+    Withdraw,
+}
 
 /// The handle. The thread leaves when the last clone is dropped.
 #[derive(Clone)]
@@ -43,7 +51,7 @@ impl Prober {
     /// The system refused a thread.
     pub fn spawn(backends: Vec<OfferedBackend>, terms: Terms, offers: Arc<Offers>) -> std::io::Result<Prober> {
         let (requests, inbox) = bounded(REQUESTS_MAX);
-        let backends = backends.into_iter().map(Probed::new).collect();
+        let backends = backends.into_iter().map(|offered| Probed::new(offered, &terms)).collect();
         let actor = Actor { backends, terms, offers };
         threads::spawn("prober", move || actor.run(&inbox))?;
         Ok(Prober { requests })
@@ -52,7 +60,7 @@ impl Prober {
     /// Asks for a round. The receiver disconnects when every backend has been heard, or enough of them to begin with.
     pub fn refresh(&self) -> Receiver<()> {
         let (settled, receiver) = bounded(0);
-        match self.requests.try_send(Some(settled)) {
+        match self.requests.try_send(Request::Settle(settled)) {
             // Full: dropped here, and the caller goes on with what is known.
             Ok(()) | Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => receiver,
         }
@@ -60,7 +68,13 @@ impl Prober {
 
     /// A job found its backend gone: asks for a round, waits for nothing.
     pub fn nudge(&self) {
-        let _ = self.requests.try_send(None);
+        let _ = self.requests.try_send(Request::Nudge);
+    }
+
+    /// The jobs of a member fail: has it withdrawn from the offer until a probe succeeds. Where the queue is full the next
+    /// round does it.
+    pub fn withdraw_failing(&self) {
+        let _ = self.requests.try_send(Request::Withdraw);
     }
 }
 
@@ -73,8 +87,9 @@ struct Actor {
 /// A backend and what its last probes said.
 struct Probed {
     offered: OfferedBackend,
+    member: Arc<Member>,
     /// The last listing; kept while the backend is away.
-    known: Option<DiscoveredBackend>,
+    known: Option<Vec<ResolvedModel>>,
     /// Why it is not offered; `None` while it is.
     away: Option<BackendError>,
     heard_of: bool,
@@ -96,17 +111,29 @@ impl Actor {
                 return;
             }
             // One round answers all who asked before it began.
-            let waiting: Vec<Sender<()>> = first.into_iter().chain(inbox.try_iter()).flatten().collect();
+            let (mut waiting, mut nudged) = (Vec::new(), false);
+            for request in first.into_iter().chain(inbox.try_iter()) {
+                match request {
+                    Request::Settle(settled) => waiting.push(settled),
+                    Request::Nudge => nudged = true,
+                    Request::Withdraw => self.withdraw_failing(),
+                }
+            }
             let now = Instant::now();
             if waiting.is_empty() && due.is_some_and(|due| now < due) {
-                // Nudges alone: a backend in trouble is not asked for every job that it fails.
-                let soon = (last_round + NUDGE_SPACING).max(now);
-                if soon > now {
-                    due = due.map(|due| due.min(soon));
+                // A backend in trouble is not asked for every job that it fails; one that fails its jobs while it is
+                // healthy is asked soon, but not at once.
+                let wait = match nudged {
+                    true => (last_round + NUDGE_SPACING).saturating_duration_since(now),
+                    false => REFRESH_SOON,
+                };
+                if !wait.is_zero() {
+                    due = due.map(|due| due.min(now + wait));
                     continue;
                 }
             }
             self.round(waiting);
+            memory::give_back();
             last_round = Instant::now();
             let wait = if self.backends.iter().any(Probed::may_serve_soon) { REFRESH_SOON } else { REFRESH };
             due = Some(last_round + wait.mul_f64(0.8 + 0.4 * dice()));
@@ -126,7 +153,7 @@ impl Actor {
                 if waiting.is_some() && serving > 0 { SETTLE.saturating_sub(began.elapsed()) } else { Duration::MAX };
             match answers.recv_timeout(patience) {
                 Ok((index, answer)) => {
-                    serving += u32::from(self.backends[index].hear(answer, &self.terms));
+                    serving += u32::from(self.backends[index].hear(answer, began, &self.terms));
                     if answers.is_empty() {
                         self.publish();
                     }
@@ -141,12 +168,23 @@ impl Actor {
         self.publish();
     }
 
+    /// Takes those whose jobs fail out of the offer.
+    fn withdraw_failing(&mut self) {
+        for probed in &mut self.backends {
+            if probed.away.is_none() && probed.member.is_failing() {
+                probed.tell(Some(BackendError::FailsItsJobs(FAILURES_MAX)));
+            }
+        }
+        self.publish();
+    }
+
     fn publish(&self) {
-        let of = |away: bool| {
+        let listings = |away: bool| {
             let backends = self.backends.iter().filter(move |b| b.away.is_some() == away);
-            backends.filter_map(|b| b.known.clone()).collect()
+            let listing = |b: &Probed| Some(Listing { member: b.member.clone(), models: b.known.clone()? });
+            backends.filter_map(listing).collect()
         };
-        self.offers.publish(Catalog::new(of(false), of(true)));
+        self.offers.publish(Catalog::new(listings(false), listings(true)));
     }
 }
 
@@ -186,17 +224,18 @@ fn ask_all(backends: &[Arc<dyn Backend>]) -> Receiver<(usize, Answer)> {
 }
 
 impl Probed {
-    fn new(offered: OfferedBackend) -> Probed {
-        Probed { offered, known: None, away: None, heard_of: false, unanswered: 0 }
+    fn new(offered: OfferedBackend, terms: &Terms) -> Probed {
+        let member = Member::new(offered.backend.clone(), offered.slots_max(terms));
+        Probed { offered, member, known: None, away: None, heard_of: false, unanswered: 0 }
     }
 
     fn may_serve_soon(&self) -> bool {
-        use BackendError::{Loading, Overloaded, Unanswered};
-        self.unanswered > 0 || matches!(self.away, Some(Loading(_) | Overloaded(_) | Unanswered(_)))
+        use BackendError::{FailsItsJobs, Loading, Overloaded, Unanswered};
+        self.unanswered > 0 || matches!(self.away, Some(Loading(_) | Overloaded(_) | Unanswered(_) | FailsItsJobs(_)))
     }
 
-    /// Takes an answer; true when the backend can be offered.
-    fn hear(&mut self, answer: Answer, terms: &Terms) -> bool {
+    /// Takes the answer to a question of a round that began then; true when the backend can be offered.
+    fn hear(&mut self, answer: Answer, began: Instant, terms: &Terms) -> bool {
         let id = self.offered.backend.id();
         self.unanswered = match answer {
             Err(BackendError::Unanswered(_)) => self.unanswered + 1,
@@ -214,19 +253,27 @@ impl Probed {
             Err(e) => (None, Some(ready.err().unwrap_or(e))),
         };
         if let Some(listed) = listed {
-            self.known = Some(self.offered.resolve(listed, terms));
+            self.known = Some(self.offered.resolve(listed, terms).models);
         }
-        let news =
-            !self.heard_of || self.away.as_ref().map(BackendError::for_log) != away.as_ref().map(BackendError::for_log);
-        if news {
+        let fails_its_jobs =
+            || (!self.member.probe_succeeded(began)).then_some(BackendError::FailsItsJobs(FAILURES_MAX));
+        let away = away.or_else(fails_its_jobs);
+        self.tell(away);
+        self.away.is_none()
+    }
+
+    /// Keeps whether the backend is away, and logs it when that is news.
+    fn tell(&mut self, away: Option<BackendError>) {
+        let id = self.offered.backend.id();
+        let reason = |away: &Option<BackendError>| away.as_ref().map(BackendError::for_log);
+        if !self.heard_of || reason(&self.away) != reason(&away) {
             match &away {
-                None => log::info!("{id}: serving {} model(s)", self.known.as_ref().map_or(0, |d| d.models.len())),
+                None => log::info!("{id}: serving {} model(s)", self.known.as_ref().map_or(0, Vec::len)),
                 Some(why) => log::warn!("{id}: not offered: {}", why.for_log()),
             }
         }
         self.heard_of = true;
         self.away = away;
-        self.away.is_none()
     }
 }
 

@@ -24,10 +24,11 @@ pub use table::REQUEST_BYTES_MAX;
 use table::{JobTable, NoPlace};
 use ticket::Ticket;
 
-use crate::backend::{Backend, Job};
-use crate::discovery::{Catalog, DiscoveredBackend, Offers, Prober};
+use crate::backend::{BackendError, BackendResult, Job, JobResult};
+use crate::discovery::{Catalog, DiscoveredBackend, Listing, Member, Offers, Prober};
 use crate::heartbeat::Statistics;
 use crate::protocol::{self, ErrorCode};
+use crate::token_limit::TokenLimit;
 use crate::worker_pool::WorkerPool;
 
 /// A cancel frees the place at once, but a worker that is resolving a name or connecting notices only afterwards: others
@@ -40,18 +41,43 @@ pub struct JobExecutor {
     pool: WorkerPool,
 }
 
+/// What an executor works with that outlives it.
+#[derive(Default)]
+pub struct Surroundings {
+    /// Where jobs may go.
+    pub offers: Arc<Offers>,
+    /// Figures of the jobs that ended.
+    pub statistics: Arc<Statistics>,
+    /// Refuses jobs while it is used up.
+    pub token_limit: Arc<TokenLimit>,
+    /// Told of backends that are gone or fail their jobs.
+    pub prober: Option<Prober>,
+}
+
 /// What the workers see of it.
 struct Shared {
-    offers: Arc<Offers>,
     max_concurrent: u32,
     outbox: Outbox,
-    statistics: Arc<Statistics>,
-    prober: Option<Prober>,
+    surroundings: Surroundings,
     table: Arc<JobTable>,
 }
 
-/// Those that list a model, in order of preference.
-type Backends = Vec<Arc<dyn Backend>>;
+impl Shared {
+    /// Keeps what a job's end says of the backend that ran it.
+    fn heed(&self, member: &Member, outcome: &BackendResult<JobResult>) {
+        let fails_now = member.job_ended(outcome);
+        let Some(prober) = &self.surroundings.prober else { return };
+        if fails_now {
+            prober.withdraw_failing();
+        }
+        if outcome.as_ref().is_err_and(BackendError::is_stale_offer) {
+            prober.nudge();
+        }
+    }
+}
+
+/// Where a job may go when the member whose slot it has cannot take it, in order of preference.
+type Alternatives = Vec<Arc<Member>>;
 
 /// Why a job is not taken.
 enum Refusal {
@@ -64,22 +90,18 @@ enum Refusal {
 impl JobExecutor {
     /// An executor over fixed backends, with one lane for all its frames.
     pub fn new(backends: Vec<DiscoveredBackend>, max_concurrent: u32, out: Sender<Message>) -> JobExecutor {
-        let offers = Arc::new(Offers::fixed(Catalog::new(backends, Vec::new())));
-        JobExecutor::with_outbox(offers, max_concurrent, Outbox::Plain(out), Arc::default(), None)
+        let listings = backends.into_iter().map(|discovered| Listing::of(discovered, max_concurrent)).collect();
+        let offers = Arc::new(Offers::fixed(Catalog::new(listings, Vec::new())));
+        let surroundings = Surroundings { offers, ..Surroundings::default() };
+        JobExecutor::with_outbox(max_concurrent, Outbox::Plain(out), surroundings)
     }
 
-    /// An executor over changing offers. `statistics` outlives the session; `prober` is told of backends that are gone.
-    pub fn with_outbox(
-        offers: Arc<Offers>,
-        max_concurrent: u32,
-        outbox: Outbox,
-        statistics: Arc<Statistics>,
-        prober: Option<Prober>,
-    ) -> JobExecutor {
+    /// An executor of one session.
+    pub fn with_outbox(max_concurrent: u32, outbox: Outbox, surroundings: Surroundings) -> JobExecutor {
         let places = max_concurrent as usize;
         let table = Arc::new(JobTable::new(places));
-        let shared = Shared { offers, max_concurrent, outbox, statistics, prober, table };
-        JobExecutor { shared: Arc::new(shared), pool: WorkerPool::new("job", places * WORKERS_PER_PLACE) }
+        let shared = Arc::new(Shared { max_concurrent, outbox, surroundings, table });
+        JobExecutor { shared, pool: WorkerPool::new("job", places * WORKERS_PER_PLACE) }
     }
 
     /// Starts the job, or answers why not.
@@ -96,9 +118,9 @@ impl JobExecutor {
         let job_id = job.job_id;
         let refusal = match self.admit(&job, request_bytes) {
             Err(refusal) => refusal,
-            Ok((ticket, backends)) => {
+            Ok((ticket, member, alternatives)) => {
                 let (shared, of_worker) = (self.shared.clone(), ticket.clone());
-                match self.pool.run(Box::new(move || worker::run(&shared, &of_worker, job, &backends))) {
+                match self.pool.run(Box::new(move || worker::run(&shared, &of_worker, job, member, alternatives))) {
                     Ok(()) => return Ok(()),
                     Err(e) => {
                         log::error!("{e}; is the box short of threads or memory?");
@@ -128,27 +150,44 @@ impl JobExecutor {
         self.shared.outbox.control(protocol::job_error(job_id, code, message, 0))
     }
 
-    fn admit(&self, job: &Job, request_bytes: usize) -> Result<(Arc<Ticket>, Backends), Refusal> {
-        let backends = self.shared.offers.snapshot().backends_of(&job.model_id).to_vec();
-        if backends.is_empty() {
-            let duplicate = self.shared.table.holds(job.job_id);
-            let unknown = Refusal::Answer(ErrorCode::ModelNotLoaded, "no backend serves this model".into());
-            return Err(if duplicate { Refusal::Duplicate } else { unknown });
+    /// Gives the job a place in the table and a slot of the first member that has one.
+    fn admit(&self, job: &Job, request_bytes: usize) -> Result<(Arc<Ticket>, Arc<Member>, Alternatives), Refusal> {
+        let Shared { surroundings, table, max_concurrent, .. } = &*self.shared;
+        let refusal = |code, message: String| Err(Refusal::Answer(code, message));
+        let mut route = surroundings.offers.snapshot().route_of(&job.model_id);
+        if route.is_empty() {
+            return match table.holds(job.job_id) {
+                true => Err(Refusal::Duplicate),
+                false => refusal(ErrorCode::ModelNotLoaded, "no backend serves this model".into()),
+            };
         }
         let deadline = Duration::from_millis(u64::from(job.deadline_ms));
-        match self.shared.table.admit(job.job_id, deadline, request_bytes) {
-            Ok(ticket) => Ok((ticket, backends)),
-            Err(NoPlace::Duplicate) => Err(Refusal::Duplicate),
-            Err(NoPlace::Closed) => Err(Refusal::Answer(ErrorCode::OutOfCapacity, "the agent is stopping".into())),
+        let ticket = match table.admit(job.job_id, deadline, request_bytes) {
+            Ok(ticket) => ticket,
+            Err(NoPlace::Duplicate) => return Err(Refusal::Duplicate),
+            Err(NoPlace::Closed) => return refusal(ErrorCode::OutOfCapacity, "the agent is stopping".into()),
             Err(NoPlace::TooLarge) => {
                 let message = "the requests in flight leave no memory for one of this size";
-                Err(Refusal::Answer(ErrorCode::OutOfCapacity, message.into()))
+                return refusal(ErrorCode::OutOfCapacity, message.into());
             }
             Err(NoPlace::Full) => {
-                let message = format!("all {} places are taken", self.shared.max_concurrent);
-                Err(Refusal::Answer(ErrorCode::OutOfCapacity, message))
+                return refusal(ErrorCode::OutOfCapacity, format!("all {max_concurrent} places are taken"));
             }
-        }
+        };
+        let why = match surroundings.token_limit.used_up() {
+            Some(limit) => format!("the {limit} tokens that max_tokens_per_minute allows are used up"),
+            None => {
+                let slot = route.iter().enumerate().find_map(|(at, member)| Some((at, member.take_slot()?)));
+                if let Some((at, slot)) = slot {
+                    ticket.hold(slot);
+                    let member = route.remove(at);
+                    return Ok((ticket, member, route));
+                }
+                "every backend of this model runs as many jobs as its max_concurrent allows".into()
+            }
+        };
+        table.finish(&ticket);
+        refusal(ErrorCode::OutOfCapacity, why)
     }
 
     /// Ends the job without a word; does nothing when it is not in flight.

@@ -76,6 +76,7 @@ impl JobTable {
         if state.jobs.get(&ticket.job_id).is_some_and(|t| Arc::ptr_eq(t, ticket)) {
             state.jobs.remove(&ticket.job_id);
             state.bytes -= ticket.request_bytes;
+            ticket.release_slot();
             self.signal_if_empty(&state);
         }
     }
@@ -86,6 +87,7 @@ impl JobTable {
         let Some(ticket) = state.jobs.remove(&job_id) else { return false };
         state.bytes -= ticket.request_bytes;
         ticket.mark_cancelled();
+        ticket.release_slot();
         self.signal_if_empty(&state);
         drop(state);
         ticket.wake_worker();
@@ -97,7 +99,10 @@ impl JobTable {
         let mut state = self.lock();
         let tickets: Vec<Arc<Ticket>> = state.jobs.drain().map(|(_, ticket)| ticket).collect();
         state.bytes = 0;
-        tickets.iter().for_each(|t| t.mark_cancelled());
+        tickets.iter().for_each(|t| {
+            t.mark_cancelled();
+            t.release_slot();
+        });
         self.signal_if_empty(&state);
         drop(state);
         tickets.iter().for_each(|t| t.wake_worker());

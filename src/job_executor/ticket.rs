@@ -8,6 +8,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use uuid::Uuid;
 
 use crate::backend::Interrupt;
+use crate::discovery::Slot;
 
 /// Invariant: once [`Ticket::is_cancelled`] is true no frame of this job is written, and whatever its worker blocks on
 /// has been woken. The flag decides; closing sockets and channels only wakes.
@@ -28,13 +29,15 @@ pub struct Ticket {
 struct Wake {
     interrupt: Option<Interrupt>,
     cancel_signal: Option<Sender<()>>,
+    /// At the backend that runs it.
+    slot: Option<Slot>,
 }
 
 impl Ticket {
     pub fn new(job_id: Uuid, deadline: Duration, request_bytes: usize) -> Ticket {
         let accepted = Instant::now();
         let (sender, cancel_signal) = bounded(0);
-        let wake = Mutex::new(Wake { interrupt: None, cancel_signal: Some(sender) });
+        let wake = Mutex::new(Wake { interrupt: None, cancel_signal: Some(sender), slot: None });
         let deadline = accepted.checked_add(deadline);
         Ticket {
             job_id,
@@ -51,6 +54,19 @@ impl Ticket {
     /// Nothing of the job is written any more. Called by the table alone, under its lock.
     pub fn mark_cancelled(&self) {
         self.cancelled.store(true, Ordering::SeqCst);
+    }
+
+    /// Keeps the job's slot until it leaves the table; of a job that has left, the slot is free at once.
+    pub fn hold(&self, slot: Slot) {
+        let mut wake = self.wake();
+        if !self.is_cancelled() {
+            wake.slot = Some(slot);
+        }
+    }
+
+    /// Frees the job's slot. Called by the table alone, as the job leaves it.
+    pub fn release_slot(&self) {
+        self.wake().slot = None;
     }
 
     /// Ends whatever the worker of a cancelled job blocks on.
@@ -81,9 +97,9 @@ impl Ticket {
         self.tokens_emitted.load(Ordering::Relaxed)
     }
 
-    /// Notes what the stream has shown.
-    pub fn set_tokens_emitted(&self, tokens: u32) {
-        self.tokens_emitted.store(tokens, Ordering::Relaxed);
+    /// Notes what the stream has shown; returns how many are new. Only the job's worker does.
+    pub fn set_tokens_emitted(&self, tokens: u32) -> u32 {
+        tokens.saturating_sub(self.tokens_emitted.swap(tokens, Ordering::Relaxed))
     }
 
     /// Until the deadline.

@@ -3,25 +3,32 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::Shared;
 use super::ticket::Ticket;
-use crate::backend::{Backend, BackendError, BackendResult, Interrupt, Job, JobResult, JobSink};
+use super::{Alternatives, Shared};
+use crate::backend::{BackendError, BackendResult, Interrupt, Job, JobResult, JobSink};
+use crate::discovery::Member;
 use crate::protocol;
 
 /// With so many milliseconds left or fewer, nothing can be done.
 const DEADLINE_HOPELESS_MS: u32 = 1;
 
-/// Runs in a worker thread, from the first byte of the job to its terminal frame. `backends` is not empty; the next is
-/// tried when one cannot take the job, as long as no byte of an answer has been sent.
-pub fn run(shared: &Arc<Shared>, ticket: &Arc<Ticket>, mut job: Job, backends: &[Arc<dyn Backend>]) {
+/// Runs in a worker thread, from the first byte of the job to its terminal frame. The job has a slot of `member`; an
+/// alternative is tried when that one cannot take it, as long as no byte of an answer has been sent.
+pub fn run(
+    shared: &Arc<Shared>,
+    ticket: &Arc<Ticket>,
+    mut job: Job,
+    mut member: Arc<Member>,
+    alternatives: Alternatives,
+) {
     // From here on the job is answered, whatever happens: also when the backend panics.
     let mut ending = Ending { shared, ticket, outcome: Err(BackendError::Panicked) };
     if ticket.is_cancelled() {
         return;
     }
     let mut relay = Relay { shared, ticket, has_sent: false };
-    let mut backends = backends.iter().peekable();
-    while let Some(backend) = backends.next() {
+    let mut alternatives = alternatives.into_iter();
+    loop {
         // The deadline covers the time in the queue and with other backends too. Rounded up: a job just admitted has
         // its time.
         let left_ms = ticket.time_left().as_micros().div_ceil(1000);
@@ -30,24 +37,22 @@ pub fn run(shared: &Arc<Shared>, ticket: &Arc<Ticket>, mut job: Job, backends: &
             ending.outcome = Err(BackendError::DeadlinePassed);
             return;
         }
-        match backend.execute(&job, &mut relay) {
-            Err(e) if e.may_fail_over() && !relay.has_sent && backends.peek().is_some() => {
-                log::info!("job {}: {} cannot take it ({}); trying the next", job.job_id, backend.id(), e.for_log());
-                shared.tell_prober(&e);
-            }
-            outcome => {
-                ending.outcome = outcome;
-                return;
-            }
+        ending.outcome = Err(BackendError::Panicked);
+        ending.outcome = member.backend.execute(&job, &mut relay);
+        // What an interrupted backend says means nothing.
+        if ticket.is_cancelled() {
+            return;
         }
-    }
-}
-
-impl Shared {
-    /// Has the backends probed soon when an error says that the offer may be out of date.
-    fn tell_prober(&self, e: &BackendError) {
-        if let Some(prober) = self.prober.as_ref().filter(|_| e.is_stale_offer()) {
-            prober.nudge();
+        shared.heed(&member, &ending.outcome);
+        match &ending.outcome {
+            Err(e) if e.may_fail_over() && !relay.has_sent => {
+                let Some(slot) = alternatives.find_map(|next| next.take_slot()) else { return };
+                let (from, why) = (member.backend.id(), e.for_log());
+                log::info!("job {}: {from} cannot take it ({why}); trying the next", job.job_id);
+                member = slot.member().clone();
+                ticket.hold(slot);
+            }
+            _ => return,
         }
     }
 }
@@ -86,7 +91,8 @@ impl JobSink for Relay<'_> {
     }
 
     fn tokens_emitted(&mut self, tokens: u32) {
-        self.ticket.set_tokens_emitted(tokens);
+        let new = self.ticket.set_tokens_emitted(tokens);
+        self.shared.surroundings.token_limit.count(u64::from(new));
     }
 }
 
@@ -99,6 +105,11 @@ struct Ending<'a> {
 
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
+        if let Ok(result) = &self.outcome {
+            let unseen = result.output_tokens.unwrap_or(0).saturating_sub(self.ticket.tokens_emitted());
+            let tokens = u64::from(unseen) + u64::from(result.input_tokens.unwrap_or(0));
+            self.shared.surroundings.token_limit.count(tokens);
+        }
         let sent = match self.terminal_frame() {
             Some(frame) => self.shared.outbox.terminal(&self.shared.table, self.ticket, frame).is_ok(),
             None => false,
@@ -131,14 +142,13 @@ impl Ending<'_> {
     }
 
     fn record(&self) {
-        let latency = self.ticket.accepted.elapsed();
+        let (latency, statistics) = (self.ticket.accepted.elapsed(), &self.shared.surroundings.statistics);
         match &self.outcome {
-            Ok(result) => self.shared.statistics.done(latency, result.output_tokens.unwrap_or(0)),
+            Ok(result) => statistics.done(latency, result.output_tokens.unwrap_or(0)),
             Err(e) => {
                 if let Some(code) = e.code().filter(|_| !e.is_requesters_fault()) {
-                    self.shared.statistics.failed(latency, self.ticket.tokens_emitted(), code);
+                    statistics.failed(latency, self.ticket.tokens_emitted(), code);
                 }
-                self.shared.tell_prober(e);
             }
         }
     }

@@ -1,6 +1,6 @@
 //! A model that several backends list: the advertised one is preferred, the others are there when it cannot take a job.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::support::*;
 
@@ -77,4 +77,110 @@ fn when_no_backend_can_take_a_job_it_ends_once_within_its_deadline() {
     drop(held);
     let _silent = second.next();
     assert_eq!(rig.session.outcome(&id).error(), "backend_timeout");
+}
+
+/// `[[backends]]` for a vLLM that takes so many jobs at a time.
+fn capped(backend: &Backend, max_concurrent: u32) -> String {
+    format!("{}\nmax_concurrent = {max_concurrent}", backend.toml())
+}
+
+fn places(capabilities: &Value) -> &Value {
+    &capabilities["models"][0]["max_concurrent"]
+}
+
+#[test]
+fn jobs_spread_over_equal_backends_by_their_free_slots() {
+    let (small, large) = (Backend::vllm(&["m"]), Backend::vllm(&["m"]));
+    let other = Backend::vllm(&["m"]);
+    let rig = Rig::with(|setup| {
+        let other = other.toml().replace("vllm", "openai");
+        setup.backend(capped(&small, 1)).backend(capped(&large, 3)).backend(other)
+    });
+    assert_eq!(places(&rig.session.capabilities), 8, "what all that list it take, and the agent at most");
+    // The large one has 3 slots free, then 2, then as many as the small one, which is the earlier in the file.
+    let mut jobs = Vec::new();
+    let mut held = Vec::new();
+    for (n, backend) in [&large, &large, &small, &large, &other].into_iter().enumerate() {
+        jobs.push(rig.session.job("m", json!({"n": n})));
+        let taken = backend.next();
+        assert_eq!(taken.request.json()["n"], n, "job {n} went elsewhere");
+        held.push(taken);
+    }
+    // A slot is free with the terminal frame, and as soon as the cancel was read.
+    held.remove(2).finish();
+    rig.session.outcome(&jobs[2]).done();
+    jobs.push(rig.session.job("m", json!({})));
+    let mut again = small.next();
+    rig.session.cancel(&jobs[5]);
+    jobs[2] = rig.session.job("m", json!({}));
+    held.push(small.next());
+    again.wait_hang_up();
+    held.into_iter().for_each(Held::finish);
+    jobs.remove(5);
+    for id in &jobs {
+        rig.session.outcome(id).done();
+    }
+}
+
+#[test]
+fn equal_backends_without_a_limit_of_their_own_share_the_jobs() {
+    let (first, second) = (Backend::vllm(&["m"]), Backend::vllm(&["m"]));
+    let rig = Rig::with(|setup| setup.backend(first.toml()).backend(second.toml()));
+    let jobs: Vec<_> = (0..8).map(|_| rig.session.job("m", json!({}))).collect();
+    for backend in [&first, &second] {
+        let held: Vec<_> = (0..4).map(|_| backend.next()).collect();
+        held.into_iter().for_each(Held::finish);
+    }
+    for id in &jobs {
+        rig.session.outcome(id).done();
+    }
+}
+
+#[test]
+fn a_job_above_what_its_backends_take_is_refused_at_once_and_others_are_not() {
+    let (capped_one, free) = (Backend::vllm(&["m"]), Backend::vllm(&["n"]));
+    let rig = Rig::with(|setup| setup.backend(capped(&capped_one, 2)).backend(free.toml()));
+    assert_eq!(places(&rig.session.capabilities), 2, "{}", rig.session.capabilities);
+    assert_eq!(rig.session.capabilities["models"][1]["max_concurrent"], 8);
+    let running = [rig.session.job("m", json!({})), rig.session.job("m", json!({}))];
+    let held = [capped_one.next(), capped_one.next()];
+    let refused = rig.session.outcome(&rig.session.job("m", json!({})));
+    assert_eq!(refused.error(), "out_of_capacity");
+    assert!(refused.message().contains("max_concurrent"), "{}", refused.message());
+    let id = rig.session.job("n", json!({}));
+    free.next().finish();
+    rig.session.outcome(&id).done();
+    held.into_iter().for_each(Held::finish);
+    for id in &running {
+        rig.session.outcome(id).done();
+    }
+    capped_one.assert_none(QUIET);
+}
+
+#[test]
+fn a_job_fails_over_to_a_backend_only_while_that_one_has_a_slot() {
+    let (first, second) = (Backend::vllm(&["m"]), Backend::vllm(&["m"]));
+    let rig = Rig::with(|setup| {
+        let second = capped(&second, 1).replace("vllm", "openai");
+        setup.backend(first.toml()).backend(second)
+    });
+    let busy = response(503, "text/plain", "server busy");
+    for _ in 0..2 {
+        rig.session.job("m", json!({}));
+    }
+    let mut held = [first.next(), first.next()];
+    held[0].send(&busy);
+    let taken = second.next();
+    held[1].send(&busy);
+    held.into_iter().for_each(Held::keep);
+    rig.session.wait("the end of the one that found no slot", SOON, |event| match event {
+        Event::Frame(frame) if frame["error_code"] == "out_of_capacity" => Some(()),
+        _ => None,
+    });
+    second.assert_none(QUIET);
+    taken.finish();
+    rig.session.wait("the end of the other", SOON, |event| match event {
+        Event::Frame(frame) if frame["type"] == "job_done" => Some(()),
+        _ => None,
+    });
 }

@@ -9,6 +9,7 @@ mod failures; // broken answers of a backend: what is relayed, and which error c
 mod failover; // several backends for one model
 mod footprint; // what an idle agent costs
 mod handshake; // from the dial to the first `capabilities`
+mod health; // how the offer follows the jobs
 mod identity; // the identity file
 mod jobs; // admission, cancel, deadlines, the one terminal frame
 mod probes; // how the offer follows the backends
@@ -21,4 +22,5 @@ mod session; // everything else that happens on a live session
 mod shutdown; // signals and the drain
 mod soak; // all of it at once and at random, for minutes or hours
 mod support; // the scripted peers
+mod token_limit; // max_tokens_per_minute
 mod tls; // wss and its certificates

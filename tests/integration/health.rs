@@ -1,0 +1,106 @@
+//! How the offer follows the jobs: a backend that fails them is withdrawn, whatever its health check says.
+
+use std::time::Instant;
+
+use serde_json::{Value, json};
+
+use crate::support::*;
+
+/// A healthy vLLM whose jobs say how they are answered: with a status, or in a word.
+fn obedient() -> Backend {
+    Backend::vllm_with(&["m"], |request| match &request.json()["answer"] {
+        Value::Number(status) => {
+            Answer::Raw(response(status.as_u64().expect("a status") as u16, "text/plain", "as you like"))
+        }
+        Value::String(word) if word == "reset" => Answer::RawThenClose(Vec::new()),
+        Value::String(word) if word == "break" => Answer::RawThenClose(
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 99\r\n\r\n: ".into(),
+        ),
+        Value::String(word) if word == "silence" => Answer::Hold,
+        _ => Answer::Raw(response(200, "text/event-stream", sse(1, 2))),
+    })
+}
+
+fn run(session: &Session, answer: impl Into<Value>) -> Outcome {
+    session.outcome(&session.job("m", json!({"answer": answer.into()})))
+}
+
+fn is_offer(frame: &Value) -> bool {
+    frame["type"] == "capabilities"
+}
+
+#[test]
+fn three_failures_running_withdraw_a_backend_until_a_probe_succeeds() {
+    let cases: [[Value; 3]; 4] = [
+        [json!(500), json!(502), json!(504)],
+        [json!(503), json!(503), json!(503)],
+        [json!("reset"), json!("reset"), json!("reset")],
+        [json!("break"), json!("break"), json!(501)],
+    ];
+    side_by_side(cases, |answers| {
+        let backend = obedient();
+        let rig = Rig::new(&backend);
+        for answer in &answers[..2] {
+            run(&rig.session, answer.clone()).error();
+        }
+        rig.session.assert_no_frame("another offer after two failures", QUIET, is_offer);
+        run(&rig.session, answers[2].clone()).error();
+        assert_eq!(rig.session.frame("capabilities", SOON)["models"], json!([]), "{answers:?}");
+        let withdrawn = Instant::now();
+        rig.agent.stderr.wait_line(&["warn", &backend.url(), "not offered", "3 jobs"]);
+        // The health check has been fine all the time.
+        let back = rig.session.frame("capabilities", secs(20));
+        assert_eq!(back["models"][0]["model_id"], "m");
+        assert!(withdrawn.elapsed() > secs(3), "{answers:?}: offered again after {:?}", withdrawn.elapsed());
+        run(&rig.session, "good").done();
+        let posted = backend.seen().iter().filter(|request| request.method != "GET").count();
+        // A reset on a kept-alive connection is tried once more.
+        assert!((4..=7).contains(&posted), "a probe is a GET: {posted} POSTs");
+    });
+}
+
+#[test]
+fn what_is_not_the_backends_fault_counts_neither_way_and_a_success_ends_the_count() {
+    let backend = obedient();
+    let rig = Rig::new(&backend);
+    for _ in 0..2 {
+        for answer in [json!(500), json!(500), json!("good")] {
+            run(&rig.session, answer);
+        }
+    }
+    for answer in [json!(500), json!(500), json!(400), json!(413), json!(422), json!(429), json!(404), json!(400)] {
+        run(&rig.session, answer).error();
+    }
+    for _ in 0..3 {
+        let cancelled = rig.session.job("m", json!({"answer": "silence"}));
+        let mut held = backend.next();
+        rig.session.cancel(&cancelled);
+        held.wait_hang_up();
+        let mut late = job(&uuid::Uuid::new_v4().to_string(), "m", json!({"answer": "silence"}));
+        late["deadline_ms"] = json!(50);
+        rig.session.send(&late);
+        assert_eq!(rig.session.outcome(late["job_id"].as_str().expect("an id")).error(), "backend_timeout");
+        backend.next().wait_hang_up();
+    }
+    rig.session.assert_no_frame("another offer", QUIET, is_offer);
+    run(&rig.session, 500).error();
+    assert_eq!(rig.session.frame("capabilities", SOON)["models"], json!([]), "the third failure in a row");
+}
+
+#[test]
+fn while_a_backend_is_withdrawn_the_next_that_lists_the_model_serves_it() {
+    let (failing, other) = (obedient(), obedient());
+    let rig = Rig::with(|setup| setup.backend(failing.toml()).backend(other.toml().replace("vllm", "openai")));
+    assert_eq!(rig.session.capabilities["models"][0]["backend"], "vllm");
+    for _ in 0..3 {
+        run(&rig.session, 500).error();
+    }
+    let offer = rig.session.frame("capabilities", SOON);
+    assert_eq!(offer["models"][0]["backend"], "openai", "{offer}");
+    let before = failing.seen().iter().filter(|request| request.method == "POST").count();
+    run(&rig.session, "good").done();
+    assert_eq!(other.seen().iter().filter(|request| request.method == "POST").count(), 1);
+    assert_eq!(failing.seen().iter().filter(|request| request.method == "POST").count(), before);
+    let back = rig.session.frame("capabilities", secs(20));
+    assert_eq!(back["models"][0]["backend"], "vllm", "{back}");
+}
