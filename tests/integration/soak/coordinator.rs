@@ -104,24 +104,31 @@ impl Coordinator<'_> {
         };
         let (began, dialled_at) = (Moment::now(&self.world.weather), dialled.at);
         let session = self.handshake(dialled);
-        let excused =
-            self.was_cut(dialled_at) || began.at - dialled_at > secs(5) || began.trouble(&self.world.weather) > secs(5);
+        let weather = &self.world.weather;
+        // The agent's WebSocket library takes an upgrade that comes in more than 64 pieces for an attack.
+        let excused = self.was_cut(dialled_at)
+            || weather.has_trickled(began.at)
+            || began.at - dialled_at > secs(5)
+            || began.trouble(weather) > secs(5);
         match session {
-            Some(session) => return Some((session, began)),
-            None if excused => self.tally.session("broken off in the handshake"),
-            None => self.tally.fault("the handshake was broken off without a reason".to_owned()),
+            Ok(session) => return Some((session, began)),
+            Err(_) if excused => self.tally.session("broken off in the handshake"),
+            Err(what) => {
+                let took = began.at.elapsed();
+                self.tally.fault(format!("the handshake was broken off without a reason, after {took:?}: {what}"));
+            }
         }
         None
     }
 
-    fn handshake(&mut self, dialled: Dialled) -> Option<Session> {
-        let mut session = dialled.try_upgrade().ok()?;
+    fn handshake(&mut self, dialled: Dialled) -> Result<Session, String> {
+        let mut session = dialled.try_upgrade().map_err(|e| e.to_string())?;
         let nonce: Vec<u8> = (0..4).flat_map(|_| self.rng.next().to_be_bytes()).collect();
         session.send(&json!({"type": "auth_challenge", "nonce": base64(&nonce)}));
         verify_auth(&first(&session, "auth_response")?, &nonce);
         session.send(&json!({"type": "auth_ok", "provider_id": "prov_soak"}));
         session.capabilities = first(&session, "capabilities")?;
-        Some(session)
+        Ok(session)
     }
 
     fn was_cut(&self, since: Instant) -> bool {
@@ -280,13 +287,13 @@ fn cancel(ledger: &mut Ledger, id: &str) -> Vec<u8> {
 }
 
 /// The frame of this type that the handshake is waiting for.
-fn first(session: &Session, kind: &str) -> Option<serde_json::Value> {
+fn first(session: &Session, kind: &str) -> Result<serde_json::Value, String> {
     let until = Instant::now() + 3 * SOON;
     loop {
-        match session.next(until).ok()? {
-            Event::Frame(frame) if frame["type"] == kind => return Some(frame),
-            Event::Close(_) | Event::Violation(_) => return None,
-            _ => {}
+        match session.next(until) {
+            Ok(Event::Frame(frame)) if frame["type"] == kind => return Ok(frame),
+            Ok(Event::Frame(_) | Event::Ping | Event::Pong(_)) => {}
+            other => return Err(format!("no {kind}: {other:?}")),
         }
     }
 }

@@ -26,6 +26,7 @@ struct State {
     troubled: Duration,
     last_cut: Option<Instant>,
     last_long_stall: Option<Instant>,
+    trickles_until: Option<Instant>,
 }
 
 /// Counts as trouble for as long as it lives.
@@ -81,6 +82,11 @@ impl Weather {
 
     pub fn last_long_stall(&self) -> Option<Instant> {
         self.state.lock().expect("weather").last_long_stall
+    }
+
+    /// Whether bytes have trickled since.
+    pub fn has_trickled(&self, since: Instant) -> bool {
+        self.state.lock().expect("weather").trickles_until.is_some_and(|until| until >= since)
     }
 
     fn update(&self, change: impl FnOnce(&mut State)) {
@@ -139,7 +145,11 @@ pub fn disturb(link: &FaultProxy, weather: &Arc<Weather>, mut rng: Rng) {
             continue;
         }
         match rng.within(0..100) {
-            0..40 => hold(link, weather, Mode::Trickle, rng.time(200..2500)),
+            0..40 => {
+                let time = rng.time(200..2500);
+                weather.update(|state| state.trickles_until = Some(Instant::now() + time));
+                hold(link, weather, Mode::Trickle, time);
+            }
             40..75 => hold(link, weather, Mode::Stall, rng.time(200..3000)),
             75..82 => hold(link, weather, Mode::Stall, rng.time(5000..12_000)),
             _ => cut(link, weather),
