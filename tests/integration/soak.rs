@@ -42,7 +42,7 @@ struct World {
 #[ignore = "takes minutes; scripts/soak starts it"]
 fn soak() {
     let minutes = number("SOAK_MINUTES").unwrap_or(2);
-    let seed = number("SOAK_SEED").unwrap_or_else(|| rand_seed());
+    let seed = number("SOAK_SEED").unwrap_or_else(random_seed);
     println!("soak: {minutes} minutes, SOAK_SEED={seed}");
     let weather: Arc<Weather> = Arc::default();
     let board = Arc::new(Board::new(Arc::clone(&weather)));
@@ -86,6 +86,6 @@ fn number(variable: &str) -> Option<u64> {
     Some(text.parse().unwrap_or_else(|_| panic!("{variable} should be a number: {text}")))
 }
 
-fn rand_seed() -> u64 {
+fn random_seed() -> u64 {
     uuid::Uuid::new_v4().as_u64_pair().0 >> 32
 }

@@ -179,7 +179,7 @@ impl Coordinator<'_> {
                 // In one write, so that they arrive together.
                 let frame = encode(TEXT, true, job.frame().to_string().as_bytes());
                 let (id, mut bytes) = (job.id.clone(), frame.repeat(job.copies));
-                ledger.send(job);
+                ledger.send(*job);
                 if cancelled {
                     bytes.extend(cancel(ledger, &id));
                 }
@@ -243,7 +243,7 @@ impl Coordinator<'_> {
         self.listen(session, ledger, REST)?;
         for backend in 0..BACKENDS.len() {
             let job = Job::plain(&mut self.rng, &self.world.weather, backend);
-            self.act(session, ledger, Whim::Job { job, cancelled: false });
+            self.act(session, ledger, Whim::Job { job: Box::new(job), cancelled: false });
             while !ledger.is_idle() {
                 self.listen(session, ledger, TICK)?;
             }
@@ -259,7 +259,7 @@ impl Coordinator<'_> {
         self.world.weather.set_calm(true);
         for backend in 0..BACKENDS.len() {
             let job = Job::slow(&mut self.rng, &self.world.weather, backend);
-            self.act(session, ledger, Whim::Job { job, cancelled: false });
+            self.act(session, ledger, Whim::Job { job: Box::new(job), cancelled: false });
         }
         if self.listen(session, ledger, ms(500)).is_err() || ledger.in_flight() < BACKENDS.len() {
             self.tally.fault("slow jobs ended at once".to_owned());

@@ -33,6 +33,9 @@ impl Case<'_> {
         }
         match frame["type"].as_str() {
             Some("job_done") => self.judge_done(frame),
+            Some("job_error") if self.job.got == 0 && frame["tokens_emitted"] != 0 => {
+                Err("tokens were emitted, and not a byte came".to_owned())
+            }
             Some("job_error") => self.judge_error(frame["error_code"].as_str().unwrap_or_default()),
             other => Err(format!("a frame of type {other:?}")),
         }

@@ -30,7 +30,7 @@ const NONSENSE: [&str; 9] = [
 ];
 
 pub enum Whim {
-    Job { job: Job, cancelled: bool },
+    Job { job: Box<Job>, cancelled: bool },
     Cancel(String),
     Ping,
     Nonsense(String),
@@ -139,7 +139,7 @@ impl Whims {
             if rng.per_mille(200) {
                 self.cancels.push((now + rng.time(CANCEL_WITHIN), job.id.clone()));
             }
-            whims.push(Whim::Job { job, cancelled });
+            whims.push(Whim::Job { job: Box::new(job), cancelled });
         }
     }
 }
