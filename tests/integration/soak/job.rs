@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::board::Play;
 use super::fleet::BACKENDS;
 use super::rng::Rng;
-use super::script::{PLAIN_SEEDS, Script, Verdict, refusal_at};
+use super::script::{LARGE_SEEDS, PLAIN_SEEDS, RANDOM_SEEDS, Script, Verdict, refusal_at};
 use super::stream::Format;
 use super::weather::{Moment, Weather};
 use crate::support::{ms, secs};
@@ -18,6 +18,8 @@ pub const NOBODYS: &str = "nobody's";
 /// Asked for as often as they stand here.
 const MODELS: [&str; 12] =
     ["shared", "shared", "shared", "pair", "pair", "wide", "wide", "own-0", "own-1", "own-2", "own-3", "own-3"];
+/// No job takes so long by itself.
+pub const LONG_DEADLINE: std::ops::Range<u64> = 8000..12_000;
 /// A duplicate right behind a job finds it in flight when a backend is at it for so long.
 const DUPLICATE_READ: Duration = ms(800);
 
@@ -47,7 +49,6 @@ pub struct Job {
 
 impl Job {
     pub fn random(rng: &mut Rng, weather: &Weather, offered: impl Fn(&str) -> bool) -> Self {
-        let seed = (rng.next() >> 11).max(PLAIN_SEEDS);
         let mut model = *rng.pick(&MODELS);
         // A coordinator may not have heard yet that a model is gone.
         while !offered(model) && rng.per_mille(900) {
@@ -56,26 +57,33 @@ impl Job {
         if rng.per_mille(15) {
             model = NOBODYS;
         }
+        let seed = rng.within(RANDOM_SEEDS);
         let mut job = Self::new(rng, weather, seed, model);
         job.deadline = match rng.within(0..100) {
             _ if job.script.verdict == Verdict::Never => rng.time(100..3000),
             0 => ms(rng.within(0..3)),
             1..8 => rng.time(50..2000),
-            _ => rng.time(8000..12_000),
+            _ => rng.time(LONG_DEADLINE),
         };
         job
     }
 
+    /// A job whose answer fills what is between its backend and a coordinator that does not read.
+    pub fn large(rng: &mut Rng, weather: &Weather) -> Self {
+        let (seed, model) = (rng.within(LARGE_SEEDS), *rng.pick(&MODELS));
+        Self::new(rng, weather, seed, model)
+    }
+
     /// A job that is served at once by the backend whose own this model is.
     pub fn plain(rng: &mut Rng, weather: &Weather, backend: usize) -> Self {
-        let seed = rng.within(0..PLAIN_SEEDS);
+        let seed = rng.within(PLAIN_SEEDS);
         Self::new(rng, weather, seed, BACKENDS[backend].1[BACKENDS[backend].1.len() - 1])
     }
 
     /// A job that this backend serves well, and takes more than a second for.
     pub fn slow(rng: &mut Rng, weather: &Weather, backend: usize) -> Self {
         loop {
-            let job = Self { seed: rng.next() >> 11, ..Self::plain(rng, weather, backend) };
+            let job = Self { seed: rng.within(RANDOM_SEEDS), ..Self::plain(rng, weather, backend) };
             let job = Self { script: Script::of(job.seed, job.format), ..job };
             let is_slow = job.script.verdict == Verdict::Done && job.script.time() > secs(1);
             if is_slow && refusal_at(job.seed, backend).is_none() {

@@ -2,6 +2,7 @@
 //! checks what arrives derive the same one, and it is the same at every backend; only whether a backend serves the job at
 //! all is its own.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use super::rng::Rng;
@@ -9,7 +10,11 @@ use super::stream::{Format, Stream, Usage};
 use crate::support::ms;
 
 /// Jobs with these seeds are served at once, by every backend.
-pub const PLAIN_SEEDS: u64 = 1 << 20;
+pub const PLAIN_SEEDS: Range<u64> = 0..1 << 20;
+/// Jobs with these are served with some MB at once.
+pub const LARGE_SEEDS: Range<u64> = 1 << 20..2 << 20;
+/// All others.
+pub const RANDOM_SEEDS: Range<u64> = 2 << 20..1 << 53;
 
 /// What a backend does that serves the job.
 pub struct Script {
@@ -100,7 +105,11 @@ const ACTS: [(u64, Act); 13] = [
 impl Script {
     pub fn of(seed: u64, format: Format) -> Self {
         let rng = &mut Rng::of(seed, "script");
-        let act = if seed < PLAIN_SEEDS { Act::Quick } else { rng.weighed(&ACTS) };
+        let act = match seed {
+            _ if PLAIN_SEEDS.contains(&seed) => Act::Quick,
+            _ if LARGE_SEEDS.contains(&seed) => Act::Flood,
+            _ => rng.weighed(&ACTS),
+        };
         let mut stream = Stream::new(rng, format);
         let (verdict, ending) = match act {
             Act::Silence => (Verdict::Never, Ending::Silence),
@@ -133,6 +142,12 @@ impl Script {
             verdict,
             usage: stream.usage,
         }
+    }
+
+    /// Whether so many bytes of the body hold an end mark.
+    pub fn has_end_mark(&self, length: usize) -> bool {
+        let text = String::from_utf8_lossy(&self.body[..length]);
+        ["\"finish_reason\":\"stop\"", "[DONE]", "message_stop"].iter().any(|mark| text.contains(mark))
     }
 
     /// How long it takes at the least.
@@ -251,5 +266,5 @@ static REFUSALS: [Refusal; 13] = [
 /// Whether this backend does not serve this job.
 pub fn refusal_at(seed: u64, backend: usize) -> Option<&'static Refusal> {
     let rng = &mut Rng::of(seed, &format!("refusal at {backend}"));
-    (seed >= PLAIN_SEEDS && rng.per_mille(120)).then(|| rng.pick(&REFUSALS))
+    (!PLAIN_SEEDS.contains(&seed) && rng.per_mille(120)).then(|| rng.pick(&REFUSALS))
 }

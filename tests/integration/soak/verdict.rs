@@ -9,7 +9,7 @@ use super::MAX_CONCURRENT;
 use super::World;
 use super::board::Play;
 use super::job::{Job, NOBODYS};
-use super::script::Verdict;
+use super::script::{Framing, Verdict};
 use crate::support::ms;
 
 /// What the clocks of both sides, in whole milliseconds, may differ by.
@@ -71,7 +71,14 @@ impl Case<'_> {
             return Err("done, and the stream was not whole".to_owned());
         }
         if job.got != script.body.len() {
-            return Err(format!("done with {} of {} bytes", job.got, script.body.len()));
+            // Only the end of the connection ends such a body: what was missing nobody can know.
+            let ended_early = script.framing == Framing::UntilClose && self.plays.iter().any(|p| self.was_disturbed(p));
+            let is_whole = ended_early && script.has_end_mark(job.got);
+            return if is_whole {
+                Ok(())
+            } else {
+                Err(format!("done with {} of {} bytes", job.got, script.body.len()))
+            };
         }
         let tokens = &frame["tokens"];
         for (name, count) in [

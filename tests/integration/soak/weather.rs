@@ -137,10 +137,12 @@ pub fn disturb(link: &FaultProxy, weather: &Arc<Weather>, mut rng: Rng) {
             continue;
         }
         if Instant::now() >= long_stall_due {
-            long_stall_due = Instant::now() + LONG_STALL_EVERY;
-            // Noted when it may have ended the session, which is not before its end is near.
             hold(link, weather, Mode::Stall, rng.time(LONG_STALL));
-            weather.update(|state| state.last_long_stall = Some(Instant::now()));
+            // Noted before anybody can see that the session has ended. One that a calm cut short comes again.
+            if !weather.is_calm() {
+                long_stall_due = Instant::now() + LONG_STALL_EVERY;
+                weather.update(|state| state.last_long_stall = Some(Instant::now()));
+            }
             link.set(Mode::Pass);
             continue;
         }

@@ -4,14 +4,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::MAX_CONCURRENT;
-use super::job::Job;
+use super::job::{Job, LONG_DEADLINE};
 use super::ledger::Ledger;
 use super::rng::Rng;
+use super::script::Verdict;
 use super::weather::{Moment, Trouble, Weather};
 use crate::support::*;
 
 /// Jobs begun at one time, outside of a burst.
 const AT_A_TIME: usize = 3;
+/// So many large answers fill all buffers up to the agent's own, while the coordinator does not read for so long.
+const LARGE_AT_A_TIME: usize = 12;
+const LONG_PAUSE: Duration = secs(5);
 /// A job is cancelled this long after it was sent at the latest.
 const CANCEL_WITHIN: std::ops::Range<u64> = 0..1500;
 /// The agent answers a Close at once.
@@ -47,6 +51,8 @@ pub struct Whims {
     /// The coordinator reads nothing until then.
     paused: Option<(Instant, Trouble)>,
     pause_due: Instant,
+    /// Large jobs that are still to be sent.
+    large_due: usize,
     close_due: Instant,
     closed: Option<Moment>,
 }
@@ -62,6 +68,7 @@ impl Whims {
             ping_due: now,
             paused: None,
             pause_due: now + rng.time(3000..20_000),
+            large_due: 0,
             close_due: now + rng.time(20_000..90_000),
             closed: None,
         }
@@ -115,7 +122,10 @@ impl Whims {
         }
         if now >= self.pause_due {
             self.pause_due = now + rng.time(5000..25_000);
-            self.paused = Some((now + rng.time(200..3000), weather.trouble()));
+            let is_long = rng.per_mille(300);
+            let time = if is_long { LONG_PAUSE } else { rng.time(200..3000) };
+            self.large_due = if is_long { LARGE_AT_A_TIME } else { 0 };
+            self.paused = Some((now + time, weather.trouble()));
             session.pause(true);
         }
     }
@@ -135,11 +145,23 @@ impl Whims {
             if job.script.time() > secs(1) && rng.per_mille(200) {
                 job.copies = 2;
             }
-            let cancelled = rng.per_mille(40);
-            if rng.per_mille(200) {
+            let mut to_cancel = rng.per_mille(200);
+            if job.script.verdict == Verdict::Never && rng.per_mille(500) {
+                // Only the cancel can end it soon.
+                (job.deadline, to_cancel) = (rng.time(LONG_DEADLINE), true);
+            }
+            if to_cancel {
                 self.cancels.push((now + rng.time(CANCEL_WITHIN), job.id.clone()));
             }
-            whims.push(Whim::Job { job: Box::new(job), cancelled });
+            whims.push(Whim::Job { job: Box::new(job), cancelled: rng.per_mille(40) });
+        }
+        for _ in 0..std::mem::take(&mut self.large_due) {
+            let job = Job::large(rng, weather);
+            // While their answers wait in the agent.
+            if let Some((until, _)) = self.paused.as_ref().filter(|_| rng.per_mille(700)) {
+                self.cancels.push((*until - ms(200), job.id.clone()));
+            }
+            whims.push(Whim::Job { job: Box::new(job), cancelled: false });
         }
     }
 }
