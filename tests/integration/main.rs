@@ -26,6 +26,7 @@ mod relay; // the response's bytes, and what is read off them
 mod request; // the job as the backend gets it
 mod session; // everything else that happens on a live session
 mod shutdown; // signals and the drain
+mod soak; // all of it at once and at random, for minutes or hours
 mod support; // the scripted peers
 mod token_limit; // max_tokens_per_minute
 mod tls; // wss and its certificates

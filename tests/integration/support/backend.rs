@@ -21,10 +21,13 @@ pub enum Answer {
     Raw(Vec<u8>),
     /// These bytes, then the end of the connection.
     RawThenClose(Vec<u8>),
+    /// This answers, in the connection's own thread, and says whether the connection serves on.
+    Play(Box<Player>),
     /// The test answers, see [`Backend::next`].
     Hold,
 }
 
+pub type Player = dyn FnOnce(&TcpStream) -> io::Result<bool> + Send;
 type Routes = dyn Fn(&Request) -> Answer + Send + Sync;
 
 pub struct Backend {
@@ -43,6 +46,8 @@ struct Shared {
     parked: AtomicBool,
     /// Bytes of each request's body that stay in the socket: closing it then sends a reset instead of an end.
     unread: AtomicUsize,
+    /// Requests are not kept for [`Backend::seen`].
+    forgetful: AtomicBool,
     connected: AtomicUsize,
     open: Mutex<HashMap<usize, TcpStream>>,
     seen: Mutex<Vec<Request>>,
@@ -66,6 +71,7 @@ impl Backend {
             deaf: AtomicBool::new(false),
             parked: AtomicBool::new(false),
             unread: AtomicUsize::new(0),
+            forgetful: AtomicBool::new(false),
             connected: AtomicUsize::new(0),
             open: Mutex::default(),
             seen: Mutex::default(),
@@ -104,7 +110,7 @@ impl Backend {
         format!("kind = \"vllm\"\nurl = \"{}\"", self.url())
     }
 
-    /// From now on, closing a connection resets it.
+    /// From the next connection on, closing one resets it.
     pub fn reset_on_close(&self) {
         self.leave_unread(1);
     }
@@ -112,6 +118,11 @@ impl Backend {
     /// From the next connection on, so many bytes of each body stay in the socket; closing it resets the connection.
     pub fn leave_unread(&self, bytes: usize) {
         self.shared.unread.store(bytes, Ordering::SeqCst);
+    }
+
+    /// From now on no request is kept: for a test that makes too many of them.
+    pub fn forget(&self) {
+        self.shared.forgetful.store(true, Ordering::SeqCst);
     }
 
     /// From now on nobody who connects hears anything: the queue of the connections to be accepted is full, which it
@@ -263,16 +274,25 @@ impl Shared {
     fn serve(&self, mut stream: &TcpStream, id: usize) -> io::Result<()> {
         stream.set_nodelay(true)?;
         self.open.lock().expect("connections").insert(id, stream.try_clone()?);
-        let mut reader = BufReader::new(stream);
+        // What is left unread has to stay in the socket, and not in a buffer.
+        let capacity = if self.unread.load(Ordering::SeqCst) > 0 { 1 } else { 8 << 10 };
+        let mut reader = BufReader::with_capacity(capacity, stream);
         while let Some(request) = read_request(&mut reader, id, self.unread.load(Ordering::SeqCst))? {
-            self.seen.lock().expect("requests").push(request.clone());
-            self.news.notify_all();
+            if !self.forgetful.load(Ordering::SeqCst) {
+                self.seen.lock().expect("requests").push(request.clone());
+                self.news.notify_all();
+            }
             match (self.routes)(&request) {
                 Answer::Json(status, body) => {
                     stream.write_all(&response(status, "application/json", body.to_string()))?;
                 }
                 Answer::Raw(bytes) => stream.write_all(&bytes)?,
                 Answer::RawThenClose(bytes) => return stream.write_all(&bytes),
+                Answer::Play(player) => {
+                    if !player(stream)? {
+                        return Ok(());
+                    }
+                }
                 Answer::Hold => {
                     let (release, released) = bounded(1);
                     let held = Held { request, stream: stream.try_clone()?, release };

@@ -1,7 +1,7 @@
 //! The listening half of a scripted coordinator: takes the agent's connections, upgrades them, and hands out
 //! [`Session`]s.
 
-use std::io::{BufReader, ErrorKind, Read, Write};
+use std::io::{self, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -59,9 +59,12 @@ impl Coordinator {
 
     /// The next connection.
     pub fn dialled(&self, within: Duration) -> Dialled {
-        self.dialled
-            .recv_timeout(within)
-            .unwrap_or_else(|_| panic!("the agent did not dial the coordinator within {within:?}"))
+        self.try_dialled(within).unwrap_or_else(|| panic!("the agent did not dial the coordinator within {within:?}"))
+    }
+
+    /// The next connection, if there is one in time.
+    pub fn try_dialled(&self, within: Duration) -> Option<Dialled> {
+        self.dialled.recv_timeout(within).ok()
     }
 
     /// Panics when the agent dials within `time`.
@@ -92,10 +95,21 @@ impl Drop for Coordinator {
 impl Dialled {
     /// Reads the upgrade request.
     pub fn request(&self) -> Request {
-        self.stream.set_read_timeout(Some(SOON)).expect("a read timeout");
+        self.try_request().expect("an upgrade request")
+    }
+
+    fn try_request(&self) -> io::Result<Request> {
+        self.stream.set_read_timeout(Some(SOON))?;
         // The client says nothing more before it is answered, so that the reader's buffer ends up empty.
-        let request = read_request(&mut BufReader::new(&self.stream), 0, 0);
-        request.expect("an upgrade request").expect("an upgrade request before the end of the connection")
+        let request = read_request(&mut BufReader::new(&self.stream), 0, 0)?;
+        request.ok_or_else(|| ErrorKind::UnexpectedEof.into())
+    }
+
+    /// Upgrades, over a link that may break.
+    pub fn try_upgrade(mut self) -> io::Result<Session> {
+        let request = self.try_request()?;
+        self.stream.write_all(&switching_protocols(&request))?;
+        Ok(Session::new(self.stream, self.at))
     }
 
     pub fn upgrade(self) -> Session {

@@ -1,9 +1,9 @@
 //! A TCP relay that can cut, stall and trickle what passes.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, Weak};
 
 use super::ms;
 
@@ -12,6 +12,8 @@ pub enum Mode {
     Pass,
     /// Takes the bytes of both sides and passes on none, as a dead link behind a middlebox does.
     Swallow,
+    /// Passes on nothing until the mode changes, and then all of it, as TCP does over a link that was away.
+    Stall,
     /// One byte a write, and each in a segment of its own.
     Trickle,
 }
@@ -24,8 +26,14 @@ pub struct FaultProxy {
 struct Shared {
     target: SocketAddr,
     mode: Mutex<Mode>,
+    changed: Condvar,
     stopped: AtomicBool,
-    open: Mutex<Vec<TcpStream>>,
+    open: Mutex<Vec<Weak<Connection>>>,
+}
+
+struct Connection {
+    near: TcpStream,
+    far: TcpStream,
 }
 
 impl FaultProxy {
@@ -35,6 +43,7 @@ impl FaultProxy {
         let shared = Arc::new(Shared {
             target,
             mode: Mutex::new(Mode::Pass),
+            changed: Condvar::new(),
             stopped: AtomicBool::new(false),
             open: Mutex::default(),
         });
@@ -56,12 +65,15 @@ impl FaultProxy {
 
     pub fn set(&self, mode: Mode) {
         *self.shared.mode.lock().expect("mode") = mode;
+        self.shared.changed.notify_all();
     }
 
     /// Ends every connection there is.
     pub fn cut(&self) {
-        for stream in self.shared.open.lock().expect("connections").drain(..) {
-            let _ = stream.shutdown(Shutdown::Both);
+        let open = std::mem::take(&mut *self.shared.open.lock().expect("connections"));
+        for connection in open.iter().filter_map(Weak::upgrade) {
+            let _ = connection.near.shutdown(Shutdown::Both);
+            let _ = connection.far.shutdown(Shutdown::Both);
         }
     }
 }
@@ -71,37 +83,57 @@ impl Drop for FaultProxy {
         self.shared.stopped.store(true, Ordering::SeqCst);
         let _ = TcpStream::connect(self.address);
         self.cut();
+        self.set(Mode::Pass);
     }
 }
 
 impl Shared {
     fn relay(self: &Arc<Self>, near: TcpStream) {
         let Ok(far) = TcpStream::connect(self.target) else { return };
-        let handle = |stream: &TcpStream| stream.try_clone().expect("a second handle of the socket");
-        self.open.lock().expect("connections").extend([handle(&near), handle(&far)]);
-        for (from, to) in [(handle(&near), handle(&far)), (far, near)] {
-            let shared = Arc::clone(self);
-            std::thread::spawn(move || shared.pump(from, to));
-        }
+        let connection = Arc::new(Connection { near, far });
+        let mut open = self.open.lock().expect("connections");
+        open.retain(|connection| connection.strong_count() > 0);
+        open.push(Arc::downgrade(&connection));
+        drop(open);
+        let (up, down) = ((Arc::clone(self), Arc::clone(&connection)), (Arc::clone(self), connection));
+        std::thread::spawn(move || up.0.pump(&up.1.near, &up.1.far));
+        std::thread::spawn(move || down.0.pump(&down.1.far, &down.1.near));
     }
 
-    fn pump(&self, mut from: TcpStream, mut to: TcpStream) {
+    fn pump(&self, mut from: &TcpStream, to: &TcpStream) {
         let _ = to.set_nodelay(true);
         let mut buffer = [0; 4096];
         while let Ok(n @ 1..) = from.read(&mut buffer) {
-            let mode = *self.mode.lock().expect("mode");
-            let sent = match mode {
-                Mode::Pass => to.write_all(&buffer[..n]),
-                Mode::Swallow => Ok(()),
-                Mode::Trickle => buffer[..n].chunks(1).try_for_each(|byte| {
-                    std::thread::sleep(ms(1));
-                    to.write_all(byte)
-                }),
-            };
-            if sent.is_err() {
+            if self.pass_on(&buffer[..n], to).is_err() {
                 break;
             }
         }
+        self.passing_mode();
         let _ = to.shutdown(Shutdown::Write);
+    }
+
+    /// The mode, once it is another than to stall.
+    fn passing_mode(&self) -> Mode {
+        let mode = self.mode.lock().expect("mode");
+        *self.changed.wait_while(mode, |mode| *mode == Mode::Stall).expect("mode")
+    }
+
+    /// As the mode says, which may change in the middle.
+    fn pass_on(&self, mut bytes: &[u8], mut to: &TcpStream) -> io::Result<()> {
+        while !bytes.is_empty() {
+            match self.passing_mode() {
+                Mode::Swallow => break,
+                Mode::Trickle => {
+                    std::thread::sleep(ms(1));
+                    to.write_all(&bytes[..1])?;
+                    bytes = &bytes[1..];
+                }
+                Mode::Pass | Mode::Stall => {
+                    to.write_all(bytes)?;
+                    break;
+                }
+            }
+        }
+        Ok(())
     }
 }

@@ -182,6 +182,11 @@ impl Session {
         self.send(&json!({"type": "job_cancel", "job_id": id}));
     }
 
+    /// The next event, for one who takes them all as they come.
+    pub fn next(&self, until: Instant) -> Result<Event, RecvTimeoutError> {
+        self.events.recv_deadline(until)
+    }
+
     /// Visits the events in their order, those left over by earlier waits first, until `visit` stops.
     pub fn each(&self, what: &str, within: Duration, mut visit: impl FnMut(&Event) -> Take) {
         let deadline = Instant::now() + within;

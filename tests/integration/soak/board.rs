@@ -1,0 +1,158 @@
+//! Which backend was seen to do what with which job, and whether it still does.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use super::script::Refusal;
+use super::weather::{Moment, Weather};
+use crate::support::secs;
+
+/// By when a backend must have been rid of a job that is over.
+const GRACE: Duration = secs(2);
+
+pub struct Board {
+    weather: Arc<Weather>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    jobs: HashMap<u64, Seen>,
+    working: usize,
+    working_most: usize,
+    /// From the cancel to the closed connection, in microseconds.
+    cancel_times: Vec<u32>,
+    orphans: u64,
+    faults: Vec<String>,
+}
+
+#[derive(Default)]
+struct Seen {
+    plays: Vec<Play>,
+    working: usize,
+    cancelled: Option<Moment>,
+    over: Option<Instant>,
+}
+
+/// One request of a job's at one backend.
+#[derive(Clone, Copy)]
+pub struct Play {
+    pub backend: usize,
+    pub began: Instant,
+    pub ended: Option<Instant>,
+    /// The agent closed the connection before the backend was through.
+    pub hung_up: bool,
+    /// How it was refused; `None` when its script was played.
+    pub refusal: Option<&'static Refusal>,
+}
+
+impl Play {
+    /// How long the backend has been at it.
+    pub fn time(&self) -> Duration {
+        self.ended.unwrap_or_else(Instant::now) - self.began
+    }
+}
+
+/// What the board can tell at the end.
+pub struct Summary {
+    pub cancel_times: Vec<u32>,
+    pub orphans: u64,
+    pub working_most: usize,
+}
+
+impl Board {
+    pub fn new(weather: Arc<Weather>) -> Self {
+        Self { weather, state: Mutex::default() }
+    }
+
+    /// The coordinator is about to send this job.
+    pub fn expect(&self, seed: u64) {
+        self.with(|state| {
+            state.jobs.entry(seed).or_default();
+        });
+    }
+
+    /// A backend has read the request; returns the number of the play.
+    pub fn begin(&self, seed: u64, backend: usize, refusal: Option<&'static Refusal>) -> usize {
+        self.with(|state| {
+            state.working += 1;
+            state.working_most = state.working_most.max(state.working);
+            let Some(seen) = state.jobs.get_mut(&seed) else {
+                state.faults.push(format!("backend {backend} is asked for job {seed}, which is over since {GRACE:?}"));
+                return 0;
+            };
+            seen.working += 1;
+            seen.plays.push(Play { backend, began: Instant::now(), ended: None, hung_up: false, refusal });
+            seen.plays.len() - 1
+        })
+    }
+
+    /// A backend is through with the request, perhaps because the agent `hung_up`.
+    pub fn end(&self, seed: u64, play: usize, hung_up: bool) {
+        self.with(|state| {
+            state.working -= 1;
+            let Some(seen) = state.jobs.get_mut(&seed) else { return };
+            seen.working -= 1;
+            (seen.plays[play].ended, seen.plays[play].hung_up) = (Some(Instant::now()), hung_up);
+            if let Some(cancelled) = seen.cancelled.filter(|_| hung_up)
+                && cancelled.trouble(&self.weather).is_zero()
+            {
+                state.cancel_times.push(cancelled.at.elapsed().as_micros() as u32);
+            }
+        });
+    }
+
+    /// What the backends did with a job, in order.
+    pub fn plays(&self, seed: u64) -> Vec<Play> {
+        self.with(|state| state.jobs.get(&seed).map(|seen| seen.plays.clone()).unwrap_or_default())
+    }
+
+    /// The coordinator is about to cancel it.
+    pub fn cancelled(&self, seed: u64) {
+        let now = Moment::now(&self.weather);
+        self.with(|state| {
+            if let Some(seen) = state.jobs.get_mut(&seed) {
+                seen.cancelled = Some(now);
+            }
+        });
+    }
+
+    /// Nobody waits for the job any more, and the agent knows.
+    pub fn over(&self, seed: u64) {
+        self.with(|state| {
+            if let Some(seen) = state.jobs.get_mut(&seed) {
+                seen.over = Some(Instant::now());
+            }
+        });
+    }
+
+    /// Forgets the jobs that are over for long enough; returns what is wrong.
+    pub fn sweep(&self) -> Vec<String> {
+        self.with(|state| {
+            let mut faults = std::mem::take(&mut state.faults);
+            let is_past = |seen: &Seen| seen.over.is_some_and(|over| over.elapsed() > GRACE);
+            for (seed, seen) in state.jobs.iter().filter(|(_, seen)| is_past(seen) && seen.working > 0) {
+                state.orphans += 1;
+                let backends: Vec<_> = seen.plays.iter().map(|play| play.backend).collect();
+                faults.push(format!(
+                    "an orphan: job {seed} is over since {GRACE:?}, backends {backends:?} still serve it"
+                ));
+            }
+            state.jobs.retain(|_, seen| !is_past(seen));
+            faults
+        })
+    }
+
+    pub fn summary(&self) -> Summary {
+        self.with(|state| {
+            let mut cancel_times = state.cancel_times.clone();
+            cancel_times.sort_unstable();
+            Summary { cancel_times, orphans: state.orphans, working_most: state.working_most }
+        })
+    }
+
+    fn with<T>(&self, act: impl FnOnce(&mut State) -> T) -> T {
+        act(&mut self.state.lock().expect("board"))
+    }
+}

@@ -1,0 +1,261 @@
+//! Four backends that play the scripts, each with moods of its own: away, with a health check that fails, or that hangs.
+
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::board::Board;
+use super::rng::Rng;
+use super::script::{self, Ending, Framing, Refusal, Script, refusal_at};
+use super::stream::Format;
+use super::weather::Weather;
+use crate::support::*;
+
+/// Kind, and the models that it lists: some of them its own, some shared, so that jobs fail over.
+pub const BACKENDS: [(&str, &[&str]); 4] = [
+    ("vllm", &["shared", "pair", "own-0"]),
+    ("vllm", &["shared", "pair", "own-1"]),
+    ("openai", &["shared", "wide", "own-2"]),
+    ("llamacpp", &["wide", "own-3"]),
+];
+
+/// Longer than any job: a silence that lasts so long is an orphan's.
+const SILENCE: Duration = secs(120);
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mood {
+    Well,
+    Away,
+    Unhealthy,
+    Hanging,
+}
+
+pub struct Fleet {
+    addresses: Vec<String>,
+    board: Arc<Board>,
+    weather: Arc<Weather>,
+    states: Mutex<[State; BACKENDS.len()]>,
+    faults: Mutex<Vec<String>>,
+}
+
+#[derive(Clone, Copy)]
+struct State {
+    mood: Mood,
+    went_away: Option<Instant>,
+    came_back: Option<Instant>,
+}
+
+impl Fleet {
+    pub fn new(board: Arc<Board>, weather: Arc<Weather>) -> Arc<Self> {
+        // Loopback addresses of their own: nothing else takes their ports while they are away.
+        let addresses = (0..BACKENDS.len()).map(|n| nobody_at(&format!("127.0.0.{}", 40 + n))).collect();
+        let well = State { mood: Mood::Well, went_away: None, came_back: None };
+        Arc::new(Self {
+            addresses,
+            board,
+            weather,
+            states: Mutex::new([well; BACKENDS.len()]),
+            faults: Mutex::default(),
+        })
+    }
+
+    /// The `[[backends]]` of the whole fleet.
+    pub fn configure(&self, setup: Setup) -> Setup {
+        self.addresses.iter().zip(BACKENDS).fold(setup, |setup, (address, (kind, _))| {
+            setup.backend(format!("kind = \"{kind}\"\nurl = \"http://{address}\""))
+        })
+    }
+
+    /// Whether a backend that lists `model` was away at some time since.
+    pub fn some_away(&self, model: &str, since: Instant) -> bool {
+        (0..BACKENDS.len()).any(|n| BACKENDS[n].1.contains(&model) && self.was_away(n, since))
+    }
+
+    /// Whether this one was away at some time since.
+    pub fn was_away(&self, backend: usize, since: Instant) -> bool {
+        let state = self.states.lock().expect("states")[backend];
+        state.mood == Mood::Away || [state.went_away, state.came_back].into_iter().flatten().any(|at| at >= since)
+    }
+
+    /// What the backends have found wrong.
+    pub fn faults(&self) -> Vec<String> {
+        std::mem::take(&mut *self.faults.lock().expect("faults"))
+    }
+
+    /// Runs the backends until it is over, `started` tells when they are there.
+    pub fn run(self: &Arc<Self>, mut rng: Rng, started: &std::sync::Barrier) {
+        let mut backends: Vec<_> = (0..BACKENDS.len()).map(|n| Some(self.start(n))).collect();
+        started.wait();
+        let mut due: Vec<_> = backends.iter().map(|_| Instant::now() + rng.time(2000..20_000)).collect();
+        while !self.weather.is_over() {
+            let calm = self.weather.is_calm();
+            for (n, backend) in backends.iter_mut().enumerate() {
+                let mood = self.states.lock().expect("states")[n].mood;
+                let next = match mood {
+                    Mood::Well if !calm && Instant::now() >= due[n] => {
+                        due[n] = Instant::now() + rng.time(500..6000);
+                        *rng.pick(&[Mood::Away, Mood::Away, Mood::Unhealthy, Mood::Hanging])
+                    }
+                    Mood::Away | Mood::Unhealthy | Mood::Hanging if calm || Instant::now() >= due[n] => {
+                        due[n] = Instant::now() + rng.time(5000..40_000);
+                        Mood::Well
+                    }
+                    _ => continue,
+                };
+                self.change(n, next, backend);
+            }
+            std::thread::sleep(ms(50));
+        }
+    }
+
+    fn change(self: &Arc<Self>, n: usize, mood: Mood, backend: &mut Option<Backend>) {
+        let note = |change: &dyn Fn(&mut State)| change(&mut self.states.lock().expect("states")[n]);
+        // It is away from before its first connection breaks until after its door is open again.
+        if mood == Mood::Away {
+            note(&|state| (state.mood, state.went_away) = (mood, Some(Instant::now())));
+            *backend = None;
+        } else if backend.is_none() {
+            *backend = Some(self.start(n));
+            note(&|state| (state.mood, state.came_back) = (mood, Some(Instant::now())));
+        } else {
+            note(&|state| state.mood = mood);
+        }
+    }
+
+    fn start(self: &Arc<Self>, n: usize) -> Backend {
+        let fleet = Arc::clone(self);
+        let backend = Backend::on(&self.addresses[n], move |request| fleet.answer(n, request));
+        backend.forget();
+        // The last byte of each request; those who do not reset the connection read it.
+        backend.leave_unread(1);
+        backend
+    }
+
+    fn answer(self: &Arc<Self>, n: usize, request: &Request) -> Answer {
+        let mood = self.states.lock().expect("states")[n].mood;
+        match request.line().as_str() {
+            "POST /v1/chat/completions" => self.job(n, Format::Openai, request),
+            "POST /v1/messages" => self.job(n, Format::Anthropic, request),
+            _ if mood == Mood::Unhealthy => Answer::Raw(response(500, "text/plain", "not well")),
+            _ if mood == Mood::Hanging => Answer::Play(Box::new(|line| pause(line, secs(4)).map(|()| false))),
+            "GET /v1/models" => {
+                let models: Vec<_> = BACKENDS[n].1.iter().map(|id| json!({ "id": id })).collect();
+                Answer::Json(200, json!({ "data": models }))
+            }
+            "GET /props" => Answer::Json(200, json!({"default_generation_settings": {"n_ctx": 4096}})),
+            _ => Answer::Raw(response(200, "text/plain", "")),
+        }
+    }
+
+    fn job(self: &Arc<Self>, n: usize, format: Format, request: &Request) -> Answer {
+        let seed = match read(format, request) {
+            Ok(seed) => seed,
+            Err(fault) => {
+                self.faults.lock().expect("faults").push(format!("backend {n} got a request that {fault}"));
+                return Answer::RawThenClose(Vec::new());
+            }
+        };
+        let refusal = refusal_at(seed, n);
+        let board = Arc::clone(&self.board);
+        let play_number = board.begin(seed, n, refusal);
+        Answer::Play(Box::new(move |line| {
+            let outcome = match refusal {
+                Some(refusal) => refuse(line, refusal),
+                None => play(line, &Script::of(seed, format)),
+            };
+            board.end(seed, play_number, outcome.is_err());
+            outcome
+        }))
+    }
+}
+
+/// The seed of a request that arrived as the coordinator sent it, or what is wrong with it.
+fn read(format: Format, request: &Request) -> Result<u64, String> {
+    let whole = [&request.body[..], b"}"].concat();
+    let body: Value = serde_json::from_slice(&whole).map_err(|e| format!("is not JSON: {e}"))?;
+    let seed = body["seed"].as_u64().ok_or("has no seed")?;
+    let options = &body["stream_options"]["include_usage"];
+    let as_sent = body["messages"] == super::job::messages(seed)
+        && body["stream"] == true
+        && body["model"].is_string()
+        && (format == Format::Anthropic || *options == true);
+    if as_sent { Ok(seed) } else { Err(format!("was changed on its way, job {seed}")) }
+}
+
+fn refuse(mut line: &TcpStream, refusal: &Refusal) -> io::Result<bool> {
+    if !matches!(refusal.answer, script::Answer::Reset) {
+        line.read_exact(&mut [0])?;
+    }
+    match refusal.answer {
+        script::Answer::Status(status, text) => {
+            line.write_all(&response(status, "text/plain", text))?;
+            Ok(true)
+        }
+        script::Answer::Bytes(bytes) => line.write_all(bytes.as_bytes()).map(|()| false),
+        script::Answer::Reset => Ok(false),
+    }
+}
+
+/// Plays a script; an error means that the agent hung up.
+fn play(mut line: &TcpStream, script: &Script) -> io::Result<bool> {
+    if script.ending != Ending::Reset {
+        line.read_exact(&mut [0])?;
+    }
+    pause(line, script.wait)?;
+    if script.ending == Ending::NoHead {
+        return pause(line, SILENCE).map(|()| false);
+    }
+    line.write_all(&head(script))?;
+    let mut rest = &script.body[..];
+    for size in &script.pieces {
+        let (piece, after) = rest.split_at(*size);
+        rest = after;
+        match script.framing {
+            Framing::Chunked => {
+                line.write_all(&[format!("{size:x}\r\n").as_bytes(), piece, b"\r\n"].concat())?;
+            }
+            Framing::Length | Framing::UntilClose => line.write_all(piece)?,
+        }
+        pause(line, script.pause)?;
+    }
+    match script.ending {
+        Ending::Whole { keeps } => {
+            if script.framing == Framing::Chunked {
+                line.write_all(b"0\r\n\r\n")?;
+            }
+            Ok(keeps && script.framing != Framing::UntilClose)
+        }
+        Ending::BadChunk => line.write_all(b"zz\r\n").map(|()| false),
+        Ending::Silence => pause(line, SILENCE).map(|()| false),
+        Ending::Closed | Ending::Reset | Ending::NoHead => Ok(false),
+    }
+}
+
+fn head(script: &Script) -> Vec<u8> {
+    let promised = script.body.len() + if matches!(script.ending, Ending::Whole { .. }) { 0 } else { 1000 };
+    let framing = match script.framing {
+        Framing::Chunked => "Transfer-Encoding: chunked\r\n".to_owned(),
+        Framing::Length => format!("Content-Length: {promised}\r\n"),
+        Framing::UntilClose => String::new(),
+    };
+    format!("HTTP/1.1 200 OK\r\nContent-Type: {}\r\n{framing}\r\n", script.content_type).into_bytes()
+}
+
+/// Waits; an error as soon as the agent hangs up.
+fn pause(mut line: &TcpStream, time: Duration) -> io::Result<()> {
+    if time.is_zero() {
+        return Ok(());
+    }
+    line.set_read_timeout(Some(time))?;
+    let read = line.read(&mut [0]);
+    line.set_read_timeout(None)?;
+    match read {
+        Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => Ok(()),
+        Err(e) => Err(e),
+        Ok(0) => Err(io::ErrorKind::ConnectionAborted.into()),
+        Ok(_) => Err(io::Error::other("the agent speaks out of turn")),
+    }
+}

@@ -1,0 +1,270 @@
+//! From a job's seed to all that a backend does with it. Pure: the backend that plays a script and the coordinator that
+//! checks what arrives derive the same one, and it is the same at every backend; only whether a backend serves the job at
+//! all is its own.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use super::rng::Rng;
+use super::stream::{Format, Stream, Usage};
+use crate::support::ms;
+
+/// Jobs with these seeds are served at once, by every backend.
+pub const PLAIN_SEEDS: Range<u64> = 0..1 << 20;
+/// Jobs with these are served with some MB at once.
+pub const LARGE_SEEDS: Range<u64> = 1 << 20..2 << 20;
+/// All others.
+pub const RANDOM_SEEDS: Range<u64> = 2 << 20..1 << 53;
+
+/// What a backend does that serves the job.
+pub struct Script {
+    /// Before the first byte of the head.
+    pub wait: Duration,
+    pub framing: Framing,
+    pub content_type: &'static str,
+    /// All that it sends, and so all that the coordinator may get.
+    pub body: Vec<u8>,
+    /// Sizes of the writes.
+    pub pieces: Vec<usize>,
+    /// After each write.
+    pub pause: Duration,
+    pub ending: Ending,
+    pub verdict: Verdict,
+    pub usage: Usage,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Framing {
+    Chunked,
+    Length,
+    UntilClose,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// As the framing wants it; the connection may serve on.
+    Whole {
+        keeps: bool,
+    },
+    /// The connection ends although more was promised.
+    Closed,
+    Reset,
+    /// A chunk size that is none.
+    BadChunk,
+    /// Nothing more comes.
+    Silence,
+    /// Not even a head comes.
+    NoHead,
+}
+
+/// How a job can end that was served so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    Done,
+    /// `internal`, after the last byte of the body has been passed on.
+    Broken,
+    /// `internal`, or `backend_unreachable` when the reset, or the bad chunk size, took all bytes with it.
+    Torn,
+    /// Not before its deadline.
+    Never,
+}
+
+#[derive(Clone, Copy)]
+enum Act {
+    Quick,
+    Slow,
+    Trickle,
+    LateHead,
+    Silence,
+    NoHead,
+    Cut,
+    Reset,
+    ErrorEvent,
+    BadChunk,
+    Json,
+    EndlessLine,
+    Flood,
+}
+
+const ACTS: [(u64, Act); 13] = [
+    (700, Act::Quick),
+    (60, Act::Slow),
+    (30, Act::Trickle),
+    (30, Act::LateHead),
+    (20, Act::Silence),
+    (10, Act::NoHead),
+    (50, Act::Cut),
+    (30, Act::Reset),
+    (40, Act::ErrorEvent),
+    (30, Act::BadChunk),
+    (40, Act::Json),
+    (3, Act::EndlessLine),
+    (3, Act::Flood),
+];
+
+impl Script {
+    pub fn of(seed: u64, format: Format) -> Self {
+        let rng = &mut Rng::of(seed, "script");
+        let act = match seed {
+            _ if PLAIN_SEEDS.contains(&seed) => Act::Quick,
+            _ if LARGE_SEEDS.contains(&seed) => Act::Flood,
+            _ => rng.weighed(&ACTS),
+        };
+        let mut stream = Stream::new(rng, format);
+        let (verdict, ending) = match act {
+            Act::Silence => (Verdict::Never, Ending::Silence),
+            Act::NoHead => (Verdict::Never, Ending::NoHead),
+            Act::Cut => (Verdict::Broken, Ending::Closed),
+            Act::Reset => (Verdict::Torn, Ending::Reset),
+            Act::BadChunk => (Verdict::Torn, Ending::BadChunk),
+            Act::ErrorEvent => (Verdict::Broken, Ending::Whole { keeps: rng.per_mille(800) }),
+            _ => (Verdict::Done, Ending::Whole { keeps: rng.per_mille(900) }),
+        };
+        let framing = match act {
+            Act::BadChunk => Framing::Chunked,
+            _ => rng.weighed(&[(6, Framing::Chunked), (3, Framing::Length), (1, Framing::UntilClose)]),
+        };
+        let body = body_of(act, &mut stream, rng);
+        let (size, pause) = match act {
+            Act::Slow => (body.len() / 8, rng.time(30..250)),
+            Act::Trickle => (3, ms(2)),
+            Act::EndlessLine | Act::Flood => (64 << 10, Duration::ZERO),
+            _ => (400, Duration::ZERO),
+        };
+        Self {
+            wait: if matches!(act, Act::LateHead) { rng.time(50..1500) } else { Duration::ZERO },
+            framing,
+            content_type: if matches!(act, Act::Json) { "application/json" } else { "text/event-stream" },
+            pieces: cut(rng, body.len(), size.max(1)),
+            body,
+            pause,
+            ending,
+            verdict,
+            usage: stream.usage,
+        }
+    }
+
+    /// Whether so many bytes of the body hold an end mark.
+    pub fn has_end_mark(&self, length: usize) -> bool {
+        let text = String::from_utf8_lossy(&self.body[..length]);
+        ["\"finish_reason\":\"stop\"", "[DONE]", "message_stop"].iter().any(|mark| text.contains(mark))
+    }
+
+    /// How long it takes at the least.
+    pub fn time(&self) -> Duration {
+        match self.ending {
+            Ending::Silence | Ending::NoHead => Duration::MAX,
+            _ => self.wait + self.pause * self.pieces.len() as u32,
+        }
+    }
+}
+
+fn body_of(act: Act, stream: &mut Stream, rng: &mut Rng) -> Vec<u8> {
+    match act {
+        Act::NoHead => {}
+        Act::Json => return stream.json(rng).into_bytes(),
+        Act::Cut | Act::Reset | Act::Silence | Act::BadChunk => {
+            // No end mark, so that nobody can take it for whole.
+            let count = rng.within(1..20);
+            stream.pieces(rng, count);
+            stream.text.truncate(stream.text.trim_end().len());
+        }
+        Act::ErrorEvent => {
+            let count = rng.within(1..20);
+            stream.pieces(rng, count);
+            stream.error();
+        }
+        Act::Flood => {
+            let content = format!("{:x}", rng.next()).repeat(64);
+            for _ in 0..rng.within(1000..3000) {
+                stream.piece(&content);
+            }
+            stream.end(rng);
+        }
+        Act::EndlessLine => {
+            let length = rng.within(1_200_000..2_500_000);
+            stream.piece(&"x".repeat(length as usize));
+            stream.end(rng);
+        }
+        Act::Trickle => {
+            let count = rng.within(1..5);
+            stream.pieces(rng, count);
+            stream.end(rng);
+        }
+        Act::Quick | Act::Slow | Act::LateHead => {
+            let count = rng.within(1..40);
+            stream.pieces(rng, count);
+            stream.end(rng);
+            if rng.per_mille(200) {
+                stream.text = stream.text.replace('\n', "\r\n");
+            }
+        }
+    }
+    std::mem::take(&mut stream.text).into_bytes()
+}
+
+/// Cuts so many bytes at random places.
+fn cut(rng: &mut Rng, length: usize, size: usize) -> Vec<usize> {
+    let mut pieces = Vec::new();
+    let mut left = length;
+    while left > 0 {
+        let piece = (rng.within(1..2 * size as u64 + 1) as usize).min(left);
+        pieces.push(piece);
+        left -= piece;
+    }
+    pieces
+}
+
+/// How a backend does not serve a job.
+#[derive(Debug)]
+pub struct Refusal {
+    pub answer: Answer,
+    /// What becomes of the job when no other backend takes it.
+    pub code: &'static str,
+    /// Whether another one may.
+    pub may_fail_over: bool,
+}
+
+#[derive(Debug)]
+pub enum Answer {
+    Status(u16, &'static str),
+    /// These bytes, if any, and the end of the connection.
+    Bytes(&'static str),
+    Reset,
+}
+
+const fn refusal(answer: Answer, code: &'static str, may_fail_over: bool) -> Refusal {
+    Refusal { answer, code, may_fail_over }
+}
+
+static REFUSALS: [Refusal; 13] = [
+    refusal(Answer::Status(400, "too long"), "internal", false),
+    refusal(Answer::Status(401, "who are you?"), "auth_rejected_by_backend", false),
+    refusal(Answer::Status(404, "no such model"), "model_not_loaded", false),
+    refusal(Answer::Status(429, "slow down"), "out_of_capacity", true),
+    refusal(Answer::Status(500, "CUDA error"), "internal", false),
+    refusal(Answer::Status(502, "bad gateway"), "backend_unreachable", true),
+    refusal(Answer::Status(503, "{\"error\":{\"message\":\"Loading model\"}}"), "model_not_loaded", true),
+    refusal(Answer::Status(503, "server busy"), "out_of_capacity", true),
+    refusal(Answer::Bytes(""), "backend_unreachable", true),
+    refusal(Answer::Bytes("SSH-2.0-OpenSSH_9.6\r\n"), "backend_unreachable", true),
+    refusal(
+        Answer::Bytes("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 9\r\n\r\n"),
+        "backend_unreachable",
+        true,
+    ),
+    refusal(
+        Answer::Bytes(
+            "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        ),
+        "backend_unreachable",
+        true,
+    ),
+    refusal(Answer::Reset, "backend_unreachable", true),
+];
+
+/// Whether this backend does not serve this job.
+pub fn refusal_at(seed: u64, backend: usize) -> Option<&'static Refusal> {
+    let rng = &mut Rng::of(seed, &format!("refusal at {backend}"));
+    (!PLAIN_SEEDS.contains(&seed) && rng.per_mille(120)).then(|| rng.pick(&REFUSALS))
+}

@@ -1,0 +1,114 @@
+//! The bodies of answers: what vLLM, llama.cpp and their relatives send, with bytes that no other job has.
+
+use serde_json::json;
+
+use super::rng::Rng;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    Openai,
+    Anthropic,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Usage {
+    pub input: u64,
+    pub output: u64,
+}
+
+/// The body of an answer in the making.
+pub struct Stream {
+    pub format: Format,
+    pub text: String,
+    pub usage: Usage,
+}
+
+impl Stream {
+    pub fn new(rng: &mut Rng, format: Format) -> Self {
+        let usage = Usage { input: rng.within(1..1_000_000), output: rng.within(1..1_000_000) };
+        let mut stream = Self { format, text: String::new(), usage };
+        if format == Format::Anthropic {
+            let usage = json!({"input_tokens": usage.input, "output_tokens": 1});
+            stream.event("message_start", &json!({"type": "message_start", "message": {"usage": usage}}).to_string());
+        }
+        stream
+    }
+
+    /// So many pieces of an answer, now and then with what servers send in between.
+    pub fn pieces(&mut self, rng: &mut Rng, count: u64) {
+        for _ in 0..count {
+            if rng.per_mille(50) {
+                self.text.push_str(": keep-alive\n\n");
+            }
+            let content = format!("{:x} é𝄞 \\\"usage\\\":{{", rng.next());
+            self.piece(&content);
+        }
+    }
+
+    /// `content` is the inside of a JSON string.
+    pub fn piece(&mut self, content: &str) {
+        let data = match self.format {
+            Format::Openai => {
+                format!("{{\"choices\":[{{\"delta\":{{\"content\":\"{content}\"}},\"finish_reason\":null}}]}}")
+            }
+            Format::Anthropic => {
+                format!("{{\"type\":\"content_block_delta\",\"delta\":{{\"text\":\"{content}\"}}}}")
+            }
+        };
+        self.event("content_block_delta", &data);
+    }
+
+    /// Usage and an end mark, in one of the ways there are.
+    pub fn end(&mut self, rng: &mut Rng) {
+        let Usage { input, output } = self.usage;
+        match self.format {
+            Format::Openai => {
+                let (finish, done) = *rng.pick(&[(true, true), (true, false), (false, true)]);
+                if finish {
+                    self.text.push_str("data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"stop\"}]}\n\n");
+                }
+                let usage = json!({"prompt_tokens": input, "completion_tokens": output});
+                self.event("", &json!({"choices": [], "usage": usage}).to_string());
+                if done {
+                    self.text.push_str("data: [DONE]\n\n");
+                }
+            }
+            Format::Anthropic => {
+                let delta = json!({"type": "message_delta", "delta": {}, "usage": {"output_tokens": output}});
+                self.event("message_delta", &delta.to_string());
+                self.event("message_stop", "{\"type\":\"message_stop\"}");
+            }
+        }
+    }
+
+    /// What a server says when it fails in the middle.
+    pub fn error(&mut self) {
+        match self.format {
+            Format::Openai => self.text.push_str("data: {\"error\":{\"message\":\"soaked\",\"code\":500}}\n\n"),
+            Format::Anthropic => self.event("error", "{\"type\":\"error\",\"error\":{\"message\":\"soaked\"}}"),
+        }
+    }
+
+    /// The whole answer as one JSON object.
+    pub fn json(&self, rng: &mut Rng) -> String {
+        let (text, Usage { input, output }) = (format!("{:x}", rng.next()), self.usage);
+        let body = match self.format {
+            Format::Openai => json!({
+                "choices": [{"message": {"content": text}, "finish_reason": "stop"}],
+                "usage": {"prompt_tokens": input, "completion_tokens": output},
+            }),
+            Format::Anthropic => json!({
+                "type": "message", "content": [{"type": "text", "text": text}],
+                "usage": {"input_tokens": input, "output_tokens": output},
+            }),
+        };
+        body.to_string()
+    }
+
+    fn event(&mut self, name: &str, data: &str) {
+        if self.format == Format::Anthropic {
+            self.text.push_str(&format!("event: {name}\n"));
+        }
+        self.text.push_str(&format!("data: {data}\n\n"));
+    }
+}
