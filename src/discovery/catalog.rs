@@ -41,7 +41,8 @@ impl Listing {
 
 impl Catalog {
     /// `serving` is offered: of two that list a model, the kind of the lesser rank, then the first given. `standby` is
-    /// not; but a job that was sent while it still was goes there all the same, for a true answer.
+    /// not; but a job that was sent while it still was, and that nobody else can serve, goes there all the same, for a true
+    /// answer.
     pub fn new(serving: Vec<Listing>, standby: Vec<Listing>) -> Catalog {
         let mut catalog = Catalog::default();
         catalog.offer = catalog.route(serving);
@@ -55,7 +56,7 @@ impl Catalog {
         catalog
     }
 
-    /// Adds the members behind those that are there; returns the models that had none.
+    /// Adds the members for the models that have none yet; returns those models.
     fn route(&mut self, mut listings: Vec<Listing>) -> Vec<ResolvedModel> {
         let rank_of = |member: &Member| Kind::rank_of(member.backend.kind());
         listings.sort_by_key(|listing| rank_of(&listing.member));
@@ -75,7 +76,7 @@ impl Catalog {
             }
         }
         for (model_id, tiers) in added {
-            self.routes.entry(model_id).or_default().extend(tiers);
+            self.routes.entry(model_id).or_insert(tiers);
         }
         first_listed
     }

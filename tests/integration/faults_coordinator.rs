@@ -273,7 +273,7 @@ fn fifty_sessions_that_end_right_after_auth_ok_cost_nothing() {
     patient.assert_recovers();
 }
 
-/// The worst that all limits together allow: every place taken, and every buffer of each job full.
+/// Every place taken, and every buffer full on the way from each backend to the coordinator.
 #[test]
 fn jobs_in_all_256_places_behind_a_coordinator_that_reads_nothing_fit_into_64_mb() {
     let patient = Patient::with(|setup| setup.limits("max_concurrent = 256"));

@@ -104,3 +104,24 @@ fn while_a_backend_is_withdrawn_the_next_that_lists_the_model_serves_it() {
     let back = rig.session.frame("capabilities", secs(20));
     assert_eq!(back["models"][0]["backend"], "vllm", "{back}");
 }
+
+/// The other is busy: what it cannot take is refused, and does not go to one that is known to fail.
+#[test]
+fn a_withdrawn_backend_gets_no_job_while_another_serves_the_model() {
+    let (busy, failing) = (Backend::vllm(&["m"]), obedient());
+    let rig = Rig::with(|setup| {
+        let failing = failing.toml().replace("vllm", "openai");
+        setup.backend(format!("{}\nmax_concurrent = 1", busy.toml())).backend(failing)
+    });
+    let running = rig.session.job("m", json!({}));
+    let held = busy.next();
+    for _ in 0..3 {
+        run(&rig.session, 500).error();
+    }
+    assert_eq!(rig.session.frame("capabilities", SOON)["models"][0]["max_concurrent"], 1);
+    let posts = failing.posts();
+    assert_eq!(run(&rig.session, "good").error(), "out_of_capacity");
+    assert_eq!(failing.posts(), posts);
+    held.finish();
+    rig.session.outcome(&running).done();
+}
