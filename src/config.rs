@@ -215,4 +215,33 @@ mod tests {
             Ok(())
         });
     }
+
+    /// What the fuzzer found, or was shown.
+    #[test]
+    fn an_error_shows_no_code_that_hides_in_another_value_and_is_one_short_line() {
+        let long = format!("[pricing.models.{}]\ninput_per_1m = -1\n", "m".repeat(2000));
+        let cases = [
+            "coordinator = [{url = \"wss://c/x\", enrollment_code = \"SECRET\"}]\n",
+            "observability = {log_level = {enrollment_code = \"SECRET\"}}\n[coordinator]\nurl = \"wss://c/x\"\n",
+            "[limits]\nmax_concurrent = \"\"\"\n[coordinator]\nenrollment_code = \"SECRET\"\n\"\"\"\n",
+            "[observability]\nlog_level = \"\"\"\nenrollment_code = \"SECRET\"\n\"\"\"\n",
+            "[pricing.models.\"a\\n\\u001b[2Jb\"]\ninput_per_1m = -1\n",
+            &long,
+        ];
+        const REST: &str =
+            "[coordinator]\nurl = \"wss://c/x\"\n[pricing]\ndefault_input_per_1m = 1\ndefault_output_per_1m = 2\n";
+        for case in cases {
+            let whole = if case.contains("[coordinator]") { case.to_owned() } else { format!("{REST}{case}") };
+            for text in [case.to_owned(), whole] {
+                let told = match Config::parse(&text, Path::new("x"), false) {
+                    Ok(config) => config.warnings,
+                    Err(e) => vec![e.to_string()],
+                };
+                for told in told {
+                    assert!(!told.contains("SECRET"), "{told}");
+                    assert!(told.len() < 1000 && !told.contains(char::is_control), "{told:?}");
+                }
+            }
+        }
+    }
 }

@@ -197,7 +197,7 @@ impl IdentityFile {
                 text.push_str(&format!("provider_id: {id}{newline}"));
                 written = true;
             }
-            within = (within && !ends) || line.trim() == BEGIN;
+            within = (within && !ends) || (!written && line.trim() == BEGIN);
             if !(within && line.split(':').next().is_some_and(|name| name.trim() == "provider_id")) {
                 text.push_str(line);
             }
@@ -284,6 +284,17 @@ mod tests {
             }
             Ok(())
         });
+    }
+
+    #[test]
+    fn a_second_block_is_kept_as_it_is() {
+        let path = std::env::temp_dir().join(format!("usepod-{}.key", uuid::Uuid::new_v4()));
+        let rest = format!("note\n{BEGIN}\nprovider_id: other\n{END}\n");
+        let text = format!("{BEGIN}\nversion: 1\nprovider_id: old\n{END}\n{rest}");
+        let mut file = IdentityFile { path: path.clone(), text };
+        file.keep_provider_id("new").expect("written");
+        let _ = std::fs::remove_file(path);
+        assert_eq!(file.text, format!("{BEGIN}\nversion: 1\nprovider_id: new\n{END}\n{rest}"));
     }
 
     #[test]

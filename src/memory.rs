@@ -7,6 +7,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 static MUCH_WAS_FREED: AtomicBool = AtomicBool::new(false);
 
+/// Has the threads take turns at few heaps: of each but the first, trimming leaves the free end as it is, which came to 10 MB
+/// after 256 streams. To be called before there are threads.
+pub fn keep_few_heaps() {
+    allocator::keep_few_heaps();
+}
+
 /// Much was freed, or soon will be.
 pub fn note_freed() {
     MUCH_WAS_FREED.store(true, Ordering::Relaxed);
@@ -15,20 +21,40 @@ pub fn note_freed() {
 /// Gives back what was freed since the last time, if it was much: a millisecond's work.
 pub fn give_back() {
     if MUCH_WAS_FREED.swap(false, Ordering::Relaxed) {
-        trim();
+        allocator::trim();
     }
 }
 
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
-fn trim() {
-    #[expect(unsafe_code, reason = "the standard library has no name for it")]
-    // SAFETY: the declaration is glibc's own, and the function may be called by any thread at any time.
+mod allocator {
+    use std::ffi::c_int;
+
+    /// glibc's own choice is eight a core.
+    const HEAPS_MAX: c_int = 2;
+
+    /// As in `malloc.h`.
+    const M_ARENA_MAX: c_int = -8;
+
+    #[expect(unsafe_code, reason = "the standard library has no names for these two")]
+    // SAFETY: the declarations are glibc's own, and both may be called by any thread at any time.
     unsafe extern "C" {
-        safe fn malloc_trim(pad: usize) -> std::ffi::c_int;
+        safe fn mallopt(parameter: c_int, value: c_int) -> c_int;
+        safe fn malloc_trim(pad: usize) -> c_int;
     }
-    malloc_trim(0);
+
+    pub fn keep_few_heaps() {
+        mallopt(M_ARENA_MAX, HEAPS_MAX);
+    }
+
+    pub fn trim() {
+        malloc_trim(0);
+    }
 }
 
-/// Other allocators do it by themselves, or not at all.
+/// Other allocators give memory back by themselves, or not at all.
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-fn trim() {}
+mod allocator {
+    pub fn keep_few_heaps() {}
+
+    pub fn trim() {}
+}

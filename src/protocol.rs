@@ -6,6 +6,7 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::{Number, Value, json};
 use uuid::Uuid;
 
@@ -68,6 +69,10 @@ pub fn parse(text: &str) -> Result<Inbound, FrameError> {
     struct Head {
         r#type: String,
     }
+    // serde reads a struct from a JSON array too.
+    if !text.trim_start().starts_with('{') {
+        return Err(FrameError::Json { line: 1, column: 1 });
+    }
     let head: Head = serde_json::from_str(text).map_err(|e| FrameError::Json { line: e.line(), column: e.column() })?;
     match head.r#type.as_str() {
         "job" => parse_job(text),
@@ -105,16 +110,28 @@ fn parse_job(text: &str) -> Result<Inbound, FrameError> {
         format: Option<Value>,
         deadline_ms: Option<Value>,
     }
+    /// The frame, whatever its request is.
+    #[derive(Deserialize)]
+    struct Shape {
+        #[serde(rename = "model_id")]
+        _model_id: String,
+        #[serde(rename = "request")]
+        _request: IgnoredAny,
+    }
+    const NOT_REPRESENTABLE: &str = "the request is JSON that the agent cannot represent";
     const MALFORMED: FrameError = FrameError::Field { frame: "job", fields: "job_id`, `model_id` or `request" };
     let unreadable = |why| job_id(text).map(|id| Inbound::UnreadableJob(id, why)).ok_or(MALFORMED);
     if text.len() > VALUES_MAX && has_more_values_than(VALUES_MAX, text) {
         return unreadable("the request holds more than a million JSON values");
     }
+    if has_number_key(text) {
+        return unreadable(NOT_REPRESENTABLE);
+    }
     let frame: Frame = match serde_json::from_str(text) {
         Ok(frame) => frame,
-        Err(e) if e.is_data() => return Err(MALFORMED),
+        Err(e) if e.is_data() && serde_json::from_str::<Shape>(text).is_err() => return Err(MALFORMED),
         // The frame itself is JSON, for its type could be read: a half emoji, or a thousand brackets.
-        Err(_) => return unreadable("the request is JSON that the agent cannot represent"),
+        Err(_) => return unreadable(NOT_REPRESENTABLE),
     };
     let format = match frame.format.as_ref().and_then(Value::as_str) {
         Some("anthropic") => WireFormat::Anthropic,
@@ -137,6 +154,14 @@ fn job_id(text: &str) -> Option<Uuid> {
     }
     let head: Head = serde_json::from_str(text).ok()?;
     Uuid::parse_str(&head.job_id).ok()
+}
+
+/// Whether an object has the key by which serde_json hands numbers of any precision on: it would become a number. A text
+/// that speaks of the key is a text.
+fn has_number_key(json: &str) -> bool {
+    const KEY: &str = r#""$serde_json::private::Number""#;
+    let is_key = |at: usize| !json[..at].ends_with('\\') && json[at + KEY.len()..].trim_start().starts_with(':');
+    json.match_indices(KEY).any(|(at, _)| is_key(at))
 }
 
 /// Counts what separates values, outside of strings.
@@ -322,13 +347,30 @@ mod tests {
             |request: &str| parse(&format!(r#"{{"type":"job","job_id":"{id}","model_id":"m","request":{request}}}"#));
         let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
         let many = format!("[{}0]", "0,".repeat(VALUES_MAX));
-        for request in [r#""half an emoji: \ud83d""#, &deep, &many] {
+        let numbers = [r#"{"$serde_json::private::Number":"x"}"#, r#"{"a":{"$serde_json::private::Number":"1"}}"#];
+        // The colon escaped: seen only once it fails.
+        let spelt = r#"{"$serde_json\u003a:private::Number":"x"}"#;
+        for request in [r#""half an emoji: \ud83d""#, &deep, &many, numbers[0], numbers[1], spelt] {
             let parsed = job(request);
             assert!(matches!(parsed, Ok(Inbound::UnreadableJob(..))), "{parsed:?}");
         }
-        assert!(matches!(job(r#"{"text":"[[[,,,"}"#), Ok(Inbound::Job(_))));
+        for request in [
+            r#"{"text":"[[[,,,"}"#,
+            r#"{"text":"what does {\"$serde_json::private::Number\": 1} mean?"}"#,
+            r#"["$serde_json::private::Number"]"#,
+        ] {
+            assert!(matches!(job(request), Ok(Inbound::Job(_))), "{request}");
+        }
         let other = format!(r#"{{"type":"news","x":{many}}}"#);
         assert!(matches!(parse(&other), Ok(Inbound::Other(kind)) if kind == "news"));
+    }
+
+    #[test]
+    fn a_list_is_no_frame() {
+        for text in [r#"["auth_ok"]"#, r#" ["news"]"#, r#""news""#, "[]", ""] {
+            assert!(matches!(parse(text), Err(FrameError::Json { .. })), "{text}");
+        }
+        assert!(matches!(parse(" \r\n{\"type\":\"auth_ok\"} "), Ok(Inbound::AuthOk(None))));
     }
 
     #[test]
@@ -357,14 +399,64 @@ mod tests {
         }
     }
 
+    /// Good frames of every type, spoilt a little, so that most are still JSON and many are still good.
     #[test]
-    fn no_text_makes_the_parser_panic_or_quote_it() {
+    fn no_text_makes_the_parser_panic_misread_or_quote_a_request() {
+        const FRAMES: &[&str] = &[
+            r#"{"type":"auth_challenge","nonce":"AAECAwQFBgc="}"#,
+            r#"{"type":"auth_ok","provider_id":"prov_1"}"#,
+            r#"{"type":"auth_failed","reason":"no"}"#,
+            r#"{"type":"job","job_id":"a0000000-0000-4000-8000-00000000000a","model_id":"m","request":{"messages":[{"role":"user","content":"QQQQQQQQ"}],"seed":12345678901234567890,"temperature":0.10},"format":"anthropic","deadline_ms":5000}"#,
+            r#"{"request":["QQQQ",{"QQQQ":1e5}],"model_id":"m","job_id":"a000000000004000800000000000000a","type":"job"}"#,
+            r#"{"type":"job_cancel","job_id":"a0000000-0000-4000-8000-00000000000a"}"#,
+            r#"{"type":"config_update","x":[1,2,{"y":null}]}"#,
+        ];
+        const TOKENS: &[&str] =
+            &["null", "-1", "1e999", "{}", "[]", "\"\"", "\\ud83d", "\\u0051", "\"type\":", ",", "\"", "}"];
         arbtest::arbtest(|u| {
-            let text: String = u.arbitrary()?;
-            if let Err(e) = parse(&text) {
-                assert!(!e.to_string().contains(&text) || text.len() < 4);
+            let mut bytes = u.choose(FRAMES)?.as_bytes().to_vec();
+            for _ in 0..u.int_in_range(0..=3)? {
+                let at = u.choose_index(bytes.len())?;
+                match u.int_in_range(0..=4)? {
+                    0 => bytes[at] = u.arbitrary()?,
+                    1 => bytes.insert(at, u.arbitrary()?),
+                    2 => bytes.truncate(at.max(1)),
+                    3 => drop(bytes.drain(at..bytes.len().min(at + 1 + u.int_in_range(0..=8)?))),
+                    _ => drop(bytes.splice(at..at, u.choose(TOKENS)?.bytes())),
+                }
+                if bytes.is_empty() {
+                    bytes.push(b'{');
+                }
+            }
+            let text = String::from_utf8_lossy(&bytes);
+            let parsed = parse(&text);
+            // A second opinion, where there is one: a value can hold less than a text may say.
+            let value: Value = serde_json::from_str(&text).unwrap_or_default();
+            let is_id = |id: &Uuid| value["job_id"].as_str().and_then(|text| Uuid::parse_str(text).ok()) == Some(*id);
+            match parsed {
+                Err(e) => assert!(!e.to_string().contains("QQ"), "{e}"),
+                Ok(Inbound::UnreadableJob(_, why)) => assert!(!why.contains("QQ"), "{why}"),
+                Ok(_) if value.is_null() => {}
+                Ok(Inbound::Job(job)) => {
+                    assert!(
+                        value["type"] == "job" && is_id(&job.job_id) && value["model_id"] == job.model_id,
+                        "{text}"
+                    );
+                    assert_eq!(job.request.to_string(), value["request"].to_string(), "{text}");
+                    assert_eq!(job.format == WireFormat::Anthropic, value["format"] == "anthropic", "{text}");
+                }
+                Ok(Inbound::JobCancel(id)) => assert!(value["type"] == "job_cancel" && is_id(&id), "{text}"),
+                Ok(Inbound::Other(kind)) => assert_eq!(value["type"], kind, "{text}"),
+                Ok(Inbound::AuthChallenge(nonce)) => {
+                    assert_eq!(BASE64.decode(value["nonce"].as_str().expect("a nonce")).as_ref(), Ok(&nonce), "{text}");
+                }
+                Ok(Inbound::AuthOk(id)) => {
+                    assert_eq!(id.as_deref(), value["provider_id"].as_str().filter(|id| !id.is_empty()), "{text}");
+                }
+                Ok(Inbound::AuthFailed(_)) => assert_eq!(value["type"], "auth_failed", "{text}"),
             }
             Ok(())
-        });
+        })
+        .budget_ms(700);
     }
 }

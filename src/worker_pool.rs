@@ -1,8 +1,7 @@
 //! A bounded pool of threads: spawned when a task finds none idle, gone when idle for a while. Knows nothing of jobs.
 //!
-//! Nothing here blocks the caller but one short lock. The pool never refuses a task for being busy: at its maximum it
-//! queues, for the caller's own admission keeps the queue no longer than the workers that are just unwinding.
-//! A task that panics costs nothing but itself.
+//! Nothing here blocks the caller but one short lock. At its maximum the pool queues, up to a limit. A task that panics costs
+//! nothing but itself.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -15,6 +14,10 @@ use crate::{memory, threads};
 
 /// How long a worker waits for the next task before it leaves.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Tasks that may wait for a worker. The jobs of a session's table are far fewer: the others were cancelled while all workers
+/// were stuck, and each is some hundred bytes.
+const TASKS_MAX: usize = 8 << 10;
 
 /// What a worker runs.
 pub type Task = Box<dyn FnOnce() + Send>;
@@ -48,10 +51,16 @@ struct Idle {
     task: Sender<Task>,
 }
 
-/// No worker is there and none could be started.
+/// Why a task is not run.
 #[derive(Debug, thiserror::Error)]
-#[error("failed to start a worker thread: {0}")]
-pub struct SpawnError(#[from] std::io::Error);
+pub enum RunError {
+    /// No worker is idle and none could be started.
+    #[error("failed to start a worker thread: {0}; is the box short of threads or memory?")]
+    Spawn(#[from] std::io::Error),
+    /// As many tasks wait as may.
+    #[error("all worker threads are stuck, and {TASKS_MAX} tasks wait for them")]
+    Full,
+}
 
 impl WorkerPool {
     /// No thread is started before the first task.
@@ -62,8 +71,8 @@ impl WorkerPool {
     /// Has `task` run soon, by an idle worker, a new one, or the next that is through with its own.
     ///
     /// # Errors
-    /// The system refused a thread; the task is dropped.
-    pub fn run(&self, task: Task) -> Result<(), SpawnError> {
+    /// The task is dropped.
+    pub fn run(&self, task: Task) -> Result<(), RunError> {
         let mut state = self.shared.lock();
         if let Some(idle) = state.idle.pop() {
             // There is room for the one task that an idle worker is ever given, and it leaves the list before it leaves.
@@ -71,19 +80,17 @@ impl WorkerPool {
             return Ok(());
         }
         if state.workers >= self.shared.workers_max {
+            if state.tasks.len() >= TASKS_MAX {
+                return Err(RunError::Full);
+            }
             state.tasks.push_back(task);
             return Ok(());
         }
-        let worker = state.started;
+        let (shared, worker) = (self.shared.clone(), state.started);
+        // Under the lock: nobody is to queue a task for a worker that is counted and then refused.
+        threads::spawn(format!("{}-{worker}", shared.name), move || shared.work(worker, task))?;
         state.started += 1;
         state.workers += 1;
-        drop(state);
-        let shared = self.shared.clone();
-        let spawned = threads::spawn(format!("{}-{worker}", shared.name), move || shared.work(worker, task));
-        if let Err(e) = spawned {
-            self.shared.lock().workers -= 1;
-            return Err(e.into());
-        }
         Ok(())
     }
 
@@ -214,6 +221,24 @@ mod tests {
         let (tx, rx) = bounded(1);
         pool.run(Box::new(move || tx.send(()).expect("the test listens"))).expect("the worker is alive");
         rx.recv_timeout(PATIENCE).expect("the next task runs");
+    }
+
+    #[test]
+    fn the_queue_has_an_end() {
+        let pool = WorkerPool::new("test", 1);
+        let (started_tx, started) = unbounded();
+        let (release, release_rx) = bounded(0);
+        pool.run(blocking_task(&started_tx, &release_rx)).expect("spawned");
+        started.recv_timeout(PATIENCE).expect("it runs");
+        let (tx, rx) = unbounded();
+        let queue = || {
+            let tx = tx.clone();
+            pool.run(Box::new(move || tx.send(()).expect("the test listens")))
+        };
+        (0..TASKS_MAX).for_each(|_| queue().expect("queued"));
+        assert!(matches!(queue(), Err(RunError::Full)));
+        drop(release);
+        (0..TASKS_MAX).for_each(|_| rx.recv_timeout(PATIENCE).expect("what was queued runs"));
     }
 
     #[test]

@@ -1,23 +1,21 @@
-//! HTTP to one backend: ureq agents, leased for one exchange at a time, and what their wires were seen to do.
+//! HTTP to one backend: ureq agents, leased for one exchange at a time.
 //!
 //! An agent carries at most one kept-alive connection. It is leased by one thread, its clone ([`Interrupt`]) can end
 //! that thread's blocking call from another, and an agent that was interrupted is never leased again.
 
 use std::fmt;
 use std::io::Read;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{RecvTimeoutError, bounded};
 use ureq::config::Config;
-use ureq::http::{Response, Uri};
-use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
-use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, DefaultConnector, NextTimeout, Transport};
+use ureq::http::Response;
+use ureq::unversioned::transport::DefaultConnector;
 use ureq::{Agent, Body, Proxy};
 
+use super::resolver::LocalFirstResolver;
 use super::secret::ApiKey;
-use crate::threads;
+use super::wire::{WatchedConnector, Wire};
 
 /// Agents kept for the next request, each with at most one open connection and its 32 KiB of buffers.
 const IDLE_AGENTS_MAX: usize = 8;
@@ -147,7 +145,7 @@ impl Client {
     /// An agent without a connection.
     pub fn fresh_lease(&self) -> Lease<'_> {
         let wire = Arc::new(Wire::default());
-        let connector = WatchedConnector { inner: self.connector.clone(), wire: wire.clone() };
+        let connector = WatchedConnector::new(self.connector.clone(), wire.clone());
         let agent = Agent::with_parts(self.config.clone(), connector, LocalFirstResolver::default());
         Lease::new(self, agent, wire)
     }
@@ -190,16 +188,9 @@ impl<'a> Lease<'a> {
         request.config().timeout_global(Some(time)).build().send(body)
     }
 
-    /// Whether a failed exchange used a kept-alive connection and got no byte back: it had been closed under us, and
-    /// the backend never saw the request.
-    pub fn was_stale(&self) -> bool {
-        !self.wire.opened.load(Ordering::Relaxed) && !self.wire.received.load(Ordering::Relaxed)
-    }
-
-    /// Whether the connection broke (rather than being closed in order): ureq takes a reset for the end of a body that
-    /// only the connection's end delimits.
-    pub fn has_broken(&self) -> bool {
-        self.wire.broken.load(Ordering::Relaxed)
+    /// What was seen on its connection.
+    pub fn wire(&self) -> &Wire {
+        &self.wire
     }
 
     /// Gives the agent back for the next exchange, when this one was read to its end and nobody interrupted it.
@@ -251,117 +242,4 @@ pub fn proxy_from_env() -> Option<Proxy> {
         }
     }
     proxy.build().ok()
-}
-
-/// What one agent's connection was seen to do since it was leased.
-#[derive(Debug, Default)]
-struct Wire {
-    opened: AtomicBool,
-    received: AtomicBool,
-    broken: AtomicBool,
-}
-
-impl Wire {
-    fn reset(&self) {
-        for flag in [&self.opened, &self.received, &self.broken] {
-            flag.store(false, Ordering::Relaxed);
-        }
-    }
-}
-
-/// ureq's own connector (shared by all agents of a backend, for it caches the TLS configuration), with a [`Wire`].
-#[derive(Debug)]
-struct WatchedConnector {
-    inner: Arc<DefaultConnector>,
-    wire: Arc<Wire>,
-}
-
-impl Connector<()> for WatchedConnector {
-    type Out = Watched;
-
-    fn connect(&self, details: &ConnectionDetails, chained: Option<()>) -> Result<Option<Watched>, ureq::Error> {
-        self.wire.opened.store(true, Ordering::Relaxed);
-        let inner = self.inner.connect(details, chained)?;
-        Ok(inner.map(|inner| Watched { inner, wire: self.wire.clone(), write_failed: false }))
-    }
-}
-
-#[derive(Debug)]
-struct Watched {
-    inner: Box<dyn Transport>,
-    wire: Arc<Wire>,
-    write_failed: bool,
-}
-
-impl Transport for Watched {
-    fn buffers(&mut self) -> &mut dyn Buffers {
-        self.inner.buffers()
-    }
-
-    fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
-        if self.write_failed {
-            return Ok(());
-        }
-        match self.inner.transmit_output(amount, timeout) {
-            // A server that refuses a large request answers and closes while we still write. What it said is worth
-            // more than that we could not go on, so the verdict is left to the read that follows.
-            Err(ureq::Error::Io(_)) => {
-                self.write_failed = true;
-                Ok(())
-            }
-            other => other,
-        }
-    }
-
-    fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
-        let result = self.inner.await_input(timeout);
-        match &result {
-            Ok(true) => self.wire.received.store(true, Ordering::Relaxed),
-            Ok(false) => {}
-            Err(_) => self.wire.broken.store(true, Ordering::Relaxed),
-        }
-        result
-    }
-
-    fn is_open(&mut self) -> bool {
-        !self.write_failed && self.inner.is_open()
-    }
-
-    fn is_tls(&self) -> bool {
-        self.inner.is_tls()
-    }
-}
-
-/// Resolves addresses and `localhost` in place, which take no time to speak of, and other names in a thread of their own, for
-/// the system's lookup cannot be bounded otherwise.
-#[derive(Debug, Default)]
-struct LocalFirstResolver(DefaultResolver);
-
-/// The system refused the thread for a lookup.
-#[derive(Debug, thiserror::Error)]
-#[error("failed to start a thread: {0}")]
-pub struct NoThread(std::io::Error);
-
-impl Resolver for LocalFirstResolver {
-    fn resolve(&self, uri: &Uri, config: &Config, timeout: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
-        let unbounded = NextTimeout { after: ureq::unversioned::transport::time::Duration::NotHappening, ..timeout };
-        let host = uri.host().unwrap_or_default();
-        let literal = host.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok();
-        if literal || host.eq_ignore_ascii_case("localhost") {
-            return self.0.resolve(uri, config, unbounded);
-        }
-        let (found, inbox) = bounded(1);
-        let (uri, config) = (uri.clone(), config.clone());
-        let lookup = move || drop(found.send(DefaultResolver::default().resolve(&uri, &config, unbounded)));
-        threads::spawn("resolve", lookup).map_err(|e| ureq::Error::Other(Box::new(NoThread(e))))?;
-        // A lookup that panicked found nothing.
-        let in_time = |e| {
-            if e == RecvTimeoutError::Timeout {
-                ureq::Error::Timeout(timeout.reason)
-            } else {
-                ureq::Error::HostNotFound
-            }
-        };
-        inbox.recv_timeout(*timeout.after).map_err(in_time)?
-    }
 }

@@ -129,7 +129,7 @@ impl Probe<'_> {
         let client = &self.backend.client;
         let mut lease = client.lease();
         let mut answer = put(&lease, time());
-        if matches!(answer, Err(ureq::Error::Io(_))) && lease.was_stale() {
+        if matches!(answer, Err(ureq::Error::Io(_))) && lease.wire().was_stale() {
             lease = client.fresh_lease();
             answer = put(&lease, time());
         }

@@ -11,8 +11,10 @@ mod kind;
 mod listing;
 mod relay;
 mod request;
+mod resolver;
 mod secret;
 mod sse;
+mod wire;
 
 use uuid::Uuid;
 

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use ureq::Body;
 use ureq::http::Response;
 
-use super::http::{Client, Lease, NoThread, read_bounded};
+use super::http::{Client, Lease, read_bounded};
+use super::resolver::NoThread;
 use super::sse::{Scanner, Usage};
 use super::{BackendError, BackendResult, ERROR_BODY_MAX, JobResult, JobSink};
 
@@ -19,11 +20,17 @@ const READ_BYTES: usize = 16 << 10;
 /// Read of an error's body, in bytes: more than is passed on, for the key that may have to be taken out of it.
 const ERROR_READ_MAX: usize = 4 * ERROR_BODY_MAX;
 
+/// The body of an error has so much time.
+const ERROR_READ_TIME: Duration = Duration::from_secs(1);
+
 /// A JSON body is kept for its usage up to this size, in bytes; a larger one is relayed without.
 const JSON_BODY_MAX: usize = 1 << 20;
 
 /// `EMFILE` and `ENFILE`: this process, or the box, has no descriptor left. That says nothing of the backend.
 const NO_DESCRIPTOR: [i32; 2] = [24, 23];
+
+/// A connect is given whole milliseconds, so that one which the deadline ends may end just before it.
+const CONNECT_PRECISION: Duration = Duration::from_millis(1);
 
 /// Posts `body` to `url` and relays the answer into `sink`, all within `deadline`.
 pub fn relay(
@@ -39,7 +46,8 @@ pub fn relay(
     drop(body);
     let status = response.status().as_u16();
     if !(200..300).contains(&status) {
-        // What came before it broke off tells enough.
+        // The status is known: what came of its explanation before it broke off, or stalled, tells enough.
+        lease.wire().hurry(ERROR_READ_TIME);
         let (error_body, _) = read_bounded(response.into_body(), ERROR_READ_MAX);
         sink.still_wanted()?;
         return Err(client.status_error(status, &error_body));
@@ -69,7 +77,10 @@ fn post<'a>(
             Ok(response) => return Ok((lease, response)),
             Err(e) => {
                 sink.still_wanted()?;
-                if !(retry && lease.was_stale() && matches!(e, ureq::Error::Io(_))) {
+                if deadline.saturating_sub(started.elapsed()) <= CONNECT_PRECISION {
+                    return Err(BackendError::DeadlinePassed);
+                }
+                if !(retry && lease.wire().was_stale() && matches!(e, ureq::Error::Io(_))) {
                     return Err(before_the_answer(e));
                 }
                 lease = client.fresh_lease();
@@ -84,10 +95,13 @@ fn relay_body(lease: &Lease<'_>, body: Body, watch: &mut Watch, sink: &mut dyn J
     let mut buffer = vec![0; READ_BYTES];
     let mut relayed = false;
     loop {
+        // Reading on from a socket that was shut down can empty it, and closing an empty one sends no reset: a backend
+        // blocked in its write would find out when the kernel forgets the connection, a minute later.
+        sink.still_wanted()?;
         let read = reader.read(&mut buffer);
         sink.still_wanted()?;
         match read {
-            Ok(0) if lease.has_broken() => return Err(broken("the connection was reset", relayed)),
+            Ok(0) if lease.wire().has_broken() => return Err(broken("the connection was reset", relayed)),
             Ok(0) => return watch.finish().map_err(|e| if relayed { e } else { nothing_came(e) }),
             Ok(n) => {
                 sink.send_chunk(&buffer[..n])?;

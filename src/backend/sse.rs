@@ -70,7 +70,7 @@ impl Scanner {
     pub fn feed(&mut self, mut bytes: &[u8]) {
         while let Some(end) = bytes.iter().position(|b| *b == b'\n') {
             let (head, rest) = (&bytes[..end], &bytes[end + 1..]);
-            if self.line.is_empty() && !self.passed_over {
+            if self.line.is_empty() && !self.passed_over && head.len() <= LINE_MAX {
                 self.look_at(head);
             } else {
                 self.hold(head);
@@ -213,11 +213,21 @@ impl Seen {
             | b"partial_json" => self.piece |= text,
             b"usage" => self.telling |= value.first() == Some(&b'{'),
             b"finish_reason" | b"error" => self.telling |= !value.starts_with(b"null"),
-            b"type" => self.telling |= value.starts_with(b"\"message_stop\"") || value.starts_with(b"\"error\""),
-            b"object" => self.telling |= value.starts_with(b"\"error\""),
-            _ => {}
+            b"type" | b"object" => {
+                self.telling |= value.starts_with(b"\"message_stop\"")
+                    || value.starts_with(b"\"error\"")
+                    || is_escaped_string(value);
+            }
+            // An escape can spell any of them.
+            _ => self.telling |= key.contains(&b'\\'),
         }
     }
+}
+
+/// Whether `value` starts with a string that has an escape in it.
+fn is_escaped_string(value: &[u8]) -> bool {
+    let string = value.strip_prefix(b"\"").and_then(|string| string.get(..end_of_string(string, 0)?));
+    string.is_some_and(|string| string.contains(&b'\\'))
 }
 
 /// The closing quote of the string that starts at `at`.
@@ -236,8 +246,13 @@ mod tests {
     use super::*;
 
     fn verdict(stream: &[u8]) -> (Result<Usage, BackendError>, u32) {
+        verdict_of([stream])
+    }
+
+    /// As [`verdict`], fed in these pieces.
+    fn verdict_of<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> (Result<Usage, BackendError>, u32) {
         let mut s = Scanner::default();
-        s.feed(stream);
+        pieces.into_iter().for_each(|piece| s.feed(piece));
         let result = s.finish();
         (result, s.tokens_emitted())
     }
@@ -268,6 +283,15 @@ mod tests {
         let stream = b"data: {\"usage\":{\"prompt_tokens\":7}}\n\ndata: {\"usage\":null}\n\n\
             data: {\"usage\":{\"completion_tokens\":1}}\n\ndata: {\"usage\":{\"completion_tokens\":2}}\r\n\r\ndata:[DONE]";
         assert_eq!(verdict(stream).0, Ok(usage(7, 2)));
+    }
+
+    #[test]
+    fn escapes_hide_neither_usage_nor_an_end_nor_an_error() {
+        let stream = br#"data: {"us\u0061ge":{"input":1,"output":2}}
+data: {"type":"message_st\u006fp"}"#;
+        assert_eq!(verdict(stream).0, Ok(usage(1, 2)));
+        let failed = verdict(b"data: {\"type\":\"err\\u006fr\"}\ndata: [DONE]").0;
+        assert!(matches!(failed, Err(BackendError::StreamError(_))), "{failed:?}");
     }
 
     #[test]
@@ -327,14 +351,36 @@ data: [DONE]"#;
         assert_eq!(s.finish(), Ok(usage(1, 2)));
     }
 
+    /// A line of `length` bytes that ends the stream, if it is looked into.
+    fn padded_end_mark(length: usize) -> Vec<u8> {
+        let mut line = b"data: [DONE]".to_vec();
+        line.resize(length, b' ');
+        line
+    }
+
+    #[test]
+    fn a_line_is_overlong_whether_it_comes_in_one_piece_or_in_many() {
+        for (length, is_seen) in [(LINE_MAX - 1, true), (LINE_MAX, true), (LINE_MAX + 1, false)] {
+            for newline in ["\n", ""] {
+                let stream = [&padded_end_mark(length)[..], newline.as_bytes()].concat();
+                for size in [1000, LINE_MAX - 1, LINE_MAX, LINE_MAX + 1, 2 * LINE_MAX] {
+                    let (result, _) = verdict_of(stream.chunks(size));
+                    assert_eq!(result.is_ok(), is_seen, "{length} bytes, then {newline:?}, in pieces of {size}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn the_verdict_does_not_depend_on_the_split() {
         const PIECES: &[&str] = &[
             "data: {\"choices\":[{\"delta\":{\"content\":\"\u{e9}\"},\"finish_reason\":null}],\"usage\":null}\n\n",
             "data:{\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":4}}\r\n\r\n",
             "data: {\"choices\":[{\"finish_reason\":\"stop\"}]}\n\n",
+            "data: {\"choices\":[{\"finish_reason\":\"abort\"}]}\n\n",
             "data: {\"error\":{\"message\":\"x\"}}\n\n",
             "event: error\n",
+            "error: x\n",
             ": comment\n\n",
             "data: [DONE]\n\n",
             "data: {\"type\":\"message_stop\"}\n",
@@ -344,23 +390,35 @@ data: [DONE]"#;
         arbtest::arbtest(|u| {
             let mut stream = Vec::new();
             for _ in 0..u.int_in_range(0..=8)? {
-                if u.ratio(1, 8)? {
-                    stream.extend(u.bytes(u.len().min(5))?);
-                } else {
-                    stream.extend_from_slice(u.choose(PIECES)?.as_bytes());
+                let start = stream.len();
+                match u.int_in_range(0..=9)? {
+                    0..=4 => stream.extend_from_slice(u.choose(PIECES)?.as_bytes()),
+                    5 | 6 => {
+                        stream.extend_from_slice(u.choose(PIECES)?.as_bytes());
+                        let at = u.int_in_range(start..=stream.len() - 1)?;
+                        stream[at] = u.arbitrary()?;
+                    }
+                    _ => stream.extend(u.bytes(u.len().min(40))?),
                 }
             }
-            let whole = verdict(&stream);
-            let mut s = Scanner::default();
-            let mut rest = &stream[..];
-            while !rest.is_empty() {
-                let (head, tail) = rest.split_at(u.int_in_range(1..=rest.len().min(40))?);
-                s.feed(head);
-                rest = tail;
+            // A long one costs an unoptimised test its time.
+            if u.ratio(1, 50)? {
+                let line = padded_end_mark(u.int_in_range(LINE_MAX - 20..=LINE_MAX + 20)?);
+                let at = u.choose_index(stream.len() + 1)?;
+                stream.splice(at..at, [b"\n", &line[..], b"\n"].concat());
             }
-            let result = s.finish();
-            assert_eq!((result, s.tokens_emitted()), whole);
+            let mut cuts = vec![0, stream.len()];
+            for _ in 0..u.int_in_range(0..=30)? {
+                cuts.push(u.int_in_range(0..=stream.len())?);
+            }
+            cuts.sort_unstable();
+            let whole = verdict(&stream);
+            assert_eq!(verdict_of(cuts.windows(2).map(|cut| &stream[cut[0]..cut[1]])), whole);
+            if stream.len() < LINE_MAX / 2 {
+                assert_eq!(verdict_of(stream.chunks(1)), whole);
+            }
             Ok(())
-        });
+        })
+        .budget_ms(700);
     }
 }

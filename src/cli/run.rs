@@ -7,6 +7,7 @@ use super::args::Globals;
 use super::{Failure, backends_of, load_config, terms_of};
 use crate::files::{self, InstanceLock, LockError};
 use crate::identity::{Identity, IdentityError};
+use crate::memory;
 use crate::protocol::AGENT_VERSION;
 use crate::shutdown::Stop;
 use crate::supervisor::Agent;
@@ -16,6 +17,7 @@ const SIGNALS_TO_EXIT: u32 = 3;
 
 /// Becomes the agent.
 pub fn run(globals: &Globals) -> Result<(), Failure> {
+    memory::keep_few_heaps();
     let config = load_config(globals)?;
     let create = |error| IdentityError::Io { action: "make the folder of", path: config.key_path.clone(), error };
     files::create_folder_of(&config.key_path).map_err(create)?;
@@ -63,5 +65,12 @@ pub(super) fn heed_signals(stop: &Arc<Stop>) -> Result<(), Failure> {
         }
         stop.request();
     })
-    .map_err(|e| Failure::Runtime(format!("failed to install the signal handler: {e}")))
+    .map_err(|e| {
+        // Its own words for an error of the system do not say which.
+        let why = match e {
+            ctrlc::Error::System(e) => e.to_string(),
+            other => other.to_string(),
+        };
+        Failure::Runtime(format!("failed to install the signal handler: {why}"))
+    })
 }

@@ -59,7 +59,7 @@ impl Source<'_> {
         let is_plain = |key: &str| key.chars().all(|c| c.is_ascii_alphanumeric() || "-_.\"".contains(c));
         let place = match line.split_once('=') {
             Some((key, value)) if is_plain(key.trim()) => {
-                format!("`{}` = {}: ", key.trim(), quoted(line, value.trim()))
+                format!("`{}` = {}: ", shown(key.trim()), quoted(line, value.trim()))
             }
             _ => String::new(),
         };
@@ -85,9 +85,16 @@ fn may_be_secret(key: &str) -> bool {
 
 fn quoted(key: &str, value: &str) -> String {
     let password = value.contains("://") && value.contains('@');
-    if may_be_secret(key) || password {
+    // A table or a list may hold any key, and so may a text whose end was forgotten.
+    let several = value.starts_with(['{', '[']) || value.contains('\n');
+    if may_be_secret(key) || password || (several && may_be_secret(value)) {
         return "(not shown)".into();
     }
-    let shown: String = value.chars().take(QUOTED_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect();
-    if value.chars().count() > QUOTED_MAX { format!("{shown}…") } else { shown }
+    shown(value)
+}
+
+/// On one line, and not a page of it.
+pub fn shown(text: &str) -> String {
+    let shown: String = text.chars().take(QUOTED_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect();
+    if text.chars().count() > QUOTED_MAX { format!("{shown}…") } else { shown }
 }

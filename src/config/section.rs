@@ -5,7 +5,7 @@ use std::ops::Range;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::error::{ConfigError, Source};
+use super::error::{ConfigError, Source, shown};
 
 /// A table, or the lack of one, which has no keys.
 pub struct Section<'a> {
@@ -98,7 +98,7 @@ impl<'a> Section<'a> {
     pub fn refuse_unknown(&self, known: &[&str]) -> Result<(), ConfigError> {
         let unknown = self.table.and_then(|t| t.iter().find(|(key, _)| !known.contains(&key.get_ref().as_ref())));
         let Some((key, value)) = unknown else { return Ok(()) };
-        let key = format!("{} {}", self.name, key.get_ref().escape_debug());
+        let key = format!("{} {}", self.name, shown(key.get_ref()));
         let fix = format!("remove it; known keys are: {}", known.join(", "));
         // Whatever stands there is not ours to show: a key pasted in plain, for instance.
         Err(self.source.hidden_fault(&key, value.span(), "unknown key", &fix))
@@ -150,6 +150,7 @@ impl<'a> Section<'a> {
     }
 
     fn nested_name(&self, key: &str) -> String {
+        let key = shown(key);
         match self.name.strip_suffix(']') {
             Some(outer) if !self.name.starts_with("[[") => format!("{outer}.{key}]"),
             _ => format!("[{key}]"),

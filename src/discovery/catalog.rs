@@ -86,7 +86,8 @@ impl Catalog {
         let mut route = Vec::new();
         for tier in self.routes.get(model_id).into_iter().flatten() {
             let mut equals = tier.members.clone();
-            equals.sort_by_key(|member| Reverse(member.slots_free()));
+            // Each is asked once: slots come and go meanwhile, and a sort whose keys change may panic.
+            equals.sort_by_cached_key(|member| Reverse(member.slots_free()));
             route.append(&mut equals);
         }
         route
@@ -137,5 +138,48 @@ impl Offers {
         if let Some(listener) = listener.as_ref().filter(|_| before.offer != catalog.offer) {
             listener(&catalog);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::HttpBackend;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    fn listing(model_id: &str) -> Listing {
+        let model = ResolvedModel {
+            model_id: model_id.to_owned(),
+            input_per_1m: 1,
+            output_per_1m: 1,
+            max_concurrent: 256,
+            backend: "vllm".to_owned(),
+            context_window: None,
+        };
+        let backend = Arc::new(HttpBackend::new(Kind::Vllm, None, None));
+        Listing::of(DiscoveredBackend { backend, models: vec![model] }, 256)
+    }
+
+    #[test]
+    fn a_route_is_found_while_slots_come_and_go() {
+        let catalog = Catalog::new((0..64).map(|_| listing("m")).collect(), Vec::new());
+        let members = catalog.route_of("m");
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for turn in 0..2 {
+                let (members, over) = (&members, &over);
+                scope.spawn(move || {
+                    while !over.load(Ordering::Relaxed) {
+                        let slots: Vec<_> = members.iter().skip(turn).step_by(2).map(|m| m.take_slot()).collect();
+                        drop(slots);
+                    }
+                });
+            }
+            let routes = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                (0..5_000).for_each(|_| assert_eq!(catalog.route_of("m").len(), members.len()));
+            }));
+            over.store(true, Ordering::Relaxed);
+            routes.expect("no panic");
+        });
     }
 }

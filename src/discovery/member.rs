@@ -12,7 +12,7 @@ use crate::backend::{Backend, BackendResult, JobResult};
 /// So many jobs running that failed by the backend's fault, and it is not offered any more.
 pub const FAILURES_MAX: u32 = 3;
 /// A probe that began sooner after that proves nothing: the health check may be fine where the jobs are not.
-const QUARANTINE: Duration = Duration::from_secs(4);
+pub const QUARANTINE: Duration = Duration::from_secs(4);
 
 /// One of the backends that share the jobs.
 pub struct Member {

@@ -71,8 +71,8 @@ impl Prober {
         let _ = self.requests.try_send(Request::Nudge);
     }
 
-    /// The jobs of a member fail: has it withdrawn from the offer until a probe succeeds. Where the queue is full the next
-    /// round does it.
+    /// The jobs of a member fail: has it withdrawn from the offer until a probe succeeds. Where the queue is full, what is in
+    /// it does so too.
     pub fn withdraw_failing(&self) {
         let _ = self.requests.try_send(Request::Withdraw);
     }
@@ -116,9 +116,11 @@ impl Actor {
                 match request {
                     Request::Settle(settled) => waiting.push(settled),
                     Request::Nudge => nudged = true,
-                    Request::Withdraw => self.withdraw_failing(),
+                    Request::Withdraw => {}
                 }
             }
+            // Whatever the request was: one to withdraw may have found the queue full.
+            self.withdraw_failing();
             let now = Instant::now();
             if waiting.is_empty() && due.is_some_and(|due| now < due) {
                 // A backend in trouble is not asked for every job that it fails; one that fails its jobs while it is
@@ -170,12 +172,14 @@ impl Actor {
 
     /// Takes those whose jobs fail out of the offer.
     fn withdraw_failing(&mut self) {
-        for probed in &mut self.backends {
-            if probed.away.is_none() && probed.member.is_failing() {
-                probed.tell(Some(BackendError::FailsItsJobs(FAILURES_MAX)));
-            }
+        let mut withdrawn = false;
+        for probed in self.backends.iter_mut().filter(|b| b.away.is_none() && b.member.is_failing()) {
+            probed.tell(Some(BackendError::FailsItsJobs(FAILURES_MAX)));
+            withdrawn = true;
         }
-        self.publish();
+        if withdrawn {
+            self.publish();
+        }
     }
 
     fn publish(&self) {
@@ -230,8 +234,9 @@ impl Probed {
     }
 
     fn may_serve_soon(&self) -> bool {
-        use BackendError::{FailsItsJobs, Loading, Overloaded, Unanswered};
-        self.unanswered > 0 || matches!(self.away, Some(Loading(_) | Overloaded(_) | Unanswered(_) | FailsItsJobs(_)))
+        use BackendError::{Exhausted, FailsItsJobs, Loading, Overloaded, Unanswered};
+        let soon = |e: &_| matches!(e, Exhausted(_) | Loading(_) | Overloaded(_) | Unanswered(_) | FailsItsJobs(_));
+        self.unanswered > 0 || self.away.as_ref().is_some_and(soon)
     }
 
     /// Takes the answer to a question of a round that began then; true when the backend can be offered.
@@ -244,6 +249,11 @@ impl Probed {
         let serves = self.heard_of && self.away.is_none();
         if serves && (1..=UNANSWERED_MAX).contains(&self.unanswered) {
             log::info!("{id}: no answer to the probe; offered on until the next one");
+            return true;
+        }
+        if let (true, Err(BackendError::Exhausted(why))) = (serves, &answer) {
+            // Who could not even ask knows nothing about the backend.
+            log::info!("{id}: not probed: {why}; offered on until the next one");
             return true;
         }
         let ready = self.offered.backend.ready();
@@ -281,4 +291,85 @@ impl Probed {
 pub fn dice() -> f64 {
     let random = RandomState::new().build_hasher().finish();
     (random >> 11) as f64 / (1u64 << 53) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{BackendHealth, Job, JobResult, JobSink};
+    use crate::config::{Price, Pricing};
+    use crate::discovery::member::QUARANTINE;
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    /// Says when it is asked, and answers when the test lets it.
+    struct Gated {
+        models: &'static [&'static str],
+        asked: Sender<()>,
+        gate: Receiver<()>,
+    }
+
+    impl Backend for Gated {
+        fn kind(&self) -> &'static str {
+            "vllm"
+        }
+
+        fn id(&self) -> &str {
+            "gated"
+        }
+
+        fn list_models(&self) -> BackendResult<Vec<BackendModel>> {
+            let _ = self.asked.send(());
+            let _ = self.gate.recv();
+            let model = |id: &&str| BackendModel { model_id: (*id).to_owned(), context_window: None, native: true };
+            Ok(self.models.iter().map(model).collect())
+        }
+
+        fn health(&self) -> BackendResult<BackendHealth> {
+            Ok(BackendHealth { reachable: true, ..BackendHealth::default() })
+        }
+
+        fn execute(&self, _: &Job, _: &mut dyn JobSink) -> BackendResult<JobResult> {
+            Ok(JobResult::default())
+        }
+    }
+
+    #[test]
+    fn a_withdrawal_that_finds_the_queue_full_is_not_lost() {
+        let offered = |models, asked: &Sender<()>, gate: &Receiver<()>| {
+            let backend = Arc::new(Gated { models, asked: asked.clone(), gate: gate.clone() });
+            OfferedBackend { backend, allowed_models: None, max_concurrent: None }
+        };
+        let (asked, questions) = bounded(1);
+        let (release, gate) = bounded(0);
+        let open = bounded(0).1;
+        let backends = vec![offered(&["m"], &bounded(0).0, &open), offered(&[], &asked, &gate)];
+        let price = Price { input_per_1m: 1, output_per_1m: 1 };
+        let terms = Terms { pricing: Pricing { default: price, models: Default::default() }, max_concurrent: 8 };
+        let offers = Arc::new(Offers::default());
+        let (sizes_tx, sizes) = crossbeam_channel::unbounded();
+        offers.listen(move |catalog| sizes_tx.send(catalog.offer.len()).expect("the test listens"));
+        let assert_offered = |models| assert_eq!(sizes.recv_timeout(PATIENCE), Ok(models));
+        assert_offered(0);
+        let prober = Prober::spawn(backends, terms, offers.clone()).expect("a thread");
+        let next_round = || questions.recv_timeout(PATIENCE).expect("a round");
+        prober.nudge();
+        next_round();
+        release.send(()).expect("answered");
+        assert_offered(1);
+        // The prober waits for the second backend; that the first is well it has heard.
+        prober.nudge();
+        next_round();
+        std::thread::sleep(Duration::from_millis(100));
+        (0..=REQUESTS_MAX).for_each(|_| prober.nudge());
+        let member = offers.snapshot().route_of("m").remove(0);
+        for _ in 0..FAILURES_MAX {
+            member.job_ended(&Err(BackendError::Unreachable("refused".into())));
+        }
+        prober.withdraw_failing();
+        // The probe of the next round may bring it back.
+        std::thread::sleep(QUARANTINE);
+        release.send(()).expect("answered");
+        assert_offered(0);
+    }
 }

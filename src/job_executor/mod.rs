@@ -116,16 +116,16 @@ impl JobExecutor {
     /// The coordinator sends jobs without reading the refusals.
     pub fn try_dispatch(&self, job: Job, request_bytes: usize) -> Result<(), Overflow> {
         let job_id = job.job_id;
-        let refusal = match self.admit(&job, request_bytes) {
+        let refusal = match self.admit(job, request_bytes) {
             Err(refusal) => refusal,
             Ok((ticket, member, alternatives)) => {
                 let (shared, of_worker) = (self.shared.clone(), ticket.clone());
-                match self.pool.run(Box::new(move || worker::run(&shared, &of_worker, job, member, alternatives))) {
+                match self.pool.run(Box::new(move || worker::run(&shared, &of_worker, member, alternatives))) {
                     Ok(()) => return Ok(()),
                     Err(e) => {
-                        log::error!("{e}; is the box short of threads or memory?");
+                        log::error!("{e}");
                         self.shared.table.finish(&ticket);
-                        Refusal::Answer(ErrorCode::OutOfCapacity, "the agent cannot start a thread".into())
+                        Refusal::Answer(ErrorCode::OutOfCapacity, "the agent has no thread for it".into())
                     }
                 }
             }
@@ -151,7 +151,7 @@ impl JobExecutor {
     }
 
     /// Gives the job a place in the table and a slot of the first member that has one.
-    fn admit(&self, job: &Job, request_bytes: usize) -> Result<(Arc<Ticket>, Arc<Member>, Alternatives), Refusal> {
+    fn admit(&self, job: Job, request_bytes: usize) -> Result<(Arc<Ticket>, Arc<Member>, Alternatives), Refusal> {
         let Shared { surroundings, table, max_concurrent, .. } = &*self.shared;
         let refusal = |code, message: String| Err(Refusal::Answer(code, message));
         let mut route = surroundings.offers.snapshot().route_of(&job.model_id);
@@ -162,8 +162,8 @@ impl JobExecutor {
             };
         }
         let deadline = Duration::from_millis(u64::from(job.deadline_ms));
-        let ticket = match table.admit(job.job_id, deadline, request_bytes) {
-            Ok(ticket) => ticket,
+        let (ticket, share) = match table.admit(job.job_id, deadline, request_bytes) {
+            Ok(admitted) => admitted,
             Err(NoPlace::Duplicate) => return Err(Refusal::Duplicate),
             Err(NoPlace::Closed) => return refusal(ErrorCode::OutOfCapacity, "the agent is stopping".into()),
             Err(NoPlace::TooLarge) => {
@@ -180,6 +180,7 @@ impl JobExecutor {
                 let slot = route.iter().enumerate().find_map(|(at, member)| Some((at, member.take_slot()?)));
                 if let Some((at, slot)) = slot {
                     ticket.hold(slot);
+                    ticket.leave(job, share);
                     let member = route.remove(at);
                     return Ok((ticket, member, route));
                 }

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,13 +13,16 @@ use uuid::Uuid;
 
 use super::ticket::Ticket;
 
-/// Of all requests in flight, as text, in bytes. Parsed, one may take several times its text.
+/// Of all requests in flight, as text, in bytes, with those that the worker of a cancelled job has yet to let go of. Parsed,
+/// one may take several times its text.
 pub const REQUEST_BYTES_MAX: usize = 256 << 20;
 
 /// The table.
 pub struct JobTable {
     places: usize,
     state: Mutex<State>,
+    /// Of all requests. Grows under the lock alone.
+    bytes: Arc<AtomicUsize>,
     /// Signalled whenever the table has become empty.
     idle: Condvar,
 }
@@ -26,9 +30,19 @@ pub struct JobTable {
 #[derive(Default)]
 struct State {
     jobs: HashMap<Uuid, Arc<Ticket>>,
-    /// Of all their requests.
-    bytes: usize,
     closed: bool,
+}
+
+/// The share of [`REQUEST_BYTES_MAX`] that a request takes for as long as it is in memory.
+pub struct Share {
+    bytes: usize,
+    taken: Arc<AtomicUsize>,
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.taken.fetch_sub(self.bytes, Ordering::SeqCst);
+    }
 }
 
 /// Why there is no place for a job.
@@ -46,21 +60,22 @@ pub enum NoPlace {
 
 impl JobTable {
     pub fn new(places: usize) -> JobTable {
-        JobTable { places, state: Mutex::default(), idle: Condvar::new() }
+        JobTable { places, state: Mutex::default(), bytes: Arc::default(), idle: Condvar::new() }
     }
 
-    /// Gives a job a place.
-    pub fn admit(&self, job_id: Uuid, deadline: Duration, request_bytes: usize) -> Result<Arc<Ticket>, NoPlace> {
+    /// Gives a job a place, and its request of so many bytes a share of the memory.
+    pub fn admit(&self, job_id: Uuid, deadline: Duration, bytes: usize) -> Result<(Arc<Ticket>, Share), NoPlace> {
         let state = &mut *self.lock();
         let taken = state.jobs.len();
         match state.jobs.entry(job_id) {
             Entry::Occupied(_) => Err(NoPlace::Duplicate),
             Entry::Vacant(_) if state.closed => Err(NoPlace::Closed),
             Entry::Vacant(_) if taken >= self.places => Err(NoPlace::Full),
-            Entry::Vacant(_) if state.bytes + request_bytes > REQUEST_BYTES_MAX => Err(NoPlace::TooLarge),
+            Entry::Vacant(_) if self.bytes.load(Ordering::SeqCst) + bytes > REQUEST_BYTES_MAX => Err(NoPlace::TooLarge),
             Entry::Vacant(place) => {
-                state.bytes += request_bytes;
-                Ok(place.insert(Arc::new(Ticket::new(job_id, deadline, request_bytes))).clone())
+                self.bytes.fetch_add(bytes, Ordering::SeqCst);
+                let share = Share { bytes, taken: self.bytes.clone() };
+                Ok((place.insert(Arc::new(Ticket::new(job_id, deadline))).clone(), share))
             }
         }
     }
@@ -75,7 +90,6 @@ impl JobTable {
         let mut state = self.lock();
         if state.jobs.get(&ticket.job_id).is_some_and(|t| Arc::ptr_eq(t, ticket)) {
             state.jobs.remove(&ticket.job_id);
-            state.bytes -= ticket.request_bytes;
             ticket.release_slot();
             self.signal_if_empty(&state);
         }
@@ -85,7 +99,6 @@ impl JobTable {
     pub fn cancel(&self, job_id: Uuid) -> bool {
         let mut state = self.lock();
         let Some(ticket) = state.jobs.remove(&job_id) else { return false };
-        state.bytes -= ticket.request_bytes;
         ticket.mark_cancelled();
         ticket.release_slot();
         self.signal_if_empty(&state);
@@ -98,7 +111,6 @@ impl JobTable {
     pub fn cancel_all(&self) -> Vec<Arc<Ticket>> {
         let mut state = self.lock();
         let tickets: Vec<Arc<Ticket>> = state.jobs.drain().map(|(_, ticket)| ticket).collect();
-        state.bytes = 0;
         tickets.iter().for_each(|t| {
             t.mark_cancelled();
             t.release_slot();
@@ -155,20 +167,22 @@ mod tests {
     fn a_place_is_free_once_whatever_order_ends_meet_in() {
         let table = JobTable::new(1);
         let id = Uuid::from_u128(1);
-        let first = table.admit(id, LONG, 0).expect("a place");
+        let (first, _) = table.admit(id, LONG, 0).expect("a place");
         assert_eq!(table.admit(id, LONG, 0).err(), Some(NoPlace::Duplicate));
         assert_eq!(table.admit(Uuid::from_u128(2), LONG, 0).err(), Some(NoPlace::Full));
         assert!(table.cancel(id));
         assert!(!table.cancel(id));
-        let again = table.admit(id, LONG, 0).expect("the same id, anew");
+        let (again, _) = table.admit(id, LONG, 0).expect("the same id, anew");
         table.finish(&first);
         assert_eq!(table.len(), 1, "the first job's end does not end the second");
         table.finish(&again);
         table.finish(&again);
         assert_eq!(table.len(), 0);
         assert!(first.is_cancelled() && !again.is_cancelled());
-        let large = table.admit(id, LONG, REQUEST_BYTES_MAX).expect("room for it alone");
-        table.finish(&large);
+        let (_, share) = table.admit(id, LONG, REQUEST_BYTES_MAX).expect("room for it alone");
+        assert!(table.cancel(id));
+        assert_eq!(table.admit(id, LONG, 1).err(), Some(NoPlace::TooLarge), "a worker still holds the request");
+        drop(share);
         assert_eq!(table.admit(id, LONG, REQUEST_BYTES_MAX + 1).err(), Some(NoPlace::TooLarge));
         table.close();
         assert_eq!(table.admit(id, LONG, 0).err(), Some(NoPlace::Closed));

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use uuid::Uuid;
 
-use crate::backend::Interrupt;
+use super::table::Share;
+use crate::backend::{Interrupt, Job};
 use crate::discovery::Slot;
 
 /// Invariant: once [`Ticket::is_cancelled`] is true no frame of this job is written, and whatever its worker blocks on
@@ -17,8 +18,6 @@ pub struct Ticket {
     pub accepted: Instant,
     /// `None` when it is too far off for the clock to hold.
     pub deadline: Option<Instant>,
-    /// Of its request, as text.
-    pub request_bytes: usize,
     tokens_emitted: AtomicU32,
     cancelled: AtomicBool,
     wake: Mutex<Wake>,
@@ -27,6 +26,8 @@ pub struct Ticket {
 }
 
 struct Wake {
+    /// Until a worker takes it.
+    job: Option<(Job, Share)>,
     interrupt: Option<Interrupt>,
     cancel_signal: Option<Sender<()>>,
     /// At the backend that runs it.
@@ -34,16 +35,15 @@ struct Wake {
 }
 
 impl Ticket {
-    pub fn new(job_id: Uuid, deadline: Duration, request_bytes: usize) -> Ticket {
+    pub fn new(job_id: Uuid, deadline: Duration) -> Ticket {
         let accepted = Instant::now();
         let (sender, cancel_signal) = bounded(0);
-        let wake = Mutex::new(Wake { interrupt: None, cancel_signal: Some(sender), slot: None });
+        let wake = Mutex::new(Wake { job: None, interrupt: None, cancel_signal: Some(sender), slot: None });
         let deadline = accepted.checked_add(deadline);
         Ticket {
             job_id,
             accepted,
             deadline,
-            request_bytes,
             tokens_emitted: AtomicU32::new(0),
             cancelled: AtomicBool::new(false),
             wake,
@@ -54,6 +54,19 @@ impl Ticket {
     /// Nothing of the job is written any more. Called by the table alone, under its lock.
     pub fn mark_cancelled(&self) {
         self.cancelled.store(true, Ordering::SeqCst);
+    }
+
+    /// Leaves the job to the worker that comes to take it; a cancelled one is dropped at once, however long the worker takes.
+    pub fn leave(&self, job: Job, share: Share) {
+        let mut wake = self.wake();
+        if !self.is_cancelled() {
+            wake.job = Some((job, share));
+        }
+    }
+
+    /// The job, unless it was cancelled.
+    pub fn take_job(&self) -> Option<(Job, Share)> {
+        self.wake().job.take()
     }
 
     /// Keeps the job's slot until it leaves the table; of a job that has left, the slot is free at once.
@@ -73,8 +86,9 @@ impl Ticket {
     pub fn wake_worker(&self) {
         let mut wake = self.wake();
         drop(wake.cancel_signal.take());
-        let interrupt = wake.interrupt.take();
+        let (interrupt, job) = (wake.interrupt.take(), wake.job.take());
         drop(wake);
+        drop(job);
         if let Some(interrupt) = interrupt {
             interrupt.interrupt();
         }
@@ -97,9 +111,9 @@ impl Ticket {
         self.tokens_emitted.load(Ordering::Relaxed)
     }
 
-    /// Notes what the stream has shown; returns how many are new. Only the job's worker does.
-    pub fn set_tokens_emitted(&self, tokens: u32) -> u32 {
-        tokens.saturating_sub(self.tokens_emitted.swap(tokens, Ordering::Relaxed))
+    /// Notes what the stream has shown; returns how many are new. What a backend takes back was emitted all the same.
+    pub fn note_tokens_emitted(&self, tokens: u32) -> u32 {
+        tokens.saturating_sub(self.tokens_emitted.fetch_max(tokens, Ordering::Relaxed))
     }
 
     /// Until the deadline.
@@ -109,5 +123,17 @@ impl Ticket {
 
     fn wake(&self) -> MutexGuard<'_, Wake> {
         self.wake.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_token_is_new_twice() {
+        let ticket = Ticket::new(Uuid::nil(), Duration::ZERO);
+        let new = [5, 9, 2, 9, 10].map(|tokens| ticket.note_tokens_emitted(tokens));
+        assert_eq!((new, ticket.tokens_emitted()), ([5, 4, 0, 0, 1], 10));
     }
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::ticket::Ticket;
 use super::{Alternatives, Shared};
-use crate::backend::{BackendError, BackendResult, Interrupt, Job, JobResult, JobSink};
+use crate::backend::{BackendError, BackendResult, Interrupt, JobResult, JobSink};
 use crate::discovery::Member;
 use crate::protocol;
 
@@ -14,18 +14,10 @@ const DEADLINE_HOPELESS_MS: u32 = 1;
 
 /// Runs in a worker thread, from the first byte of the job to its terminal frame. The job has a slot of `member`; an
 /// alternative is tried when that one cannot take it, as long as no byte of an answer has been sent.
-pub fn run(
-    shared: &Arc<Shared>,
-    ticket: &Arc<Ticket>,
-    mut job: Job,
-    mut member: Arc<Member>,
-    alternatives: Alternatives,
-) {
+pub fn run(shared: &Arc<Shared>, ticket: &Arc<Ticket>, mut member: Arc<Member>, alternatives: Alternatives) {
     // From here on the job is answered, whatever happens: also when the backend panics.
     let mut ending = Ending { shared, ticket, outcome: Err(BackendError::Panicked) };
-    if ticket.is_cancelled() {
-        return;
-    }
+    let Some((mut job, _share)) = ticket.take_job() else { return };
     let mut relay = Relay { shared, ticket, has_sent: false };
     let mut alternatives = alternatives.into_iter();
     loop {
@@ -91,7 +83,7 @@ impl JobSink for Relay<'_> {
     }
 
     fn tokens_emitted(&mut self, tokens: u32) {
-        let new = self.ticket.set_tokens_emitted(tokens);
+        let new = self.ticket.note_tokens_emitted(tokens);
         self.shared.surroundings.token_limit.count(u64::from(new));
     }
 }

@@ -393,22 +393,9 @@ fn a_cancelled_job_that_still_connects_delays_no_other() {
     let rig = Rig::with(|setup| setup.backend(stuck.toml()).backend(healthy.toml()).limits("max_concurrent = 1"));
     let _queue = stuck.swallow_connects();
     let id = rig.session.job("stuck", body());
-    wait_for_a_connect_to(stuck.address());
+    stuck.wait_for_connects(1);
     rig.session.cancel(&id);
     let next = rig.session.job("m", body());
     rig.session.outcome_within(&next, secs(3)).done();
     rig.session.assert_quiet(&id);
-}
-
-/// Until the kernel shows somebody who waits for an answer to his SYN.
-fn wait_for_a_connect_to(address: std::net::SocketAddr) {
-    let (port, began) = (format!(":{:04X}", address.port()), Instant::now());
-    let waits = |line: &str| {
-        let fields: Vec<_> = line.split_whitespace().collect();
-        fields.len() > 3 && fields[2].ends_with(&port) && fields[3] == "02"
-    };
-    while !std::fs::read_to_string("/proc/net/tcp").expect("the TCP table").lines().any(waits) {
-        assert!(began.elapsed() < SOON, "nobody connects to {address}");
-        std::thread::sleep(ms(5));
-    }
 }

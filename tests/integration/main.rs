@@ -1,17 +1,23 @@
 //! The agent from outside: the real binary between scripted peers over loopback sockets, and the library by its
 //! contract. A test belongs with the promise it checks:
 mod backends; // what each kind is asked, and what is offered of it
+mod cancel; // how soon a backend hears that nobody wants its answer any more
 mod cli; // commands, options, exit codes, what is printed where
 mod config; // agent.toml: what is taken, and how a mistake is named
 mod contract; // the library's fixed names and behaviours
+mod crash; // killed at any moment
 mod demo; // the local coordinator and its front door
 mod failures; // broken answers of a backend: what is relayed, and which error code follows
 mod failover; // several backends for one model
+mod faults_backend; // what a broken backend costs: its job, and nothing that lasts
+mod faults_box; // disks, clocks, descriptors and threads that give out
+mod faults_coordinator; // a coordinator, or the way to it, that does its worst
 mod footprint; // what an idle agent costs
 mod handshake; // from the dial to the first `capabilities`
 mod health; // how the offer follows the jobs
 mod identity; // the identity file
 mod jobs; // admission, cancel, deadlines, the one terminal frame
+mod matrix; // FAULTS.md and the tests that it names
 mod probes; // how the offer follows the backends
 mod proxy; // HTTPS_PROXY and its relatives
 mod reconnect; // how sessions end, and when the next begins

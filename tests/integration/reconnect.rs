@@ -12,10 +12,6 @@ fn assert_delay(delay: Duration, seconds: u32, what: &str) {
     assert!(delay >= least - ms(20) && delay <= most, "{what}: redialled after {delay:?}, not about {seconds} s");
 }
 
-fn warnings(agent: &Agent) -> Vec<String> {
-    agent.stderr.text().lines().filter(|line| line.contains("WARN")).map(str::to_owned).collect()
-}
-
 #[test]
 fn planned_closes_are_told_at_info_and_reconnect_from_the_shortest_delay() {
     let closes: [(&str, Vec<u8>); 4] = [
@@ -35,7 +31,7 @@ fn planned_closes_are_told_at_info_and_reconnect_from_the_shortest_delay() {
         assert_delay(next.at - closed, 1, what);
         let next = next.upgrade().authenticate(None);
         assert_eq!(next.capabilities["models"][0]["model_id"], "m");
-        assert_eq!(warnings(&rig.agent), [""; 0], "{what} is no reason to warn");
+        assert_eq!(rig.agent.warnings(), [""; 0], "{what} is no reason to warn");
     });
 }
 
@@ -61,7 +57,7 @@ fn any_other_end_is_a_warning_and_reconnects_too() {
         let next = rig.coordinator.dialled(SOON);
         assert_delay(next.at - ended, 1, what);
         next.upgrade().authenticate(None);
-        assert_ne!(warnings(&rig.agent), [""; 0], "{what} is a reason to warn");
+        assert_ne!(rig.agent.warnings(), [""; 0], "{what} is a reason to warn");
     });
 }
 

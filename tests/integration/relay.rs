@@ -16,15 +16,8 @@ fn awkward_stream() -> Vec<u8> {
     text.into_bytes()
 }
 
-/// Bytes without a pattern that a bug could hide in; the same each time.
 fn noise(length: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let words = std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    });
+    let words = std::iter::repeat_with(xorshift(0x9e37_79b9_7f4a_7c15)).map(u64::to_le_bytes);
     words.flatten().take(length).collect()
 }
 

@@ -111,13 +111,8 @@ fn whatever_text_the_coordinator_sends_the_session_lives() {
         json!({"type": "job_cancel", "job_id": "00000000-0000-4000-8000-000000000001"}).to_string(),
         json!({"type": "auth_challenge", "nonce": "AAAA"}).to_string(),
     ];
-    let mut state = 0x2545_f491_4f6c_dd1d_u64;
-    let mut next = |below: usize| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state % below as u64) as usize
-    };
+    let mut numbers = xorshift(0x2545_f491_4f6c_dd1d);
+    let mut next = |below: usize| (numbers() % below as u64) as usize;
     for n in 0..600 {
         let mut text: Vec<char> = good[n % good.len()].chars().collect();
         for _ in 0..=next(4) {

@@ -23,6 +23,7 @@ pub struct Setup {
     limits: String,
     backends: Vec<String>,
     environment: Vec<(String, String)>,
+    prelude: String,
 }
 
 impl Setup {
@@ -35,6 +36,7 @@ impl Setup {
             limits: String::new(),
             backends: Vec::new(),
             environment: Vec::new(),
+            prelude: String::new(),
         }
     }
 
@@ -71,6 +73,21 @@ impl Setup {
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.environment.push((name.to_owned(), value.to_owned()));
         self
+    }
+
+    /// Lines of shell for the process that then becomes the agent: limits, redirections.
+    pub fn after(mut self, shell: &str) -> Self {
+        self.prelude.push_str(shell);
+        self.prelude.push('\n');
+        self
+    }
+
+    /// Files' modes bind the agent also where the tests run as root, whom they would not bind.
+    pub fn bound_by_modes(self) -> Self {
+        self.after(
+            "[ \"$(id -u)\" != 0 ] || exec setpriv --inh-caps=-all \\
+             --bounding-set=-dac_override,-dac_read_search,-fowner \"$0\" \"$@\"",
+        )
     }
 
     pub fn toml(&self) -> String {
@@ -113,7 +130,7 @@ impl Setup {
     }
 
     fn command(&self, level: Option<&str>) -> Command {
-        let mut command = command(self.scratch.path());
+        let mut command = command(self.scratch.path(), &self.prelude);
         command.arg("--config").arg(self.write()).arg("--allow-insecure");
         command.args(level.into_iter().flat_map(|level| ["--log-level", level]));
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
@@ -121,8 +138,11 @@ impl Setup {
     }
 }
 
-fn command(home: &Path) -> Command {
-    let mut command = Command::new(binary());
+fn command(home: &Path, prelude: &str) -> Command {
+    let mut command = Command::new(if prelude.is_empty() { binary() } else { "/bin/sh".into() });
+    if !prelude.is_empty() {
+        command.arg("-c").arg(format!("{prelude}exec \"$0\" \"$@\"")).arg(binary());
+    }
     command.env_clear().env("HOME", home).current_dir(home).stdin(Stdio::null());
     command
 }
@@ -150,7 +170,7 @@ impl Agent {
     }
 
     fn spawn_in(home: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Self {
-        let mut command = command(home);
+        let mut command = command(home, "");
         command.args(arguments).envs(environment.iter().copied());
         Self::spawn(command, None)
     }
@@ -176,6 +196,13 @@ impl Agent {
         assert!(status.expect("a shell").success(), "kill -{name} failed: is the agent still running?");
     }
 
+    /// From now on it may have descriptors below this number only; those that it has stay.
+    pub fn limit_descriptors(&self, below: u32) {
+        let limit = format!("--nofile={below}:");
+        let status = Command::new("prlimit").args(["--pid", &self.pid().to_string(), &limit]).status();
+        assert!(status.expect("prlimit, of util-linux").success(), "the limit of descriptors was not set");
+    }
+
     /// Waits for the end of the process.
     pub fn wait(&mut self, within: Duration) -> ExitStatus {
         let deadline = Instant::now() + within;
@@ -186,6 +213,11 @@ impl Agent {
             assert!(Instant::now() < deadline, "the agent did not exit within {within:?}");
             std::thread::sleep(ms(5));
         }
+    }
+
+    /// Its log's warnings so far.
+    pub fn warnings(&self) -> Vec<String> {
+        self.stderr.text().lines().filter(|line| line.contains("WARN")).map(str::to_owned).collect()
     }
 
     /// The names of its threads, the main one first.

@@ -13,7 +13,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use serde_json::{Value, json};
 
 use super::http::{Request, read_request, response};
-use super::{SOON, ms};
+use super::{QUIET, SOON, ms};
 
 pub enum Answer {
     Json(u16, Value),
@@ -143,13 +143,47 @@ impl Backend {
         queue
     }
 
+    /// Ends what [`Self::swallow_connects`] began; whoever still tries to connect gets through.
+    pub fn accept_again(&self, queue: Vec<TcpStream>) {
+        drop(queue);
+        self.shared.deaf.store(false, Ordering::SeqCst);
+        self.acceptor.as_ref().expect("a running acceptor").thread().unpark();
+    }
+
+    /// How many connects to it the kernel still tries: nothing has answered their SYN yet.
+    pub fn connects_under_way(&self) -> usize {
+        let port = format!(":{:04X}", self.address.port());
+        let table = std::fs::read_to_string("/proc/net/tcp").expect("the TCP table");
+        let rows = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        rows.filter(|fields| fields.len() > 3 && fields[2].ends_with(&port) && fields[3] == "02").count()
+    }
+
+    /// Waits until so many connects to it are under way.
+    pub fn wait_for_connects(&self, count: usize) {
+        let began = Instant::now();
+        while self.connects_under_way() != count {
+            assert!(began.elapsed() < SOON, "{} connects instead of {count}", self.connects_under_way());
+            std::thread::sleep(ms(5));
+        }
+    }
+
+    /// The jobs asked so far.
+    pub fn posts(&self) -> usize {
+        self.seen().iter().filter(|request| request.method == "POST").count()
+    }
+
     /// The next request that was held back.
     pub fn next(&self) -> Held {
         self.next_within(SOON)
     }
 
+    /// The next one, if it is held back in time.
+    pub fn try_next(&self, within: Duration) -> Option<Held> {
+        self.held.recv_timeout(within).ok()
+    }
+
     pub fn next_within(&self, within: Duration) -> Held {
-        self.held.recv_timeout(within).unwrap_or_else(|_| {
+        self.try_next(within).unwrap_or_else(|| {
             panic!(
                 "no held request came within {within:?}; seen: {:?}",
                 self.seen().iter().map(Request::line).collect::<Vec<_>>()
@@ -159,7 +193,7 @@ impl Backend {
 
     /// Panics when a request is held back within `time`.
     pub fn assert_none(&self, time: Duration) {
-        if let Ok(held) = self.held.recv_timeout(time) {
+        if let Some(held) = self.try_next(time) {
             panic!("a request that must not come: {} {}", held.request.line(), held.request.body_text());
         }
     }
@@ -272,6 +306,10 @@ impl Shared {
     }
 }
 
+fn flood_chunk() -> Vec<u8> {
+    [&b"10000\r\n"[..], &[b'x'; 1 << 16], b"\r\n"].concat()
+}
+
 /// A request that waits for the test to answer it. Dropping it closes the connection.
 pub struct Held {
     pub request: Request,
@@ -293,7 +331,7 @@ impl Held {
 
     /// Sends chunks of 64 KiB without end, until the agent hangs up. They hold one line without end.
     pub fn flood(mut self) -> JoinHandle<()> {
-        let chunk = [&b"10000\r\n"[..], &[b'x'; 1 << 16], b"\r\n"].concat();
+        let chunk = flood_chunk();
         std::thread::spawn(move || while self.try_send(&chunk) {})
     }
 
@@ -324,15 +362,57 @@ impl Held {
         let _ = self.release.send(());
     }
 
+    /// Writes chunks until nothing on the way to the coordinator takes any more of them.
+    pub fn flood_until_full(&mut self) {
+        self.stream.set_write_timeout(Some(QUIET)).expect("a write timeout");
+        let chunk = flood_chunk();
+        while self.try_send(&chunk) {}
+    }
+
     /// Waits until the agent has closed the connection, and tells how long that took.
     pub fn wait_hang_up(&mut self) -> Duration {
+        self.wait_hang_up_within(SOON)
+    }
+
+    pub fn wait_hang_up_within(&mut self, within: Duration) -> Duration {
         let began = Instant::now();
-        self.stream.set_read_timeout(Some(SOON)).expect("a read timeout");
+        match self.read_to_hang_up(within) {
+            Ok(()) => began.elapsed(),
+            Err(e) => panic!("the agent did not hang up on {} within {within:?}: {e}", self.request.line()),
+        }
+    }
+
+    /// When the agent closed the connection, `None` if it does not within that time. The thread blocks in the read, so that
+    /// no polling blurs the moment; and gives the request back, so that others' moments are not blurred by cleaning up.
+    pub fn watch_hang_up(mut self, within: Duration) -> JoinHandle<(Held, Option<Instant>)> {
+        std::thread::spawn(move || {
+            let closed = self.read_to_hang_up(within).is_ok().then(Instant::now);
+            (self, closed)
+        })
+    }
+
+    fn read_to_hang_up(&mut self, within: Duration) -> io::Result<()> {
+        self.stream.set_read_timeout(Some(within)).expect("a read timeout");
         match self.stream.read(&mut [0; 64]) {
-            Ok(0) => began.elapsed(),
+            Ok(0) => Ok(()),
             Ok(n) => panic!("{n} bytes where the agent should hang up"),
-            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => began.elapsed(),
-            Err(e) => panic!("the agent did not hang up on {} within {SOON:?}: {e}", self.request.line()),
+            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Reads what is left of the request, up to the end of the connection, and tells how much it was.
+    pub fn read_to_end(&mut self, within: Duration) -> usize {
+        self.stream.set_read_timeout(Some(within)).expect("a read timeout");
+        let (mut buffer, mut total) = ([0; 1 << 16], 0);
+        loop {
+            match self.stream.read(&mut buffer) {
+                Ok(n @ 1..) => total += n,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    panic!("the agent did not hang up within {within:?}")
+                }
+                _ => return total,
+            }
         }
     }
 

@@ -5,11 +5,13 @@
 mod agent;
 mod backend;
 mod coordinator;
+mod endless;
 mod fault;
 mod http;
 mod rig;
 mod scratch;
 mod session;
+mod shim;
 mod tls;
 mod vitals;
 mod wire;
@@ -19,13 +21,15 @@ use std::time::Duration;
 pub use agent::{Agent, Setup, cli};
 pub use backend::{Answer, Backend, Held};
 pub use coordinator::{Coordinator, Dialled};
+pub use endless::EndlessLine;
 pub use fault::{FaultProxy, Mode};
 pub use http::{Request, response, sse};
 pub use rig::Rig;
 pub use scratch::Scratch;
-pub use session::{Event, Outcome, Session, Take, job};
+pub use session::{Event, Outcome, Session, Take, job, job_within};
+pub use shim::Shim;
 pub use tls::{Authority, Flaw, TlsProxy};
-pub use vitals::Vitals;
+pub use vitals::{Patient, Vitals};
 pub use wire::{BINARY, CLOSE, CONTINUATION, PING, TEXT, close_payload, encode, verify_auth};
 
 /// How long anything that should happen at once may take on a loaded machine.
@@ -56,6 +60,17 @@ pub fn base64(bytes: impl AsRef<[u8]>) -> String {
 pub fn unbase64(text: &str) -> Vec<u8> {
     use base64::Engine;
     base64::engine::general_purpose::STANDARD.decode(text).unwrap_or_else(|e| panic!("not base64 ({e}): {text:?}"))
+}
+
+/// Numbers without a pattern that a bug could hide in; the same each time for the same seed, which is not 0.
+pub fn xorshift(seed: u64) -> impl FnMut() -> u64 {
+    let mut state = seed;
+    move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    }
 }
 
 /// Runs each case on a thread of its own, for cases that mostly wait; the first panic fails the test.

@@ -3,7 +3,7 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::io::{BufReader, Write};
+use std::io::{BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::wire::{self, BINARY, CLOSE, CONTINUATION, PING, PONG, TEXT};
-use super::{SOON, base64, close_payload, encode, unbase64, verify_auth};
+use super::{SOON, base64, close_payload, encode, secs, unbase64, verify_auth};
 
 #[derive(Clone, Debug)]
 pub enum Event {
@@ -46,12 +46,19 @@ pub struct Session {
     control: Arc<Control>,
 }
 
+/// Looks at a text message before it is taken apart; true when that was all there is to do with it.
+type Tap = Box<dyn FnMut(&[u8]) -> bool + Send>;
+
 struct Control {
     answers_pings: AtomicBool,
     /// We sent the first Close: the agent's is the answer.
     closing: AtomicBool,
+    /// The reader is to go without reading on.
+    leaving: AtomicBool,
+    reads_slowly: AtomicBool,
     paused: Mutex<bool>,
     resumed: Condvar,
+    tap: Mutex<Tap>,
 }
 
 impl Session {
@@ -62,8 +69,11 @@ impl Session {
         let control = Arc::new(Control {
             answers_pings: AtomicBool::new(true),
             closing: AtomicBool::new(false),
+            leaving: AtomicBool::new(false),
+            reads_slowly: AtomicBool::new(false),
             paused: Mutex::new(false),
             resumed: Condvar::new(),
+            tap: Mutex::new(Box::new(|_| false)),
         });
         let (sender, events) = unbounded();
         let reader = Reader { out: Arc::clone(&out), control: Arc::clone(&control), events: sender };
@@ -121,6 +131,23 @@ impl Session {
         let _ = self.out.lock().expect("the writing half").shutdown(Shutdown::Both);
     }
 
+    /// Ends the TCP connection with a reset, which is what closing a socket with unread bytes in it sends.
+    pub fn reset(self) {
+        self.control.leaving.store(true, Ordering::SeqCst);
+        // The first pong is the last thing that the reader takes, the second stays in the socket.
+        self.send_frame(PING, b"");
+        assert!(self.ends_within(SOON), "the agent does not answer a ping");
+        self.send_frame(PING, b"");
+        let out = self.out.lock().expect("the writing half");
+        out.set_read_timeout(Some(SOON)).expect("a read timeout");
+        out.peek(&mut [0]).expect("the second pong");
+    }
+
+    /// From now on one byte a second is read from the socket.
+    pub fn read_slowly(&self) {
+        self.control.reads_slowly.store(true, Ordering::SeqCst);
+    }
+
     /// Pings of the agent's are not answered any more.
     pub fn ignore_pings(&self) {
         self.control.answers_pings.store(false, Ordering::SeqCst);
@@ -132,10 +159,22 @@ impl Session {
         self.control.resumed.notify_all();
     }
 
+    /// Shows each text message of the agent's to `tap` first: for more of them than an unoptimised test can take apart.
+    pub fn tap(&self, tap: impl FnMut(&[u8]) -> bool + Send + 'static) {
+        *self.control.tap.lock().expect("the tap") = Box::new(tap);
+    }
+
     /// Sends a job with a deadline of 30 s and returns its id.
     pub fn job(&self, model: &str, request: Value) -> String {
         let id = Uuid::new_v4().to_string();
         self.send(&job(&id, model, request));
+        id
+    }
+
+    /// Sends a job with this deadline and returns its id.
+    pub fn job_within(&self, time: Duration, model: &str, request: Value) -> String {
+        let id = Uuid::new_v4().to_string();
+        self.send(&job_within(time, &id, model, request));
         id
     }
 
@@ -229,17 +268,24 @@ impl Session {
         })
     }
 
-    /// Panics when a frame comes, or is waiting, that `is_it` knows.
-    pub fn assert_no_frame(&self, what: &str, time: Duration, is_it: impl Fn(&Value) -> bool) {
+    /// The frames that come within `time`, or are waiting, and that `is_it` knows. They stay for a later wait.
+    pub fn frames(&self, time: Duration, is_it: impl Fn(&Value) -> bool) -> Vec<Value> {
         let deadline = Instant::now() + time;
         let mut kept = self.kept.borrow_mut();
         while let Ok(event) = self.events.recv_deadline(deadline) {
             kept.push_back(event);
         }
-        for event in kept.iter() {
-            if let Event::Frame(frame) = event {
-                assert!(!is_it(frame), "{what} must not come: {frame}");
-            }
+        let known = |event: &Event| match event {
+            Event::Frame(frame) if is_it(frame) => Some(frame.clone()),
+            _ => None,
+        };
+        kept.iter().filter_map(known).collect()
+    }
+
+    /// Panics when a frame comes, or is waiting, that `is_it` knows.
+    pub fn assert_no_frame(&self, what: &str, time: Duration, is_it: impl Fn(&Value) -> bool) {
+        if let Some(frame) = self.frames(time, is_it).first() {
+            panic!("{what} must not come: {frame}");
         }
     }
 
@@ -272,13 +318,24 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         self.pause(false);
-        self.cut();
+        self.control.reads_slowly.store(false, Ordering::SeqCst);
+        // After a reset there is nothing left to say.
+        if !self.control.leaving.load(Ordering::SeqCst) {
+            self.cut();
+        }
     }
 }
 
 /// A `job` frame with a deadline of 30 s.
 pub fn job(id: &str, model: &str, request: Value) -> Value {
     json!({"type": "job", "job_id": id, "model_id": model, "request": request, "format": "openai", "deadline_ms": 30_000})
+}
+
+/// A `job` frame with this deadline.
+pub fn job_within(time: Duration, id: &str, model: &str, request: Value) -> Value {
+    let mut frame = job(id, model, request);
+    frame["deadline_ms"] = json!(u64::try_from(time.as_millis()).expect("a deadline of milliseconds"));
+    frame
 }
 
 /// How a job went.
@@ -317,6 +374,22 @@ fn brief(events: &VecDeque<Event>) -> String {
     format!("{} events, the last: {texts:#?}", events.len())
 }
 
+/// The socket, at the pace that the test wants.
+struct Paced {
+    stream: TcpStream,
+    control: Arc<Control>,
+}
+
+impl Read for Paced {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        if self.control.reads_slowly.load(Ordering::SeqCst) && !buffer.is_empty() {
+            std::thread::sleep(secs(1));
+            return self.stream.read(&mut buffer[..1]);
+        }
+        self.stream.read(buffer)
+    }
+}
+
 struct Reader {
     out: Arc<Mutex<TcpStream>>,
     control: Arc<Control>,
@@ -325,6 +398,7 @@ struct Reader {
 
 impl Reader {
     fn run(self, stream: TcpStream) {
+        let stream = Paced { stream, control: Arc::clone(&self.control) };
         let mut from = BufReader::with_capacity(1 << 16, stream);
         let mut message: Option<Vec<u8>> = None;
         loop {
@@ -345,6 +419,9 @@ impl Reader {
                     text.extend(frame.payload);
                     if !frame.last {
                         message = Some(text);
+                        continue;
+                    }
+                    if (self.control.tap.lock().expect("the tap"))(&text) {
                         continue;
                     }
                     match serde_json::from_slice(&text) {
@@ -369,7 +446,7 @@ impl Reader {
                 other => Event::Violation(format!("the agent sent opcode {other}")),
             };
             let ended = matches!(event, Event::Close(_));
-            if self.events.send(event).is_err() {
+            if self.events.send(event).is_err() || self.control.leaving.load(Ordering::SeqCst) {
                 return;
             }
             // Once the Close frames are exchanged it is the server that ends the connection (RFC 6455, 7.1.1).

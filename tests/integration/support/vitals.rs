@@ -2,14 +2,15 @@
 
 use std::time::Instant;
 
-use super::{Agent, Backend, Session, ms, secs};
+use super::{Agent, Backend, Rig, Session, Setup, ms, secs};
 
 /// How far memory may stay above what it was, in KiB: what an allocator keeps for the next job.
-const MEMORY_SLACK_KIB: u64 = 12 << 10;
+const MEMORY_SLACK_KIB: u64 = 8 << 10;
 
-/// Taken right after a job, when one worker and one kept-alive connection are there and whatever was left over is not.
+/// Taken right after a job, when one worker and one kept-alive connection are there.
 #[derive(Clone, Copy, Debug)]
 pub struct Vitals {
+    /// Without that of the log, which comes and goes with the lines.
     pub threads: usize,
     pub descriptors: usize,
     pub resident_kib: u64,
@@ -27,7 +28,7 @@ impl Vitals {
     pub fn of(agent: &Agent) -> Self {
         let descriptors = std::fs::read_dir(format!("/proc/{}/fd", agent.pid())).expect("the agent's descriptors");
         Self {
-            threads: agent.threads().len(),
+            threads: agent.threads().iter().filter(|name| *name != "log").count(),
             descriptors: descriptors.count(),
             resident_kib: agent.status_kib("VmRSS"),
         }
@@ -36,18 +37,55 @@ impl Vitals {
     /// Waits until the agent is as it was, and has it serve one more job. Workers leave after 10 s.
     pub fn assert_restored(&self, agent: &Agent, session: &Session, backend: &Backend) {
         let began = Instant::now();
-        // The log's thread comes and goes.
-        while Self::of(agent).threads > self.threads + 1 {
-            assert!(began.elapsed() < secs(25), "threads stay: {:?}, before: {self:?}", agent.threads());
+        // A cancelled job takes its memory with it when its worker notices.
+        let is_back =
+            |now: Self| now.threads <= self.threads && now.resident_kib <= self.resident_kib + MEMORY_SLACK_KIB;
+        while !is_back(Self::of(agent)) {
+            let now = Self::of(agent);
+            assert!(began.elapsed() < secs(25), "before: {self:?}, now: {now:?}, {:?}", agent.threads());
             std::thread::sleep(ms(50));
         }
         // Kept-alive connections that have become stale are closed by the next exchange.
         let mut now = Self::after_a_job(agent, session, backend);
-        while now.threads > self.threads + 1 || now.descriptors > self.descriptors {
+        while now.threads > self.threads || now.descriptors > self.descriptors {
             assert!(began.elapsed() < secs(40), "before: {self:?}, now: {now:?}, {:?}", agent.threads());
             std::thread::sleep(secs(5));
             now = Self::after_a_job(agent, session, backend);
         }
         assert!(now.resident_kib <= self.resident_kib + MEMORY_SLACK_KIB, "before: {self:?}, now: {now:?}");
+    }
+}
+
+/// An agent at work, weighed before a fault.
+pub struct Patient {
+    pub rig: Rig,
+    pub backend: Backend,
+    pub before: Vitals,
+}
+
+impl Patient {
+    pub fn new() -> Self {
+        Self::with(|setup| setup)
+    }
+
+    pub fn with(configure: impl FnOnce(Setup) -> Setup) -> Self {
+        let backend = Backend::vllm(&["m"]);
+        let rig = Rig::with(|setup| configure(setup.backend(backend.toml())));
+        let before = Vitals::after_a_job(&rig.agent, &rig.session, &backend);
+        Self { rig, backend, before }
+    }
+
+    /// The session went on.
+    pub fn assert_unharmed(&self) {
+        self.before.assert_restored(&self.rig.agent, &self.rig.session, &self.backend);
+    }
+
+    /// The session ended, and the next one serves.
+    pub fn assert_recovers(&self) {
+        self.assert_recovered(&self.rig.coordinator.session());
+    }
+
+    pub fn assert_recovered(&self, session: &Session) {
+        self.before.assert_restored(&self.rig.agent, session, &self.backend);
     }
 }

@@ -1,0 +1,135 @@
+//! ureq's transport, watched: what happened on a connection, and waits that end on time.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use ureq::unversioned::transport::time::Duration as UreqDuration;
+use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, DefaultConnector, NextTimeout, Transport};
+
+/// What one agent's connection was seen to do since it was leased.
+#[derive(Debug, Default)]
+pub struct Wire {
+    opened: AtomicBool,
+    received: AtomicBool,
+    broken: AtomicBool,
+    /// Nothing is waited for beyond this moment.
+    limit: Mutex<Option<Instant>>,
+}
+
+impl Wire {
+    /// For the next exchange.
+    pub fn reset(&self) {
+        *self.limit() = None;
+        for flag in [&self.opened, &self.received, &self.broken] {
+            flag.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether a failed exchange used a kept-alive connection and got no byte back: it had been closed under us, and
+    /// the backend never saw the request.
+    pub fn was_stale(&self) -> bool {
+        !self.opened.load(Ordering::Relaxed) && !self.received.load(Ordering::Relaxed)
+    }
+
+    /// Whether the connection broke (rather than being closed in order): ureq takes a reset for the end of a body that
+    /// only the connection's end delimits.
+    pub fn has_broken(&self) -> bool {
+        self.broken.load(Ordering::Relaxed)
+    }
+
+    /// Leaves the rest of the answer at most so much time.
+    pub fn hurry(&self, time: Duration) {
+        *self.limit() = Instant::now().checked_add(time);
+    }
+
+    fn limit(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.limit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// ureq's own connector (shared by all agents of a backend, for it caches the TLS configuration), with a [`Wire`].
+#[derive(Debug)]
+pub struct WatchedConnector {
+    inner: Arc<DefaultConnector>,
+    wire: Arc<Wire>,
+}
+
+impl WatchedConnector {
+    pub fn new(inner: Arc<DefaultConnector>, wire: Arc<Wire>) -> WatchedConnector {
+        WatchedConnector { inner, wire }
+    }
+}
+
+impl Connector<()> for WatchedConnector {
+    type Out = Watched;
+
+    fn connect(&self, details: &ConnectionDetails, chained: Option<()>) -> Result<Option<Watched>, ureq::Error> {
+        self.wire.opened.store(true, Ordering::Relaxed);
+        let inner = self.inner.connect(details, chained)?;
+        Ok(inner.map(|inner| Watched { inner, wire: self.wire.clone(), write_failed: false }))
+    }
+}
+
+/// A connection that tells its [`Wire`] what happens on it.
+#[derive(Debug)]
+pub struct Watched {
+    inner: Box<dyn Transport>,
+    wire: Arc<Wire>,
+    write_failed: bool,
+}
+
+impl Transport for Watched {
+    fn buffers(&mut self) -> &mut dyn Buffers {
+        self.inner.buffers()
+    }
+
+    fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
+        if self.write_failed {
+            return Ok(());
+        }
+        match self.inner.transmit_output(amount, timeout) {
+            // A server that refuses a large request answers and closes while we still write. What it said is worth
+            // more than that we could not go on, so the verdict is left to the read that follows.
+            Err(ureq::Error::Io(_)) => {
+                self.write_failed = true;
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
+        let given = Instant::now().checked_add(*timeout.after);
+        let until = given.into_iter().chain(*self.wire.limit()).min();
+        let result = loop {
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            let after = left.map_or(UreqDuration::NotHappening, |left| nap(left).into());
+            match self.inner.await_input(NextTimeout { after, ..timeout }) {
+                Err(ureq::Error::Timeout(_)) if until.is_some_and(|until| Instant::now() < until) => {}
+                result => break result,
+            }
+        };
+        match &result {
+            Ok(true) => self.wire.received.store(true, Ordering::Relaxed),
+            Ok(false) => {}
+            Err(_) => self.wire.broken.store(true, Ordering::Relaxed),
+        }
+        result
+    }
+
+    fn is_open(&mut self) -> bool {
+        !self.write_failed && self.inner.is_open()
+    }
+
+    fn is_tls(&self) -> bool {
+        self.inner.is_tls()
+    }
+}
+
+/// How long to wait in a socket when so much time is left. The kernel's clock for sockets is coarse: it rings late by up to
+/// an eighth of the time, 2 s after a minute; so the last stretch is approached in steps.
+fn nap(left: Duration) -> Duration {
+    const TICK: Duration = Duration::from_millis(16);
+    if left > TICK { left / 8 * 7 } else { left }
+}

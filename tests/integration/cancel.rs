@@ -1,0 +1,312 @@
+//! How soon a backend hears that nobody wants its answer any more: 20 ms after a cancel, a deadline or the end of the
+//! session, whatever the job is doing. `--nocapture` shows the figures, one line a round:
+//! `cancel: WHAT: n=100 p50=0.21ms p99=0.80ms max=1.02ms load=0.40`, the load being the threads that wanted each core.
+
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
+use serde_json::json;
+
+use crate::support::*;
+
+const LIMIT: Duration = ms(20);
+/// No excuse beyond this: a clock that is a quarter of a second late shows on any machine.
+const LOAD_MAX: f64 = 8.0;
+const JOBS: u32 = 100;
+
+/// What a job is doing when its end comes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Phase {
+    BeforeHeaders,
+    MidStream,
+    BlockedOnAFullLane,
+}
+
+use Phase::{BeforeHeaders, BlockedOnAFullLane, MidStream};
+
+type Watch = JoinHandle<(Held, Option<Instant>)>;
+
+struct Running {
+    id: String,
+    deadline: Instant,
+    watch: Watch,
+}
+
+/// How many threads wanted each of the machine's cores, on average, while it lived.
+struct Load {
+    stop: Sender<()>,
+    sampler: JoinHandle<f64>,
+}
+
+impl Load {
+    fn listen() -> Self {
+        let (stop, stopped) = bounded::<()>(0);
+        let sampler = std::thread::spawn(move || {
+            let cores = std::thread::available_parallelism().expect("the number of cores").get() as f64;
+            let mut runnable = Vec::new();
+            while stopped.recv_timeout(ms(10)) == Err(RecvTimeoutError::Timeout) {
+                let figures = std::fs::read_to_string("/proc/loadavg").expect("the load");
+                let (now, _) = figures.split(' ').nth(3).and_then(|field| field.split_once('/')).expect("n/m");
+                // Without this very thread.
+                runnable.push(now.parse::<f64>().expect("a number") - 1.0);
+            }
+            runnable.iter().sum::<f64>() / runnable.len() as f64 / cores
+        });
+        Self { stop, sampler }
+    }
+
+    fn end(self) -> f64 {
+        drop(self.stop);
+        self.sampler.join().expect("the sampler")
+    }
+}
+
+/// Runs up to three rounds of measurements: an agent that is slow is slow in each, and the machine's noise only ever adds.
+/// Where several threads want each core everything takes so many times longer. A round without figures is one in which the
+/// end never came.
+fn assert_prompt(what: &str, round: impl Fn() -> Option<Vec<Duration>>) {
+    for _ in 0..3 {
+        let load = Load::listen();
+        let Some(mut took) = round() else { continue };
+        let load = load.end();
+        took.sort_unstable();
+        let percentile = |p: usize| took[(took.len() * p).div_ceil(100) - 1];
+        let [p50, p99, max] = [50, 99, 100].map(|p| format!("{:.2}ms", percentile(p).as_secs_f64() * 1e3));
+        #[expect(clippy::print_stdout, reason = "figures for whoever runs it with --nocapture")]
+        {
+            println!("cancel: {what}: n={} p50={p50} p99={p99} max={max} load={load:.2}", took.len());
+        }
+        if percentile(99) <= LIMIT.mul_f64(load.clamp(1.0, LOAD_MAX)) {
+            return;
+        }
+    }
+    panic!("{what}: the backend heard of it after more than {LIMIT:?} (p99) in each of three rounds");
+}
+
+fn rig(backend: &Backend) -> Rig {
+    Rig::with(|setup| setup.backend(backend.toml()).limits("max_concurrent = 256"))
+}
+
+/// Returns its id and the moment of its deadline.
+fn send_job(session: &Session, model: &str, time: Duration) -> (String, Instant) {
+    let sent = Instant::now();
+    (session.job_within(time, model, json!({})), sent + time)
+}
+
+/// Starts so many jobs and takes them into this phase. One after the other, and with deadlines a few milliseconds apart, so
+/// that none waits for the machine to be through with the others.
+fn start(session: &Session, backend: &Backend, phase: Phase, count: u32, time: Duration) -> Vec<Running> {
+    if phase == BlockedOnAFullLane {
+        fill_the_lane(session, backend);
+    }
+    let start_one = |n| {
+        let (id, deadline) = send_job(session, "m", time + ms(5) * n);
+        let mut held = backend.next();
+        match phase {
+            BeforeHeaders => {}
+            MidStream => {
+                held.start_sse();
+                held.chunk("data: 1\n\n");
+                session.chunk(&id);
+            }
+            BlockedOnAFullLane => {
+                held.start_sse();
+                held.chunk([b'x'; 16 << 10]);
+                held.chunk([b'x'; 16 << 10]);
+            }
+        }
+        Running { id, deadline, watch: held.watch_hang_up(2 * SOON) }
+    };
+    (0..count).map(start_one).collect()
+}
+
+/// The coordinator reads no more, and one job fills everything up to it.
+fn fill_the_lane(session: &Session, backend: &Backend) {
+    session.pause(true);
+    session.job("m", json!({}));
+    let mut held = backend.next();
+    held.start_sse();
+    held.flood_until_full();
+    // It stays for as long as the connection.
+    held.watch_hang_up(secs(60));
+}
+
+/// How long after `since` the backend saw the end of its connection.
+fn closed_after(since: Instant, watch: Watch) -> Option<Duration> {
+    let (_, closed) = watch.join().expect("a watching thread");
+    Some(closed?.checked_duration_since(since).expect("nothing is closed before its time"))
+}
+
+/// That they were blocked: nothing of theirs had gone out when the coordinator stopped reading, and nothing does now.
+fn assert_nothing_was_said(session: &Session, ids: &[String]) {
+    session.pause(false);
+    session.assert_no_frame("a frame of a cancelled job", QUIET, |frame| {
+        ids.iter().any(|id| frame["job_id"] == id.as_str())
+    });
+}
+
+#[test]
+fn a_cancel_reaches_the_backend_within_20_ms() {
+    for phase in [BeforeHeaders, MidStream, BlockedOnAFullLane] {
+        assert_prompt(&format!("cancel, {phase:?}"), || {
+            let backend = Backend::vllm(&["m"]);
+            let rig = rig(&backend);
+            let jobs = start(&rig.session, &backend, phase, JOBS, secs(60));
+            let ids: Vec<_> = jobs.iter().map(|job| job.id.clone()).collect();
+            let cancelled = jobs.into_iter().map(|job| {
+                let since = Instant::now();
+                rig.session.cancel(&job.id);
+                closed_after(since, job.watch)
+            });
+            // One after the other, as customers leave; it ends with the first cancel that does not get through.
+            let took = cancelled.collect::<Option<Vec<_>>>()?;
+            assert_nothing_was_said(&rig.session, &ids);
+            Some(took)
+        });
+    }
+}
+
+#[test]
+fn a_deadline_reaches_the_backend_within_20_ms() {
+    // Time enough to take all jobs into their phase, on a loaded machine too.
+    const DEADLINE: Duration = secs(3);
+    side_by_side([BeforeHeaders, MidStream, BlockedOnAFullLane], |phase| {
+        assert_prompt(&format!("deadline, {phase:?}"), || {
+            let backend = Backend::vllm(&["m"]);
+            let rig = rig(&backend);
+            let jobs = start(&rig.session, &backend, phase, JOBS, DEADLINE);
+            let ids: Vec<_> = jobs.iter().map(|job| job.id.clone()).collect();
+            let passed = jobs.into_iter().map(|job| closed_after(job.deadline, job.watch));
+            let took = passed.collect::<Option<Vec<_>>>()?;
+            rig.session.pause(false);
+            for id in &ids {
+                assert_eq!(rig.session.outcome(id).error(), "backend_timeout");
+            }
+            Some(took)
+        });
+    });
+}
+
+#[test]
+fn the_end_of_a_session_reaches_the_backend_within_20_ms_for_all_its_jobs() {
+    type End = fn(&Session);
+    let ends: [(&str, End); 2] = [("cut", Session::cut), ("closed", |session| session.close(1001, "drain:deploy"))];
+    // One after the other: 200 connections are enough for one machine to close.
+    for (how, end) in ends {
+        let backend = Backend::vllm(&["m"]);
+        let Rig { session, agent, setup: _setup, coordinator } = rig(&backend);
+        let before = Vitals::after_a_job(&agent, &session, &backend);
+        let first = std::cell::Cell::new(Some(session));
+        assert_prompt(&format!("session {how}, mixed phases"), || {
+            let session = first.take().unwrap_or_else(|| coordinator.session());
+            // The last phase stops the coordinator's reading.
+            let counts = [(BeforeHeaders, 80), (MidStream, 80), (BlockedOnAFullLane, 40)];
+            let jobs = counts.map(|(phase, count)| start(&session, &backend, phase, count, secs(60)));
+            let watches: Vec<_> = jobs.into_iter().flatten().map(|job| job.watch).collect();
+            let since = Instant::now();
+            end(&session);
+            // Together: one that is let go of costs time that is not the agent's.
+            let ends: Vec<_> = watches.into_iter().map(|watch| watch.join().expect("a watching thread")).collect();
+            ends.into_iter().map(|(_, closed)| Some(closed?.duration_since(since))).collect()
+        });
+        // What so many jobs at once need, the allocator keeps.
+        let before = Vitals { resident_kib: before.resident_kib + (16 << 10), ..before };
+        before.assert_restored(&agent, &coordinator.session(), &backend);
+    }
+}
+
+/// Nothing has reached the backend yet, and nothing will: also not when it accepts again.
+#[test]
+fn a_job_cancelled_while_it_connects_is_never_sent_and_its_place_is_free_at_once() {
+    let stuck = Backend::vllm(&["stuck"]);
+    let healthy = Backend::vllm(&["m"]);
+    let rig = Rig::with(|setup| {
+        setup.backend(stuck.toml()).backend(healthy.toml()).limits(&format!("max_concurrent = {JOBS}"))
+    });
+    let before = Vitals::after_a_job(&rig.agent, &rig.session, &healthy);
+    let queue = stuck.swallow_connects();
+    let cancelled: Vec<_> = (0..JOBS).map(|_| rig.session.job("stuck", json!({}))).collect();
+    stuck.wait_for_connects(cancelled.len());
+    for id in &cancelled {
+        rig.session.cancel(id);
+    }
+    let (late, deadline) = send_job(&rig.session, "stuck", secs(1));
+    let next: Vec<_> = (1..JOBS).map(|_| rig.session.job("m", json!({}))).collect();
+    let held: Vec<_> = next.iter().map(|_| healthy.next()).collect();
+    held.into_iter().for_each(Held::finish);
+    for id in &next {
+        rig.session.outcome(id).done();
+    }
+    assert_eq!(rig.session.outcome(&late).error(), "backend_timeout");
+    let late_by = deadline.elapsed();
+    assert!(late_by < ms(1500), "a deadline while connecting was late by {late_by:?}");
+
+    stuck.accept_again(queue);
+    stuck.wait_for_connects(0);
+    stuck.assert_none(QUIET);
+    assert_eq!(stuck.posts(), 0);
+    for id in &cancelled {
+        rig.session
+            .assert_no_frame("a frame of a cancelled job", Duration::ZERO, |frame| frame["job_id"] == id.as_str());
+    }
+    before.assert_restored(&rig.agent, &rig.session, &healthy);
+}
+
+/// A place has two workers, for those that cannot be woken out of a connect; once both are stuck, jobs wait in the queue.
+#[test]
+fn a_job_cancelled_in_the_queue_is_never_sent_and_the_one_behind_it_is_served() {
+    let stuck = Backend::vllm(&["stuck"]);
+    let healthy = Backend::vllm(&["m"]);
+    let rig = Rig::with(|setup| setup.backend(stuck.toml()).backend(healthy.toml()).limits("max_concurrent = 1"));
+    let before = Vitals::after_a_job(&rig.agent, &rig.session, &healthy);
+    let _queue = stuck.swallow_connects();
+    for connects in [1, 2] {
+        let id = rig.session.job("stuck", json!({}));
+        stuck.wait_for_connects(connects);
+        rig.session.cancel(&id);
+    }
+    let posts = healthy.posts();
+    let cancelled: Vec<_> = (0..JOBS)
+        .map(|_| {
+            let id = rig.session.job("m", json!({}));
+            rig.session.cancel(&id);
+            id
+        })
+        .collect();
+    let next = rig.session.job("m", json!({"next": true}));
+    let held = healthy.next();
+    assert_eq!(held.request.json()["next"], true);
+    held.finish();
+    rig.session.outcome(&next).done();
+    healthy.assert_none(QUIET);
+    assert_eq!(healthy.posts(), posts + 1, "of all that were queued only the one that nobody cancelled is sent");
+    for id in &cancelled {
+        rig.session
+            .assert_no_frame("a frame of a cancelled job", Duration::ZERO, |frame| frame["job_id"] == id.as_str());
+    }
+    before.assert_restored(&rig.agent, &rig.session, &healthy);
+}
+
+/// What nobody wants any more is not kept for a worker to find out.
+#[test]
+fn requests_cancelled_in_the_queue_take_their_memory_with_them() {
+    let stuck = Backend::vllm(&["stuck"]);
+    let rig = Rig::with(|setup| setup.backend(stuck.toml()).limits("max_concurrent = 1"));
+    let _queue = stuck.swallow_connects();
+    for connects in [1, 2] {
+        let id = rig.session.job("stuck", json!({}));
+        stuck.wait_for_connects(connects);
+        rig.session.cancel(&id);
+    }
+    let before = rig.agent.status_kib("VmRSS");
+    let large = "x".repeat(1 << 20);
+    // Before the connects are given up.
+    for _ in 0..50 {
+        let id = rig.session.job("stuck", json!({"messages": [large]}));
+        rig.session.cancel(&id);
+    }
+    assert_eq!(rig.session.outcome(&rig.session.job("nobody", json!({}))).error(), "model_not_loaded");
+    let after = rig.agent.status_kib("VmRSS");
+    assert!(after < before + (24 << 10), "{before} KiB, then {after} KiB");
+}

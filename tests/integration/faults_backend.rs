@@ -1,0 +1,492 @@
+//! What a broken backend costs: its job, which ends once, and nothing that lasts. After each fault the agent's threads,
+//! descriptors and memory are back, and the next job is served.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::support::*;
+
+const SSE: &str = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n";
+const CHUNKED: &str = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n";
+const TEXT: &str = "data: {\"choices\":[{\"delta\":{\"content\":\"x\"}}]}\n\n";
+const DONE: &str = "data: [DONE]\n\n";
+
+/// An agent in session with one backend, and what it holds of the box.
+struct Patient {
+    backend: Backend,
+    rig: Rig,
+    before: Vitals,
+    peak_kib_max: u64,
+}
+
+impl Patient {
+    fn new() -> Self {
+        Self::of(Backend::vllm(&["m"]))
+    }
+
+    fn of(backend: Backend) -> Self {
+        let rig = Rig::new(&backend);
+        let before = Vitals::after_a_job(&rig.agent, &rig.session, &backend);
+        Self { backend, rig, before, peak_kib_max: 32 << 10 }
+    }
+
+    fn job(&self) -> (String, Held) {
+        (self.rig.session.job("m", json!({})), self.backend.next())
+    }
+
+    /// Requests of a size that was seen before find their memory kept by the allocator, a few times over.
+    fn allow_for_large_requests(&mut self) {
+        self.before.resident_kib += 4 * (PICTURE_BYTES >> 10) as u64;
+        self.peak_kib_max += 8 * (PICTURE_BYTES >> 10) as u64;
+    }
+
+    /// The next job gets its own answer, the box is as it was, and of these jobs nothing more was said.
+    fn assert_well(&self, ids: &[&str]) {
+        let (id, held) = self.job();
+        held.finish();
+        assert_eq!(self.rig.session.outcome(&id).body(), sse(7, 13).as_bytes());
+        let peak = self.rig.agent.peak_kib();
+        assert!(peak < self.peak_kib_max, "the agent held {peak} KiB of memory");
+        self.before.assert_restored(&self.rig.agent, &self.rig.session, &self.backend);
+        self.rig
+            .session
+            .assert_no_frame("a second end", Duration::ZERO, |frame| ids.iter().any(|id| frame["job_id"] == *id));
+    }
+}
+
+fn with_length(length: &str, body: &str) -> String {
+    format!("{SSE}Content-Length: {length}\r\n\r\n{body}")
+}
+
+#[derive(Clone, Copy)]
+enum Then {
+    Close,
+    /// The agent has to hang up by itself.
+    Stay,
+}
+
+use Then::{Close, Stay};
+
+/// An answer that breaks: what comes first, what of it is relayed before the rest is sent, the rest, what of that is
+/// relayed, and how the job ends.
+type Broken<'a> = (&'a str, String, &'a str, String, &'a str, Then, &'a str);
+
+fn assert_harmless((what, first, relayed, rest, more, then, end): Broken<'_>) {
+    let patient = Patient::new();
+    let (id, mut held) = patient.job();
+    held.send(&first);
+    if !relayed.is_empty() {
+        assert_eq!(patient.rig.session.chunk(&id), relayed.as_bytes(), "{what}");
+    }
+    held.send(&rest);
+    let kept = match then {
+        Close => {
+            drop(held);
+            None
+        }
+        Stay => Some(held),
+    };
+    let outcome = patient.rig.session.outcome(&id);
+    assert_eq!(String::from_utf8_lossy(&outcome.body()), more, "{what}");
+    let ended_with = outcome.end["error_code"].as_str().unwrap_or("done");
+    assert_eq!(ended_with, end, "{what}: {}", outcome.end);
+    if let Some(mut held) = kept {
+        held.wait_hang_up();
+    }
+    patient.assert_well(&[&id]);
+}
+
+#[test]
+fn a_body_of_another_length_than_its_own_costs_the_job_alone() {
+    let first_chunk = || format!("{CHUNKED}{:x}\r\n{DONE}\r\n", DONE.len());
+    // What lies behind an answer is not the answer to the next request.
+    let forged = response(200, "text/event-stream", format!("data: forged\n\n{DONE}"));
+    let forged = String::from_utf8(forged).expect("text");
+    let lengths = ["14\r\nContent-Length: 5", "14, 5", "-1", "+14", "many", "99999999999999999999"];
+    let lengths = lengths.map(|length| -> Broken<'_> {
+        (length, with_length(length, DONE), "", String::new(), "", Stay, "backend_unreachable")
+    });
+    let framings: [Broken<'_>; 4] = [
+        ("shorter than its length", with_length("999", TEXT), TEXT, String::new(), "", Close, "internal"),
+        (
+            "longer than its length",
+            with_length("14", &format!("{DONE}{forged}")),
+            DONE,
+            String::new(),
+            "",
+            Stay,
+            "done",
+        ),
+        (
+            "no line end after a chunk",
+            first_chunk().trim_end().to_owned() + "\n\n",
+            DONE,
+            "e\r\n".into(),
+            "",
+            Stay,
+            "internal",
+        ),
+        ("a chunk without end", first_chunk(), DONE, format!("ffffffffffffffff\r\n{TEXT}"), TEXT, Close, "internal"),
+    ];
+    let sizes = ["xyz\r\n", "-5\r\n", "\r\n", "fffffffffffffffff\r\n"].map(str::to_owned);
+    let endless = ["", "e;", "0\r\nX: "].map(|start| start.to_owned() + &"0".repeat(1 << 20));
+    let sizes: Vec<_> = sizes.into_iter().chain(endless).collect();
+    let sizes = sizes.iter().map(|rest| -> Broken<'_> {
+        (rest.get(..9).unwrap_or(rest), first_chunk(), DONE, rest.clone(), "", Stay, "internal")
+    });
+    side_by_side(lengths.into_iter().chain(framings).chain(sizes), assert_harmless);
+}
+
+#[test]
+fn a_head_of_a_megabyte_costs_the_job_alone_and_a_thousand_interim_ones_nothing() {
+    let megabyte = "x".repeat(1 << 20);
+    let given_up = [
+        ("one header", format!("{SSE}X: {megabyte}\r\n\r\n")),
+        ("many headers", format!("{SSE}{}\r\n", "X: 0123456789\r\n".repeat(70_000))),
+        ("the status", format!("HTTP/1.1 200 {megabyte}\r\n\r\n")),
+        ("nothing but line ends", "\r\n".repeat(1 << 19)),
+        ("no HTTP at all", megabyte),
+    ];
+    let given_up =
+        given_up.map(|(what, head)| -> Broken<'_> { (what, head, "", String::new(), "", Stay, "backend_unreachable") });
+    let interim = ["100 Continue", "102 Processing", "103 Early Hints\r\nLink: x"];
+    let heads: Vec<String> = interim.iter().map(|status| format!("HTTP/1.1 {status}\r\n\r\n").repeat(1000)).collect();
+    let served = heads
+        .iter()
+        .map(|heads| -> Broken<'_> { (&heads[..12], heads.clone(), "", with_length("14", DONE), DONE, Close, "done") });
+    side_by_side(given_up.into_iter().chain(served), assert_harmless);
+}
+
+/// Both directions are cut off, so that nothing is left reading.
+#[test]
+fn of_an_error_of_10_mb_half_a_kilobyte_is_passed_on_and_the_rest_is_left() {
+    let framings = [
+        "Content-Length: 10000000\r\n\r\n",
+        "Transfer-Encoding: chunked\r\n\r\n989680\r\n",
+        "Connection: close\r\n\r\n",
+        "\r\n",
+    ];
+    side_by_side(framings, |framing| {
+        let patient = Patient::new();
+        let (id, mut held) = patient.job();
+        let began = Instant::now();
+        let body = "e".repeat(10_000_000);
+        let answer = format!("HTTP/1.1 500 Broken\r\nContent-Type: text/plain\r\n{framing}{body}");
+        let sender = std::thread::spawn(move || (held.try_send(answer.as_bytes()), held));
+        let outcome = patient.rig.session.outcome_within(&id, SOON);
+        let took = began.elapsed();
+        assert_eq!((outcome.error(), outcome.chunks.len()), ("internal", 0), "{framing:?}");
+        let quoted = outcome.message().matches('e').count();
+        assert!((500..=540).contains(&quoted), "{framing:?}: {}", outcome.message());
+        assert!(took < secs(2), "{framing:?}: given up after {took:?}");
+        let (sent, mut held) = sender.join().expect("the sender");
+        assert!(!sent, "{framing:?}: all of it was read");
+        held.wait_hang_up();
+        patient.assert_well(&[&id]);
+    });
+}
+
+#[test]
+fn an_error_that_never_ends_is_not_waited_for() {
+    let stalls = ["Content-Length: 500\r\n\r\nbusy", "Transfer-Encoding: chunked\r\n\r\n4\r\nbusy\r\n", "\r\nbusy"];
+    side_by_side(stalls, |rest| {
+        let patient = Patient::new();
+        let (id, mut held) = patient.job();
+        held.send(format!("HTTP/1.1 503 Busy\r\nContent-Type: text/plain\r\n{rest}"));
+        let outcome = patient.rig.session.outcome_within(&id, SOON);
+        assert_eq!(outcome.error(), "out_of_capacity", "{rest:?}");
+        assert!(outcome.message().contains("busy"), "{rest:?}: {}", outcome.message());
+        held.wait_hang_up();
+        patient.assert_well(&[&id]);
+    });
+}
+
+/// The deadline ends it, neither sooner nor, on a machine that does much else, much later.
+fn assert_ends_after(time: Duration, what: &str, progress: impl FnOnce(&Patient, &str, Held)) {
+    let patient = Patient::new();
+    let began = Instant::now();
+    let id = patient.rig.session.job_within(time, "m", json!({}));
+    progress(&patient, &id, patient.backend.next());
+    let outcome = patient.rig.session.outcome(&id);
+    let took = began.elapsed();
+    assert_eq!(outcome.error(), "backend_timeout", "{what}");
+    assert!(took >= time && took < time + secs(3), "{what}: a deadline of {time:?} ended it after {took:?}");
+    patient.assert_well(&[&id]);
+}
+
+fn stalls_before_the_head() {
+    assert_ends_after(secs(1), "silence", |_, _, mut held| {
+        held.wait_hang_up();
+    });
+}
+
+fn stalls_in_the_stream() {
+    assert_ends_after(secs(2), "a stall", |patient, id, mut held| {
+        held.start_sse();
+        held.chunk(TEXT);
+        assert_eq!(patient.rig.session.chunk(id), TEXT.as_bytes());
+        held.wait_hang_up();
+    });
+}
+
+fn trickles() {
+    assert_ends_after(secs(3), "a trickle", |patient, id, mut held| {
+        held.start_sse();
+        for byte in ["d", "a"] {
+            held.chunk(byte);
+            assert_eq!(patient.rig.session.chunk(id), byte.as_bytes());
+            std::thread::sleep(secs(1));
+        }
+        held.wait_hang_up();
+    });
+}
+
+fn never_ends() {
+    assert_ends_after(secs(1), "an endless stream", |_, _, mut held| {
+        held.start_sse();
+        held.flood().join().expect("the flood");
+    });
+}
+
+fn has_interim_answers_without_end() {
+    assert_ends_after(secs(1), "endless interim answers", |_, _, mut held| {
+        let heads = "HTTP/1.1 100 Continue\r\n\r\n".repeat(100);
+        while held.try_send(heads.as_bytes()) {}
+    });
+}
+
+fn never_ends_until_it_is_cancelled() {
+    let patient = Patient::new();
+    let (id, mut held) = patient.job();
+    held.start_sse();
+    let flood = held.flood();
+    patient.rig.session.chunk(&id);
+    patient.rig.session.cancel(&id);
+    flood.join().expect("the flood");
+    // Chunks that were on their way before the cancel are no second end.
+    patient.rig.session.each("the answer to a ping behind the last chunk", SOON, {
+        patient.rig.session.send_frame(PING, b"?");
+        |event| match event {
+            Event::Frame(frame) if frame["job_id"] == id.as_str() => {
+                assert_eq!(frame["type"], "job_chunk");
+                Take::Eat
+            }
+            Event::Pong(_) => Take::Stop,
+            _ => Take::Leave,
+        }
+    });
+    patient.assert_well(&[&id]);
+}
+
+fn is_reset() {
+    for begun in [false, true] {
+        let patient = Patient::new();
+        patient.backend.reset_on_close();
+        // From the next connection on.
+        patient.backend.hang_up();
+        let (id, mut held) = patient.job();
+        if begun {
+            held.start_sse();
+            held.chunk(TEXT);
+            assert_eq!(patient.rig.session.chunk(&id), TEXT.as_bytes());
+        }
+        drop(held);
+        let code = if begun { "internal" } else { "backend_unreachable" };
+        assert_eq!(patient.rig.session.outcome(&id).error(), code);
+        patient.backend.leave_unread(0);
+        patient.assert_well(&[&id]);
+    }
+}
+
+fn refuses() {
+    let address = nobody_at("127.0.0.10");
+    let mut patient = Patient::of(Backend::vllm_on(&address, &["m"]));
+    drop(std::mem::replace(&mut patient.backend, Backend::vllm(&[])));
+    let ids: Vec<_> = (0..8).map(|_| patient.rig.session.job("m", json!({}))).collect();
+    for id in &ids {
+        assert_eq!(patient.rig.session.outcome(id).error(), "backend_unreachable");
+    }
+    patient.backend = Backend::vllm_on(&address, &["m"]);
+    patient.assert_well(&ids.iter().map(String::as_str).collect::<Vec<_>>());
+}
+
+/// Its queue of connections is full: a SYN stays without an answer.
+fn never_accepts() {
+    let patient = Patient::new();
+    patient.backend.hang_up();
+    let queue = patient.backend.swallow_connects();
+    let id = patient.rig.session.job("m", json!({}));
+    let began = Instant::now();
+    assert_eq!(patient.rig.session.outcome(&id).error(), "backend_unreachable");
+    let took = began.elapsed();
+    assert!(took > secs(4) && took < secs(10), "the connect was given up after {took:?}");
+    patient.backend.accept_again(queue);
+    patient.assert_well(&[&id]);
+}
+
+#[test]
+fn a_backend_that_refuses_resets_stalls_or_never_ends_costs_the_job_alone() {
+    let faults: [fn(); 9] = [
+        refuses,
+        never_accepts,
+        is_reset,
+        stalls_before_the_head,
+        stalls_in_the_stream,
+        trickles,
+        never_ends,
+        never_ends_until_it_is_cancelled,
+        has_interim_answers_without_end,
+    ];
+    side_by_side(faults, |fault| fault());
+}
+
+/// More than the sockets on the way take of a request that nobody reads.
+const PICTURE_BYTES: usize = 12_000_000;
+
+/// A job with a large request, by hand, for building so large a value costs an unoptimised test its time.
+fn send_large_job(patient: &Patient, time: Duration) -> String {
+    let id = Uuid::new_v4().to_string();
+    let frame = job_within(time, &id, "m", json!({"picture": "PICTURE"}));
+    patient.rig.session.send_text(&frame.to_string().replace("PICTURE", &"x".repeat(PICTURE_BYTES)));
+    id
+}
+
+/// It accepts, reads the head of the request, and no more.
+#[test]
+fn a_request_that_the_backend_never_reads_is_ended_by_its_deadline_and_by_a_cancel() {
+    side_by_side([false, true], |is_cancelled| {
+        let mut patient = Patient::new();
+        patient.allow_for_large_requests();
+        patient.backend.leave_unread(usize::MAX);
+        patient.backend.hang_up();
+        // It includes what an unoptimised agent needs to write so large a request down again.
+        let time = if is_cancelled { secs(60) } else { secs(10) };
+        let id = send_large_job(&patient, time);
+        patient.rig.agent.stderr.wait_line(&["job", &id, "for model"]);
+        let accepted = Instant::now();
+        let mut held = patient.backend.next();
+        if is_cancelled {
+            patient.rig.session.cancel(&id);
+            // The coordinator's own order is the agent's: once this is answered, the cancel was read.
+            let unknown = patient.rig.session.job("unknown", json!({}));
+            patient.rig.session.outcome(&unknown);
+        } else {
+            assert_eq!(patient.rig.session.outcome(&id).error(), "backend_timeout");
+            let took = accepted.elapsed();
+            assert!(took < 2 * time, "a deadline of {time:?} ended it after {took:?}");
+        }
+        let read = held.read_to_end(SOON);
+        assert!(read < PICTURE_BYTES, "the backend got all {read} bytes of a request that it did not read");
+        patient.backend.leave_unread(0);
+        patient.assert_well(&[&id]);
+    });
+}
+
+/// As a server does that has heard enough: the rest of the request is never read, and closing resets the connection.
+#[test]
+fn an_answer_before_the_request_was_read_is_relayed_or_an_error_and_costs_the_job_alone() {
+    let answers = [(response(413, "text/plain", "too large"), "internal"), (with_length("14", DONE).into(), "done")];
+    side_by_side(answers, |(answer, end)| {
+        let mut patient = Patient::new();
+        patient.allow_for_large_requests();
+        patient.backend.leave_unread(usize::MAX);
+        patient.backend.hang_up();
+        let id = send_large_job(&patient, secs(30));
+        patient.backend.next().send(answer);
+        let outcome = patient.rig.session.outcome(&id);
+        assert_eq!(outcome.end["error_code"].as_str().unwrap_or("done"), end, "{}", outcome.end);
+        patient.backend.leave_unread(0);
+        patient.assert_well(&[&id]);
+    });
+}
+
+#[test]
+fn two_hundred_megabytes_without_a_line_end_arrive_as_they_were_sent_in_bounded_memory() {
+    const PERIODS: usize = 4200;
+    let patient = Patient::new();
+    let id = patient.rig.session.job_within(secs(120), "m", json!({}));
+    let mut held = patient.backend.next();
+    let mut line = EndlessLine::new();
+    let chunk = [format!("{:x}\r\n", line.period.len()).as_bytes(), &line.period, b"\r\n"].concat();
+    let line_length = PERIODS * line.period.len();
+    assert!(line_length > 200_000_000);
+    let head = format!(r#"{{"type":"job_chunk","job_id":"{id}","data":""#);
+    let (arrived, has_arrived) = crossbeam_channel::bounded(1);
+    patient.rig.session.tap(move |frame| {
+        let piece = frame.strip_prefix(head.as_bytes()).and_then(|rest| rest.strip_suffix(b"\"}"));
+        let Some(piece) = piece.filter(|_| line.length < line_length) else { return false };
+        line.compare(std::str::from_utf8(piece).expect("base64"));
+        if line.length == line_length {
+            arrived.send(()).expect("the test");
+        }
+        true
+    });
+    held.start_sse();
+    let sender = std::thread::spawn(move || {
+        (0..PERIODS).for_each(|_| held.send(&chunk));
+        held
+    });
+    has_arrived.recv_timeout(secs(100)).expect("the whole line");
+    let mut held = sender.join().expect("the sender");
+    held.chunk(format!("\n\n{}", sse(7, 13)));
+    held.end();
+    assert_eq!(patient.rig.session.outcome(&id).done()["tokens"]["output"], 13);
+    patient.assert_well(&[&id]);
+}
+
+/// Two backends list `m`, the first is advertised; `n` is the second's alone.
+#[test]
+fn of_two_backends_one_dies_and_the_other_goes_on_until_it_is_back() {
+    const STREAMS: usize = 4;
+    let address = nobody_at("127.0.0.11");
+    let (mortal, other) = (Backend::vllm_on(&address, &["m"]), Backend::vllm(&["m", "n"]));
+    let rig = Rig::with(|setup| setup.backend(mortal.toml()).backend(other.toml().replace("vllm", "openai")));
+    let advertised = |offer: &Value| offer["models"][0]["backend"].clone();
+    assert_eq!(advertised(&rig.session.capabilities), "vllm");
+    let before = Vitals::after_a_job(&rig.agent, &rig.session, &mortal);
+    let begin = |model: &str, backend: &Backend| {
+        let id = rig.session.job(model, json!({}));
+        let mut held = backend.next();
+        held.start_sse();
+        held.chunk(TEXT);
+        assert_eq!(rig.session.chunk(&id), TEXT.as_bytes());
+        (id, held)
+    };
+    let doomed: Vec<_> = (0..STREAMS).map(|_| begin("m", &mortal)).collect();
+    let spared: Vec<_> = (0..STREAMS).map(|_| begin("n", &other)).collect();
+    drop(mortal);
+    for (id, held) in doomed {
+        drop(held);
+        let outcome = rig.session.outcome(&id);
+        assert_eq!((outcome.error(), outcome.chunks.len()), ("internal", 0));
+    }
+    // Advertised or not by now, it is the other that serves.
+    for _ in 0..STREAMS {
+        let id = rig.session.job("m", json!({}));
+        other.next().finish();
+        assert_eq!(rig.session.outcome(&id).body(), sse(7, 13).as_bytes());
+    }
+    assert_eq!(advertised(&rig.session.frame("capabilities", SOON)), "openai");
+    for (id, mut held) in spared {
+        held.chunk(sse(1, 2));
+        held.end();
+        assert_eq!(rig.session.outcome(&id).body(), sse(1, 2).as_bytes());
+    }
+
+    let back = Backend::vllm_on(&address, &["m"]);
+    // A job whose model is gone is reason enough to look around at once.
+    let id = rig.session.job("n", json!({}));
+    let mut held = other.next();
+    held.send(response(404, "text/plain", "no such model"));
+    held.keep();
+    assert_eq!(rig.session.outcome(&id).error(), "model_not_loaded");
+    assert_eq!(advertised(&rig.session.frame("capabilities", SOON)), "vllm");
+    // Connections to the other are kept until they are too old to be used, and closed by the next exchange.
+    std::thread::sleep(secs(5));
+    let id = rig.session.job("n", json!({}));
+    other.next().finish();
+    rig.session.outcome(&id).done();
+    before.assert_restored(&rig.agent, &rig.session, &back);
+}

@@ -1,0 +1,312 @@
+//! Disks, clocks, descriptors and threads that give out. The faults are real ones, of the system or of a library before
+//! it, and each test shows that its fault was there.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use crate::support::*;
+
+/// Files can be made, and not a byte be written into them: a full disk, without one.
+const DISK_FULL: &str = "trap '' XFSZ; ulimit -f 0";
+
+fn set_mode(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("the mode set");
+}
+
+/// A setup whose identity has a folder of its own, which is there.
+fn with_folder(url: &str) -> Setup {
+    let setup = Setup::new(url).more("[identity]\nkey_path = \"own/identity.key\"");
+    fs::create_dir(setup.scratch.join("own")).expect("a folder");
+    setup
+}
+
+fn names_in(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).expect("the folder");
+    let mut names: Vec<_> =
+        entries.map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned()).collect();
+    names.sort_unstable();
+    names
+}
+
+#[test]
+fn a_first_start_that_can_write_nowhere_ends_with_an_error_and_leaves_nothing_behind() {
+    type Break = fn(Setup) -> Setup;
+    let read_only: Break = |setup| {
+        set_mode(&setup.scratch.join("own"), 0o555);
+        setup.bound_by_modes()
+    };
+    let cases: [(&str, Break, &str, &[&str]); 3] = [
+        ("own/identity.key", |setup| setup.after(DISK_FULL), "File too large", &["identity.key.lock"]),
+        ("own/identity.key", read_only, "Permission denied", &[]),
+        ("own/deeper/identity.key", read_only, "Permission denied", &[]),
+    ];
+    for (key, fault, why, left) in cases {
+        let setup = with_folder("ws://127.0.0.1:1/").more(&format!("[identity]\nkey_path = \"{key}\""));
+        let setup = fault(setup);
+        let mut agent = setup.start();
+        assert_eq!(agent.wait(SOON).code(), Some(1), "{key}: {why}");
+        agent.stderr.wait_line(&["error", key, why]);
+        assert_eq!(names_in(&setup.scratch.join("own")), left, "{key}: {why}");
+    }
+}
+
+#[test]
+fn an_identity_that_cannot_be_written_is_used_and_stays_whole() {
+    /// Makes the fault, in the folder of the identity.
+    type Break = fn(Setup, &Path) -> Setup;
+    let cases: [(Break, &str, bool); 3] = [
+        (|setup, _| setup.after(DISK_FULL), "File too large", true),
+        (
+            |setup, folder| {
+                fs::write(folder.join("identity.key.lock"), "").expect("a lock file");
+                set_mode(&folder.join("identity.key.lock"), 0o444);
+                set_mode(&folder.join("identity.key"), 0o444);
+                set_mode(folder, 0o555);
+                setup.bound_by_modes()
+            },
+            "Permission denied",
+            true,
+        ),
+        (
+            |setup, folder| {
+                set_mode(folder, 0o555);
+                setup.bound_by_modes()
+            },
+            "Permission denied",
+            false,
+        ),
+    ];
+    side_by_side(cases, |(fault, why, locks)| {
+        let coordinator = Coordinator::new();
+        let backend = Backend::vllm(&["m"]);
+        let setup = with_folder(&coordinator.url()).coordinator("enrollment_code = \"POD-ENROLL-abc\"");
+        let setup = setup.backend(backend.toml());
+        let folder = setup.scratch.join("own");
+        let config = setup.write();
+        cli(setup.scratch.path(), &["enroll", "--allow-insecure", "--config", config.to_str().expect("UTF-8")], &[]);
+        let content = fs::read(folder.join("identity.key")).expect("the identity file");
+        let setup = fault(setup, &folder);
+
+        let agent = setup.start();
+        let greet = |asks: bool| {
+            let session = coordinator.accept();
+            assert_eq!(session.challenge(b"nonce")["enrollment_code"].is_string(), asks, "{why}");
+            session.send(&json!({"type": "auth_ok", "provider_id": "prov_new"}));
+            session.frame("capabilities", SOON);
+            session
+        };
+        let session = greet(true);
+        agent.stderr.wait_line(&["warn", "provider id", "identity.key", why]);
+        let before = Vitals::after_a_job(&agent, &session, &backend);
+        session.close(1001, "drain:deploy");
+        before.assert_restored(&agent, &greet(false), &backend);
+
+        assert!(fs::read(folder.join("identity.key")).expect("the file") == content, "{why}: the file has changed");
+        let names: &[&str] = if locks { &["identity.key", "identity.key.lock"] } else { &["identity.key"] };
+        assert_eq!(names_in(&folder), names, "{why}");
+        let warned = agent.warnings().iter().any(|line| line.contains("cannot be locked"));
+        assert_eq!(warned, !locks, "{why}: a warning for want of a lock: {:?}", agent.warnings());
+        if locks {
+            assert_eq!(setup.start().wait(SOON).code(), Some(4), "{why}: the lock holds all the same");
+        }
+        set_mode(&folder, 0o755);
+    });
+}
+
+#[test]
+fn a_log_that_cannot_be_written_loses_its_lines_and_nothing_else() {
+    // The second disk is full when the identity and the first lines are on it.
+    side_by_side(["exec 2>/dev/full", "trap '' XFSZ; ulimit -f 1; exec 2>agent.log"], |disk| {
+        let mut patient = Patient::with(|setup| setup.after(disk));
+        for _ in 0..2000 {
+            patient.rig.session.send_text("not a frame");
+        }
+        patient.assert_unharmed();
+        patient.rig.session.close(1001, "drain:deploy");
+        patient.assert_recovers();
+        patient.rig.agent.signal("TERM");
+        assert_eq!(patient.rig.agent.wait(SOON).code(), Some(0), "{disk}");
+        let written = fs::metadata(patient.rig.setup.scratch.join("agent.log")).map_or(0, |file| file.len());
+        assert!(written <= 1024 && patient.rig.agent.stderr.text().is_empty(), "{disk}: {written} bytes were written");
+    });
+}
+
+#[test]
+fn a_clock_that_jumps_disturbs_nothing() {
+    let (hour, day) = (3600, 86_400);
+    side_by_side([-hour, day], |jump| {
+        let patient = Patient::with(Shim::load);
+        let began = Instant::now();
+        let session = &patient.rig.session;
+        let now = || OffsetDateTime::now_utc() + time::Duration::seconds(jump);
+        let text = |at: OffsetDateTime| at.format(&Rfc3339).expect("a date")[..19].to_owned();
+        // That this one is served shows that neither its time nor its connection is taken for old.
+        let running = session.job("m", json!({}));
+        let held = patient.backend.next();
+        Shim::of(&patient.rig.setup).set_clock_off_by(jump);
+        held.finish();
+        session.outcome(&running).done();
+
+        let mut frame = job(&uuid::Uuid::new_v4().to_string(), "m", json!({}));
+        frame["deadline_ms"] = json!(500);
+        session.send(&frame);
+        let (sent, mut late) = (Instant::now(), patient.backend.next());
+        assert_eq!(session.outcome(frame["job_id"].as_str().expect("an id")).error(), "backend_timeout");
+        assert!(sent.elapsed() > ms(450) && sent.elapsed() < ms(1500), "a deadline of 500 ms: {:?}", sent.elapsed());
+        late.wait_hang_up();
+
+        let heartbeat = session.frame("heartbeat", secs(20));
+        let came = began.elapsed();
+        assert!(came > secs(14) && came < secs(17), "the first heartbeat came after {came:?}");
+        assert_eq!(heartbeat["queue_depth"], 0, "{heartbeat}");
+        assert!(heartbeat["error_rate_60s"].as_f64().is_some_and(|rate| (0.33..0.34).contains(&rate)), "{heartbeat}");
+        assert!(heartbeat["p95_latency_ms"].as_u64().is_some_and(|ms| (450..2000).contains(&ms)), "{heartbeat}");
+        // The one figure that is a date follows the clock: it has jumped.
+        let at = &heartbeat["last_error_at"].as_str().expect("a date")[..19];
+        let earliest = text(now() - began.elapsed());
+        assert!(*earliest <= *at && *at <= *text(now()), "{at} is not between {earliest} and {}", text(now()));
+
+        session.close(1001, "drain:deploy");
+        let closed = Instant::now();
+        let next = patient.rig.coordinator.dialled(SOON);
+        let delay = next.at - closed;
+        assert!(delay > ms(780) && delay < ms(1500), "redialled after {delay:?}");
+        patient.assert_recovered(&next.upgrade().authenticate(None));
+    });
+}
+
+#[test]
+fn jobs_that_find_no_descriptor_are_refused_and_the_others_go_on() {
+    let patient = Patient::with(|setup| setup.limits("max_concurrent = 256"));
+    let session = &patient.rig.session;
+    patient.rig.agent.limit_descriptors(64);
+    let jobs: Vec<_> = (0..100).map(|_| session.job("m", json!({}))).collect();
+    let (mut held, mut refused) = (Vec::new(), Vec::new());
+    let began = Instant::now();
+    while held.len() + refused.len() < jobs.len() {
+        assert!(began.elapsed() < SOON, "{} held, {} refused, of {}", held.len(), refused.len(), jobs.len());
+        held.extend(patient.backend.try_next(ms(20)));
+        refused = session.frames(Duration::ZERO, |frame| frame["type"] == "job_error");
+    }
+    assert!(held.len() > 30 && refused.len() > 30, "{} held, {} refused", held.len(), refused.len());
+    for frame in &refused {
+        assert_eq!(frame["error_code"], "out_of_capacity", "{frame}");
+    }
+    held.into_iter().for_each(Held::finish);
+    let is_refused = |id: &&String| refused.iter().any(|frame| frame["job_id"] == id.as_str());
+    for id in jobs.iter().filter(|id| !is_refused(id)) {
+        session.outcome(id).done();
+    }
+    patient.assert_unharmed();
+}
+
+/// Who cannot even ask learns nothing about the backend.
+#[test]
+fn a_probe_that_finds_no_descriptor_withdraws_no_offer() {
+    let patient = Patient::new();
+    let session = &patient.rig.session;
+    // The last connection goes, and the reason for it is one to probe at once.
+    patient.rig.agent.limit_descriptors(3);
+    let id = session.job("m", json!({}));
+    let mut held = patient.backend.next();
+    held.send("HTTP/1.1 404 Not Found\r\nConnection: close\r\nContent-Length: 0\r\n\r\n");
+    drop(held);
+    assert_eq!(session.outcome(&id).error(), "model_not_loaded");
+    patient.rig.agent.stderr.wait_line(&["vllm", "Too many open files"]);
+    session.assert_no_frame("a changed offer", QUIET, |frame| frame["type"] == "capabilities");
+    patient.rig.agent.limit_descriptors(1024);
+    patient.assert_unharmed();
+}
+
+#[test]
+fn an_agent_out_of_descriptors_dials_again_as_soon_as_there_are_some() {
+    let patient = Patient::new();
+    patient.rig.agent.limit_descriptors(3);
+    patient.rig.session.cut();
+    patient.rig.agent.stderr.wait_line(&["not connected", "Too many open files"]);
+    patient.rig.agent.limit_descriptors(1024);
+    patient.assert_recovers();
+}
+
+#[test]
+fn jobs_that_find_no_thread_are_refused_and_the_next_ones_are_served() {
+    let patient = Patient::with(Shim::load);
+    let (shim, session) = (Shim::of(&patient.rig.setup), &patient.rig.session);
+    shim.refuse_threads();
+    // The worker that ran the first job is still there.
+    let running = session.job("m", json!({}));
+    let held = patient.backend.next();
+    for _ in 0..3 {
+        let refused = session.job("m", json!({}));
+        assert_eq!(session.outcome(&refused).error(), "out_of_capacity");
+    }
+    shim.wait_refused();
+    held.finish();
+    session.outcome(&running).done();
+    shim.allow_threads();
+    let jobs = [session.job("m", json!({})), session.job("m", json!({}))];
+    for held in [patient.backend.next(), patient.backend.next()] {
+        held.finish();
+    }
+    for id in &jobs {
+        session.outcome(id).done();
+    }
+    patient.assert_unharmed();
+}
+
+#[test]
+fn an_agent_that_can_start_no_thread_for_a_session_comes_back_by_itself() {
+    let no_dial = || {
+        let patient = Patient::with(Shim::load);
+        let shim = Shim::of(&patient.rig.setup);
+        shim.refuse_threads();
+        patient.rig.session.cut();
+        patient.rig.coordinator.assert_not_dialled(secs(3));
+        shim.wait_refused();
+        shim.allow_threads();
+        patient.assert_recovers();
+    };
+    let no_writer = || {
+        let patient = Patient::with(Shim::load);
+        let shim = Shim::of(&patient.rig.setup);
+        patient.rig.session.close(1001, "drain:deploy");
+        let session = patient.rig.coordinator.accept();
+        session.challenge(b"nonce");
+        shim.refuse_threads();
+        session.send(&json!({"type": "auth_ok"}));
+        session.ended(SOON);
+        session.assert_no_frame("an offer", Duration::ZERO, |frame| frame["type"] == "capabilities");
+        shim.allow_threads();
+        patient.assert_recovers();
+    };
+    let parts: [&(dyn Fn() + Sync); 2] = [&no_dial, &no_writer];
+    side_by_side(parts, |part| part());
+}
+
+#[test]
+fn an_agent_that_can_start_no_thread_ends_in_order() {
+    let asked = || {
+        let mut patient = Patient::with(Shim::load);
+        patient.rig.session.job("m", json!({}));
+        let mut held = patient.backend.next();
+        Shim::of(&patient.rig.setup).refuse_threads();
+        patient.rig.agent.signal("TERM");
+        held.wait_hang_up();
+        assert_eq!(patient.rig.agent.wait(SOON).code(), Some(0));
+    };
+    let at_once = || {
+        let setup = Shim::load(Setup::new("ws://127.0.0.1:1/"));
+        Shim::of(&setup).refuse_threads();
+        let mut agent = setup.start();
+        assert_eq!(agent.wait(SOON).code(), Some(1));
+        agent.stderr.wait_line(&["error", "Resource temporarily unavailable"]);
+    };
+    let parts: [&(dyn Fn() + Sync); 2] = [&asked, &at_once];
+    side_by_side(parts, |part| part());
+}

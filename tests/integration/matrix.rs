@@ -1,0 +1,46 @@
+//! `FAULTS.md` beside this file is the fault matrix; here it is kept from naming tests that are not there.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+fn source(module: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/integration").join(module);
+    fs::read_to_string(&path).unwrap_or_else(|e| panic!("failed to read {}: {e}", path.display()))
+}
+
+/// The tests that a module defines, as the matrix writes them.
+fn tests_of(module: &str) -> BTreeSet<String> {
+    let source = source(&format!("{module}.rs"));
+    let name = |line: &str| line.trim().strip_prefix("fn ")?.split_once('(').map(|(name, _)| name.to_owned());
+    let tests = source.split("#[test]").skip(1).filter_map(|test| test.lines().find_map(name));
+    tests.map(|test| format!("{module}::{test}")).collect()
+}
+
+/// What stands between backticks in a row's last cell.
+fn named_in(row: &str) -> BTreeSet<String> {
+    let last = row.trim_end_matches(['|', ' ']).rsplit('|').next().unwrap_or_default();
+    last.split('`').skip(1).step_by(2).map(str::to_owned).collect()
+}
+
+#[test]
+fn every_row_of_the_fault_matrix_has_a_test_and_every_test_of_a_fault_a_row() {
+    let matrix = source("FAULTS.md");
+    let rows: Vec<&str> =
+        matrix.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| fault")).collect();
+    assert!(rows.len() > 30, "{} rows", rows.len());
+    let mut named = BTreeSet::new();
+    for row in rows {
+        let tests = named_in(row);
+        assert!(!tests.is_empty(), "no test stands behind {row}");
+        for test in tests {
+            let (module, _) = test.split_once("::").unwrap_or_else(|| panic!("`{test}` is not `module::test`"));
+            assert!(tests_of(module).contains(&test), "there is no test `{test}`");
+            named.insert(test);
+        }
+    }
+    for module in ["cancel", "crash", "failover", "faults_backend", "faults_box", "faults_coordinator", "health"] {
+        let unnamed: Vec<String> = tests_of(module).difference(&named).cloned().collect();
+        assert!(unnamed.is_empty(), "no row names {unnamed:?}");
+    }
+}

@@ -1,0 +1,71 @@
+//! A clock that jumps and a system that has no thread to spare, by a library that is loaded before libc.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, LazyLock};
+use std::time::Instant;
+
+use super::{SOON, Scratch, Setup, ms};
+
+/// Built once for all tests of a run.
+static LIBRARY: LazyLock<PathBuf> = LazyLock::new(|| {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/integration/support/shim.c");
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let (fresh, library) = (folder.join(format!("shim-{}.so", std::process::id())), folder.join("shim.so"));
+    let status = Command::new("cc").args(["-shared", "-fPIC", "-O1", "-o"]).args([&fresh, &source]).status();
+    assert!(status.expect("a C compiler").success(), "{} does not compile", source.display());
+    // Another run may be using the one that is there.
+    fs::rename(fresh, &library).expect("the library in its place");
+    library
+});
+
+/// The hand on the faults of one agent.
+pub struct Shim(Arc<Scratch>);
+
+impl Shim {
+    /// Has it loaded into the agent.
+    pub fn load(setup: Setup) -> Setup {
+        let shim = Self::of(&setup);
+        let variables = [("LD_PRELOAD", &*LIBRARY), ("FAULT_CLOCK", &shim.clock()), ("FAULT_THREADS", &shim.threads())];
+        variables.into_iter().fold(setup, |setup, (name, path)| setup.env(name, path.to_str().expect("UTF-8")))
+    }
+
+    /// That of an agent whose setup was loaded with it.
+    pub fn of(setup: &Setup) -> Self {
+        Self(Arc::clone(&setup.scratch))
+    }
+
+    fn clock(&self) -> PathBuf {
+        self.0.join("fault-clock")
+    }
+
+    fn threads(&self) -> PathBuf {
+        self.0.join("fault-threads")
+    }
+
+    /// The wall clock is off by so many seconds from now on.
+    pub fn set_clock_off_by(&self, seconds: i64) {
+        let fresh = self.0.write("fault-clock.new", seconds.to_string());
+        fs::rename(fresh, self.clock()).expect("the clock's file");
+    }
+
+    /// From now on no thread can be started.
+    pub fn refuse_threads(&self) {
+        self.0.write("fault-threads", "");
+    }
+
+    /// Waits until a thread was refused, which is the proof that the fault was there.
+    pub fn wait_refused(&self) {
+        let began = Instant::now();
+        while fs::metadata(self.threads()).expect("the threads' file").len() == 0 {
+            assert!(began.elapsed() < SOON, "no thread was refused");
+            std::thread::sleep(ms(5));
+        }
+    }
+
+    /// From now on threads can be started again.
+    pub fn allow_threads(&self) {
+        fs::remove_file(self.threads()).expect("the threads' file");
+    }
+}
