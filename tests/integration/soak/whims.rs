@@ -67,7 +67,7 @@ impl Whims {
             nonsense_due: now,
             ping_due: now,
             paused: None,
-            pause_due: now + rng.time(3000..20_000),
+            pause_due: now + rng.time(2000..10_000),
             large_due: 0,
             close_due: now + rng.time(20_000..90_000),
             closed: None,
@@ -121,8 +121,8 @@ impl Whims {
             self.resume(session);
         }
         if now >= self.pause_due {
-            self.pause_due = now + rng.time(5000..25_000);
-            let is_long = rng.per_mille(300);
+            self.pause_due = now + rng.time(6000..18_000);
+            let is_long = rng.per_mille(400);
             let time = if is_long { LONG_PAUSE } else { rng.time(200..3000) };
             self.large_due = if is_long { LARGE_AT_A_TIME } else { 0 };
             self.paused = Some((now + time, weather.trouble()));
