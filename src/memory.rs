@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 static MUCH_WAS_FREED: AtomicBool = AtomicBool::new(false);
 
-/// Has the threads take turns at few heaps: of each but the first, trimming leaves the free end as it is, which came to 10 MB
-/// after 256 streams. To be called before there are threads.
-pub fn keep_few_heaps() {
-    allocator::keep_few_heaps();
+/// Has the allocator keep little, in two ways. The threads take turns at few heaps: of each but the first, trimming leaves the
+/// free end as it is, which came to 10 MB after 256 streams. And large buffers go back at once: glibc's own limit for that
+/// grows to the largest buffer ever freed. To be called before there are threads.
+pub fn keep_little() {
+    allocator::keep_little();
 }
 
 /// Much was freed, or soon will be.
@@ -32,7 +33,11 @@ mod allocator {
     /// glibc's own choice is eight a core.
     const HEAPS_MAX: c_int = 2;
 
-    /// As in `malloc.h`.
+    /// From this size on a buffer is large, in bytes; what glibc begins with.
+    const LARGE_BYTES: c_int = 128 << 10;
+
+    // As in `malloc.h`.
+    const M_MMAP_THRESHOLD: c_int = -3;
     const M_ARENA_MAX: c_int = -8;
 
     #[expect(unsafe_code, reason = "the standard library has no names for these two")]
@@ -42,8 +47,9 @@ mod allocator {
         safe fn malloc_trim(pad: usize) -> c_int;
     }
 
-    pub fn keep_few_heaps() {
+    pub fn keep_little() {
         mallopt(M_ARENA_MAX, HEAPS_MAX);
+        mallopt(M_MMAP_THRESHOLD, LARGE_BYTES);
     }
 
     pub fn trim() {
@@ -54,7 +60,7 @@ mod allocator {
 /// Other allocators give memory back by themselves, or not at all.
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
 mod allocator {
-    pub fn keep_few_heaps() {}
+    pub fn keep_little() {}
 
     pub fn trim() {}
 }

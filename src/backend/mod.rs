@@ -5,6 +5,7 @@
 
 mod context_window;
 mod error;
+mod excerpt;
 mod http;
 mod http_backend;
 mod kind;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use ureq::Body;
 use ureq::http::Response;
 
+use super::excerpt::Excerpt;
 use super::http::{Client, Lease, read_bounded};
 use super::resolver::NoThread;
 use super::sse::{Scanner, Usage};
@@ -22,9 +23,6 @@ const ERROR_READ_MAX: usize = 4 * ERROR_BODY_MAX;
 
 /// The body of an error has so much time.
 const ERROR_READ_TIME: Duration = Duration::from_secs(1);
-
-/// A JSON body is kept for its usage up to this size, in bytes; a larger one is relayed without.
-const JSON_BODY_MAX: usize = 1 << 20;
 
 /// `EMFILE` and `ENFILE`: this process, or the box, has no descriptor left. That says nothing of the backend.
 const NO_DESCRIPTOR: [i32; 2] = [24, 23];
@@ -151,8 +149,7 @@ pub fn before_the_answer(e: ureq::Error) -> BackendError {
 /// What is read off the answer, by its content type.
 enum Watch {
     Stream(Scanner),
-    /// `None` once it has outgrown [`JSON_BODY_MAX`].
-    Json(Option<Vec<u8>>),
+    Json(Excerpt),
     Opaque,
 }
 
@@ -162,7 +159,7 @@ impl Watch {
         let media_type = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
         match media_type.as_str() {
             "text/event-stream" => Watch::Stream(Scanner::default()),
-            json if json.ends_with("json") => Watch::Json(Some(Vec::new())),
+            json if json.ends_with("json") => Watch::Json(Excerpt::default()),
             _ => Watch::Opaque,
         }
     }
@@ -170,10 +167,7 @@ impl Watch {
     fn feed(&mut self, bytes: &[u8]) {
         match self {
             Watch::Stream(scanner) => scanner.feed(bytes),
-            Watch::Json(kept) => match kept {
-                Some(body) if body.len() + bytes.len() <= JSON_BODY_MAX => body.extend_from_slice(bytes),
-                _ => *kept = None,
-            },
+            Watch::Json(body) => body.push(bytes),
             Watch::Opaque => {}
         }
     }
@@ -181,7 +175,7 @@ impl Watch {
     fn finish(&mut self) -> BackendResult<Usage> {
         match self {
             Watch::Stream(scanner) => scanner.finish(),
-            Watch::Json(body) => Ok(body.as_deref().map(Usage::of_body).unwrap_or_default()),
+            Watch::Json(body) => Ok(body.text().map(Usage::of_body).unwrap_or_default()),
             Watch::Opaque => Ok(Usage::default()),
         }
     }

@@ -1,26 +1,19 @@
 //! Reads usage and the end mark off a stream as it passes. Sans-io: bytes in, verdict out.
 //!
 //! Invariant: the verdict depends on the bytes alone, never on how they were split. Nothing here alters, delays or
-//! keeps what is relayed; a line is only held until its end is known, and never more of it than [`LINE_MAX`].
+//! keeps what is relayed; of a line only an [`Excerpt`] is held, until its end is known.
 
 use serde_json::Value;
 
 use super::BackendError;
 use super::error::quoted;
-
-/// The longest line that is looked into, in bytes: what one job may hold in memory for a line that does not end.
-const LINE_MAX: usize = 1 << 20;
-
-/// The buffer for an unfinished line is given back beyond this capacity, in bytes.
-const LINE_KEPT: usize = 64 << 10;
+use super::excerpt::{Excerpt, WHOLE_MAX};
 
 /// What a line begins with that is looked into; what is longer than a field's name and none of these is not held.
 const FIELDS: [&[u8]; 3] = [b"data:", b"event:", b"error:"];
 
 /// The longest of them.
 const FIELD_LEN: usize = 6;
-
-const _: () = assert!(LINE_KEPT <= LINE_MAX);
 
 /// Tokens, each field as its last mention says.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -59,10 +52,8 @@ pub struct Scanner {
     deltas: u32,
     ended: bool,
     failure: Option<BackendError>,
-    /// The unfinished last line, as long as it can tell anything.
-    line: Vec<u8>,
-    /// That line tells nothing, or has outgrown [`LINE_MAX`]; the rest of it is passed over.
-    passed_over: bool,
+    /// Of the unfinished last line; given up when it can tell nothing.
+    line: Excerpt,
 }
 
 impl Scanner {
@@ -70,7 +61,7 @@ impl Scanner {
     pub fn feed(&mut self, mut bytes: &[u8]) {
         while let Some(end) = bytes.iter().position(|b| *b == b'\n') {
             let (head, rest) = (&bytes[..end], &bytes[end + 1..]);
-            if self.line.is_empty() && !self.passed_over && head.len() <= LINE_MAX {
+            if self.line.is_empty() && head.len() <= WHOLE_MAX {
                 self.look_at(head);
             } else {
                 self.hold(head);
@@ -82,28 +73,20 @@ impl Scanner {
     }
 
     fn hold(&mut self, bytes: &[u8]) {
-        if self.passed_over {
-            return;
-        }
-        let fits = self.line.len() + bytes.len() <= LINE_MAX;
-        if fits {
-            self.line.extend_from_slice(bytes);
-        }
-        if !fits || (self.line.len() >= FIELD_LEN && !FIELDS.iter().any(|field| self.line.starts_with(field))) {
-            self.passed_over = true;
-            self.line = Vec::new();
+        self.line.push(bytes);
+        let tells_nothing =
+            |line: &[u8]| line.len() >= FIELD_LEN && !FIELDS.iter().any(|field| line.starts_with(field));
+        if self.line.text().is_some_and(tells_nothing) {
+            self.line.give_up();
         }
     }
 
     fn end_of_line(&mut self) {
-        let mut line = std::mem::take(&mut self.line);
-        if !std::mem::take(&mut self.passed_over) {
-            self.look_at(&line);
+        let line = std::mem::take(&mut self.line);
+        if let Some(text) = line.text() {
+            self.look_at(text);
         }
-        if line.capacity() <= LINE_KEPT {
-            line.clear();
-            self.line = line;
-        }
+        self.line = line.renewed();
     }
 
     /// Output tokens so far: what usage said, or the pieces counted where that is more.
@@ -244,6 +227,7 @@ fn end_of_string(json: &[u8], mut at: usize) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::excerpt::EXCERPT_MAX;
 
     fn verdict(stream: &[u8]) -> (Result<Usage, BackendError>, u32) {
         verdict_of([stream])
@@ -336,19 +320,27 @@ data: [DONE]"#;
     }
 
     #[test]
-    fn an_endless_line_is_passed_over_and_costs_a_bounded_buffer() {
-        let mut s = Scanner::default();
-        for _ in 0..40 {
-            s.feed(&[b'x'; 64 << 10]);
-            assert_eq!(s.line.capacity(), 0, "it tells nothing");
+    fn an_endless_line_costs_a_bounded_buffer_and_what_follows_it_is_read() {
+        for begin in ["", "data: ", "data: {\"text\":\"", "data: [[0,"] {
+            let mut s = Scanner::default();
+            s.feed(begin.as_bytes());
+            for _ in 0..40 {
+                s.feed(&[b'x'; 64 << 10]);
+                assert!(s.line.text().is_none_or(|text| text.len() <= EXCERPT_MAX));
+            }
+            s.feed(b"\ndata: {\"usage\":{\"input\":1,\"output\":2}}\ndata: [DONE]\n");
+            assert_eq!(s.finish(), Ok(usage(1, 2)), "{begin}");
         }
-        s.feed(b"\ndata: ");
-        for _ in 0..40 {
-            s.feed(&[b'x'; 64 << 10]);
-            assert!(s.line.capacity() <= 2 * LINE_MAX);
-        }
-        s.feed(b"\ndata: {\"usage\":{\"input\":1,\"output\":2}}\ndata: [DONE]\n");
-        assert_eq!(s.finish(), Ok(usage(1, 2)));
+    }
+
+    #[test]
+    fn a_long_line_is_looked_into() {
+        let page = "a page of text, ".repeat(100_000);
+        let stream = format!(
+            "data: {{\"choices\":[{{\"delta\":{{\"content\":\"{page}\"}},\"finish_reason\":\"stop\"}}],\"usage\":{{\"input\":1,\"output\":2}}}}\n\n"
+        );
+        assert_eq!(verdict_of(stream.as_bytes().chunks(16 << 10)), (Ok(usage(1, 2)), 2));
+        assert_eq!(verdict(stream.as_bytes()), (Ok(usage(1, 2)), 2));
     }
 
     /// A line of `length` bytes that ends the stream, if it is looked into.
@@ -360,10 +352,10 @@ data: [DONE]"#;
 
     #[test]
     fn a_line_is_overlong_whether_it_comes_in_one_piece_or_in_many() {
-        for (length, is_seen) in [(LINE_MAX - 1, true), (LINE_MAX, true), (LINE_MAX + 1, false)] {
+        for (length, is_seen) in [(EXCERPT_MAX - 1, true), (EXCERPT_MAX, true), (EXCERPT_MAX + 1, false)] {
             for newline in ["\n", ""] {
                 let stream = [&padded_end_mark(length)[..], newline.as_bytes()].concat();
-                for size in [1000, LINE_MAX - 1, LINE_MAX, LINE_MAX + 1, 2 * LINE_MAX] {
+                for size in [1000, WHOLE_MAX, WHOLE_MAX + 1, EXCERPT_MAX - 1, EXCERPT_MAX, 2 * EXCERPT_MAX] {
                     let (result, _) = verdict_of(stream.chunks(size));
                     assert_eq!(result.is_ok(), is_seen, "{length} bytes, then {newline:?}, in pieces of {size}");
                 }
@@ -401,9 +393,9 @@ data: [DONE]"#;
                     _ => stream.extend(u.bytes(u.len().min(40))?),
                 }
             }
-            // A long one costs an unoptimised test its time.
-            if u.ratio(1, 50)? {
-                let line = padded_end_mark(u.int_in_range(LINE_MAX - 20..=LINE_MAX + 20)?);
+            if u.ratio(1, 10)? {
+                let length = *u.choose(&[WHOLE_MAX, EXCERPT_MAX])?;
+                let line = padded_end_mark(u.int_in_range(length - 20..=length + 20)?);
                 let at = u.choose_index(stream.len() + 1)?;
                 stream.splice(at..at, [b"\n", &line[..], b"\n"].concat());
             }
@@ -414,9 +406,7 @@ data: [DONE]"#;
             cuts.sort_unstable();
             let whole = verdict(&stream);
             assert_eq!(verdict_of(cuts.windows(2).map(|cut| &stream[cut[0]..cut[1]])), whole);
-            if stream.len() < LINE_MAX / 2 {
-                assert_eq!(verdict_of(stream.chunks(1)), whole);
-            }
+            assert_eq!(verdict_of(stream.chunks(1)), whole);
             Ok(())
         })
         .budget_ms(700);

@@ -17,7 +17,7 @@ const SIGNALS_TO_EXIT: u32 = 3;
 
 /// Becomes the agent.
 pub fn run(globals: &Globals) -> Result<(), Failure> {
-    memory::keep_few_heaps();
+    memory::keep_little();
     let config = load_config(globals)?;
     let create = |error| IdentityError::Io { action: "make the folder of", path: config.key_path.clone(), error };
     files::create_folder_of(&config.key_path).map_err(create)?;

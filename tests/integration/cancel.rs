@@ -64,11 +64,14 @@ impl Load {
 
 /// Runs up to three rounds of measurements: an agent that is slow is slow in each, and the machine's noise only ever adds.
 /// Where several threads want each core everything takes so many times longer. A round without figures is one in which the
-/// end never came.
-fn assert_prompt(what: &str, round: impl Fn() -> Option<Vec<Duration>>) {
+/// end never came to the agent, which only a coordinator brings about that has let too much pile up unread.
+fn assert_prompt(what: &str, may_be_lost: bool, round: impl Fn() -> Option<Vec<Duration>>) {
     for _ in 0..3 {
         let load = Load::listen();
-        let Some(mut took) = round() else { continue };
+        let Some(mut took) = round() else {
+            assert!(may_be_lost, "{what}: the end never came to the backend");
+            continue;
+        };
         let load = load.end();
         took.sort_unstable();
         let percentile = |p: usize| took[(took.len() * p).div_ceil(100) - 1];
@@ -149,7 +152,7 @@ fn assert_nothing_was_said(session: &Session, ids: &[String]) {
 #[test]
 fn a_cancel_reaches_the_backend_within_20_ms() {
     for phase in [BeforeHeaders, MidStream, BlockedOnAFullLane] {
-        assert_prompt(&format!("cancel, {phase:?}"), || {
+        assert_prompt(&format!("cancel, {phase:?}"), phase == BlockedOnAFullLane, || {
             let backend = Backend::vllm(&["m"]);
             let rig = rig(&backend);
             let jobs = start(&rig.session, &backend, phase, JOBS, secs(60));
@@ -172,7 +175,7 @@ fn a_deadline_reaches_the_backend_within_20_ms() {
     // Time enough to take all jobs into their phase, on a loaded machine too.
     const DEADLINE: Duration = secs(3);
     side_by_side([BeforeHeaders, MidStream, BlockedOnAFullLane], |phase| {
-        assert_prompt(&format!("deadline, {phase:?}"), || {
+        assert_prompt(&format!("deadline, {phase:?}"), phase == BlockedOnAFullLane, || {
             let backend = Backend::vllm(&["m"]);
             let rig = rig(&backend);
             let jobs = start(&rig.session, &backend, phase, JOBS, DEADLINE);
@@ -198,7 +201,7 @@ fn the_end_of_a_session_reaches_the_backend_within_20_ms_for_all_its_jobs() {
         let Rig { session, agent, setup: _setup, coordinator } = rig(&backend);
         let before = Vitals::after_a_job(&agent, &session, &backend);
         let first = std::cell::Cell::new(Some(session));
-        assert_prompt(&format!("session {how}, mixed phases"), || {
+        assert_prompt(&format!("session {how}, mixed phases"), true, || {
             let session = first.take().unwrap_or_else(|| coordinator.session());
             // The last phase stops the coordinator's reading.
             let counts = [(BeforeHeaders, 80), (MidStream, 80), (BlockedOnAFullLane, 40)];
@@ -210,8 +213,6 @@ fn the_end_of_a_session_reaches_the_backend_within_20_ms_for_all_its_jobs() {
             let ends: Vec<_> = watches.into_iter().map(|watch| watch.join().expect("a watching thread")).collect();
             ends.into_iter().map(|(_, closed)| Some(closed?.duration_since(since))).collect()
         });
-        // What so many jobs at once need, the allocator keeps.
-        let before = Vitals { resident_kib: before.resident_kib + (16 << 10), ..before };
         before.assert_restored(&agent, &coordinator.session(), &backend);
     }
 }

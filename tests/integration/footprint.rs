@@ -44,3 +44,25 @@ fn a_large_frame_of_an_unknown_type_costs_little_more_than_its_text() {
     let peak = rig.agent.peak_kib();
     assert!(peak < 64 << 10, "an ignored frame of 24 MB took {peak} KiB of memory");
 }
+
+#[test]
+fn lines_without_end_cost_a_job_no_memory_worth_mentioning() {
+    const JOBS: usize = 48;
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::with(|setup| setup.backend(backend.toml()).limits("max_concurrent = 64"));
+    let line = "x".repeat(1_000_000);
+    let (jobs, mut held): (Vec<_>, Vec<_>) =
+        (0..JOBS).map(|_| (rig.session.job("m", json!({})), backend.next())).unzip();
+    for held in &mut held {
+        held.start_sse();
+        held.chunk("data: {\"choices\":[{\"delta\":{\"content\":\"");
+        held.chunk(&line);
+    }
+    for (id, mut held) in jobs.iter().zip(held) {
+        held.chunk("\"}}],\"usage\":{\"input\":7,\"output\":13}}\n\ndata: [DONE]\n\n");
+        held.end();
+        assert_eq!(rig.session.outcome(id).done()["tokens"]["output"], 13);
+    }
+    let peak = rig.agent.peak_kib();
+    assert!(peak < 40 << 10, "{JOBS} lines of a megabyte took {peak} KiB of memory");
+}

@@ -13,7 +13,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use serde_json::{Value, json};
 
 use super::http::{Request, read_request, response};
-use super::{QUIET, SOON, ms};
+use super::{QUIET, SOON, listen, ms};
 
 pub enum Answer {
     Json(u16, Value),
@@ -61,7 +61,7 @@ impl Backend {
 
     /// On a given address, to come back where another backend was.
     pub fn on(address: &str, routes: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind(address).unwrap_or_else(|e| panic!("failed to bind {address}: {e}"));
+        let listener = listen(address);
         let address = listener.local_addr().expect("a bound address");
         let (sender, held) = unbounded();
         let shared = Arc::new(Shared {

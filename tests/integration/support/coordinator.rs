@@ -2,7 +2,7 @@
 //! [`Session`]s.
 
 use std::io::{self, BufReader, ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, unbounded};
 use tungstenite::handshake::derive_accept_key;
 
-use super::SOON;
 use super::http::{Request, read_request};
 use super::session::Session;
+use super::{SOON, listen};
 
 pub struct Coordinator {
     address: SocketAddr,
@@ -34,7 +34,7 @@ impl Coordinator {
     }
 
     pub fn on(address: &str) -> Self {
-        let listener = TcpListener::bind(address).unwrap_or_else(|e| panic!("failed to bind {address}: {e}"));
+        let listener = listen(address);
         let address = listener.local_addr().expect("a bound address");
         let (sender, dialled) = unbounded();
         let stopped = Arc::new(AtomicBool::new(false));

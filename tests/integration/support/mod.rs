@@ -16,7 +16,8 @@ mod tls;
 mod vitals;
 mod wire;
 
-use std::time::Duration;
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
 
 pub use agent::{Agent, Setup, cli};
 pub use backend::{Answer, Backend, Held};
@@ -48,8 +49,21 @@ pub const fn secs(n: u64) -> Duration {
 
 /// An address where nothing listens. On a loopback address of its own, so that no other test's port can fall there.
 pub fn nobody_at(loopback: &str) -> String {
-    let listener = std::net::TcpListener::bind((loopback, 0)).expect("a loopback port");
+    let listener = TcpListener::bind((loopback, 0)).expect("a loopback port");
     listener.local_addr().expect("a bound address").to_string()
+}
+
+/// Listens where somebody may have listened until a moment ago: a process that was just forked holds its sockets until it
+/// becomes another program.
+fn listen(address: &str) -> TcpListener {
+    let began = Instant::now();
+    loop {
+        match TcpListener::bind(address) {
+            Ok(listener) => return listener,
+            Err(e) => assert!(began.elapsed() < SOON, "failed to bind {address}: {e}"),
+        }
+        std::thread::sleep(ms(10));
+    }
 }
 
 pub fn base64(bytes: impl AsRef<[u8]>) -> String {
