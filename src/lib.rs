@@ -14,6 +14,7 @@
 //!    ▼                                                                │
 //!  job-0 … job-N (on demand, small stacks, idle exit) ─── ureq ⇄ backend
 //!  prober: keeps the catalog true              signals: 1st → drain, 2nd → stop now
+//!  deadlines: there while jobs are, wakes those whose time is over
 //! ```
 //!
 //! # Invariants

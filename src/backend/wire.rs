@@ -1,10 +1,9 @@
-//! ureq's transport, watched: what happened on a connection, and waits that end on time.
+//! ureq's transport, watched: what happened on a connection.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use ureq::unversioned::transport::time::Duration as UreqDuration;
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, DefaultConnector, NextTimeout, Transport};
 
 /// What one agent's connection was seen to do since it was leased.
@@ -100,16 +99,9 @@ impl Transport for Watched {
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
-        let given = Instant::now().checked_add(*timeout.after);
-        let until = given.into_iter().chain(*self.wire.limit()).min();
-        let result = loop {
-            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-            let after = left.map_or(UreqDuration::NotHappening, |left| nap(left).into());
-            match self.inner.await_input(NextTimeout { after, ..timeout }) {
-                Err(ureq::Error::Timeout(_)) if until.is_some_and(|until| Instant::now() < until) => {}
-                result => break result,
-            }
-        };
+        let left = self.wire.limit().map(|until| until.saturating_duration_since(Instant::now()));
+        let after = left.map_or(timeout.after, |left| timeout.after.min(left.into()));
+        let result = self.inner.await_input(NextTimeout { after, ..timeout });
         match &result {
             Ok(true) => self.wire.received.store(true, Ordering::Relaxed),
             Ok(false) => {}
@@ -125,11 +117,4 @@ impl Transport for Watched {
     fn is_tls(&self) -> bool {
         self.inner.is_tls()
     }
-}
-
-/// How long to wait in a socket when so much time is left. The kernel's clock for sockets is coarse: it rings late by up to
-/// an eighth of the time, 2 s after a minute; so the last stretch is approached in steps.
-fn nap(left: Duration) -> Duration {
-    const TICK: Duration = Duration::from_millis(16);
-    if left > TICK { left / 8 * 7 } else { left }
 }

@@ -7,6 +7,7 @@
 //! - [`JobExecutor::dispatch`] and [`JobExecutor::cancel`] are called by the thread that reads the socket: they never
 //!   wait for a worker, a backend or the coordinator.
 
+mod deadlines;
 mod outbox;
 mod table;
 mod ticket;
@@ -28,6 +29,7 @@ use crate::backend::{BackendError, BackendResult, Job, JobResult};
 use crate::discovery::{Catalog, DiscoveredBackend, Listing, Member, Offers, Prober};
 use crate::heartbeat::Statistics;
 use crate::protocol::{self, ErrorCode};
+use crate::threads;
 use crate::token_limit::TokenLimit;
 use crate::worker_pool::WorkerPool;
 
@@ -119,6 +121,7 @@ impl JobExecutor {
         let refusal = match self.admit(job, request_bytes) {
             Err(refusal) => refusal,
             Ok((ticket, member, alternatives)) => {
+                self.watch_deadlines();
                 let (shared, of_worker) = (self.shared.clone(), ticket.clone());
                 match self.pool.run(Box::new(move || worker::run(&shared, &of_worker, member, alternatives))) {
                     Ok(()) => return Ok(()),
@@ -138,6 +141,17 @@ impl JobExecutor {
             Refusal::Answer(code, message) => {
                 crate::debug!("job {job_id} refused: {}", code.as_str());
                 self.refuse(job_id, code, &message)
+            }
+        }
+    }
+
+    fn watch_deadlines(&self) {
+        if self.shared.table.needs_watching() {
+            let shared = self.shared.clone();
+            if let Err(e) = threads::spawn("deadlines", move || deadlines::watch(&shared)) {
+                // The timeouts of the sockets are still there.
+                log::warn!("failed to start a thread, so deadlines are late: {e}");
+                self.shared.table.is_not_watched();
             }
         }
     }

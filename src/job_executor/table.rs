@@ -25,13 +25,22 @@ pub struct JobTable {
     bytes: Arc<AtomicUsize>,
     /// Signalled whenever the table has become empty.
     idle: Condvar,
+    /// Signalled when the thread that watches the deadlines has to look again.
+    deadlines: Condvar,
 }
 
 #[derive(Default)]
 struct State {
     jobs: HashMap<Uuid, Arc<Ticket>>,
     closed: bool,
+    /// There is a thread that watches the deadlines, or will be at once.
+    is_watched: bool,
+    /// When it looks again by itself.
+    looks_at: Option<Instant>,
 }
+
+/// How long the deadlines of an empty table are watched on.
+const LINGER: Duration = Duration::from_secs(10);
 
 /// The share of [`REQUEST_BYTES_MAX`] that a request takes for as long as it is in memory.
 pub struct Share {
@@ -60,7 +69,13 @@ pub enum NoPlace {
 
 impl JobTable {
     pub fn new(places: usize) -> JobTable {
-        JobTable { places, state: Mutex::default(), bytes: Arc::default(), idle: Condvar::new() }
+        JobTable {
+            places,
+            state: Mutex::default(),
+            bytes: Arc::default(),
+            idle: Condvar::new(),
+            deadlines: Condvar::new(),
+        }
     }
 
     /// Gives a job a place, and its request of so many bytes a share of the memory.
@@ -75,7 +90,11 @@ impl JobTable {
             Entry::Vacant(place) => {
                 self.bytes.fetch_add(bytes, Ordering::SeqCst);
                 let share = Share { bytes, taken: self.bytes.clone() };
-                Ok((place.insert(Arc::new(Ticket::new(job_id, deadline))).clone(), share))
+                let ticket = place.insert(Arc::new(Ticket::new(job_id, deadline))).clone();
+                if ticket.deadline.is_some_and(|deadline| state.looks_at.is_some_and(|at| deadline < at)) {
+                    self.deadlines.notify_one();
+                }
+                Ok((ticket, share))
             }
         }
     }
@@ -107,6 +126,21 @@ impl JobTable {
         true
     }
 
+    /// Takes out and cancels this very job, unless somebody took it out.
+    pub fn abandon(&self, ticket: &Arc<Ticket>) -> bool {
+        let mut state = self.lock();
+        if !state.jobs.get(&ticket.job_id).is_some_and(|t| Arc::ptr_eq(t, ticket)) {
+            return false;
+        }
+        state.jobs.remove(&ticket.job_id);
+        ticket.mark_cancelled();
+        ticket.release_slot();
+        self.signal_if_empty(&state);
+        drop(state);
+        ticket.wake_worker();
+        true
+    }
+
     /// Takes out and cancels all; returns them.
     pub fn cancel_all(&self) -> Vec<Arc<Ticket>> {
         let mut state = self.lock();
@@ -124,6 +158,43 @@ impl JobTable {
     /// From here on no job gets a place.
     pub fn close(&self) {
         self.lock().closed = true;
+        self.deadlines.notify_one();
+    }
+
+    /// True when the caller is to start the thread that watches the deadlines.
+    pub fn needs_watching(&self) -> bool {
+        !std::mem::replace(&mut self.lock().is_watched, true)
+    }
+
+    /// There is no such thread after all.
+    pub fn is_not_watched(&self) {
+        self.lock().is_watched = false;
+    }
+
+    /// Waits for deadlines to pass; returns the jobs in flight whose did, each once. `None` when there has been none for a
+    /// while, and nobody watches any more.
+    pub fn wait_for_deadlines(&self) -> Option<Vec<Arc<Ticket>>> {
+        let mut state = self.lock();
+        let mut has_lingered = false;
+        loop {
+            let now = Instant::now();
+            let has_passed = |ticket: &&Arc<Ticket>| ticket.deadline.is_some_and(|d| d <= now) && ticket.expire();
+            let expired: Vec<_> = state.jobs.values().filter(has_passed).cloned().collect();
+            if !expired.is_empty() {
+                return Some(expired);
+            }
+            let is_empty = state.jobs.is_empty();
+            if is_empty && (state.closed || has_lingered) {
+                (state.is_watched, state.looks_at) = (false, None);
+                return None;
+            }
+            let ahead = state.jobs.values().filter_map(|ticket| ticket.deadline).filter(|deadline| *deadline > now);
+            let until = ahead.min().unwrap_or(now + LINGER);
+            state.looks_at = Some(until);
+            let waited = self.deadlines.wait_timeout(state, until - now).unwrap_or_else(PoisonError::into_inner);
+            has_lingered = is_empty && waited.1.timed_out();
+            state = waited.0;
+        }
     }
 
     /// The jobs in flight.
@@ -149,6 +220,9 @@ impl JobTable {
     fn signal_if_empty(&self, state: &State) {
         if state.jobs.is_empty() {
             self.idle.notify_all();
+            if state.closed {
+                self.deadlines.notify_one();
+            }
         }
     }
 
@@ -162,6 +236,29 @@ mod tests {
     use super::*;
 
     const LONG: Duration = Duration::from_secs(3600);
+
+    #[test]
+    fn deadlines_are_told_once_each_and_in_time_and_nobody_watches_a_closed_table() {
+        let table = Arc::new(JobTable::new(8));
+        assert!(table.needs_watching() && !table.needs_watching());
+        let (told, inbox) = crossbeam_channel::unbounded();
+        let of_thread = table.clone();
+        let watcher = std::thread::spawn(move || {
+            while let Some(expired) = of_thread.wait_for_deadlines() {
+                expired.iter().for_each(|ticket| told.send(ticket.job_id).expect("the test listens"));
+            }
+        });
+        let admit = |n, ms| table.admit(Uuid::from_u128(n), Duration::from_millis(ms), 0).expect("a place").0;
+        let jobs = [admit(1, 3_600_000), admit(2, 300), admit(3, 150)];
+        table.finish(&admit(4, 200));
+        let next = || inbox.recv_timeout(LONG).expect("told").as_u128();
+        assert_eq!((next(), next()), (3, 2), "in their order, and none of the job that had ended");
+        assert!(jobs[1].deadline.is_some_and(|deadline| deadline <= Instant::now()));
+        table.close();
+        table.cancel_all();
+        watcher.join().expect("left");
+        assert!(inbox.try_recv().is_err() && table.needs_watching());
+    }
 
     #[test]
     fn a_place_is_free_once_whatever_order_ends_meet_in() {

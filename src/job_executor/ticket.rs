@@ -20,6 +20,7 @@ pub struct Ticket {
     pub deadline: Option<Instant>,
     tokens_emitted: AtomicU32,
     cancelled: AtomicBool,
+    expired: AtomicBool,
     wake: Mutex<Wake>,
     /// Disconnects at the cancel: ends a wait for room in a lane.
     pub cancel_signal: Receiver<()>,
@@ -46,6 +47,7 @@ impl Ticket {
             deadline,
             tokens_emitted: AtomicU32::new(0),
             cancelled: AtomicBool::new(false),
+            expired: AtomicBool::new(false),
             wake,
             cancel_signal,
         }
@@ -67,6 +69,24 @@ impl Ticket {
     /// The job, unless it was cancelled.
     pub fn take_job(&self) -> Option<(Job, Share)> {
         self.wake().job.take()
+    }
+
+    /// Whether a worker has taken the job, or a cancel dropped it.
+    pub fn has_begun(&self) -> bool {
+        self.wake().job.is_none()
+    }
+
+    /// True the first time: the deadline has passed.
+    pub fn expire(&self) -> bool {
+        !self.expired.swap(true, Ordering::SeqCst)
+    }
+
+    /// Ends whatever the worker blocks on at its backend; it finds out why by itself.
+    pub fn interrupt(&self) {
+        let interrupt = self.wake().interrupt.take();
+        if let Some(interrupt) = interrupt {
+            interrupt.interrupt();
+        }
     }
 
     /// Keeps the job's slot until it leaves the table; of a job that has left, the slot is free at once.

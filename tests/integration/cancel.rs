@@ -255,18 +255,42 @@ fn a_job_cancelled_while_it_connects_is_never_sent_and_its_place_is_free_at_once
 }
 
 /// A place has two workers, for those that cannot be woken out of a connect; once both are stuck, jobs wait in the queue.
+fn make_jobs_queue(rig: &Rig, stuck: &Backend) -> Vec<std::net::TcpStream> {
+    let queue = stuck.swallow_connects();
+    for connects in [1, 2] {
+        let id = rig.session.job("stuck", json!({}));
+        stuck.wait_for_connects(connects);
+        rig.session.cancel(&id);
+    }
+    queue
+}
+
+#[test]
+fn a_deadline_in_the_queue_is_heeded_in_time() {
+    let stuck = Backend::vllm(&["stuck"]);
+    let healthy = Backend::vllm(&["m"]);
+    let rig = Rig::with(|setup| setup.backend(stuck.toml()).backend(healthy.toml()).limits("max_concurrent = 1"));
+    let _queue = make_jobs_queue(&rig, &stuck);
+    // Connects are given up after 5 s.
+    for _ in 0..3 {
+        let (late, deadline) = send_job(&rig.session, "m", ms(500));
+        assert_eq!(rig.session.outcome(&late).error(), "backend_timeout");
+        assert!(Instant::now() >= deadline && deadline.elapsed() < ms(500), "late by {:?}", deadline.elapsed());
+    }
+    let next = rig.session.job("m", json!({"next": true}));
+    let held = healthy.next();
+    assert_eq!(held.request.json()["next"], true, "the others are not sent");
+    held.finish();
+    rig.session.outcome(&next).done();
+}
+
 #[test]
 fn a_job_cancelled_in_the_queue_is_never_sent_and_the_one_behind_it_is_served() {
     let stuck = Backend::vllm(&["stuck"]);
     let healthy = Backend::vllm(&["m"]);
     let rig = Rig::with(|setup| setup.backend(stuck.toml()).backend(healthy.toml()).limits("max_concurrent = 1"));
     let before = Vitals::after_a_job(&rig.agent, &rig.session, &healthy);
-    let _queue = stuck.swallow_connects();
-    for connects in [1, 2] {
-        let id = rig.session.job("stuck", json!({}));
-        stuck.wait_for_connects(connects);
-        rig.session.cancel(&id);
-    }
+    let _queue = make_jobs_queue(&rig, &stuck);
     let posts = healthy.posts();
     let cancelled: Vec<_> = (0..JOBS)
         .map(|_| {
@@ -294,12 +318,7 @@ fn a_job_cancelled_in_the_queue_is_never_sent_and_the_one_behind_it_is_served() 
 fn requests_cancelled_in_the_queue_take_their_memory_with_them() {
     let stuck = Backend::vllm(&["stuck"]);
     let rig = Rig::with(|setup| setup.backend(stuck.toml()).limits("max_concurrent = 1"));
-    let _queue = stuck.swallow_connects();
-    for connects in [1, 2] {
-        let id = rig.session.job("stuck", json!({}));
-        stuck.wait_for_connects(connects);
-        rig.session.cancel(&id);
-    }
+    let _queue = make_jobs_queue(&rig, &stuck);
     let before = rig.agent.status_kib("VmRSS");
     let large = "x".repeat(1 << 20);
     // Before the connects are given up.

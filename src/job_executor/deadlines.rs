@@ -1,0 +1,36 @@
+//! The thread that ends jobs at their deadlines, whatever their workers block in: a write to a backend that does not read, or
+//! the queue. The sockets' own timeouts are no clock for that: the kernel rings late by up to an eighth of the time, and a
+//! write that got anywhere has all of it again.
+//!
+//! It is there while jobs are, and for a while after the last.
+
+use std::sync::Arc;
+
+use super::Shared;
+use super::ticket::Ticket;
+use crate::backend::BackendError;
+use crate::protocol;
+
+/// Runs until no job has been in flight for a while.
+pub fn watch(shared: &Shared) {
+    while let Some(expired) = shared.table.wait_for_deadlines() {
+        expired.iter().for_each(|ticket| end(shared, ticket));
+    }
+}
+
+fn end(shared: &Shared, ticket: &Arc<Ticket>) {
+    if ticket.has_begun() {
+        // Its worker finds that the time is over.
+        ticket.interrupt();
+    } else if shared.table.abandon(ticket) {
+        // Nothing of it is in the data lane, so that nothing can be overtaken.
+        let error = BackendError::DeadlinePassed;
+        log::warn!("job {} failed in the queue: {error}", ticket.job_id);
+        if let Some(code) = error.code() {
+            let frame = protocol::job_error(ticket.job_id, code, &error.to_string(), 0);
+            if shared.outbox.control(frame).is_ok() {
+                shared.surroundings.statistics.failed(ticket.accepted.elapsed(), 0, code);
+            }
+        }
+    }
+}
