@@ -154,8 +154,8 @@ impl Str {
         if self.escape == Escape::None && byte == b'"' {
             return (true, true);
         }
-        // Only between two characters, so that what is kept stays text.
-        if begins && self.kept >= STRING_KEPT && !ends_in_half_a_pair(kept) {
+        // Only between two characters, so that what is kept stays text. Once cut, a byte costs next to nothing.
+        if !self.is_cut && begins && self.kept >= STRING_KEPT && !ends_in_half_a_pair(kept) {
             self.is_cut = true;
         }
         self.escape = match self.escape {
