@@ -123,10 +123,13 @@ impl JobExecutor {
         let refusal = match self.admit(job, request_bytes) {
             Err(refusal) => refusal,
             Ok((ticket, member, alternatives)) => {
-                self.watch_deadlines();
                 let (shared, of_worker) = (self.shared.clone(), ticket.clone());
                 match self.pool.run(Box::new(move || worker::run(&shared, &of_worker, member, alternatives))) {
-                    Ok(()) => return Ok(()),
+                    Ok(()) => {
+                        // After the worker, for there may be one thread left.
+                        self.watch_deadlines();
+                        return Ok(());
+                    }
                     Err(e) => {
                         log::error!("{e}");
                         self.turn_away(&ticket, "the agent has no thread for it".into())
