@@ -191,7 +191,8 @@ impl JobTable {
                 return None;
             }
             let ahead = state.jobs.values().filter_map(|ticket| ticket.deadline).filter(|deadline| *deadline > now);
-            let until = ahead.min().unwrap_or(now + LINGER);
+            // A last job may have ended long before its deadline: nobody says so.
+            let until = ahead.fold(now + LINGER, Instant::min);
             state.looks_at = Some(until);
             let waited = self.deadlines.wait_timeout(state, until - now).unwrap_or_else(PoisonError::into_inner);
             has_lingered = is_empty && waited.1.timed_out();
