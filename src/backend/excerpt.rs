@@ -81,7 +81,7 @@ impl Excerpt {
     }
 }
 
-/// Leaves out what follows the beginning of a long string, and the elements of arrays within arrays: a token's ten
+/// Leaves out what follows the beginning of a long string, all blanks but one, and the elements of arrays within arrays: a token's ten
 /// alternatives, a picture, a page of text.
 #[derive(Debug, Default)]
 struct Cutter {
@@ -120,6 +120,8 @@ impl Cutter {
                 }
                 self.left_out == 0 && is_within
             }
+            // Of blanks one is enough: gateways send them for minutes, to keep a connection open.
+            None if byte.is_ascii_whitespace() && kept.last().is_some_and(u8::is_ascii_whitespace) => false,
             None => self.keeps_outside(byte),
         }
     }
@@ -221,6 +223,7 @@ mod tests {
             ("x".repeat(EXCERPT_MAX + 1), false),
             (format!("\"{}\"", "x".repeat(1 << 20)), true),
             (format!("[[{}0]]", "0,".repeat(1 << 19)), true),
+            (format!("{}[0]", "\n  ".repeat(1 << 19)), true),
             (format!("[{}0]", "0,".repeat(1 << 19)), false),
         ] {
             let kept = excerpt_of(text.as_bytes().chunks(1000));
