@@ -1,8 +1,8 @@
 //! A text that comes in pieces, of which little is kept: a short one whole, of a long one, taken for JSON, what usage, an end
 //! mark or an error could stand in.
 //!
-//! Invariants: what is kept depends on the bytes alone, never on how they were split; of JSON it is JSON, with the same keys in
-//! the same places; it is never more than [`EXCERPT_MAX`].
+//! Invariants: what is kept depends on the bytes alone, never on how they were split; of JSON it is JSON, with the same keys (but for
+//! the length of long ones) in the same places; it is never more than [`EXCERPT_MAX`].
 
 /// A text is kept whole up to this length, in bytes.
 pub const WHOLE_MAX: usize = 4 << 10;
@@ -12,6 +12,9 @@ pub const EXCERPT_MAX: usize = 32 << 10;
 
 /// Of a string in a longer one, in bytes: more than is ever quoted of an error.
 const STRING_KEPT: usize = 1 << 10;
+
+/// The same once half of the excerpt is used up, so that the fortieth paragraph does not cost the usage behind it.
+const STRING_KEPT_LATER: usize = 64;
 
 const _: () = assert!(STRING_KEPT > super::ERROR_BODY_MAX && WHOLE_MAX <= EXCERPT_MAX);
 
@@ -156,8 +159,9 @@ impl Str {
         if self.escape == Escape::None && byte == b'"' {
             return (true, true);
         }
+        let room = if kept.len() < EXCERPT_MAX / 2 { STRING_KEPT } else { STRING_KEPT_LATER };
         // Only between two characters, so that what is kept stays text. Once cut, a byte costs next to nothing.
-        if !self.is_cut && begins && self.kept >= STRING_KEPT && !ends_in_half_a_pair(kept) {
+        if !self.is_cut && begins && self.kept >= room && !ends_in_half_a_pair(kept) {
             self.is_cut = true;
         }
         self.escape = match self.escape {
@@ -225,6 +229,7 @@ mod tests {
             (format!("[[{}0]]", "0,".repeat(1 << 19)), true),
             (format!("{}[0]", "\n  ".repeat(1 << 19)), true),
             (format!("[{}0]", "0,".repeat(1 << 19)), false),
+            (format!("[{}0]", format!("\"{}\",", "x".repeat(4000)).repeat(200)), true),
         ] {
             let kept = excerpt_of(text.as_bytes().chunks(1000));
             assert_eq!(kept.is_some(), is_kept, "{} bytes of {}", text.len(), &text[..3]);
