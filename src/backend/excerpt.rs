@@ -1,8 +1,8 @@
 //! A text that comes in pieces, of which little is kept: a short one whole, of a long one, taken for JSON, what usage, an end
 //! mark or an error could stand in.
 //!
-//! Invariants: what is kept depends on the bytes alone, never on how they were split; of JSON it is JSON, with the same keys in
-//! the same places; it is never more than [`EXCERPT_MAX`].
+//! Invariants: what is kept depends on the bytes alone, never on how they were split; of JSON it is JSON, with the same keys (but for
+//! the length of long ones) in the same places; it is never more than [`EXCERPT_MAX`].
 
 /// A text is kept whole up to this length, in bytes.
 pub const WHOLE_MAX: usize = 4 << 10;
@@ -12,6 +12,9 @@ pub const EXCERPT_MAX: usize = 32 << 10;
 
 /// Of a string in a longer one, in bytes: more than is ever quoted of an error.
 const STRING_KEPT: usize = 1 << 10;
+
+/// The same once half of the excerpt is used up, so that the fortieth paragraph does not cost the usage behind it.
+const STRING_KEPT_LATER: usize = 64;
 
 const _: () = assert!(STRING_KEPT > super::ERROR_BODY_MAX && WHOLE_MAX <= EXCERPT_MAX);
 
@@ -81,7 +84,7 @@ impl Excerpt {
     }
 }
 
-/// Leaves out what follows the beginning of a long string, and the elements of arrays within arrays: a token's ten
+/// Leaves out what follows the beginning of a long string, all blanks but one, and the elements of arrays within arrays: a token's ten
 /// alternatives, a picture, a page of text.
 #[derive(Debug, Default)]
 struct Cutter {
@@ -120,6 +123,8 @@ impl Cutter {
                 }
                 self.left_out == 0 && is_within
             }
+            // Of blanks one is enough: gateways send them for minutes, to keep a connection open.
+            None if byte.is_ascii_whitespace() && kept.last().is_some_and(u8::is_ascii_whitespace) => false,
             None => self.keeps_outside(byte),
         }
     }
@@ -154,8 +159,9 @@ impl Str {
         if self.escape == Escape::None && byte == b'"' {
             return (true, true);
         }
-        // Only between two characters, so that what is kept stays text.
-        if begins && self.kept >= STRING_KEPT && !ends_in_half_a_pair(kept) {
+        let room = if kept.len() < EXCERPT_MAX / 2 { STRING_KEPT } else { STRING_KEPT_LATER };
+        // Only between two characters, so that what is kept stays text. Once cut, a byte costs next to nothing.
+        if !self.is_cut && begins && self.kept >= room && !ends_in_half_a_pair(kept) {
             self.is_cut = true;
         }
         self.escape = match self.escape {
@@ -221,7 +227,9 @@ mod tests {
             ("x".repeat(EXCERPT_MAX + 1), false),
             (format!("\"{}\"", "x".repeat(1 << 20)), true),
             (format!("[[{}0]]", "0,".repeat(1 << 19)), true),
+            (format!("{}[0]", "\n  ".repeat(1 << 19)), true),
             (format!("[{}0]", "0,".repeat(1 << 19)), false),
+            (format!("[{}0]", format!("\"{}\",", "x".repeat(4000)).repeat(200)), true),
         ] {
             let kept = excerpt_of(text.as_bytes().chunks(1000));
             assert_eq!(kept.is_some(), is_kept, "{} bytes of {}", text.len(), &text[..3]);

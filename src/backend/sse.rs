@@ -345,9 +345,10 @@ data: [DONE]"#;
 
     /// A line of `length` bytes that ends the stream, if it is looked into.
     fn padded_end_mark(length: usize) -> Vec<u8> {
-        let mut line = b"data: [DONE]".to_vec();
-        line.resize(length, b' ');
-        line
+        let (head, tail) = ("data: {\"type\":\"message_stop\",\"a\":[", "]}");
+        let padding = length - head.len() - tail.len();
+        let numbers = "1,".repeat((padding - 1) / 2) + &"11"[padding % 2..];
+        format!("{head}{numbers}{tail}").into_bytes()
     }
 
     #[test]

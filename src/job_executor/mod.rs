@@ -85,6 +85,8 @@ type Alternatives = Vec<Arc<Member>>;
 enum Refusal {
     /// This id is in flight already; to answer would end that job.
     Duplicate,
+    /// Its deadline, or the end of the session, came first: it has had its end.
+    Over,
     /// With this code and message.
     Answer(ErrorCode, String),
 }
@@ -121,14 +123,16 @@ impl JobExecutor {
         let refusal = match self.admit(job, request_bytes) {
             Err(refusal) => refusal,
             Ok((ticket, member, alternatives)) => {
-                self.watch_deadlines();
                 let (shared, of_worker) = (self.shared.clone(), ticket.clone());
                 match self.pool.run(Box::new(move || worker::run(&shared, &of_worker, member, alternatives))) {
-                    Ok(()) => return Ok(()),
+                    Ok(()) => {
+                        // After the worker, for there may be one thread left.
+                        self.watch_deadlines();
+                        return Ok(());
+                    }
                     Err(e) => {
                         log::error!("{e}");
-                        self.shared.table.finish(&ticket);
-                        Refusal::Answer(ErrorCode::OutOfCapacity, "the agent has no thread for it".into())
+                        self.turn_away(&ticket, "the agent has no thread for it".into())
                     }
                 }
             }
@@ -138,6 +142,7 @@ impl JobExecutor {
                 log::warn!("job {job_id} came again while it is in flight; the second is ignored");
                 Ok(())
             }
+            Refusal::Over => Ok(()),
             Refusal::Answer(code, message) => {
                 crate::debug!("job {job_id} refused: {}", code.as_str());
                 self.refuse(job_id, code, &message)
@@ -201,8 +206,15 @@ impl JobExecutor {
                 "every backend of this model runs as many jobs as its max_concurrent allows".into()
             }
         };
-        table.finish(&ticket);
-        refusal(ErrorCode::OutOfCapacity, why)
+        Err(self.turn_away(&ticket, why))
+    }
+
+    /// Takes out a job that had its place.
+    fn turn_away(&self, ticket: &Arc<Ticket>, why: String) -> Refusal {
+        match self.shared.table.finish(ticket) {
+            true => Refusal::Answer(ErrorCode::OutOfCapacity, why),
+            false => Refusal::Over,
+        }
     }
 
     /// Ends the job without a word; does nothing when it is not in flight.
@@ -246,5 +258,21 @@ impl JobExecutor {
 impl Drop for JobExecutor {
     fn drop(&mut self) {
         self.cancel_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_that_has_had_its_end_is_not_turned_away_as_well() {
+        let executor = JobExecutor::new(Vec::new(), 1, crossbeam_channel::unbounded().0);
+        let table = &executor.shared.table;
+        let admit = || table.admit(Uuid::nil(), Duration::ZERO, 0).expect("a place").0;
+        assert!(matches!(executor.turn_away(&admit(), String::new()), Refusal::Answer(ErrorCode::OutOfCapacity, _)));
+        let ticket = admit();
+        assert!(table.abandon(&ticket));
+        assert!(matches!(executor.turn_away(&ticket, String::new()), Refusal::Over));
     }
 }

@@ -104,14 +104,16 @@ impl JobTable {
         self.lock().jobs.contains_key(&job_id)
     }
 
-    /// Takes out this very job (its id may have been used again since), unless somebody did.
-    pub fn finish(&self, ticket: &Arc<Ticket>) {
+    /// Takes out this very job (its id may have been used again since); false when somebody did before.
+    pub fn finish(&self, ticket: &Arc<Ticket>) -> bool {
         let mut state = self.lock();
-        if state.jobs.get(&ticket.job_id).is_some_and(|t| Arc::ptr_eq(t, ticket)) {
+        let is_there = state.jobs.get(&ticket.job_id).is_some_and(|t| Arc::ptr_eq(t, ticket));
+        if is_there {
             state.jobs.remove(&ticket.job_id);
             ticket.release_slot();
             self.signal_if_empty(&state);
         }
+        is_there
     }
 
     /// Takes out and cancels the job of this id; false when none is in flight.
@@ -189,7 +191,8 @@ impl JobTable {
                 return None;
             }
             let ahead = state.jobs.values().filter_map(|ticket| ticket.deadline).filter(|deadline| *deadline > now);
-            let until = ahead.min().unwrap_or(now + LINGER);
+            // A last job may have ended long before its deadline: nobody says so.
+            let until = ahead.fold(now + LINGER, Instant::min);
             state.looks_at = Some(until);
             let waited = self.deadlines.wait_timeout(state, until - now).unwrap_or_else(PoisonError::into_inner);
             has_lingered = is_empty && waited.1.timed_out();

@@ -29,6 +29,7 @@ pub struct Ticket {
 struct Wake {
     /// Until a worker takes it.
     job: Option<(Job, Share)>,
+    has_begun: bool,
     interrupt: Option<Interrupt>,
     cancel_signal: Option<Sender<()>>,
     /// At the backend that runs it.
@@ -39,7 +40,8 @@ impl Ticket {
     pub fn new(job_id: Uuid, deadline: Duration) -> Ticket {
         let accepted = Instant::now();
         let (sender, cancel_signal) = bounded(0);
-        let wake = Mutex::new(Wake { job: None, interrupt: None, cancel_signal: Some(sender), slot: None });
+        let wake =
+            Mutex::new(Wake { job: None, has_begun: false, interrupt: None, cancel_signal: Some(sender), slot: None });
         let deadline = accepted.checked_add(deadline);
         Ticket {
             job_id,
@@ -68,12 +70,14 @@ impl Ticket {
 
     /// The job, unless it was cancelled.
     pub fn take_job(&self) -> Option<(Job, Share)> {
-        self.wake().job.take()
+        let mut wake = self.wake();
+        wake.has_begun = true;
+        wake.job.take()
     }
 
-    /// Whether a worker has taken the job, or a cancel dropped it.
+    /// Whether a worker has come for it. Not so of a job that is only about to be left to one.
     pub fn has_begun(&self) -> bool {
-        self.wake().job.is_none()
+        self.wake().has_begun
     }
 
     /// True the first time: the deadline has passed.
@@ -149,6 +153,13 @@ impl Ticket {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_job_has_begun_when_a_worker_comes_and_no_sooner() {
+        let ticket = Ticket::new(Uuid::nil(), Duration::ZERO);
+        assert!(!ticket.has_begun(), "it may yet have to wait for a worker");
+        assert!(ticket.take_job().is_none() && ticket.has_begun());
+    }
 
     #[test]
     fn no_token_is_new_twice() {
