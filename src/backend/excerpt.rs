@@ -1,8 +1,8 @@
 //! A text that comes in pieces, of which little is kept: a short one whole, of a long one, taken for JSON, what usage, an end
 //! mark or an error could stand in.
 //!
-//! Invariants: what is kept depends on the bytes alone, never on how they were split; of JSON it is JSON, with the same keys (but for
-//! the length of long ones) in the same places; it is never more than [`EXCERPT_MAX`].
+//! Invariants: what is kept depends on the bytes alone, never on how they were split; of JSON it is JSON, with the same keys
+//! (but for the length of long ones) in the same places; it is never more than [`EXCERPT_MAX`].
 
 /// A text is kept whole up to this length, in bytes.
 pub const WHOLE_MAX: usize = 4 << 10;
@@ -84,8 +84,8 @@ impl Excerpt {
     }
 }
 
-/// Leaves out what follows the beginning of a long string, all blanks but one, and the elements of arrays within arrays: a token's ten
-/// alternatives, a picture, a page of text.
+/// Leaves out what follows the beginning of a long string, all blanks but one, and the elements of arrays within arrays: a
+/// token's ten alternatives, a picture, a page of text.
 #[derive(Debug, Default)]
 struct Cutter {
     /// Open arrays around.
