@@ -39,6 +39,14 @@ struct State {
     looks_at: Option<Instant>,
 }
 
+impl State {
+    /// Takes out this very job, if it is still there.
+    fn take(&mut self, ticket: &Arc<Ticket>) -> Option<Arc<Ticket>> {
+        let is_there = self.jobs.get(&ticket.job_id).is_some_and(|t| Arc::ptr_eq(t, ticket));
+        if is_there { self.jobs.remove(&ticket.job_id) } else { None }
+    }
+}
+
 /// How long the deadlines of an empty table are watched on.
 const LINGER: Duration = Duration::from_secs(10);
 
@@ -107,46 +115,42 @@ impl JobTable {
     /// Takes out this very job (its id may have been used again since); false when somebody did before.
     pub fn finish(&self, ticket: &Arc<Ticket>) -> bool {
         let mut state = self.lock();
-        let is_there = state.jobs.get(&ticket.job_id).is_some_and(|t| Arc::ptr_eq(t, ticket));
-        if is_there {
-            state.jobs.remove(&ticket.job_id);
+        let taken = state.take(ticket).is_some();
+        if taken {
             ticket.release_slot();
             self.signal_if_empty(&state);
         }
-        is_there
+        taken
     }
 
     /// Takes out and cancels the job of this id; false when none is in flight.
     pub fn cancel(&self, job_id: Uuid) -> bool {
         let mut state = self.lock();
-        let Some(ticket) = state.jobs.remove(&job_id) else { return false };
-        ticket.mark_cancelled();
-        ticket.release_slot();
-        self.signal_if_empty(&state);
-        drop(state);
-        ticket.wake_worker();
-        true
+        let taken = state.jobs.remove(&job_id);
+        !self.cancelled(state, taken).is_empty()
     }
 
-    /// Takes out and cancels this very job, unless somebody took it out.
+    /// Takes out and cancels this very job; false when somebody took it out before.
     pub fn abandon(&self, ticket: &Arc<Ticket>) -> bool {
         let mut state = self.lock();
-        if !state.jobs.get(&ticket.job_id).is_some_and(|t| Arc::ptr_eq(t, ticket)) {
-            return false;
-        }
-        state.jobs.remove(&ticket.job_id);
-        ticket.mark_cancelled();
-        ticket.release_slot();
-        self.signal_if_empty(&state);
-        drop(state);
-        ticket.wake_worker();
-        true
+        let taken = state.take(ticket);
+        !self.cancelled(state, taken).is_empty()
     }
 
     /// Takes out and cancels all; returns them.
     pub fn cancel_all(&self) -> Vec<Arc<Ticket>> {
         let mut state = self.lock();
-        let tickets: Vec<Arc<Ticket>> = state.jobs.drain().map(|(_, ticket)| ticket).collect();
+        let taken = std::mem::take(&mut state.jobs);
+        self.cancelled(state, taken.into_values())
+    }
+
+    /// Marks the jobs just taken out while the table is still locked, and wakes their workers when it is not any more.
+    fn cancelled(
+        &self,
+        state: MutexGuard<'_, State>,
+        taken: impl IntoIterator<Item = Arc<Ticket>>,
+    ) -> Vec<Arc<Ticket>> {
+        let tickets: Vec<Arc<Ticket>> = taken.into_iter().collect();
         tickets.iter().for_each(|t| {
             t.mark_cancelled();
             t.release_slot();
