@@ -10,12 +10,11 @@ use std::time::{Duration, Instant};
 
 use ureq::config::Config;
 use ureq::http::Response;
-use ureq::unversioned::transport::DefaultConnector;
 use ureq::{Agent, Body, Proxy};
 
 use super::resolver::LocalFirstResolver;
 use super::secret::ApiKey;
-use super::wire::{WatchedConnector, Wire};
+use super::wire::{SharedConnector, WatchedConnector, Wire, connector};
 
 /// Agents kept for the next request, each with at most one open connection and its 32 KiB of buffers.
 const IDLE_AGENTS_MAX: usize = 8;
@@ -64,7 +63,7 @@ impl fmt::Debug for Interrupt {
 #[derive(Debug)]
 pub struct Client {
     config: Config,
-    connector: Arc<DefaultConnector>,
+    connector: SharedConnector,
     key: ApiKey,
     idle_age: Duration,
     idle: Mutex<Vec<Idle>>,
@@ -96,7 +95,7 @@ impl Client {
             .accept_encoding("identity")
             .build();
         let idle_age = config.max_idle_age();
-        Client { config, connector: Arc::default(), key, idle_age, idle: Mutex::default() }
+        Client { config, connector: connector(), key, idle_age, idle: Mutex::default() }
     }
 
     /// Why no request can succeed.

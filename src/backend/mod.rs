@@ -15,6 +15,7 @@ mod request;
 mod resolver;
 mod secret;
 mod sse;
+mod tcp;
 mod wire;
 
 use uuid::Uuid;

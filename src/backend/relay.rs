@@ -16,7 +16,10 @@ use super::sse::{Scanner, Usage};
 use super::{BackendError, BackendResult, ERROR_BODY_MAX, JobResult, JobSink};
 
 /// The most that one chunk carries, in bytes of the answer: what the backend has sent when we look, up to this.
-const READ_BYTES: usize = 16 << 10;
+const CHUNK_MAX: usize = 16 << 10;
+
+/// What a stream of small pieces needs; the buffer grows with what comes.
+const CHUNK_USUAL: usize = 1 << 10;
 
 /// Read of an error's body, in bytes: more than is passed on, for the key that may have to be taken out of it.
 const ERROR_READ_MAX: usize = 4 * ERROR_BODY_MAX;
@@ -90,7 +93,7 @@ fn post<'a>(
 
 fn relay_body(lease: &Lease<'_>, body: Body, watch: &mut Watch, sink: &mut dyn JobSink) -> BackendResult<Usage> {
     let mut reader = body.into_reader();
-    let mut buffer = vec![0; READ_BYTES];
+    let mut buffer = vec![0; CHUNK_USUAL];
     let mut relayed = false;
     loop {
         // Reading on from a socket that was shut down can empty it, and closing an empty one sends no reset: a backend
@@ -106,6 +109,9 @@ fn relay_body(lease: &Lease<'_>, body: Body, watch: &mut Watch, sink: &mut dyn J
                 relayed = true;
                 watch.feed(&buffer[..n]);
                 sink.tokens_emitted(watch.tokens_emitted());
+                if n == buffer.len() && n < CHUNK_MAX {
+                    buffer.resize(2 * n, 0);
+                }
             }
             Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
             Err(e) => match ureq::Error::from(e) {

@@ -4,7 +4,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, DefaultConnector, NextTimeout, Transport};
+use ureq::Error;
+use ureq::unversioned::transport::{
+    Buffers, ConnectProxyConnector, ConnectionDetails, Connector, NextTimeout, RustlsConnector, Transport,
+};
+
+use super::tcp::TcpConnector;
 
 /// What one agent's connection was seen to do since it was leased.
 #[derive(Debug, Default)]
@@ -47,15 +52,36 @@ impl Wire {
     }
 }
 
-/// ureq's own connector (shared by all agents of a backend, for it caches the TLS configuration), with a [`Wire`].
+/// The way to a backend: through a proxy or not, TCP, TLS where its URL says so.
+pub type SharedConnector = Arc<dyn Connector<(), Out = Box<dyn Transport>>>;
+
+/// For all agents of a backend, since it keeps the TLS configuration.
+pub fn connector() -> SharedConnector {
+    let chain = ().chain(ConnectProxyConnector::default()).chain(TcpConnector).chain(RustlsConnector::default());
+    Arc::new(chain.chain(Boxing))
+}
+
+/// The end of a chain, which has a type of its own for each of its links.
+#[derive(Debug)]
+struct Boxing;
+
+impl<In: Transport> Connector<In> for Boxing {
+    type Out = Box<dyn Transport>;
+
+    fn connect(&self, _: &ConnectionDetails, chained: Option<In>) -> Result<Option<Self::Out>, Error> {
+        Ok(chained.map(|transport| Box::new(transport) as Self::Out))
+    }
+}
+
+/// Connects, with a [`Wire`] to tell of it.
 #[derive(Debug)]
 pub struct WatchedConnector {
-    inner: Arc<DefaultConnector>,
+    inner: SharedConnector,
     wire: Arc<Wire>,
 }
 
 impl WatchedConnector {
-    pub fn new(inner: Arc<DefaultConnector>, wire: Arc<Wire>) -> WatchedConnector {
+    pub fn new(inner: SharedConnector, wire: Arc<Wire>) -> WatchedConnector {
         WatchedConnector { inner, wire }
     }
 }
@@ -63,7 +89,7 @@ impl WatchedConnector {
 impl Connector<()> for WatchedConnector {
     type Out = Watched;
 
-    fn connect(&self, details: &ConnectionDetails, chained: Option<()>) -> Result<Option<Watched>, ureq::Error> {
+    fn connect(&self, details: &ConnectionDetails, chained: Option<()>) -> Result<Option<Watched>, Error> {
         self.wire.opened.store(true, Ordering::Relaxed);
         let inner = self.inner.connect(details, chained)?;
         Ok(inner.map(|inner| Watched { inner, wire: self.wire.clone(), write_failed: false }))
@@ -83,14 +109,14 @@ impl Transport for Watched {
         self.inner.buffers()
     }
 
-    fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
+    fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), Error> {
         if self.write_failed {
             return Ok(());
         }
         match self.inner.transmit_output(amount, timeout) {
             // A server that refuses a large request answers and closes while we still write. What it said is worth
             // more than that we could not go on, so the verdict is left to the read that follows.
-            Err(ureq::Error::Io(_)) => {
+            Err(Error::Io(_)) => {
                 self.write_failed = true;
                 Ok(())
             }
@@ -98,7 +124,7 @@ impl Transport for Watched {
         }
     }
 
-    fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
+    fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, Error> {
         let left = self.wire.limit().map(|until| until.saturating_duration_since(Instant::now()));
         let after = left.map_or(timeout.after, |left| timeout.after.min(left.into()));
         let result = self.inner.await_input(NextTimeout { after, ..timeout });
