@@ -54,6 +54,7 @@ pub mod shutdown;
 pub mod transport;
 pub mod session;
 pub mod writer;
+pub mod doorbell;
 
 pub mod job_executor;
 pub mod worker_pool;

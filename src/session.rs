@@ -7,12 +7,13 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select};
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, select};
 use tungstenite::protocol::CloseFrame;
 use tungstenite::protocol::frame::coding::CloseCode;
 use tungstenite::{Error as WsError, Message};
 
 use crate::discovery::{Offers, Prober};
+use crate::doorbell::Inlet;
 use crate::heartbeat::Statistics;
 use crate::identity::Identity;
 use crate::job_executor::{
@@ -205,9 +206,9 @@ pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) 
 }
 
 /// The way of what the reading side has to send: pongs, close replies, TLS alerts.
-fn outlet_to(control: Sender<Control>) -> impl Fn(Vec<u8>) -> io::Result<()> + Send + 'static {
+fn outlet_to(control: Inlet<Control>) -> impl Fn(Vec<u8>) -> io::Result<()> + Send + 'static {
     move |bytes| {
-        if control.len() >= CONTROL_LANE_MAX {
+        if control.channel().len() >= CONTROL_LANE_MAX {
             return Err(io::Error::other("the coordinator sends pings but does not read the pongs"));
         }
         control.send(Control::Raw(bytes)).map_err(|_| io::ErrorKind::BrokenPipe.into())
@@ -215,7 +216,7 @@ fn outlet_to(control: Sender<Control>) -> impl Fn(Vec<u8>) -> io::Result<()> + S
 }
 
 /// Sends the offer now and whenever it changes.
-fn announce(context: &Context<'_>, control: &Sender<Control>) {
+fn announce(context: &Context<'_>, control: &Inlet<Control>) {
     let (control, limits) = (control.clone(), context.limits);
     context.offers.listen(move |catalog| {
         log::info!("offering {} model(s)", catalog.offer.len());
@@ -307,7 +308,7 @@ fn describe(frame: &CloseFrame) -> String {
 /// What it takes to end a session from another thread.
 pub struct SessionHandle {
     executor: Arc<JobExecutor>,
-    control: Sender<Control>,
+    control: Inlet<Control>,
     link: Arc<Link>,
     limits: OfferLimits,
     drain: Duration,

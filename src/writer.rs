@@ -5,13 +5,14 @@
 //! for [`crate::transport::STALL_TIMEOUT`] ends the session.
 
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded, select_biased, tick};
+use crossbeam_channel::{Receiver, TryRecvError, bounded};
 use tungstenite::protocol::CloseFrame;
 use tungstenite::protocol::frame::coding::CloseCode;
 use tungstenite::{Bytes, Message};
 
+use crate::doorbell::{Doorbell, Inlet};
 use crate::job_executor::{Control, DATA_LANE_MAX, Frame, Lanes};
 use crate::threads;
 use crate::transport::WriteHalf;
@@ -28,9 +29,9 @@ const _: () = assert!(BATCH_FRAMES_MAX <= DATA_LANE_MAX);
 /// The handle: the lanes, and the thread that drains them.
 pub struct Writer {
     /// Never waits; who fills it asks for its length.
-    pub control: Sender<Control>,
+    pub control: Inlet<Control>,
     /// Bounded: the backpressure.
-    pub data: Sender<Frame>,
+    pub data: Inlet<Frame>,
     /// Disconnects when the thread has ended.
     pub ended: Receiver<()>,
     thread: JoinHandle<()>,
@@ -46,13 +47,14 @@ impl Writer {
         lanes: Lanes,
         heartbeat: impl Fn() -> String + Send + 'static,
     ) -> std::io::Result<Writer> {
-        let Lanes { control, control_inbox, data, data_inbox } = lanes;
+        let Lanes { control, control_inbox, data, data_inbox, bell } = lanes;
         let (ended_sender, ended) = bounded::<()>(0);
         let mut actor = Actor {
             half,
             control: control_inbox,
             data: data_inbox,
             heartbeat: Box::new(heartbeat),
+            next_beat: Instant::now() + HEARTBEAT,
             offered: String::new(),
             withdrawn: false,
         };
@@ -65,6 +67,7 @@ impl Writer {
                 actor.half.shutdown();
             }
         })?;
+        bell.answer_by(thread.thread());
         Ok(Writer { control, data, ended, thread })
     }
 
@@ -83,6 +86,7 @@ struct Actor {
     control: Receiver<Control>,
     data: Receiver<Frame>,
     heartbeat: Box<dyn Fn() -> String + Send>,
+    next_beat: Instant,
     /// The offer sent last.
     offered: String,
     withdrawn: bool,
@@ -105,9 +109,8 @@ enum Next {
 
 impl Actor {
     fn run(&mut self) -> tungstenite::Result<()> {
-        let ticks = tick(HEARTBEAT);
         loop {
-            let next = match self.next_event(&ticks) {
+            let next = match self.next_event() {
                 Event::Control(control) => self.control(control)?,
                 Event::Heartbeat => self.beat()?,
                 Event::Data(frame) => self.batch(frame)?,
@@ -120,12 +123,23 @@ impl Actor {
         }
     }
 
-    fn next_event(&self, ticks: &Receiver<std::time::Instant>) -> Event {
-        // Biased: a cancelled customer's pong or a refusal never waits behind a flood of chunks.
-        select_biased! {
-            recv(self.control) -> control => control.map_or(Event::Over, Event::Control),
-            recv(ticks) -> _ => Event::Heartbeat,
-            recv(self.data) -> frame => frame.map_or(Event::Over, Event::Data),
+    /// In the order of their urgency: a cancelled customer's pong or a refusal never waits behind a flood of chunks.
+    fn next_event(&mut self) -> Event {
+        loop {
+            match self.control.try_recv() {
+                Ok(control) => return Event::Control(control),
+                Err(TryRecvError::Disconnected) => return Event::Over,
+                Err(TryRecvError::Empty) => {}
+            }
+            if Instant::now() >= self.next_beat {
+                self.next_beat = Instant::now() + HEARTBEAT;
+                return Event::Heartbeat;
+            }
+            match self.data.try_recv() {
+                Ok(frame) => return Event::Data(frame),
+                Err(TryRecvError::Disconnected) => return Event::Over,
+                Err(TryRecvError::Empty) => Doorbell::sleep(self.next_beat),
+            }
         }
     }
 

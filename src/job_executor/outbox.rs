@@ -12,6 +12,7 @@ use tungstenite::Message;
 use super::table::JobTable;
 use super::ticket::Ticket;
 use crate::backend::{BackendError, BackendResult};
+use crate::doorbell::{Doorbell, Inlet};
 
 /// Frames of jobs that may wait: 22 KiB each at the most, so 2.8 MiB, and as much again in the workers that wait.
 pub const DATA_LANE_MAX: usize = 128;
@@ -36,14 +37,15 @@ pub enum Control {
     Finish,
 }
 
-/// Both lanes, both ends.
+/// Both lanes, both ends, and what their writer sleeps on.
 pub struct Lanes {
     /// To the writer.
-    pub control: Sender<Control>,
+    pub control: Inlet<Control>,
     pub(crate) control_inbox: Receiver<Control>,
     /// To the writer.
-    pub data: Sender<Frame>,
+    pub data: Inlet<Frame>,
     pub(crate) data_inbox: Receiver<Frame>,
+    pub(crate) bell: Doorbell,
 }
 
 impl Default for Lanes {
@@ -51,7 +53,9 @@ impl Default for Lanes {
         // Unbounded, for a bounded channel of this length would take its memory at once; `CONTROL_LANE_MAX` bounds it.
         let (control, control_inbox) = unbounded();
         let (data, data_inbox) = bounded(DATA_LANE_MAX);
-        Lanes { control, control_inbox, data, data_inbox }
+        let bell = Doorbell::default();
+        let (control, data) = (Inlet::new(control, &bell), Inlet::new(data, &bell));
+        Lanes { control, control_inbox, data, data_inbox, bell }
     }
 }
 
@@ -62,9 +66,9 @@ pub enum Outbox {
     /// A session's two.
     Lanes {
         /// To the writer, ahead of all data.
-        control: Sender<Control>,
+        control: Inlet<Control>,
         /// To the writer, in order.
-        data: Sender<Frame>,
+        data: Inlet<Frame>,
     },
 }
 
@@ -101,7 +105,7 @@ impl Outbox {
     pub fn control(&self, text: String) -> Result<(), Overflow> {
         match self {
             Outbox::Plain(out) => out.send_timeout(Message::text(text), PLAIN_LANE_PATIENCE).map_err(|_| Overflow),
-            Outbox::Lanes { control, .. } if control.len() >= CONTROL_LANE_MAX => Err(Overflow),
+            Outbox::Lanes { control, .. } if control.channel().len() >= CONTROL_LANE_MAX => Err(Overflow),
             Outbox::Lanes { control, .. } => control.send(Control::Text(text)).map_err(|_| Overflow),
         }
     }
@@ -115,7 +119,9 @@ impl Outbox {
             Outbox::Plain(out) => send_unless_cancelled(out, Message::text(text), ticket, ticket.deadline),
             Outbox::Lanes { data, .. } => {
                 let frame = Frame { text, ticket: ticket.clone(), last_of: None };
-                send_unless_cancelled(data, frame, ticket, ticket.deadline)
+                send_unless_cancelled(data.channel(), frame, ticket, ticket.deadline)?;
+                data.ring();
+                Ok(())
             }
         }
     }
@@ -134,7 +140,8 @@ impl Outbox {
             }
             Outbox::Lanes { data, .. } => {
                 let frame = Frame { text, ticket: ticket.clone(), last_of: Some(table.clone()) };
-                let sent = send_unless_cancelled(data, frame, ticket, None);
+                let sent = send_unless_cancelled(data.channel(), frame, ticket, None);
+                data.ring();
                 table.finish(ticket);
                 sent
             }

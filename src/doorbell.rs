@@ -1,0 +1,98 @@
+//! Channels into a thread that sleeps while all of them are empty.
+//!
+//! crossbeam can wait for several channels by itself, but a sender then wakes the sleeper while it holds a lock that the sleeper
+//! needs first of all: with one core for both, an event woke the writer twice and cost four context switches. Here a sender
+//! queues, then rings; the sleeper looks, then sleeps.
+//!
+//! Invariant: every ring is followed by a look. A ring while nobody sleeps is remembered for the next sleep, as
+//! [`Thread::unpark`] does it.
+
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, Thread};
+use std::time::Instant;
+
+use crossbeam_channel::{SendError, Sender, TrySendError};
+
+/// What a thread sleeps on.
+#[derive(Clone, Default)]
+pub struct Doorbell(Arc<OnceLock<Thread>>);
+
+impl Doorbell {
+    /// From here on rings wake `sleeper`, which also looks for what was queued before. Called once, by the thread that queued
+    /// what was queued so far.
+    pub fn answer_by(&self, sleeper: &Thread) {
+        let _ = self.0.set(sleeper.clone());
+        self.ring();
+    }
+
+    /// Wakes the sleeper, or keeps it from its next sleep.
+    fn ring(&self) {
+        if let Some(sleeper) = self.0.get() {
+            sleeper.unpark();
+        }
+    }
+
+    /// Sleeps until somebody rings, or has rung since the last time, or `until`. Only for the thread that answers; it may also
+    /// return for no reason.
+    pub fn sleep(until: Instant) {
+        thread::park_timeout(until.saturating_duration_since(Instant::now()));
+    }
+}
+
+/// A sender that rings. Dropping the last one of a channel rings too.
+pub struct Inlet<T> {
+    // The order counts: a sleeper that is woken finds the channel disconnected.
+    channel: Sender<T>,
+    bell: RingOnDrop,
+}
+
+impl<T> Inlet<T> {
+    /// Of a channel whose receiver's thread answers `bell`.
+    pub fn new(channel: Sender<T>, bell: &Doorbell) -> Inlet<T> {
+        Inlet { channel, bell: RingOnDrop(bell.clone()) }
+    }
+
+    /// Queues, waiting for room.
+    ///
+    /// # Errors
+    /// The receiver is gone.
+    pub fn send(&self, message: T) -> Result<(), SendError<T>> {
+        self.channel.send(message)?;
+        self.ring();
+        Ok(())
+    }
+
+    /// Queues if there is room.
+    ///
+    /// # Errors
+    /// There is none, or the receiver is gone.
+    pub fn try_send(&self, message: T) -> Result<(), TrySendError<T>> {
+        self.channel.try_send(message)?;
+        self.ring();
+        Ok(())
+    }
+
+    /// For its length, or a wait on several channels; whoever sends by it rings afterwards.
+    pub fn channel(&self) -> &Sender<T> {
+        &self.channel
+    }
+
+    /// Has the receiver look.
+    pub fn ring(&self) {
+        self.bell.0.ring();
+    }
+}
+
+impl<T> Clone for Inlet<T> {
+    fn clone(&self) -> Self {
+        Inlet { channel: self.channel.clone(), bell: RingOnDrop(self.bell.0.clone()) }
+    }
+}
+
+struct RingOnDrop(Doorbell);
+
+impl Drop for RingOnDrop {
+    fn drop(&mut self) {
+        self.0.ring();
+    }
+}
