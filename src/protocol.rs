@@ -275,19 +275,28 @@ impl Heartbeat {
     }
 }
 
-/// One piece of a backend's answer, byte for byte.
-pub fn job_chunk(job_id: Uuid, bytes: &[u8]) -> String {
-    const HEAD: &str = r#"{"type":"job_chunk","job_id":""#;
-    const MIDDLE: &str = r#"","data":""#;
-    const TAIL: &str = r#""}"#;
-    let encoded_len = bytes.len().div_ceil(3) * 4;
-    let mut text = String::with_capacity(HEAD.len() + 36 + MIDDLE.len() + encoded_len + TAIL.len());
-    text.push_str(HEAD);
-    text.push_str(job_id.as_hyphenated().encode_lower(&mut Uuid::encode_buffer()));
-    text.push_str(MIDDLE);
-    BASE64.encode_string(bytes, &mut text);
-    text.push_str(TAIL);
-    text
+/// The pieces of one job's answer. All its frames begin alike.
+#[derive(Debug)]
+pub struct JobChunks {
+    head: String,
+}
+
+impl JobChunks {
+    /// Of this job.
+    pub fn of(job_id: Uuid) -> JobChunks {
+        JobChunks { head: format!(r#"{{"type":"job_chunk","job_id":"{job_id}","data":""#) }
+    }
+
+    /// One piece, byte for byte.
+    pub fn frame(&self, bytes: &[u8]) -> String {
+        const TAIL: &str = r#""}"#;
+        let encoded_len = bytes.len().div_ceil(3) * 4;
+        let mut text = String::with_capacity(self.head.len() + encoded_len + TAIL.len());
+        text.push_str(&self.head);
+        BASE64.encode_string(bytes, &mut text);
+        text.push_str(TAIL);
+        text
+    }
 }
 
 /// The end of a job that went well.
@@ -383,7 +392,7 @@ mod tests {
         ] {
             let frame = format!(r#"{{"type":"job_cancel","job_id":"{spelling}"}}"#);
             let Ok(Inbound::JobCancel(id)) = parse(&frame) else { panic!("{spelling}") };
-            assert!(job_chunk(id, b"x").contains(r#""a0000000-0000-4000-8000-00000000000a""#));
+            assert!(JobChunks::of(id).frame(b"x").contains(r#""a0000000-0000-4000-8000-00000000000a""#));
         }
     }
 
@@ -392,7 +401,7 @@ mod tests {
         let id = Uuid::nil();
         for len in 0..20 {
             let bytes: Vec<u8> = (0..len).collect();
-            let text = job_chunk(id, &bytes);
+            let text = JobChunks::of(id).frame(&bytes);
             assert_eq!(text.capacity(), text.len(), "one allocation");
             let frame: Value = serde_json::from_str(&text).expect("JSON");
             assert_eq!(BASE64.decode(frame["data"].as_str().expect("data")).expect("base64"), bytes);

@@ -5,6 +5,7 @@
 
 mod context_window;
 mod error;
+mod event;
 mod excerpt;
 mod http;
 mod http_backend;

@@ -3,10 +3,12 @@
 //! Invariant: the verdict depends on the bytes alone, never on how they were split. Nothing here alters, delays or
 //! keeps what is relayed; of a line only an [`Excerpt`] is held, until its end is known.
 
+use memchr::memchr;
 use serde_json::Value;
 
 use super::BackendError;
 use super::error::quoted;
+use super::event::Glance;
 use super::excerpt::{Excerpt, WHOLE_MAX};
 
 /// What a line begins with that is looked into; what is longer than a field's name and none of these is not held.
@@ -52,6 +54,7 @@ pub struct Scanner {
     deltas: u32,
     ended: bool,
     failure: Option<BackendError>,
+    glance: Glance,
     /// Of the unfinished last line; given up when it can tell nothing.
     line: Excerpt,
 }
@@ -59,7 +62,7 @@ pub struct Scanner {
 impl Scanner {
     /// Looks at the next bytes.
     pub fn feed(&mut self, mut bytes: &[u8]) {
-        while let Some(end) = bytes.iter().position(|b| *b == b'\n') {
+        while let Some(end) = memchr(b'\n', bytes) {
             let (head, rest) = (&bytes[..end], &bytes[end + 1..]);
             if self.line.is_empty() && head.len() <= WHOLE_MAX {
                 self.look_at(head);
@@ -125,7 +128,7 @@ impl Scanner {
             self.ended = true;
             return;
         }
-        let seen = Seen::in_event(data);
+        let seen = self.glance.at(data);
         self.deltas = self.deltas.saturating_add(u32::from(seen.piece));
         if !seen.telling {
             return;
@@ -161,66 +164,6 @@ impl Scanner {
             None => {}
         }
         self.failure = Some(BackendError::StreamError(message));
-    }
-}
-
-/// What a pass over an event's keys shows. Nearly every event is a piece and nothing else, and is not parsed.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Seen {
-    /// It carries a piece of the answer.
-    piece: bool,
-    /// It may hold usage, an end mark or an error: worth parsing.
-    telling: bool,
-}
-
-impl Seen {
-    fn in_event(json: &[u8]) -> Seen {
-        let mut seen = Seen::default();
-        let mut at = 0;
-        while let Some(open) = json[at..].iter().position(|b| *b == b'"') {
-            let start = at + open + 1;
-            let Some(end) = end_of_string(json, start) else { break };
-            at = end + 1;
-            let rest = json[at..].trim_ascii_start();
-            if let Some(value) = rest.strip_prefix(b":") {
-                seen.key(&json[start..end], value.trim_ascii_start());
-            }
-        }
-        seen
-    }
-
-    fn key(&mut self, key: &[u8], value: &[u8]) {
-        let text = value.first() == Some(&b'"') && value.get(1).is_some_and(|b| *b != b'"');
-        match key {
-            b"content" | b"reasoning_content" | b"reasoning" | b"arguments" | b"text" | b"thinking"
-            | b"partial_json" => self.piece |= text,
-            b"usage" => self.telling |= value.first() == Some(&b'{'),
-            b"finish_reason" | b"error" => self.telling |= !value.starts_with(b"null"),
-            b"type" | b"object" => {
-                self.telling |= value.starts_with(b"\"message_stop\"")
-                    || value.starts_with(b"\"error\"")
-                    || is_escaped_string(value);
-            }
-            // An escape can spell any of them.
-            _ => self.telling |= key.contains(&b'\\'),
-        }
-    }
-}
-
-/// Whether `value` starts with a string that has an escape in it.
-fn is_escaped_string(value: &[u8]) -> bool {
-    let string = value.strip_prefix(b"\"").and_then(|string| string.get(..end_of_string(string, 0)?));
-    string.is_some_and(|string| string.contains(&b'\\'))
-}
-
-/// The closing quote of the string that starts at `at`.
-fn end_of_string(json: &[u8], mut at: usize) -> Option<usize> {
-    loop {
-        match json.get(at)? {
-            b'"' => return Some(at),
-            b'\\' => at += 2,
-            _ => at += 1,
-        }
     }
 }
 

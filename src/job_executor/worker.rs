@@ -7,7 +7,7 @@ use super::ticket::Ticket;
 use super::{Alternatives, Shared};
 use crate::backend::{BackendError, BackendResult, Interrupt, JobResult, JobSink};
 use crate::discovery::Member;
-use crate::protocol;
+use crate::protocol::{self, JobChunks};
 
 /// With so many milliseconds left or fewer, nothing can be done.
 const DEADLINE_HOPELESS_MS: u32 = 1;
@@ -18,7 +18,7 @@ pub fn run(shared: &Arc<Shared>, ticket: &Arc<Ticket>, mut member: Arc<Member>, 
     // From here on the job is answered, whatever happens: also when the backend panics.
     let mut ending = Ending { shared, ticket, outcome: Err(BackendError::Panicked) };
     let Some((mut job, _share)) = ticket.take_job() else { return };
-    let mut relay = Relay { shared, ticket, has_sent: false };
+    let mut relay = Relay { shared, ticket, chunks: JobChunks::of(ticket.job_id), has_sent: false };
     let mut alternatives = alternatives.into_iter();
     loop {
         // The deadline covers the time in the queue and with other backends too. Rounded up: a job just admitted has
@@ -53,6 +53,7 @@ pub fn run(shared: &Arc<Shared>, ticket: &Arc<Ticket>, mut member: Arc<Member>, 
 struct Relay<'a> {
     shared: &'a Shared,
     ticket: &'a Arc<Ticket>,
+    chunks: JobChunks,
     /// A piece of an answer is on its way, so no other backend's may follow it.
     has_sent: bool,
 }
@@ -64,7 +65,7 @@ impl JobSink for Relay<'_> {
         }
         self.still_wanted()?;
         self.has_sent = true;
-        let frame = protocol::job_chunk(self.ticket.job_id, bytes);
+        let frame = self.chunks.frame(bytes);
         self.shared.outbox.chunk(self.ticket, frame)
     }
 
