@@ -129,6 +129,7 @@ impl Shared {
     }
 
     /// `None` when this worker is to leave; it is no longer counted then.
+    #[inline(never)] // its frame is not to lie below that of every task
     fn next_task(&self, worker: usize) -> Option<Task> {
         let mut state = self.lock();
         if let Some(task) = state.tasks.pop_front() {

@@ -9,12 +9,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ureq::config::Config;
-use ureq::http::Response;
-use ureq::{Agent, Body, Proxy};
+use ureq::http::uri::Scheme;
+use ureq::http::{HeaderValue, Method, Request, Response, Uri, header};
+use ureq::{Agent, AsSendBody, Body, Proxy};
 
 use super::resolver::LocalFirstResolver;
 use super::secret::ApiKey;
-use super::wire::{SharedConnector, WatchedConnector, Wire, connector};
+use super::wire::{SharedConnector, WatchedConnector, Wire, connector, plain_connector};
 
 /// Agents kept for the next request, each with at most one open connection and its 32 KiB of buffers.
 const IDLE_AGENTS_MAX: usize = 8;
@@ -77,8 +78,8 @@ struct Idle {
 }
 
 impl Client {
-    /// For a backend on the operator's own machines, or a `hosted` one; only the latter may go through a proxy.
-    pub fn new(hosted: bool, key: ApiKey) -> Client {
+    /// For a backend at `url`, on the operator's own machines, or a `hosted` one; only the latter may go through a proxy.
+    pub fn new(url: &str, hosted: bool, key: ApiKey) -> Client {
         let config = Agent::config_builder()
             .http_status_as_error(false)
             // A redirect would carry the prompt to an address that the operator never named.
@@ -95,7 +96,9 @@ impl Client {
             .accept_encoding("identity")
             .build();
         let idle_age = config.max_idle_age();
-        Client { config, connector: connector(), key, idle_age, idle: Mutex::default() }
+        let is_plain = !hosted && Uri::try_from(url).is_ok_and(|url| url.scheme() == Some(&Scheme::HTTP));
+        let connector = if is_plain { plain_connector() } else { connector() };
+        Client { config, connector, key, idle_age, idle: Mutex::default() }
     }
 
     /// Why no request can succeed.
@@ -145,7 +148,7 @@ impl Client {
     pub fn fresh_lease(&self) -> Lease<'_> {
         let wire = Arc::new(Wire::default());
         let connector = WatchedConnector::new(self.connector.clone(), wire.clone());
-        let agent = Agent::with_parts(self.config.clone(), connector, LocalFirstResolver::default());
+        let agent = Agent::with_parts(self.config.clone(), connector, LocalFirstResolver);
         Lease::new(self, agent, wire)
     }
 }
@@ -171,20 +174,29 @@ impl<'a> Lease<'a> {
 
     /// `GET`, bounded in time.
     pub fn get(&self, url: &str, time: Duration) -> Result<Response<Body>, ureq::Error> {
-        let mut request = self.agent.get(url);
-        if let ApiKey::Bearer(key) = &self.client.key {
-            request = request.header("Authorization", key);
-        }
-        request.config().timeout_global(Some(time)).build().call()
+        self.exchange(self.request(url, ())?, time)
     }
 
     /// `POST` of JSON; `time` covers the whole exchange, the body of the answer included.
     pub fn post(&self, url: &str, body: &[u8], time: Duration) -> Result<Response<Body>, ureq::Error> {
-        let mut request = self.agent.post(url).header("Content-Type", "application/json");
+        let mut request = self.request(url, body)?;
+        *request.method_mut() = Method::POST;
+        request.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        self.exchange(request, time)
+    }
+
+    fn request<B>(&self, url: &str, body: B) -> Result<Request<B>, ureq::http::Error> {
+        let mut request = Request::new(body);
+        *request.uri_mut() = url.parse()?;
         if let ApiKey::Bearer(key) = &self.client.key {
-            request = request.header("Authorization", key);
+            request.headers_mut().insert(header::AUTHORIZATION, key.parse()?);
         }
-        request.config().timeout_global(Some(time)).build().send(body)
+        Ok(request)
+    }
+
+    fn exchange(&self, request: Request<impl AsSendBody>, time: Duration) -> Result<Response<Body>, ureq::Error> {
+        let request = self.agent.configure_request(request).timeout_global(Some(time)).build();
+        self.agent.run(request)
     }
 
     /// What was seen on its connection.

@@ -45,7 +45,7 @@ impl HttpBackend {
             (Some(url), Some(_)) => (url.as_str().to_owned(), url.as_str().to_owned()),
             (Some(url), None) => (url.root().to_owned(), format!("{}/v1", url.root())),
         };
-        let client = Client::new(kind.is_hosted(), ApiKey::from_env(api_key_env));
+        let client = Client::new(&root, kind.is_hosted(), ApiKey::from_env(api_key_env));
         HttpBackend { kind, id: format!("{kind} at {root}"), root, api, client, windows: Mutex::default() }
     }
 
@@ -60,6 +60,21 @@ impl HttpBackend {
         }
         *windows = models.iter().filter_map(|m| Some((m.model_id.clone(), m.context_window?))).collect();
         models
+    }
+
+    fn run(
+        &self,
+        format: WireFormat,
+        body: Vec<u8>,
+        deadline_ms: u32,
+        sink: &mut dyn JobSink,
+    ) -> BackendResult<JobResult> {
+        let route = match format {
+            WireFormat::Openai => "chat/completions",
+            WireFormat::Anthropic => "messages",
+        };
+        let url = format!("{}/{route}", self.api);
+        relay(&self.client, &url, body, Duration::from_millis(u64::from(deadline_ms)), sink)
     }
 
     fn probe_for(&self, time: Duration) -> Probe<'_> {
@@ -194,12 +209,13 @@ impl Backend for HttpBackend {
 
     fn execute(&self, job: &Job, sink: &mut dyn JobSink) -> BackendResult<JobResult> {
         self.client.ready()?;
-        let route = match job.format {
-            WireFormat::Openai => "chat/completions",
-            WireFormat::Anthropic => "messages",
-        };
-        let url = format!("{}/{route}", self.api);
-        let deadline = Duration::from_millis(u64::from(job.deadline_ms));
-        relay(&self.client, &url, body_of(job), deadline, sink)
+        self.run(job.format, body_of(job), job.deadline_ms, sink)
+    }
+
+    fn execute_last(&self, job: Job, sink: &mut dyn JobSink) -> BackendResult<JobResult> {
+        self.client.ready()?;
+        let (format, body, deadline_ms) = (job.format, body_of(&job), job.deadline_ms);
+        drop(job);
+        self.run(format, body, deadline_ms, sink)
     }
 }

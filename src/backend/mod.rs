@@ -132,6 +132,15 @@ pub trait Backend: Send + Sync {
     /// By cause; what was sent to the sink before stays sent.
     fn execute(&self, job: &Job, sink: &mut dyn JobSink) -> BackendResult<JobResult>;
 
+    /// As [`Backend::execute`], for a job that no other backend is going to get: its request need not be kept while the answer
+    /// comes.
+    ///
+    /// # Errors
+    /// As [`Backend::execute`].
+    fn execute_last(&self, job: Job, sink: &mut dyn JobSink) -> BackendResult<JobResult> {
+        self.execute(&job, sink)
+    }
+
     /// Health and listing in one: what can be offered now.
     ///
     /// # Errors

@@ -19,7 +19,7 @@ use super::{BackendError, BackendResult, ERROR_BODY_MAX, JobResult, JobSink};
 const CHUNK_MAX: usize = 16 << 10;
 
 /// What a stream of small pieces needs; the buffer grows with what comes.
-const CHUNK_USUAL: usize = 1 << 10;
+const CHUNK_USUAL: usize = 512;
 
 /// Read of an error's body, in bytes: more than is passed on, for the key that may have to be taken out of it.
 const ERROR_READ_MAX: usize = 4 * ERROR_BODY_MAX;
@@ -91,6 +91,8 @@ fn post<'a>(
     Err(BackendError::Unreachable("the connection was closed twice".into()))
 }
 
+// Not in its caller's frame: that one is below the deepest calls of the exchange, and what they touch of the stack stays.
+#[inline(never)]
 fn relay_body(lease: &Lease<'_>, body: Body, watch: &mut Watch, sink: &mut dyn JobSink) -> BackendResult<Usage> {
     let mut reader = body.into_reader();
     let mut buffer = vec![0; CHUNK_USUAL];

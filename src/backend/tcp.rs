@@ -20,7 +20,7 @@ use ureq::unversioned::transport::{
 use ureq::{Error, Timeout};
 
 /// Held by a stream that sends a small piece at a time: an event, or a few.
-const INPUT_MIN: usize = 2 << 10;
+const INPUT_MIN: usize = 512;
 /// Held by a stream that has more to send than we take: one system call for so much.
 const INPUT_MAX: usize = 64 << 10;
 /// So many small reads in a row, and a large buffer is given back.
@@ -54,7 +54,7 @@ impl<In: Transport> Connector<In> for TcpConnector {
 /// Tries the addresses in turn. One that does not answer leaves half of the time to those behind it.
 fn connect(addresses: &[SocketAddr], timeout: NextTimeout) -> Result<TcpStream, Error> {
     let time = Time::starting_now(timeout);
-    let mut failure = Error::ConnectionFailed;
+    let mut failure = None;
     for (at, address) in addresses.iter().enumerate() {
         let is_last = at + 1 == addresses.len();
         let attempt = match time.left()? {
@@ -64,12 +64,16 @@ fn connect(addresses: &[SocketAddr], timeout: NextTimeout) -> Result<TcpStream, 
         };
         match attempt {
             Ok(socket) => return Ok(socket),
-            Err(e) if is_timeout(&e) => failure = Error::Timeout(Timeout::Connect),
-            Err(e) => failure = e.into(),
+            // The first address is the one that was meant.
+            Err(e) => failure = failure.or(Some(e)),
         }
     }
     time.left()?;
-    Err(failure)
+    Err(match failure {
+        Some(e) if is_timeout(&e) => Error::Timeout(Timeout::Connect),
+        Some(e) => e.into(),
+        None => Error::HostNotFound,
+    })
 }
 
 /// One connection, its buffers, and what the kernel was told last.

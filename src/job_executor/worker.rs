@@ -30,6 +30,13 @@ pub fn run(shared: &Arc<Shared>, ticket: &Arc<Ticket>, mut member: Arc<Member>, 
             return;
         }
         ending.outcome = Err(BackendError::Panicked);
+        if alternatives.len() == 0 {
+            ending.outcome = member.backend.execute_last(job, &mut relay);
+            if !ticket.is_cancelled() {
+                shared.heed(&member, &ending.outcome);
+            }
+            return;
+        }
         ending.outcome = member.backend.execute(&job, &mut relay);
         // What an interrupted backend says means nothing.
         if ticket.is_cancelled() {
