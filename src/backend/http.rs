@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use ureq::config::Config;
 use ureq::http::uri::Scheme;
-use ureq::http::{HeaderValue, Method, Request, Response, Uri, header};
+use ureq::http::{HeaderMap, HeaderValue, Method, Request, Response, Uri, header};
 use ureq::{Agent, AsSendBody, Body, Proxy};
 
 use super::resolver::LocalFirstResolver;
@@ -188,6 +188,8 @@ impl<'a> Lease<'a> {
     fn request<B>(&self, url: &str, body: B) -> Result<Request<B>, ureq::http::Error> {
         let mut request = Request::new(body);
         *request.uri_mut() = url.parse()?;
+        // It is kept as long as the answer comes; by itself a map takes room for six.
+        *request.headers_mut() = HeaderMap::with_capacity(2);
         if let ApiKey::Bearer(key) = &self.client.key {
             request.headers_mut().insert(header::AUTHORIZATION, key.parse()?);
         }
