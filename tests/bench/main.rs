@@ -45,10 +45,13 @@ use crate::workloads::{Effort, GROUPS, Workload};
 
 type Result<T, E = Box<dyn std::error::Error + Send + Sync>> = std::result::Result<T, E>;
 
+/// What cargo adds to the arguments.
+const BY_CARGO_BENCH: &str = "--bench";
+
 /// Measures what the agent costs: `cargo bench -- OPTIONS`.
 #[derive(FromArgs)]
 struct Args {
-    /// another agent to measure beside this one, and against which the ratios are
+    /// another agent's program, not a script around it, to measure beside this one; the ratios are against it
     #[argh(option, arg_name = "path")]
     peer: Option<PathBuf>,
     /// the binary to measure (default: the one that cargo just built)
@@ -66,19 +69,30 @@ struct Args {
     /// where the values of every round go (default: bench.json in the target folder)
     #[argh(option, arg_name = "file")]
     json: Option<PathBuf>,
-    /// given by cargo
-    #[argh(switch, hidden_help)]
-    bench: bool,
 }
 
 fn main() -> ExitCode {
     let words: Vec<_> = std::env::args().skip(1).collect();
-    let words: Vec<_> = words.iter().map(String::as_str).collect();
+    let mut words: Vec<_> = words.iter().map(String::as_str).collect();
     let result = match words[..] {
         // The bench's own children.
         ["floor", coordinator, backend] => port(coordinator).and_then(|it| floor::run(it, port(backend)?)),
         ["direct", backend] => port(backend).and_then(direct::run),
-        _ => bench(&argh::from_env(), &words),
+        // `cargo test --all-targets` runs benches too.
+        _ if !words.contains(&BY_CARGO_BENCH) => {
+            say("bench: nothing to test; measures when run by `cargo bench`");
+            Ok(())
+        }
+        _ => {
+            words.retain(|word| *word != BY_CARGO_BENCH);
+            match Args::from_args(&["cargo bench --"], &words) {
+                Ok(args) => bench(&args, &words),
+                Err(exit) => {
+                    say(exit.output.trim_end());
+                    return if exit.status.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+                }
+            }
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -99,11 +113,6 @@ fn say(line: &str) {
 }
 
 fn bench(args: &Args, words: &[&str]) -> Result<()> {
-    if !args.bench {
-        // `cargo test --all-targets` runs benches too.
-        say("bench: nothing to test; measures when run by `cargo bench`");
-        return Ok(());
-    }
     let mut effort = if args.quick { Effort::QUICK } else { Effort::FULL };
     effort.rounds = args.rounds.unwrap_or(effort.rounds).max(1);
     let workloads = args.workloads(&effort)?;
@@ -132,7 +141,7 @@ fn bench(args: &Args, words: &[&str]) -> Result<()> {
     let mut stdout = std::io::stdout().lock();
     writeln!(
         stdout,
-        "{}, {} CPUs, Linux {}; medians of {} rounds\n",
+        "{}, {} CPUs, Linux {}; medians, rounds: {}\n",
         machine.cpu, machine.cpus, machine.kernel, effort.rounds
     )?;
     writeln!(stdout, "{}\n{}", sheet.table(reference), sheet.tls_table())?;
@@ -177,6 +186,5 @@ fn first_starts(rig: &Rig, subjects: &[Subject]) -> Result<Map<String, Value>> {
 
 /// The arguments as a document may show them: where a file lies on this machine is nobody's business.
 fn without_folders(words: &[&str]) -> Vec<String> {
-    let words = words.iter().filter(|word| **word != "--bench");
-    words.map(|word| word.rsplit('/').next().unwrap_or(word).to_owned()).collect()
+    words.iter().map(|word| word.rsplit('/').next().unwrap_or(word).to_owned()).collect()
 }

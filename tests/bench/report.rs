@@ -57,7 +57,9 @@ impl Sheet {
                     row.values.get(subject).map_or(String::new(), |values| number(median(values.clone())))
                 );
             }
-            let _ = writeln!(text, "{}", row.ratio(ratio).unwrap_or_default());
+            let _ = write!(text, "{}", row.ratio(ratio).unwrap_or_default());
+            text.truncate(text.trim_end().len());
+            text.push('\n');
         }
         if text.is_empty() {
             return text;

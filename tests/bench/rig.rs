@@ -77,8 +77,7 @@ impl Rig {
             let customer = Direct::new(input.ok_or("no stdin")?, output.ok_or("no stdout")?)?;
             return Ok(Run { rig: self, process, customer: Box::new(customer), start_ms: 0.0, version: String::new() });
         }
-        let session =
-            coordinator.accept().map_err(|error| format!("{error}; its log ends:\n{}", process.log_tail()))?;
+        let session = coordinator.accept().map_err(|error| format!("{error}; {}", process.last_words()))?;
         let start_ms = (session.ready_ns - process.spawned_ns) as f64 / 1e6;
         let version = session.version.clone();
         Ok(Run { rig: self, process, customer: Box::new(session), start_ms, version })

@@ -78,6 +78,9 @@ max_concurrent = 256
 const FOREIGN_VARIABLES: [&str; 8] =
     ["XDG_CONFIG_HOME", "RUST_LOG", "HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"];
 
+/// Of a log, in an error.
+const LAST_LINES: usize = 8;
+
 /// A running child; killed when dropped.
 pub struct Process {
     pub child: Child,
@@ -101,7 +104,8 @@ impl Process {
         // Pages that are not yet written back would be dirty memory of the process that maps them.
         File::open(&copy)?.sync_all()?;
         let log = home.join("log");
-        let log_file = OpenOptions::new().create(true).append(true).open(&log)?;
+        fs::write(&log, "")?;
+        let log_file = OpenOptions::new().append(true).open(&log)?;
         let mut command = Command::new(&copy);
         match subject {
             Subject::Ours | Subject::Peer | Subject::Wss => {
@@ -137,12 +141,16 @@ impl Process {
         self.child.id()
     }
 
-    /// The last lines that it logged.
-    pub fn log_tail(&self) -> String {
+    /// For an error: how it ended, if it did, and the last lines that it logged.
+    pub fn last_words(&mut self) -> String {
+        let end = match self.child.try_wait() {
+            Ok(Some(status)) => format!("it ended with {status}"),
+            _ => "it still runs".to_owned(),
+        };
         let log = fs::read(&self.log).unwrap_or_default();
         let log = String::from_utf8_lossy(&log);
         let lines: Vec<_> = log.lines().collect();
-        lines[lines.len().saturating_sub(8)..].join("\n")
+        format!("{end}, and said last:\n{}", lines[lines.len().saturating_sub(LAST_LINES)..].join("\n"))
     }
 }
 

@@ -28,7 +28,7 @@ const WARM_UP: usize = 8;
 /// After this a backend whose job was cancelled counts as left alone for ever, and the time is taken for the figure.
 const CANCEL_PATIENCE: Duration = Duration::from_secs(3);
 
-/// How much is measured, for how long.
+/// How much is measured, for how long. Jobs and cancels, one at a time, stop early after four windows.
 pub struct Effort {
     pub rounds: usize,
     pub stream_counts: &'static [u64],
@@ -58,10 +58,10 @@ impl Effort {
         rounds: 2,
         stream_counts: &[1, 8, 64, 256],
         starts: 3,
-        idle: Duration::from_secs(4),
-        settle: Duration::from_millis(200),
-        window: Duration::from_millis(600),
-        jobs: 150,
+        idle: Duration::from_secs(3),
+        settle: Duration::from_millis(150),
+        window: Duration::from_millis(500),
+        jobs: 100,
         cancels: 15,
     };
 }
@@ -132,8 +132,7 @@ impl Workload {
             Self::Start => start(rig, effort, subject),
             _ => {
                 let mut run = rig.start(subject)?;
-                self.load(&mut run, effort)
-                    .map_err(|error| format!("{error}; its log ends:\n{}", run.process.log_tail()).into())
+                self.load(&mut run, effort).map_err(|error| format!("{error}; {}", run.process.last_words()).into())
             }
         };
         let named = |subject| run(subject).map_err(|error| format!("{self}, {subject}: {error}").into());
@@ -207,7 +206,11 @@ fn idle(rig: &Rig, effort: &Effort, subjects: &[Subject]) -> Result<Vec<Figures>
 /// One job after the other; the backend answers at once.
 fn jobs(run: &mut Run, effort: &Effort) -> Result<Figures> {
     let (mut first, mut whole) = (Vec::new(), Vec::new());
+    let end = Instant::now() + 4 * effort.window;
     for n in 0..WARM_UP + effort.jobs {
+        if n > WARM_UP && Instant::now() > end {
+            break;
+        }
         let (first_us, whole_us) = job(run)?;
         if n >= WARM_UP {
             first.push(first_us);
