@@ -60,7 +60,7 @@ struct Args {
     /// how often everything is measured (default: 3; 2 with --quick)
     #[argh(option, arg_name = "n")]
     rounds: Option<usize>,
-    /// about a minute instead of ten: fewer stream counts and short windows, so only large differences mean something
+    /// about a minute instead of ten: fewer stream counts and short windows; only large differences mean something
     #[argh(switch)]
     quick: bool,
     /// workloads, by comma: size,start,idle,job,churn,lockstep,streams,flood,cancel (default: all)

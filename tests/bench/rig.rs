@@ -17,6 +17,9 @@ use crate::wire::tls_server;
 /// For what takes milliseconds on a healthy machine.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
+/// For the end of streams: the kernel holds megabytes of each stream of a flood, which a slow subject has still to relay.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(60);
+
 /// How many streams are begun at once: what the backend's listener holds, with room.
 const BATCH: usize = 32;
 
@@ -187,7 +190,7 @@ impl Run<'_> {
     /// Has the `count` streams that are open end, and compares byte counts: a subject that loses some is not to be measured.
     pub fn finish(&mut self, count: usize) -> Result<()> {
         self.rig.backend.stop(true);
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + DRAIN_PATIENCE;
         let mut arrived = Vec::new();
         while arrived.len() < count {
             let left = count - arrived.len();

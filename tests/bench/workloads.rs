@@ -58,9 +58,9 @@ impl Effort {
         rounds: 2,
         stream_counts: &[1, 8, 64, 256],
         starts: 3,
-        idle: Duration::from_secs(3),
+        idle: Duration::from_secs(2),
         settle: Duration::from_millis(150),
-        window: Duration::from_millis(500),
+        window: Duration::from_millis(450),
         jobs: 100,
         cancels: 15,
     };
