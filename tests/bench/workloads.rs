@@ -1,0 +1,330 @@
+//! The workloads. Each uses a fresh process of its subject for each figure, and gives named figures with their unit.
+
+use std::fmt;
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use crate::Result;
+use crate::backend::Note;
+use crate::customer::Seen;
+use crate::order::{INTERVAL_NS, Script};
+use crate::report::{median, quantile};
+use crate::rig::{PATIENCE, Rig, Run};
+use crate::subject::Subject;
+
+pub type Figures = Vec<(&'static str, f64)>;
+
+/// Short streams at a time in [`Workload::Churn`], and the events of each.
+const CHURN_STREAMS: u64 = 32;
+const CHURN_EVENTS: u64 = 25;
+
+/// Streams that emit at the same instant, as an engine that decodes in batches makes them.
+const LOCKSTEP_STREAMS: u64 = 64;
+
+/// Jobs before the measured ones.
+const WARM_UP: usize = 8;
+
+/// After this a backend whose job was cancelled counts as left alone for ever, and the time is taken for the figure.
+const CANCEL_PATIENCE: Duration = Duration::from_secs(3);
+
+/// How much is measured, for how long. Jobs and cancels, one at a time, stop early after four windows.
+pub struct Effort {
+    pub rounds: usize,
+    pub stream_counts: &'static [u64],
+    pub starts: usize,
+    pub idle: Duration,
+    /// From the first event of the last stream to the window.
+    pub settle: Duration,
+    pub window: Duration,
+    pub jobs: usize,
+    pub cancels: usize,
+}
+
+impl Effort {
+    pub const FULL: Self = Self {
+        rounds: 3,
+        stream_counts: &[1, 8, 16, 32, 64, 128, 256],
+        starts: 6,
+        // Each agent's heartbeat falls into it.
+        idle: Duration::from_secs(16),
+        settle: Duration::from_millis(400),
+        window: Duration::from_millis(2500),
+        jobs: 400,
+        cancels: 40,
+    };
+
+    pub const QUICK: Self = Self {
+        rounds: 2,
+        stream_counts: &[1, 8, 64, 256],
+        starts: 3,
+        idle: Duration::from_secs(2),
+        settle: Duration::from_millis(150),
+        window: Duration::from_millis(450),
+        jobs: 100,
+        cancels: 15,
+    };
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Workload {
+    Size,
+    Start,
+    Idle,
+    Job,
+    Churn,
+    Lockstep,
+    Streams(u64),
+    Flood { streams: u64, events_a_chunk: u64 },
+    Cancel { is_silent: bool },
+}
+
+/// What `--only` takes: [`Workload::group`] of each.
+pub const GROUPS: [&str; 9] = ["size", "start", "idle", "job", "churn", "lockstep", "streams", "flood", "cancel"];
+
+/// 180-byte events to the 16 KiB chunk.
+const EVENTS_A_16K_CHUNK: u64 = 91;
+const BIG_FLOOD: Workload = Workload::Flood { streams: 8, events_a_chunk: EVENTS_A_16K_CHUNK };
+
+impl Workload {
+    /// All of them, in the order in which they run.
+    pub fn all(effort: &Effort) -> Vec<Self> {
+        let mut all = vec![Self::Size, Self::Start, Self::Idle, Self::Job, Self::Churn, Self::Lockstep];
+        all.extend(effort.stream_counts.iter().map(|streams| Self::Streams(*streams)));
+        all.extend([BIG_FLOOD, Self::Flood { streams: 64, events_a_chunk: 1 }]);
+        all.extend([false, true].map(|is_silent| Self::Cancel { is_silent }));
+        all
+    }
+
+    pub fn group(self) -> &'static str {
+        match self {
+            Self::Size => "size",
+            Self::Start => "start",
+            Self::Idle => "idle",
+            Self::Job => "job",
+            Self::Churn => "churn",
+            Self::Lockstep => "lockstep",
+            Self::Streams(_) => "streams",
+            Self::Flood { .. } => "flood",
+            Self::Cancel { .. } => "cancel",
+        }
+    }
+
+    /// Whether it says something about this subject.
+    pub fn suits(self, subject: Subject) -> bool {
+        match (self, subject) {
+            (_, Subject::Ours | Subject::Peer) => true,
+            (Self::Start | Self::Idle | Self::Streams(64), Subject::Wss) => true,
+            (_, Subject::Wss) => self == BIG_FLOOD,
+            (Self::Size | Self::Cancel { .. }, _) => false,
+            (Self::Start | Self::Idle, Subject::Direct) => false,
+            _ => true,
+        }
+    }
+
+    /// Runs it for one subject after the other. Errors name the workload and the subject.
+    pub fn run(self, rig: &Rig, effort: &Effort, subjects: &[Subject]) -> Result<Vec<Figures>> {
+        if self == Self::Idle {
+            return idle(rig, effort, subjects).map_err(|error| format!("{self}: {error}").into());
+        }
+        let run = |subject| match self {
+            Self::Size => size(rig, subject),
+            Self::Start => start(rig, effort, subject),
+            _ => {
+                let mut run = rig.start(subject)?;
+                self.load(&mut run, effort).map_err(|error| format!("{error}; {}", run.process.last_words()).into())
+            }
+        };
+        let named = |subject| run(subject).map_err(|error| format!("{self}, {subject}: {error}").into());
+        subjects.iter().map(|subject| named(*subject)).collect()
+    }
+
+    fn load(self, run: &mut Run, effort: &Effort) -> Result<Figures> {
+        match self {
+            Self::Job => jobs(run, effort),
+            Self::Churn => churn(run, effort),
+            Self::Lockstep => streams(run, effort, [0; LOCKSTEP_STREAMS as usize].to_vec()),
+            Self::Streams(count) => streams(run, effort, (0..count).map(|n| n * INTERVAL_NS / count).collect()),
+            Self::Flood { streams, events_a_chunk } => flood(run, effort, streams as usize, events_a_chunk),
+            Self::Cancel { is_silent } => cancel(run, effort, is_silent),
+            Self::Size | Self::Start | Self::Idle => unreachable!("they have processes of their own"),
+        }
+    }
+}
+
+impl fmt::Display for Workload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Streams(count) => write!(f, "streams/{count}"),
+            Self::Lockstep => write!(f, "lockstep/{LOCKSTEP_STREAMS}"),
+            Self::Churn => write!(f, "churn/{CHURN_STREAMS}"),
+            Self::Flood { streams, events_a_chunk: 1 } => write!(f, "flood/{streams}x180"),
+            Self::Flood { streams, .. } => write!(f, "flood/{streams}x16k"),
+            Self::Cancel { is_silent: false } => f.write_str("cancel/after-one"),
+            Self::Cancel { is_silent: true } => f.write_str("cancel/silent"),
+            _ => f.write_str(self.group()),
+        }
+    }
+}
+
+fn size(rig: &Rig, subject: Subject) -> Result<Figures> {
+    let stripped = rig.scratch().join("stripped");
+    let status = Command::new("strip").arg("-o").arg(&stripped).arg(rig.program(subject)?).status();
+    match status {
+        Ok(status) if status.success() => {}
+        _ => return Err("`strip`, of binutils, did not work".into()),
+    }
+    Ok(vec![("stripped_kib", std::fs::metadata(stripped)?.len() as f64 / 1024.0)])
+}
+
+fn start(rig: &Rig, effort: &Effort, subject: Subject) -> Result<Figures> {
+    let times: Vec<_> = (0..effort.starts).map(|_| Ok(rig.start(subject)?.start_ms)).collect::<Result<_>>()?;
+    Ok(vec![("to_capabilities_ms", median(times))])
+}
+
+/// All subjects side by side in one window.
+fn idle(rig: &Rig, effort: &Effort, subjects: &[Subject]) -> Result<Vec<Figures>> {
+    let named = |subject: &Subject| rig.start(*subject).map_err(|error| format!("{subject}: {error}"));
+    let runs: Vec<_> = subjects.iter().map(named).collect::<Result<_, _>>()?;
+    sleep(effort.settle);
+    let switches: Vec<_> = runs.iter().map(|run| Ok(run.threads()?.switches)).collect::<Result<_>>()?;
+    let began = Instant::now();
+    sleep(effort.idle);
+    let seconds = began.elapsed().as_secs_f64();
+    let figures = |(run, before): (&Run, u64)| {
+        let (threads, memory) = (run.threads()?, run.memory()?);
+        Ok(vec![
+            ("rss_mib", memory.rss),
+            ("pss_mib", memory.pss),
+            ("threads", threads.count as f64),
+            ("wakeups_per_s", threads.switches.saturating_sub(before) as f64 / seconds),
+        ])
+    };
+    runs.iter().zip(switches).map(figures).collect()
+}
+
+/// One job after the other; the backend answers at once.
+fn jobs(run: &mut Run, effort: &Effort) -> Result<Figures> {
+    let (mut first, mut whole) = (Vec::new(), Vec::new());
+    let end = Instant::now() + 4 * effort.window;
+    for n in 0..WARM_UP + effort.jobs {
+        if n > WARM_UP && Instant::now() > end {
+            break;
+        }
+        let (first_us, whole_us) = job(run)?;
+        if n >= WARM_UP {
+            first.push(first_us);
+            whole.push(whole_us);
+        }
+    }
+    Ok(vec![("first_chunk_p50_us", median(first)), ("job_done_p50_us", median(whole))])
+}
+
+/// The microseconds from the order to the first bytes, and to the end.
+fn job(run: &mut Run) -> Result<(f64, f64)> {
+    let (seq, mut sent_ns) = run.order(Script::One)?;
+    let deadline = Instant::now() + PATIENCE;
+    let mut first_us = 0.0;
+    loop {
+        match run.next(deadline)?.ok_or("a job did not end")? {
+            Seen::First { seq: of, at_ns, began_ns } if of == seq => {
+                sent_ns = began_ns.unwrap_or(sent_ns);
+                first_us = (at_ns - sent_ns) as f64 / 1e3;
+            }
+            Seen::Done { seq: of, at_ns, .. } if of == seq => return Ok((first_us, (at_ns - sent_ns) as f64 / 1e3)),
+            _ => {}
+        }
+    }
+}
+
+/// Short streams, each replaced when it ends: the coordinator writes to the socket that it reads.
+fn churn(run: &mut Run, effort: &Effort) -> Result<Figures> {
+    let script =
+        |n: u64| Script::Paced { phase_ns: n % CHURN_STREAMS * INTERVAL_NS / CHURN_STREAMS, events: CHURN_EVENTS };
+    let mut orders = (0..).map(script);
+    // Staggered, so that the ends are.
+    for script in orders.by_ref().take(CHURN_STREAMS as usize) {
+        run.order(script)?;
+        sleep(Duration::from_nanos(INTERVAL_NS * CHURN_EVENTS / CHURN_STREAMS));
+    }
+    run.customer.record()?;
+    let end = Instant::now() + effort.window;
+    while let Some(seen) = run.next(end)? {
+        if let (Seen::Done { .. }, Some(script)) = (seen, orders.next()) {
+            run.order(script)?;
+        }
+    }
+    let [p50, p99] = quantiles(run.customer.latencies_us()?)?;
+    Ok(vec![("latency_p50_us", p50), ("latency_p99_us", p99)])
+}
+
+/// Streams of 50 events a second, each so far behind the ticks of the grid.
+fn streams(run: &mut Run, effort: &Effort, phases_ns: Vec<u64>) -> Result<Figures> {
+    let count = phases_ns.len();
+    run.begin(phases_ns.into_iter().map(|phase_ns| Script::Paced { phase_ns, events: u64::MAX }))?;
+    sleep(effort.settle);
+    run.customer.record()?;
+    let begin = run.mark()?;
+    // Few streams make few events.
+    sleep(effort.window * if count < 8 { 2 } else { 1 });
+    let window = run.since(begin)?;
+    let [p50, p99] = quantiles(run.customer.latencies_us()?)?;
+    let figures = vec![
+        ("cpu_us_per_event", window.cpu_ns as f64 / 1e3 / window.events as f64),
+        ("latency_p50_us", p50),
+        ("latency_p99_us", p99),
+        ("rss_mib", run.memory()?.rss),
+        ("threads", run.threads()?.count as f64),
+    ];
+    run.finish(count)?;
+    Ok(figures)
+}
+
+/// Streams as fast as the subject takes them.
+fn flood(run: &mut Run, effort: &Effort, count: usize, events_a_chunk: u64) -> Result<Figures> {
+    run.begin(vec![Script::Flood { events_a_chunk }; count])?;
+    sleep(effort.settle);
+    let begin = run.mark()?;
+    sleep(effort.window);
+    let window = run.since(begin)?;
+    let figures = vec![("cpu_ms_per_mb", window.cpu_ns as f64 / window.bytes as f64), ("rss_mib", run.memory()?.rss)];
+    run.finish(count)?;
+    Ok(figures)
+}
+
+/// From the cancel to the end of the backend's connection.
+fn cancel(run: &mut Run, effort: &Effort, is_silent: bool) -> Result<Figures> {
+    let mut times_ms = Vec::new();
+    let end = Instant::now() + 4 * effort.window;
+    for n in 0..effort.cancels {
+        if Instant::now() > end {
+            break;
+        }
+        let (seq, _) = run.order(if is_silent { Script::Silence } else { Script::OneThenSilence })?;
+        if is_silent {
+            let began = |note| matches!(note, Note::Silent { seq: of } if of == seq).then_some(());
+            run.note(PATIENCE, began).ok_or("the backend saw no request")?;
+        } else {
+            run.wait_first(1)?;
+        }
+        // Not in step with any timer of the agent.
+        sleep(Duration::from_micros(5_000 + (n as u64 * 7919) % 10_000));
+        let sent_ns = run.customer.cancel(seq)?;
+        let closed = run.note(CANCEL_PATIENCE, |note| match note {
+            Note::Closed { seq: of, at_ns } if of == seq => Some(at_ns),
+            _ => None,
+        });
+        let took_ns = closed.map_or(CANCEL_PATIENCE.as_nanos() as f64, |at_ns| at_ns.saturating_sub(sent_ns) as f64);
+        times_ms.push(took_ns / 1e6);
+    }
+    let [p50, p99] = quantiles(times_ms)?;
+    Ok(vec![("closed_p50_ms", p50), ("closed_p99_ms", p99)])
+}
+
+fn quantiles(mut values: Vec<f64>) -> Result<[f64; 2]> {
+    if values.is_empty() {
+        return Err("nothing came".into());
+    }
+    values.sort_by(f64::total_cmp);
+    Ok([quantile(&values, 0.5), quantile(&values, 0.99)])
+}
