@@ -96,6 +96,10 @@ pub struct Demo {
     /// exit after the first answer: 0 only if its bytes were right
     #[argh(switch)]
     pub once: bool,
+    /// after the first answer, measure what the agent adds to the first byte and to each event, directly and through it in
+    /// turn (a minute or so), then exit: 0 only if every answer came through whole
+    #[argh(switch)]
+    pub bench: bool,
 }
 
 /// What the words came to.

@@ -20,6 +20,7 @@ pub fn run(globals: &Globals, options: &Demo) -> Result<(), Failure> {
         port: options.port,
         prompt: options.prompt.clone(),
         once: options.once,
+        bench: options.bench,
         config: named_config(globals)?,
     };
     demo::run(options, &stop, &mut std::io::stdout().lock()).map_err(|e| Failure::Runtime(e.to_string()))

@@ -230,7 +230,15 @@ impl Coordinator {
             "format": format.as_str(), "deadline_ms": u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX),
         });
         let give_up = Instant::now() + deadline + DEADLINE_GRACE;
-        let job = Job { job_id, inbox, give_up, ended: false, sender, shared: self.shared.clone() };
+        let job = Job {
+            job_id,
+            inbox,
+            give_up,
+            arrived_at: Instant::now(),
+            ended: false,
+            sender,
+            shared: self.shared.clone(),
+        };
         job.sender.send(&frame.to_string()).map_err(CoordinatorError::Send)?;
         Ok(job)
     }
@@ -258,6 +266,7 @@ pub struct Job {
     job_id: Uuid,
     inbox: Inbox,
     give_up: Instant,
+    arrived_at: Instant,
     ended: bool,
     sender: Sender,
     shared: Arc<Shared>,
@@ -282,7 +291,10 @@ impl Job {
         }
         let until = self.give_up.min(Instant::now() + limit);
         let event = match self.inbox.receive(until) {
-            Received::Event(event) => event,
+            Received::Event(at, event) => {
+                self.arrived_at = at;
+                event
+            }
             Received::Timeout if until < self.give_up => return Waited::NotYet,
             Received::Timeout => {
                 self.cancel();
@@ -292,6 +304,11 @@ impl Job {
         };
         self.ended |= !matches!(event, JobEvent::Chunk(_));
         Waited::Event(event)
+    }
+
+    /// When the event that was given last came from the agent, however long it waited here to be asked for.
+    pub fn arrived_at(&self) -> Instant {
+        self.arrived_at
     }
 
     /// Tells the agent to stop. No event follows.

@@ -325,7 +325,12 @@ mod tests {
 
     #[test]
     fn the_listing_has_the_context_only_when_known() {
-        let mut model = OfferedModel { model_id: "m".to_owned(), backend: "vllm".to_owned(), context_window: None };
+        let mut model = OfferedModel {
+            model_id: "m".to_owned(),
+            backend: "vllm".to_owned(),
+            context_window: None,
+            max_concurrent: 1,
+        };
         assert_eq!(
             listing(&[model.clone()])["data"][0],
             json!({"id":"m","object":"model","created":0,"owned_by":"vllm"})

@@ -20,7 +20,8 @@ pub(super) struct Sender(Arc<Shared>);
 
 /// What came of a wait.
 pub(super) enum Received {
-    Event(JobEvent),
+    /// With the moment at which the connection's thread had it.
+    Event(Instant, JobEvent),
     Timeout,
     Disconnected,
 }
@@ -33,7 +34,7 @@ struct Shared {
 
 #[derive(Default)]
 struct Queue {
-    events: VecDeque<JobEvent>,
+    events: VecDeque<(Instant, JobEvent)>,
     unread_bytes: usize,
     ended: bool,
 }
@@ -58,7 +59,7 @@ impl Sender {
             return false;
         }
         queue.unread_bytes = unread_bytes;
-        queue.events.push_back(event);
+        queue.events.push_back((Instant::now(), event));
         self.0.changed.notify_one();
         true
     }
@@ -76,9 +77,9 @@ impl Inbox {
     pub(super) fn receive(&self, until: Instant) -> Received {
         let mut queue = self.0.lock();
         loop {
-            if let Some(event) = queue.events.pop_front() {
+            if let Some((at, event)) = queue.events.pop_front() {
                 queue.unread_bytes -= bytes_in(&event);
-                return Received::Event(event);
+                return Received::Event(at, event);
             }
             let left = until.saturating_duration_since(Instant::now());
             if queue.ended {
@@ -109,10 +110,10 @@ mod tests {
         assert!(!sender.send(JobEvent::Chunk(vec![0])));
         assert!(sender.send(JobEvent::Done(Default::default())));
         let now = Instant::now();
-        assert!(matches!(inbox.receive(now), Received::Event(JobEvent::Chunk(_))));
+        assert!(matches!(inbox.receive(now), Received::Event(_, JobEvent::Chunk(_))));
         assert!(sender.send(JobEvent::Chunk(vec![0])));
-        assert!(matches!(inbox.receive(now), Received::Event(JobEvent::Done(_))));
-        assert!(matches!(inbox.receive(now), Received::Event(JobEvent::Chunk(_))));
+        assert!(matches!(inbox.receive(now), Received::Event(_, JobEvent::Done(_))));
+        assert!(matches!(inbox.receive(now), Received::Event(_, JobEvent::Chunk(_))));
         assert!(matches!(inbox.receive(now), Received::Timeout));
         drop(sender);
         assert!(matches!(inbox.receive(now), Received::Disconnected));

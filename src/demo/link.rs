@@ -104,6 +104,8 @@ pub struct OfferedModel {
     pub backend: String,
     /// Tokens that fit, when the agent knows.
     pub context_window: Option<u64>,
+    /// Jobs of it that the agent takes at a time.
+    pub max_concurrent: u64,
 }
 
 /// What the agent's `job_done` says.
@@ -163,7 +165,8 @@ pub(super) fn parse_frame(text: &str) -> Result<Frame, String> {
 fn offered_model(model: &Value) -> Option<OfferedModel> {
     let backend = model["backend"].as_str().unwrap_or_default().to_owned();
     let context_window = model["context_window"].as_u64();
-    Some(OfferedModel { model_id: model["model_id"].as_str()?.to_owned(), backend, context_window })
+    let max_concurrent = model["max_concurrent"].as_u64().unwrap_or(1);
+    Some(OfferedModel { model_id: model["model_id"].as_str()?.to_owned(), backend, context_window, max_concurrent })
 }
 
 fn parse_json(text: &str) -> Result<Value, String> {

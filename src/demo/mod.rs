@@ -10,6 +10,7 @@
 mod ask;
 mod assemble;
 mod backends;
+mod bench;
 pub mod coordinator;
 mod echo;
 mod exchange;
@@ -17,8 +18,10 @@ pub mod front_door;
 mod http;
 mod inbox;
 mod link;
+mod meter;
 mod page;
 mod sse;
+mod timed;
 mod websocket;
 mod witness;
 
@@ -31,8 +34,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use thiserror::Error;
-use uuid::Uuid;
 
+use crate::backend::Backend;
 use crate::config::{Config, CoordinatorConfig, Limits, MAX_CONCURRENT_DEFAULT, Price, Pricing};
 use crate::discovery::Terms;
 use crate::identity::{Identity, IdentityError};
@@ -43,7 +46,10 @@ use crate::threads;
 use backends::Chosen;
 use coordinator::{Coordinator, CoordinatorError, Offer};
 use front_door::FrontDoor;
+use meter::{Meter, Through};
 use page::{Page, ms, shell_word};
+use timed::{Timed, percentile};
+use witness::Seen;
 
 pub use link::{HandshakeError, JobEnd, OfferedModel};
 
@@ -65,6 +71,9 @@ const PROMPT: &str = "Say hello to the operator of this machine, in one short se
 /// What the echo is asked to repeat.
 const ECHO_PROMPT: &str = "Every word of this went from the coordinator through the agent to the backend and back.";
 
+/// Requests of each sort behind the overhead that is shown.
+const OVERHEAD_PAIRS: usize = 5;
+
 /// Prices of the demo when there is no config, in millionths of a dollar; nobody pays them.
 const DEMO_PRICE_PER_1M: u64 = 100_000;
 
@@ -80,6 +89,8 @@ pub struct Options {
     pub prompt: Option<String>,
     /// Whether to leave after the first answer.
     pub once: bool,
+    /// Whether to measure, after the first answer, what the agent adds to such ones; then it leaves as well.
+    pub bench: bool,
     /// Backends, prices and limits; its coordinator and its identity are not used.
     pub config: Option<Config>,
 }
@@ -124,15 +135,18 @@ pub enum DemoError {
     /// The bytes are not right.
     #[error("the bytes through the agent are wrong: {0}")]
     WrongBytes(String),
-    /// A signal came before the first answer.
-    #[error("stopped before the first answer")]
+    /// The bench would cost the operator money.
+    #[error("the bench does not ask a hosted backend, for each of its requests costs money; leave out `--bench`")]
+    Hosted,
+    /// A signal came before the last answer that the demo wanted.
+    #[error("stopped before its requests were answered")]
     Stopped,
 }
 
-/// Runs the demo until its answer (`once`) or until `stop`. Prints to `out`.
+/// Runs the demo until its answers (`once`, `bench`) or until `stop`. Prints to `out`.
 ///
 /// # Errors
-/// When there was no answer, or not the right bytes.
+/// When an answer is missing, or its bytes are not right.
 pub fn run(options: Options, stop: &Arc<Stop>, out: &mut dyn Write) -> Result<(), DemoError> {
     let mut page = Page::new(out);
     page.line(format_args!(
@@ -151,8 +165,9 @@ pub fn run(options: Options, stop: &Arc<Stop>, out: &mut dyn Write) -> Result<()
     page.line(format_args!("  coordinator  {}", coordinator.url()));
     page.line(format_args!("  front door   http://{}/v1", door.address()));
     let agent = RunningAgent::start(&coordinator, &chosen, options.config, stop)?;
-    let result = first_answer(&coordinator, &chosen, &agent, options.prompt, stop, &mut page).and_then(|model_id| {
-        if options.once {
+    let asked = Asked { prompt: options.prompt, bench: options.bench };
+    let result = answers(&coordinator, &chosen, &agent, asked, stop, &mut page).and_then(|model_id| {
+        if options.once || options.bench {
             return Ok(());
         }
         page.line(format_args!(""));
@@ -173,12 +188,18 @@ fn bind_door(port: Option<u16>) -> Result<TcpListener, DemoError> {
     }
 }
 
-/// Waits for the agent, asks it, and shows the stages; the model that answered.
-fn first_answer(
+/// What the operator wants to be asked.
+struct Asked {
+    prompt: Option<String>,
+    bench: bool,
+}
+
+/// Waits for the agent, asks it, and shows the stages and what the agent adds; the model that answered.
+fn answers(
     coordinator: &Coordinator,
     chosen: &Chosen,
     agent: &RunningAgent,
-    prompt: Option<String>,
+    asked: Asked,
     stop: &Stop,
     page: &mut Page<'_>,
 ) -> Result<String, DemoError> {
@@ -191,31 +212,39 @@ fn first_answer(
         page.line(format_args!("  waiting      {} is still loading its model", loading.join(", ")));
         offer = wait_for_offer(coordinator, LOADING_WAIT, |offer| !offer.models.is_empty(), agent, stop)?;
     }
-    let Some(model_id) = model_to_ask(&offer) else {
+    let Some(model) = model_to_ask(&offer) else {
         return Err(DemoError::NoModels(backends::diagnose(&chosen.backends)));
     };
+    let model_id = model.model_id.clone();
     page.line(format_args!("  model        {model_id}"));
     let is_echo = backends::is_echo(chosen, &model_id);
-    let prompt = prompt.unwrap_or_else(|| if is_echo { ECHO_PROMPT } else { PROMPT }.to_owned());
+    let prompt = asked.prompt.as_deref().unwrap_or(if is_echo { ECHO_PROMPT } else { PROMPT });
     page.line(format_args!(""));
     page.line(format_args!("> {prompt}"));
     page.line(format_args!(""));
-    let job_id = Uuid::new_v4();
-    chosen.record.watch(job_id);
-    let request = ask::request(&model_id, &prompt);
-    let answer = ask::ask(coordinator, job_id, &model_id, request.clone(), stop, page)?;
-    page.line(format_args!(""));
-    show_stages(&offer, &answer, page);
-    let seen = chosen.record.take().ok_or_else(|| DemoError::WrongBytes("no backend was asked".to_owned()))?;
+    let meter = Meter { coordinator, record: &chosen.record, model_id, is_echo, stop };
+    let request = ask::request(&meter.model_id, prompt, ask::ANSWER_TOKENS_MAX);
     let expected = is_echo.then(|| echo::exact_answer(&request, coordinator::Format::Openai));
-    let verdict = compare(&answer.bytes, &seen.bytes, expected.as_deref());
-    show_overhead(coordinator, seen.backend.as_ref(), &model_id, stop, page);
+    let mut through = meter.send(request)?;
+    let end = ask::print(&meter, &mut through, page)?;
+    page.line(format_args!(""));
+    let Through { job_id, arrived, .. } = through;
+    show_stages(&offer, &arrived, &end, page);
+    let Seen { backend, given } = chosen.record.take(job_id)?;
+    let verdict = compare(&arrived.bytes, &given.bytes, expected.as_deref());
+    if !asked.bench {
+        show_overhead(&meter, backend.as_ref(), page);
+    }
     let against = if is_echo { "the same as sent, and as expected" } else { "the same as the backend sent" };
     match &verdict {
-        Ok(()) => page.row("bytes", "ok", &format!("{} bytes, {against}", answer.bytes.len())),
+        Ok(()) => page.row("bytes", "ok", &format!("{} bytes, {against}", arrived.bytes.len())),
         Err(_) => page.row("bytes", "WRONG", "see the error"),
     }
-    verdict.map(|()| model_id)
+    verdict?;
+    if asked.bench {
+        bench::run(&meter, backend.as_ref(), asked.prompt.as_deref(), model.max_concurrent, page)?;
+    }
+    Ok(meter.model_id)
 }
 
 fn wait_for_offer(
@@ -241,41 +270,41 @@ fn wait_for_offer(
 
 /// The model that is most likely to answer soon: one to chat with, by its name, and with a known window, which the ones
 /// that are loaded have.
-fn model_to_ask(offer: &Offer) -> Option<String> {
+fn model_to_ask(offer: &Offer) -> Option<&OfferedModel> {
     let chats =
         |id: &str| !["embed", "rerank", "whisper", "tts"].iter().any(|other| id.to_ascii_lowercase().contains(other));
     let rank = |model: &&OfferedModel| (!chats(&model.model_id), model.context_window.is_none());
-    offer.models.iter().min_by_key(rank).map(|model| model.model_id.clone())
+    offer.models.iter().min_by_key(rank)
 }
 
-fn show_stages(offer: &Offer, answer: &ask::Answer, page: &mut Page<'_>) {
+fn show_stages(offer: &Offer, arrived: &Timed, end: &JobEnd, page: &mut Page<'_>) {
     let stages = offer.stages;
     page.row("connect", &ms(stages.connect), "agent started to WebSocket accepted");
     page.row("auth", &ms(stages.auth), "accepted to Ed25519 signature verified");
     let models = backends::counted(offer.models.len());
     page.row("discovery", &ms(stages.discovery), &format!("auth_ok to capabilities, {models}"));
-    page.row("first byte", &ms(answer.first_byte), "job sent to first byte of the answer");
-    let tokens = match (answer.end.input_tokens, answer.end.output_tokens) {
+    page.row("first byte", &ms(arrived.first_byte()), "job sent to first byte of the answer");
+    let tokens = match (end.input_tokens, end.output_tokens) {
         (Some(input), Some(output)) => format!("{input} tokens in, {output} out"),
         _ => "the backend gave no token counts".to_owned(),
     };
-    page.row("total", &ms(answer.total), &tokens);
+    page.row("total", &ms(arrived.total()), &tokens);
 }
 
-fn show_overhead(
-    coordinator: &Coordinator,
-    backend: &dyn crate::backend::Backend,
-    model_id: &str,
-    stop: &Stop,
-    page: &mut Page<'_>,
-) {
-    if backend.list_models().is_ok_and(|models| models.iter().any(|m| m.model_id == model_id && !m.native)) {
+fn show_overhead(meter: &Meter<'_>, backend: &dyn Backend, page: &mut Page<'_>) {
+    if meter.is_hosted(backend) {
         return page.row("overhead", "-", "not measured: each request to a hosted backend costs money");
     }
-    match ask::measure_overhead(coordinator, backend, model_id, stop) {
-        Ok(ask::Overhead { direct, through }) => {
+    match bench::pairs(meter, backend, &ask::request(&meter.model_id, "Hi", 1), OVERHEAD_PAIRS) {
+        Ok(figures) => {
+            let [direct, through] =
+                [&figures.direct, &figures.through].map(|column| percentile(&column.first_byte, 50));
             let signed = (through.as_secs_f64() - direct.as_secs_f64()) * 1e3;
-            let note = format!("first byte: {} through the agent, {} directly (medians of 5)", ms(through), ms(direct));
+            let note = format!(
+                "first byte: {} through the agent, {} directly (medians of {OVERHEAD_PAIRS})",
+                ms(through),
+                ms(direct)
+            );
             page.row("overhead", &format!("{signed:.2} ms"), &note);
         }
         Err(error) => page.row("overhead", "-", &format!("not measured: {error}")),

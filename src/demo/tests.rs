@@ -286,7 +286,13 @@ fn config_for(urls: &[String]) -> Config {
 fn the_whole_demo_shows_the_answer_and_every_stage() {
     let echo = Echo::start().unwrap();
     let config = config_for(&[format!("http://{}", echo.address())]);
-    let options = Options { port: Some(0), prompt: Some("a b c".to_owned()), once: true, config: Some(config) };
+    let options = Options {
+        port: Some(0),
+        prompt: Some("a b c".to_owned()),
+        once: true,
+        config: Some(config),
+        ..Options::default()
+    };
     let mut out = Vec::new();
     run(options, &Arc::new(Stop::default()), &mut out).unwrap();
     let out = String::from_utf8(out).unwrap();
@@ -335,14 +341,18 @@ fn wrong_bytes_are_found() {
 
 #[test]
 fn the_model_asked_is_one_to_chat_with() {
-    let model =
-        |id: &str, context_window| OfferedModel { model_id: id.to_owned(), backend: String::new(), context_window };
+    let model = |id: &str, context_window| OfferedModel {
+        model_id: id.to_owned(),
+        backend: String::new(),
+        context_window,
+        max_concurrent: 1,
+    };
     let stages = coordinator::Stages { connect: LIMIT, auth: LIMIT, discovery: LIMIT };
     let models = vec![model("a-embed", Some(1)), model("b-cold", None), model("c-warm", Some(1))];
     let mut offer = Offer { models, stages, agent_version: String::new() };
-    assert_eq!(model_to_ask(&offer).as_deref(), Some("c-warm"));
+    assert_eq!(model_to_ask(&offer), offer.models.last());
     offer.models.truncate(1);
-    assert_eq!(model_to_ask(&offer).as_deref(), Some("a-embed"));
+    assert_eq!(model_to_ask(&offer), offer.models.first());
     offer.models.clear();
     assert_eq!(model_to_ask(&offer), None);
 }

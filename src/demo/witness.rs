@@ -1,49 +1,60 @@
-//! Looks over a backend's shoulder: keeps the bytes that it gave for one watched job, so that the demo can compare them
-//! with those that reached the coordinator. Everything else passes through untouched.
+//! Looks over a backend's shoulder: keeps the bytes that it gave for the watched jobs, and when, so that the demo can
+//! compare them with those that reached the coordinator. Everything else passes through untouched.
 //!
 //! Who runs here: the agent's worker threads, in `execute`; the demo's thread watches and takes.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use uuid::Uuid;
 
+use super::DemoError;
+use super::timed::Timed;
 use crate::backend::{Backend, BackendHealth, BackendModel, BackendResult, Interrupt, Job, JobResult, JobSink};
 
-/// A backend, and a record of what it gave for the watched job.
+/// A backend, and a record of what it gave for the watched jobs.
 pub(super) struct Witness {
     backend: Arc<dyn Backend>,
     record: Arc<Record>,
 }
 
-/// What the watched job's backend gave; shared by all witnesses of a demo, since one of them will see the job.
+/// The watched jobs, and what was seen of those that a backend is done with; shared by all witnesses of a demo, since any
+/// of them may see a job.
 #[derive(Default)]
-pub(super) struct Record(Mutex<Watched>);
+pub(super) struct Record(Mutex<Vec<(Uuid, Option<Seen>)>>);
 
-#[derive(Default)]
-struct Watched {
-    job_id: Option<Uuid>,
-    seen: Option<Seen>,
-}
-
-/// The bytes of the watched job, and who gave them.
-#[derive(Clone)]
+/// What a backend gave for a job, from the moment that it was asked on.
 pub(super) struct Seen {
     pub(super) backend: Arc<dyn Backend>,
-    pub(super) bytes: Vec<u8>,
+    pub(super) given: Timed,
 }
 
 impl Record {
-    /// Watches this job from now on, and no other.
+    /// Watches this job.
     pub(super) fn watch(&self, job_id: Uuid) {
-        *self.lock() = Watched { job_id: Some(job_id), seen: None };
+        self.lock().push((job_id, None));
     }
 
-    /// Ends the watch and gives what was seen; `None` when no backend was asked.
-    pub(super) fn take(&self) -> Option<Seen> {
-        std::mem::take(&mut *self.lock()).seen
+    /// Ends the watch of a job that is over, and gives what was seen; an error when no backend was asked.
+    pub(super) fn take(&self, job_id: Uuid) -> Result<Seen, DemoError> {
+        let mut watched = self.lock();
+        let index = watched.iter().position(|(id, _)| *id == job_id);
+        let seen = index.and_then(|index| watched.swap_remove(index).1);
+        seen.ok_or_else(|| DemoError::WrongBytes("no backend was asked".to_owned()))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Watched> {
+    fn is_watched(&self, job_id: Uuid) -> bool {
+        self.lock().iter().any(|(id, _)| *id == job_id)
+    }
+
+    /// Takes note before the agent can say that the job has ended. The last backend that was asked counts.
+    fn note(&self, job_id: Uuid, seen: Seen) {
+        if let Some((_, noted)) = self.lock().iter_mut().find(|(id, _)| *id == job_id) {
+            *noted = Some(seen);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<(Uuid, Option<Seen>)>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -72,18 +83,13 @@ impl Backend for Witness {
     }
 
     fn execute(&self, job: &Job, sink: &mut dyn JobSink) -> BackendResult<JobResult> {
-        let watched = {
-            let mut record = self.record.lock();
-            let watched = record.job_id == Some(job.job_id);
-            if watched {
-                record.seen = Some(Seen { backend: self.backend.clone(), bytes: Vec::new() });
-            }
-            watched
-        };
-        if !watched {
+        if !self.record.is_watched(job.job_id) {
             return self.backend.execute(job, sink);
         }
-        self.backend.execute(job, &mut RecordingSink { sink, record: &self.record })
+        let mut recording = RecordingSink { sink, given: Timed::asked_now() };
+        let result = self.backend.execute(job, &mut recording);
+        self.record.note(job.job_id, Seen { backend: self.backend.clone(), given: recording.given });
+        result
     }
 
     fn probe(&self) -> BackendResult<Vec<BackendModel>> {
@@ -97,14 +103,12 @@ impl Backend for Witness {
 
 struct RecordingSink<'a> {
     sink: &'a mut dyn JobSink,
-    record: &'a Record,
+    given: Timed,
 }
 
 impl JobSink for RecordingSink<'_> {
     fn send_chunk(&mut self, bytes: &[u8]) -> BackendResult<()> {
-        if let Some(seen) = &mut self.record.lock().seen {
-            seen.bytes.extend_from_slice(bytes);
-        }
+        self.given.push(Instant::now(), bytes);
         self.sink.send_chunk(bytes)
     }
 

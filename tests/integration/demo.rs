@@ -1,5 +1,11 @@
 //! `usepod-agent demo`: the whole path on one machine, and a front door to it.
 
+use std::io::Write;
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::Output;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use serde_json::{Value, json};
 
 use crate::support::*;
@@ -68,6 +74,116 @@ fn demo_once_fails_when_the_answer_does() {
     let config = setup.write();
     let output = cli(setup.scratch.path(), &["demo", "--once", "--port=0", "-c", config.to_str().expect("UTF-8")], &[]);
     assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stdout));
+}
+
+/// What `demo --bench` printed behind a row's name, as words: `first byte`, for instance.
+fn row<'a>(stdout: &'a str, name: &str) -> Vec<&'a str> {
+    let row = stdout.lines().rfind(|line| line.trim_start().starts_with(name));
+    let row = row.unwrap_or_else(|| panic!("no line for `{name}`: {stdout}")).trim_start();
+    row[name.len()..].split_whitespace().collect()
+}
+
+/// A median and its quartiles, which have to be in order.
+fn spread(words: &[&str]) -> f64 {
+    let number = |word: &str| word.parse::<f64>().unwrap_or_else(|e| panic!("{word}: {e}"));
+    let quartiles = words[1].trim_matches(['(', ')']).split_once('-').expect("two quartiles");
+    let [low, median, high] = [quartiles.0, words[0], quartiles.1].map(number);
+    assert!(0.0 <= low && low <= median && median <= high, "{words:?}");
+    median
+}
+
+/// Exit code, stdout and stderr of `demo --bench`.
+fn run_bench(home: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> (Option<i32>, String, String) {
+    let arguments = [&["demo", "--bench", "--port=0"], arguments].concat();
+    let Output { status, stdout, stderr } = cli_within(secs(60), home, &arguments, environment);
+    let [stdout, stderr] = [stdout, stderr].map(|text| String::from_utf8(text).expect("UTF-8"));
+    (status.code(), stdout, stderr)
+}
+
+#[test]
+fn a_bench_without_any_set_up_measures_on_the_echo() {
+    let home = Scratch::new();
+    let (code, stdout, stderr) = run_bench(home.path(), &["--prompt", "one two three"], &[]);
+    assert_eq!(code, Some(0), "{stdout}\n{stderr}");
+    for name in ["first byte", "last byte"] {
+        let words = row(&stdout, name);
+        let [direct, through, added] = [0, 2, 4].map(|at| spread(&words[at..]));
+        assert!(direct > 0.0 && through > 0.0 && added > 0.0, "{stdout}");
+        assert_eq!(words[6..], ["20", "pairs"], "{stdout}");
+    }
+    // Role, three words, finish, usage, the end: seven events; 20 answers alone, 5 times 8 together.
+    assert_eq!(row(&stdout, "each event")[..2], ["-", "-"], "{stdout}");
+    assert!(stdout.contains("; 140 events\n") && stdout.contains("; 280 events, at most "), "{stdout}");
+    assert_eq!(row(&stdout, "answers")[..7], ["ok", "60", "through", "the", "agent,", "420", "events,"], "{stdout}");
+    assert!(stdout.contains("The medians of the first byte differ by "), "{stdout}");
+    assert!(!stdout.contains("overhead") && !stdout.contains("curl"), "{stdout}");
+}
+
+#[test]
+fn a_bench_finds_the_pace_of_the_backend_and_keeps_to_what_the_agent_takes() {
+    const WAIT: u64 = 20;
+    const PACE: u64 = 10;
+    let backend = Backend::vllm_with(&["m"], |_| {
+        Answer::Play(Box::new(|mut tcp: &TcpStream| {
+            tcp.write_all(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")?;
+            std::thread::sleep(ms(WAIT - PACE));
+            for event in sse(7, 13).split_inclusive("\n\n") {
+                std::thread::sleep(ms(PACE));
+                tcp.write_all(format!("{:x}\r\n{event}\r\n", event.len()).as_bytes())?;
+            }
+            tcp.write_all(b"0\r\n\r\n").map(|()| true)
+        }))
+    });
+    let setup = Setup::new("wss://never-dialled.example/").backend(format!("{}\nmax_concurrent = 2", backend.toml()));
+    let config = setup.write();
+    let (code, stdout, stderr) = run_bench(setup.scratch.path(), &["-c", config.to_str().expect("UTF-8")], &[]);
+    assert_eq!(code, Some(0), "{stdout}\n{stderr}");
+    let figures = |name: &str| [0, 2].map(|at| spread(&row(&stdout, name)[at..]));
+    assert!(figures("first byte").iter().all(|ms| *ms >= WAIT as f64), "{stdout}");
+    assert!(figures("last byte").iter().all(|ms| *ms >= (WAIT + 3 * PACE) as f64), "{stdout}");
+    // Whoever is woken late once is early for the next: the median knows the pace all the same.
+    assert!(figures("gap").iter().all(|ms| (0.5..5.0).contains(&(ms / PACE as f64))), "{stdout}");
+    assert_eq!(row(&stdout, "2 at once")[..2], ["-", "-"], "{stdout}");
+    assert!(
+        stdout.contains("; 80 events\n") && stdout.contains("; 40 events, at most 2 answers at a time"),
+        "{stdout}"
+    );
+    // The one that is shown, the one that warms up, 20 pairs, and 5 times 2 at once.
+    assert_eq!(backend.posts(), 1 + 1 + 40 + 10);
+    let last = backend.seen().last().expect("a request").json();
+    assert_eq!((&last["max_tokens"], &last["temperature"]), (&json!(32), &json!(0)));
+}
+
+#[test]
+fn a_bench_fails_when_an_answer_does() {
+    let asked = AtomicUsize::new(0);
+    let backend = Backend::vllm_with(&["m"], move |_| {
+        let whole = asked.fetch_add(1, Ordering::SeqCst) < 20;
+        let stream = sse(7, 13);
+        let events = stream.split_inclusive("\n\n").take(if whole { 4 } else { 1 });
+        Answer::Raw(response(200, "text/event-stream", events.collect::<String>()))
+    });
+    let setup = Setup::new("wss://never-dialled.example/").backend(backend.toml());
+    let config = setup.write();
+    let (code, stdout, stderr) = run_bench(setup.scratch.path(), &["-c", config.to_str().expect("UTF-8")], &[]);
+    assert_eq!(code, Some(1), "{stdout}\n{stderr}");
+    assert!(stdout.contains("\nBench") && !stdout.contains("first byte differ by"), "{stdout}");
+}
+
+#[test]
+fn a_bench_costs_nobody_money() {
+    let backend = Backend::new(|request| match request.method.as_str() {
+        "GET" => Answer::Json(200, json!({"data": [{"id": "m"}]})),
+        _ => Answer::Raw(response(200, "text/event-stream", sse(7, 13))),
+    });
+    let toml = format!("kind = \"openrouter\"\nurl = \"{}\"\napi_key_env = \"THE_KEY\"", backend.url());
+    let setup = Setup::new("wss://never-dialled.example/").backend(toml);
+    let config = setup.write();
+    let arguments = ["-c", config.to_str().expect("UTF-8")];
+    let (code, stdout, stderr) = run_bench(setup.scratch.path(), &arguments, &[("THE_KEY", "k")]);
+    assert_eq!(code, Some(1), "{stdout}\n{stderr}");
+    assert!(stderr.contains("costs money"), "{stderr}");
+    assert_eq!(backend.posts(), 1, "the one that is shown");
 }
 
 #[test]

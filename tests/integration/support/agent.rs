@@ -149,8 +149,13 @@ fn command(home: &Path, prelude: &str) -> Command {
 
 /// Runs the binary to its end, with `home` as home and working folder.
 pub fn cli(home: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Output {
+    cli_within(SOON, home, arguments, environment)
+}
+
+/// Likewise, for what takes its time.
+pub fn cli_within(limit: Duration, home: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Output {
     let mut agent = Agent::spawn_in(home, arguments, environment);
-    let status = agent.wait(SOON);
+    let status = agent.wait(limit);
     Output { status, stdout: agent.stdout.whole().into_bytes(), stderr: agent.stderr.whole().into_bytes() }
 }
 

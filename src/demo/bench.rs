@@ -1,0 +1,244 @@
+//! `demo --bench`: what the agent adds to the first byte and to each event of an answer, with this backend on this machine.
+//!
+//! Who runs here: the demo's thread.
+//!
+//! Invariant: figures are shown only when every answer that they are made of came through the agent whole.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::meter::{Meter, Through};
+use super::page::Page;
+use super::timed::{Timed, percentile};
+use super::{DemoError, ask};
+use crate::backend::Backend;
+
+/// What is asked. A real model goes on with it; the echo has as many words to repeat as it may send.
+const PROMPT: &str = "Count on in words, as far as you get: one, two, three, four, five, six, seven, eight, \
+     nine, ten, eleven, twelve, thirteen, fourteen, fifteen, sixteen, seventeen, eighteen, nineteen, twenty, \
+     twenty-one, twenty-two, twenty-three, twenty-four";
+
+/// The longest answer that is asked for: some tens of events, and seconds on a slow backend.
+const ANSWER_TOKENS_MAX: u32 = 32;
+
+/// Requests each way, unless the time is over sooner.
+const PAIRS_MAX: usize = 20;
+const PAIRS_TIME: Duration = Duration::from_secs(40);
+
+/// Streams at once, unless the agent takes fewer, and how often.
+const STREAMS_MAX: u64 = 8;
+const ROUNDS_MAX: usize = 5;
+const ROUNDS_TIME: Duration = Duration::from_secs(20);
+
+/// What one way of asking took, or what the agent added: a time for each answer, or for each piece or event of all answers.
+#[derive(Default)]
+pub(super) struct Column {
+    pub(super) first_byte: Vec<Duration>,
+    last_byte: Vec<Duration>,
+    gaps: Vec<Duration>,
+    delays: Vec<Duration>,
+    /// Delays with many streams at once.
+    together: Vec<Duration>,
+}
+
+/// What was measured.
+#[derive(Default)]
+pub(super) struct Figures {
+    pub(super) direct: Column,
+    pub(super) through: Column,
+    added: Column,
+    /// So many answers came from the backend at the same time.
+    most_under_way: usize,
+    /// Answers through the agent.
+    answers: usize,
+}
+
+/// Measures and shows the table; the agent takes up to `jobs_max` jobs at a time.
+///
+/// # Errors
+/// The backend is a hosted one, an answer failed, or it did not come through as the backend gave it.
+pub(super) fn run(
+    meter: &Meter<'_>,
+    backend: &dyn Backend,
+    prompt: Option<&str>,
+    jobs_max: u64,
+    page: &mut Page<'_>,
+) -> Result<(), DemoError> {
+    if meter.is_hosted(backend) {
+        return Err(DemoError::Hosted);
+    }
+    let streams = usize::try_from(jobs_max.min(STREAMS_MAX)).unwrap_or(1);
+    page.line(format_args!(
+        "\nBench{}: answers of {ANSWER_TOKENS_MAX} tokens, directly and through the agent in turn, then up to {STREAMS_MAX} \
+         at once; a minute or so\n\n{:13}{:>21}{:>21}{:>21}   ms: median (quartiles)",
+        cpus(),
+        "",
+        "directly",
+        "through",
+        "agent adds"
+    ));
+    let mut request = ask::request(&meter.model_id, prompt.unwrap_or(PROMPT), ANSWER_TOKENS_MAX);
+    request["temperature"] = json!(0);
+    let mut figures = pairs(meter, backend, &request, PAIRS_MAX)?;
+    if streams > 1 {
+        let began = Instant::now();
+        for _ in 0..ROUNDS_MAX {
+            figures.add_together(&meter.through(&request, streams)?);
+            if began.elapsed() > ROUNDS_TIME {
+                break;
+            }
+        }
+    }
+    figures.show(streams, page);
+    Ok(())
+}
+
+/// Asks directly and through the agent, so many times each unless that takes too long.
+///
+/// # Errors
+/// As [`run`].
+pub(super) fn pairs(
+    meter: &Meter<'_>,
+    backend: &dyn Backend,
+    request: &Value,
+    pairs_max: usize,
+) -> Result<Figures, DemoError> {
+    let mut figures = Figures::default();
+    meter.directly(backend, request)?; // fills the backend's prompt cache
+    let began = Instant::now();
+    for turn in 0..2 * pairs_max {
+        // Whoever comes second may find backend and machine in another state, so that the order is d, t, t, d, d, t, t, d.
+        if matches!(turn % 4, 0 | 3) {
+            figures.direct.add(&meter.directly(backend, request)?);
+        } else {
+            figures.add_alone(&meter.through(request, 1)?);
+        }
+        if turn % 2 == 1 && began.elapsed() > PAIRS_TIME {
+            break;
+        }
+    }
+    Ok(figures)
+}
+
+impl Column {
+    fn add(&mut self, answer: &Timed) {
+        self.first_byte.push(answer.first_byte());
+        self.last_byte.push(answer.total());
+        answer.gaps(&mut self.gaps);
+    }
+}
+
+impl Figures {
+    fn add_alone(&mut self, answers: &[Through]) {
+        self.answers += answers.len();
+        for Through { given, arrived, .. } in answers {
+            self.through.add(arrived);
+            self.added.first_byte.push(arrived.first_byte().saturating_sub(given.first_byte()));
+            self.added.last_byte.push(arrived.total().saturating_sub(given.total()));
+            arrived.delays(given, &mut self.added.delays);
+        }
+    }
+
+    fn add_together(&mut self, answers: &[Through]) {
+        self.answers += answers.len();
+        for Through { given, arrived, .. } in answers {
+            arrived.delays(given, &mut self.added.together);
+            let under_way = answers.iter().filter(|other| other.given.is_under_way_with(given)).count();
+            self.most_under_way = self.most_under_way.max(under_way);
+        }
+    }
+
+    fn show(&self, streams: usize, page: &mut Page<'_>) {
+        let pairs = format!("{} pairs", self.direct.first_byte.len());
+        let gap = figure(percentile(&self.direct.gaps, 99));
+        let gap_through = figure(percentile(&self.through.gaps, 99));
+        self.row(page, "first byte", |column| &column.first_byte, &pairs);
+        self.row(page, "last byte", |column| &column.last_byte, &pairs);
+        self.row(page, "gap", |column| &column.gaps, &format!("p99 {gap} and {gap_through}"));
+        self.row(page, "each event", |column| &column.delays, &events(&self.added.delays));
+        if streams > 1 {
+            let note = format!("{}, at most {} answers at a time", events(&self.added.together), self.most_under_way);
+            self.row(page, &format!("{streams} at once"), |column| &column.together, &note);
+        }
+        page.line(format_args!("\n  {}", verdict(&self.direct.first_byte, &self.through.first_byte)));
+        let events = self.added.delays.len() + self.added.together.len();
+        let note = format!("{} through the agent, {events} events, the same as the backend sent", self.answers);
+        page.row("answers", "ok", &note);
+    }
+
+    fn row(&self, page: &mut Page<'_>, name: &str, of: fn(&Column) -> &Vec<Duration>, note: &str) {
+        let mut line = String::new();
+        for column in [&self.direct, &self.through, &self.added] {
+            line += &format!("{:>21}", spread(of(column)));
+        }
+        page.line(format_args!("  {name:<11}{line}   {note}"));
+    }
+}
+
+fn events(delays: &[Duration]) -> String {
+    format!("p99 {}; {} events", figure(percentile(delays, 99)), delays.len())
+}
+
+/// Where the system tells, on how many CPUs this runs; the standard library would ask the control groups too, at some
+/// kilobytes of code.
+fn cpus() -> String {
+    let cpus = std::fs::read_to_string("/proc/cpuinfo").map_or(0, |text| text.matches("processor\t").count());
+    if cpus == 0 { String::new() } else { format!(" (CPUs: {cpus})") }
+}
+
+/// Whether the two ways differ by more than the backend differs from itself.
+fn verdict(direct: &[Duration], through: &[Duration]) -> String {
+    let (median, with_agent) = (percentile(direct, 50), percentile(through, 50));
+    let sign = if with_agent < median { "-" } else { "" };
+    let (apart, own) = (with_agent.abs_diff(median), percentile(direct, 75) - percentile(direct, 25));
+    let than = if apart > own { "more than" } else { "within" };
+    let (apart, own) = (figure(apart), figure(own));
+    format!("The medians of the first byte differ by {sign}{apart} ms, {than} the backend's own variation of {own} ms.")
+}
+
+/// The median and the quartiles.
+fn spread(times: &[Duration]) -> String {
+    if times.is_empty() {
+        return "-".to_owned();
+    }
+    let quartile = |percent| figure(percentile(times, percent));
+    format!("{} ({}-{})", quartile(50), quartile(25), quartile(75))
+}
+
+/// Milliseconds, with about three digits that count.
+fn figure(time: Duration) -> String {
+    let ms = time.as_secs_f64() * 1e3;
+    let digits = match ms {
+        ..1.0 => 3,
+        ..10.0 => 2,
+        ..100.0 => 1,
+        _ => 0,
+    };
+    format!("{ms:.digits$}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn figures_are_as_exact_as_they_are_small() {
+        let figures = [61, 1_234, 12_345, 123_456].map(|us| figure(Duration::from_micros(us)));
+        assert_eq!(figures, ["0.061", "1.23", "12.3", "123"]);
+        assert_eq!(spread(&[MS, MS * 2, MS * 3, MS * 4]), "3.00 (2.00-4.00)");
+        assert_eq!(spread(&[]), "-");
+    }
+
+    #[test]
+    fn the_verdict_knows_noise_from_a_difference() {
+        let steady = [MS * 10, MS * 10, MS * 11];
+        let noisy = [MS * 5, MS * 10, MS * 50];
+        let slower = [MS * 15, MS * 15, MS * 15];
+        assert!(verdict(&steady, &slower).contains(" 5.00 ms, more than"));
+        assert!(verdict(&noisy, &slower).contains(" 5.00 ms, within"));
+        assert!(verdict(&slower, &steady).contains(" -5.00 ms, more than"));
+    }
+}
