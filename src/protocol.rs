@@ -3,8 +3,10 @@
 //! What the agent sends is built as text at once, because a chunk is the one thing that is built ten thousand times a
 //! minute; what it receives is read leniently, because the coordinator may be newer than we are.
 
+use std::sync::LazyLock;
+
 use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD as BASE64;
+use base64::engine::general_purpose::{GeneralPurposeConfig, STANDARD as BASE64};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::{Number, Value, json};
@@ -293,11 +295,25 @@ impl JobChunks {
         let encoded_len = bytes.len().div_ceil(3) * 4;
         let mut text = String::with_capacity(self.head.len() + encoded_len + TAIL.len());
         text.push_str(&self.head);
-        BASE64.encode_string(bytes, &mut text);
+        ENCODER.encode_string(bytes, &mut text);
         text.push_str(TAIL);
         text
     }
 }
+
+/// Base64 by the wide registers of processors that have them. The portable engine took a third of the time of a stream that is
+/// relayed as fast as it comes.
+static ENCODER: LazyLock<Encoder> = LazyLock::new(|| {
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    return Encoder::standard(GeneralPurposeConfig::new());
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    BASE64
+});
+
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+type Encoder = base64::engine::Simd;
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+type Encoder = base64::engine::GeneralPurpose;
 
 /// The end of a job that went well.
 pub fn job_done(job_id: Uuid, result: &JobResult) -> String {
