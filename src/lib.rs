@@ -51,6 +51,7 @@ pub mod protocol;
 pub mod backoff;
 pub mod supervisor;
 pub mod shutdown;
+pub mod cryptography;
 pub mod transport;
 pub mod session;
 pub mod writer;

@@ -11,11 +11,13 @@ use std::time::{Duration, Instant};
 use ureq::config::Config;
 use ureq::http::uri::Scheme;
 use ureq::http::{HeaderMap, HeaderValue, Method, Request, Response, Uri, header};
+use ureq::tls::TlsConfig;
 use ureq::{Agent, AsSendBody, Body, Proxy};
 
 use super::resolver::LocalFirstResolver;
 use super::secret::ApiKey;
 use super::wire::{SharedConnector, WatchedConnector, Wire, connector, plain_connector};
+use crate::cryptography;
 
 /// Agents kept for the next request, each with at most one open connection and its 32 KiB of buffers.
 const IDLE_AGENTS_MAX: usize = 8;
@@ -91,6 +93,7 @@ impl Client {
             .max_idle_connections(1)
             .max_idle_connections_per_host(1)
             .max_idle_age(if hosted { IDLE_AGE_HOSTED } else { IDLE_AGE_LOCAL })
+            .tls_config(TlsConfig::builder().unversioned_rustls_crypto_provider(cryptography::provider()).build())
             .user_agent(concat!("usepod-agent/", env!("CARGO_PKG_VERSION")))
             // Bodies are relayed verbatim, so they had better not be compressed.
             .accept_encoding("identity")

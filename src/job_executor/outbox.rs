@@ -14,8 +14,9 @@ use super::ticket::Ticket;
 use crate::backend::{BackendError, BackendResult};
 use crate::doorbell::{Doorbell, Inlet};
 
-/// Frames of jobs that may wait: 22 KiB each at the most, so 2.8 MiB, and as much again in the workers that wait.
-pub const DATA_LANE_MAX: usize = 128;
+/// Frames of jobs that may wait: 22 KiB each at the most, so 1.4 MiB, and one more in each worker that waits. Twice as many
+/// make a flood no faster.
+pub const DATA_LANE_MAX: usize = 64;
 /// Control messages that may wait: some 250 bytes each, so 8 MiB; more mean that the coordinator does not read.
 pub const CONTROL_LANE_MAX: usize = 32 << 10;
 /// How long [`JobExecutor::dispatch`](super::JobExecutor::dispatch) waits for room in a single, bounded lane.

@@ -19,7 +19,7 @@ use ureq::Proxy;
 
 use super::{Link, LinkReader, MESSAGE_BYTES_MAX, READ_BUFFER_BYTES, ReadHalf, STALL_TIMEOUT, uninterrupted};
 use crate::logging::shown;
-use crate::{files, threads};
+use crate::{cryptography, files, threads};
 
 /// For all steps together.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
@@ -261,7 +261,7 @@ fn client_config(extra: &ExtraRoots) -> Result<Arc<ClientConfig>, rustls::Error>
     for certificate in &extra.0 {
         roots.add(certificate.clone())?;
     }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let provider = cryptography::provider();
     let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
     Ok(Arc::new(builder.with_root_certificates(roots).with_no_client_auth()))
 }

@@ -3,7 +3,7 @@
 //! The reader blocks in the socket without holding anything; under TLS it takes the lock of the rustls session only to
 //! decrypt what it has read, the writer only to encrypt what it is about to write. Only the writer writes: what the
 //! reading side must send by itself (pong, close reply, TLS alert) is handed to the writer as bytes.
-//! This folder is the only place that knows rustls.
+//! No other code handles a TLS session.
 
 mod dial;
 
