@@ -197,9 +197,11 @@ type Answer = BackendResult<Vec<BackendModel>>;
 
 /// Probes all of them side by side; the answers are in their order.
 pub fn probe_all(backends: &[Arc<dyn Backend>]) -> Vec<Answer> {
-    let mut answers: Vec<(usize, Answer)> = ask_all(backends).iter().collect();
-    answers.sort_unstable_by_key(|(index, _)| *index);
-    answers.into_iter().map(|(_, answer)| answer).collect()
+    let mut answers: Vec<Option<Answer>> = backends.iter().map(|_| None).collect();
+    for (index, answer) in ask_all(backends) {
+        answers[index] = Some(answer);
+    }
+    answers.into_iter().flatten().collect()
 }
 
 /// One answer for each backend, in the order in which they come; disconnects after the last.

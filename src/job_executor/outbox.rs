@@ -171,3 +171,47 @@ fn send_unless_cancelled<T>(
         recv(passed) -> _ => Err(BackendError::DeadlinePassed),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+    use std::time::Duration;
+
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::transport::{Dialer, ExtraRoots};
+    use crate::writer::Writer;
+
+    /// Writes to the socket until `frames` frames of `length` bytes that wait in the lane are with the coordinator.
+    fn writes_for(frames: usize, length: usize) -> usize {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let url = format!("ws://{}/", listener.local_addr().expect("an address"));
+        let coordinator = std::thread::spawn(move || {
+            let mut socket = tungstenite::accept(listener.accept().expect("the agent").0).expect("a handshake");
+            (0..frames).for_each(|_| assert_eq!(socket.read().expect("a frame").len(), length));
+        });
+        let dialer = Dialer::new(url.parse().expect("a URL"), ExtraRoots::default(), None);
+        let mut half = dialer.dial(&crossbeam_channel::never(), |_| ()).expect("a session");
+        let (link, lanes) = (half.link(), Lanes::default());
+        let outbox = Outbox::Lanes { control: lanes.control.clone(), data: lanes.data.clone() };
+        let ticket = Arc::new(Ticket::new(Uuid::nil(), Duration::MAX));
+        (0..frames).for_each(|_| outbox.chunk(&ticket, "x".repeat(length)).expect("room in the lane"));
+        let before = link.writes();
+        let writer = Writer::spawn(half.split(|_| Ok(())), lanes, String::new).expect("a thread");
+        coordinator.join().expect("all frames");
+        let _ = writer.control.send(Control::Finish);
+        drop(outbox);
+        writer.join();
+        link.writes() - before
+    }
+
+    #[test]
+    fn frames_that_wait_leave_together() {
+        assert_eq!(writes_for(1, 300), 1);
+        assert_eq!(writes_for(DATA_LANE_MAX, 300), 1, "small ones in one write");
+        // Four buffers of 64 KiB make a batch; a socket takes less than it is given at most once in a while.
+        let large = writes_for(DATA_LANE_MAX, 20 << 10);
+        assert!(large <= DATA_LANE_MAX / 2, "{large} writes for {DATA_LANE_MAX} large ones");
+    }
+}

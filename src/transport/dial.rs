@@ -128,7 +128,7 @@ impl Dialer {
             self.tunnel(&tcp, proxy, deadline)?;
         }
         let tls = if self.secure { Some(Mutex::new(self.tls_handshake(&tcp, deadline)?)) } else { None };
-        let link = Arc::new(Link { tcp, tls });
+        let link = Arc::new(Link::new(tcp, tls));
         let half = self.upgrade(link.clone(), deadline)?;
         link.tcp.set_write_timeout(Some(STALL_TIMEOUT))?;
         Ok(half)

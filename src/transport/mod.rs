@@ -34,9 +34,27 @@ const WRITE_BUFFER_BYTES: usize = 64 << 10;
 pub struct Link {
     tcp: TcpStream,
     tls: Option<Mutex<ClientConnection>>,
+    /// Writes to the socket of a link without TLS.
+    #[cfg(test)]
+    writes: std::sync::atomic::AtomicUsize,
 }
 
 impl Link {
+    fn new(tcp: TcpStream, tls: Option<Mutex<ClientConnection>>) -> Link {
+        Link {
+            tcp,
+            tls,
+            #[cfg(test)]
+            writes: std::sync::atomic::AtomicUsize::new(0),
+        }
+    }
+
+    /// So many were made.
+    #[cfg(test)]
+    pub fn writes(&self) -> usize {
+        self.writes.load(std::sync::atomic::Ordering::SeqCst)
+    }
+
     /// Ends both directions at once; blocked reads and writes return.
     pub fn shutdown(&self) {
         let _ = self.tcp.shutdown(Shutdown::Both);
@@ -48,7 +66,11 @@ impl Link {
 
     /// Encrypts where needed, and writes; the lock is not held while the socket blocks.
     fn write(&self, bytes: &[u8]) -> io::Result<usize> {
-        let Some(mut tls) = self.tls() else { return uninterrupted(|| (&self.tcp).write(bytes)) };
+        let Some(mut tls) = self.tls() else {
+            #[cfg(test)]
+            self.writes.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            return uninterrupted(|| (&self.tcp).write(bytes));
+        };
         let taken = tls.writer().write(bytes)?;
         drop(tls);
         self.write_records()?;
