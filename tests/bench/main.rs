@@ -10,7 +10,7 @@
 //! - CPU per event and per MB are of a window in which all streams flow: none begins or ends in it.
 //! - Every event carries the time at which it was sent: a latency is a time taken by the receiver less that one, by one clock.
 //!   It holds the wake-ups of the bench itself; the floor has them too.
-//! - Every figure is of a fresh process of a fresh copy of its program.
+//! - Every workload has a fresh process of a fresh copy of its subject's program.
 //! - A stream of which a byte is lost, or a job whose backend was left before it was cancelled, ends the workload with an error.
 
 mod process;
@@ -143,6 +143,9 @@ fn bench(args: &Args, words: &[&str]) -> Result<()> {
 
     let machine = Machine::this();
     let reference = if args.peer.is_some() { Subject::Peer } else { Subject::Direct };
+    // First, since nobody may be left to read the table.
+    let document = report::document(&sheet, &machine, &without_folders(words), &versions);
+    let written = fs::write(&json, format!("{document:#}\n")).map_err(unwritable);
     let mut stdout = std::io::stdout().lock();
     writeln!(
         stdout,
@@ -150,8 +153,7 @@ fn bench(args: &Args, words: &[&str]) -> Result<()> {
         machine.cpu, machine.cpus, machine.kernel, effort.rounds
     )?;
     writeln!(stdout, "{}\n{}", sheet.table(reference), sheet.tls_table())?;
-    let document = report::document(&sheet, &machine, &without_folders(words), &versions);
-    fs::write(&json, format!("{document:#}\n")).map_err(unwritable)?;
+    written?;
     writeln!(stdout, "the values of every round: {}", json.display())?;
     match faults.len() {
         0 => Ok(()),

@@ -1,4 +1,4 @@
-//! The workloads. Each uses a fresh process of its subject for each figure, and gives named figures with their unit.
+//! The workloads. Each uses a fresh process of its subject, and gives named figures with their unit.
 
 use std::fmt;
 use std::process::Command;
@@ -312,7 +312,7 @@ fn flood(run: &mut Run, effort: &Effort, count: usize, events_a_chunk: u64) -> R
     Ok(figures)
 }
 
-/// From the cancel to the end of the backend's connection.
+/// From the cancel to the end of the backend's connection; the p99 of so few is the slowest.
 fn cancel(run: &mut Run, effort: &Effort, is_silent: bool) -> Result<Figures> {
     let mut times_ms = Vec::new();
     let end = Instant::now() + 4 * effort.window;
