@@ -18,7 +18,8 @@ use super::link::JobEnd;
 use super::timed::Timed;
 use super::witness::Record;
 use super::{DemoError, STOP_POLL, compare, echo};
-use crate::backend::{self, Backend, BackendModel, WireFormat};
+use crate::backend::{self, Backend, Kind, WireFormat};
+use crate::discovery::OfferedBackend;
 use crate::shutdown::Stop;
 
 /// How long one of the demo's requests may take; a cold model on a slow machine takes minutes.
@@ -28,6 +29,8 @@ const REQUEST_DEADLINE: Duration = Duration::from_secs(300);
 pub(super) struct Meter<'a> {
     pub(super) coordinator: &'a Coordinator,
     pub(super) record: &'a Record,
+    /// All that the agent has.
+    pub(super) backends: &'a [OfferedBackend],
     pub(super) model_id: String,
     /// Whether the backend is the built-in echo, whose every byte is known.
     pub(super) is_echo: bool,
@@ -45,10 +48,17 @@ pub(super) struct Through {
 }
 
 impl Meter<'_> {
-    /// Whether each request costs the operator money.
-    pub(super) fn is_hosted(&self, backend: &dyn Backend) -> bool {
-        let hosted = |model: &BackendModel| model.model_id == self.model_id && !model.native;
-        backend.list_models().is_ok_and(|models| models.iter().any(hosted))
+    /// Whether a request may cost the operator money: a job goes to any backend of its model that has a free slot. A hosted
+    /// one that does not say what it lists may have it.
+    pub(super) fn may_cost(&self) -> bool {
+        let is_hosted = |backend: &dyn Backend| Kind::ALL.iter().any(|k| k.is_hosted() && k.name() == backend.kind());
+        let may_list = |backend: &dyn Backend| {
+            backend.list_models().map_or(true, |models| models.iter().any(|model| model.model_id == self.model_id))
+        };
+        self.backends.iter().any(|OfferedBackend { backend, allowed_models, .. }| {
+            let is_allowed = allowed_models.as_ref().is_none_or(|allowed| allowed.contains(&self.model_id));
+            is_allowed && is_hosted(backend.as_ref()) && may_list(backend.as_ref())
+        })
     }
 
     /// Asks the backend itself, without its witness.

@@ -136,7 +136,7 @@ pub enum DemoError {
     #[error("the bytes through the agent are wrong: {0}")]
     WrongBytes(String),
     /// The bench would cost the operator money.
-    #[error("the bench does not ask a hosted backend, for each of its requests costs money; leave out `--bench`")]
+    #[error("a hosted backend would get requests of the bench, and each costs money; leave it out, or `--bench`")]
     Hosted,
     /// A signal came before the last answer that the demo wanted.
     #[error("stopped before its requests were answered")]
@@ -222,7 +222,8 @@ fn answers(
     page.line(format_args!(""));
     page.line(format_args!("> {prompt}"));
     page.line(format_args!(""));
-    let meter = Meter { coordinator, record: &chosen.record, model_id, is_echo, stop };
+    let (record, backends) = (&*chosen.record, &*chosen.backends);
+    let meter = Meter { coordinator, record, backends, model_id, is_echo, stop };
     let request = ask::request(&meter.model_id, prompt, ask::ANSWER_TOKENS_MAX);
     let expected = is_echo.then(|| echo::exact_answer(&request, coordinator::Format::Openai));
     let mut through = meter.send(request)?;
@@ -292,7 +293,7 @@ fn show_stages(offer: &Offer, arrived: &Timed, end: &JobEnd, page: &mut Page<'_>
 }
 
 fn show_overhead(meter: &Meter<'_>, backend: &dyn Backend, page: &mut Page<'_>) {
-    if meter.is_hosted(backend) {
+    if meter.may_cost() {
         return page.row("overhead", "-", "not measured: each request to a hosted backend costs money");
     }
     match bench::pairs(meter, backend, &ask::request(&meter.model_id, "Hi", 1), OVERHEAD_PAIRS) {

@@ -32,7 +32,7 @@ pub fn run(backend_port: u16) -> Result<()> {
             "count" => say(&format!("count {} {}", tally.events.load(Relaxed), tally.bytes.load(Relaxed))),
             "record" => tally.record(),
             "latencies" => {
-                let latencies: String = tally.take_latencies_us().iter().map(|us| format!(" {us:.0}")).collect();
+                let latencies: String = tally.take_latencies_us().iter().map(|us| format!(" {us:.2}")).collect();
                 say(&format!("latencies{latencies}"));
             }
             _ => {

@@ -1,5 +1,6 @@
-//! The least that a relay can do: a thread and a backend connection a job, one frame and one write a read. No JSON, no
-//! signature, no timeouts, no usage; it ends with its coordinator.
+//! A relay with nothing in it: a thread and a backend connection a job, one frame and one write a read. No JSON, no
+//! signature, no timeouts, no usage; it ends with its coordinator. Nor are threads and connections kept for the next job, so
+//! that an agent that keeps them may be the faster one in a job that is over at once.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;

@@ -10,10 +10,11 @@
 //! - CPU per event and per MB are of a window in which all streams flow: none begins or ends in it.
 //! - Every event carries the time at which it was sent: a latency is a time taken by the receiver less that one, by one clock.
 //!   It holds the wake-ups of the bench itself; the floor has them too.
-//! - Every figure is of a fresh process of a fresh copy of its program.
-//! - A stream of which a byte is lost ends the workload with an error.
+//! - Every workload has a fresh process of a fresh copy of its subject's program.
+//! - A stream of which a byte is lost, or a job whose backend was left before it was cancelled, ends the workload with an error.
 
 mod process;
+mod children;
 mod order;
 mod event;
 mod customer;
@@ -29,7 +30,7 @@ mod rig;
 mod workloads;
 mod report;
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -116,6 +117,10 @@ fn bench(args: &Args, words: &[&str]) -> Result<()> {
     let mut effort = if args.quick { Effort::QUICK } else { Effort::FULL };
     effort.rounds = args.rounds.unwrap_or(effort.rounds).max(1);
     let workloads = args.workloads(&effort)?;
+    let json = args.json.clone().unwrap_or_else(|| Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("bench.json"));
+    let unwritable = |error| format!("failed to write `{}`: {error}", json.display());
+    // Known now, not when everything is measured; what an earlier run wrote stays until then.
+    File::options().append(true).create(true).open(&json).map_err(unwritable)?;
     let agent = args.agent.as_deref().unwrap_or(Path::new(env!("CARGO_BIN_EXE_usepod-agent")));
     let rig = Rig::new(absolute(agent)?, args.peer.as_deref().map(absolute).transpose()?)?;
     let mut subjects = vec![Subject::Ours, Subject::Peer, Subject::Floor, Subject::Direct, Subject::Wss];
@@ -138,6 +143,9 @@ fn bench(args: &Args, words: &[&str]) -> Result<()> {
 
     let machine = Machine::this();
     let reference = if args.peer.is_some() { Subject::Peer } else { Subject::Direct };
+    // First, since nobody may be left to read the table.
+    let document = report::document(&sheet, &machine, &without_folders(words), &versions);
+    let written = fs::write(&json, format!("{document:#}\n")).map_err(unwritable);
     let mut stdout = std::io::stdout().lock();
     writeln!(
         stdout,
@@ -145,10 +153,7 @@ fn bench(args: &Args, words: &[&str]) -> Result<()> {
         machine.cpu, machine.cpus, machine.kernel, effort.rounds
     )?;
     writeln!(stdout, "{}\n{}", sheet.table(reference), sheet.tls_table())?;
-    let json = args.json.clone().unwrap_or_else(|| Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("bench.json"));
-    let document = report::document(&sheet, &machine, &without_folders(words), &versions);
-    fs::write(&json, format!("{document:#}\n"))
-        .map_err(|error| format!("failed to write `{}`: {error}", json.display()))?;
+    written?;
     writeln!(stdout, "the values of every round: {}", json.display())?;
     match faults.len() {
         0 => Ok(()),

@@ -84,8 +84,9 @@ impl Row {
     /// The median of the ratios of the rounds, and their range.
     fn ratio(&self, (over, under): (Subject, Subject)) -> Option<String> {
         let (over, under) = (self.values.get(&over)?, self.values.get(&under)?);
-        let mut ratios: Vec<_> =
-            over.iter().zip(under).map(|(over, under)| over / under).filter(|r| r.is_finite()).collect();
+        // Nothing to nothing is no ratio; something to nothing is one that must not be passed over.
+        let mut ratios: Vec<_> = over.iter().zip(under).map(|(over, under)| over / under).collect();
+        ratios.retain(|ratio| !ratio.is_nan());
         ratios.sort_by(f64::total_cmp);
         let (lowest, highest) = (ratios.first()?, ratios.last()?);
         let range = format!("{} to {}", number(*lowest), number(*highest));

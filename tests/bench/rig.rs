@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::Result;
 use crate::backend::{Backend, Note};
+use crate::children;
 use crate::coordinator::Coordinator;
 use crate::customer::{Customer, Seen};
 use crate::direct::Direct;
@@ -38,6 +39,7 @@ pub struct Rig {
 impl Rig {
     pub fn new(agent: PathBuf, peer: Option<PathBuf>) -> Result<Self> {
         let scratch = Scratch::new()?;
+        children::end_on_signal(scratch.0.clone())?;
         let ca_file = scratch.0.join("ca.pem");
         let tls = Coordinator::new(Some(tls_server(&ca_file)?))?;
         let (backend, plain) = (Backend::new()?, Coordinator::new(None)?);
@@ -74,10 +76,11 @@ impl Rig {
         };
         let home = self.scratch().join(subject.name());
         let program = self.program(subject)?;
-        let mut process = Process::start(subject, &program, &home, &places)?;
+        let process = Process::start(subject, &program, &home, &places)?;
         if subject == Subject::Direct {
-            let (input, output) = (process.child.stdin.take(), process.child.stdout.take());
-            let customer = Direct::new(input.ok_or("no stdin")?, output.ok_or("no stdout")?)?;
+            let pipes = children::with(process.pid, |child| child.stdin.take().zip(child.stdout.take()));
+            let (input, output) = pipes.ok_or("it has no pipes")?;
+            let customer = Direct::new(input, output)?;
             return Ok(Run { rig: self, process, customer: Box::new(customer), start_ms: 0.0, version: String::new() });
         }
         let session = coordinator.accept().map_err(|error| format!("{error}; {}", process.last_words()))?;
@@ -159,6 +162,16 @@ impl Run<'_> {
         }
     }
 
+    /// The next stream that ends, and its bytes; nothing when none does until the deadline.
+    pub fn wait_done(&mut self, deadline: Instant) -> Result<Option<(u64, u64)>> {
+        while let Some(seen) = self.next(deadline)? {
+            if let Seen::Done { seq, bytes, .. } = seen {
+                return Ok(Some((seq, bytes)));
+            }
+        }
+        Ok(None)
+    }
+
     pub fn mark(&mut self) -> Result<Mark> {
         let count = self.customer.count()?;
         Ok(Mark { cpu_ns: self.process.cpu.read_ns()?, events: count.events, bytes: count.bytes })
@@ -180,11 +193,11 @@ impl Run<'_> {
     }
 
     pub fn memory(&self) -> Result<Memory> {
-        Ok(Memory::of(self.process.pid())?)
+        Ok(Memory::of(self.process.pid)?)
     }
 
     pub fn threads(&self) -> Result<Threads> {
-        Ok(Threads::of(self.process.pid())?)
+        Ok(Threads::of(self.process.pid)?)
     }
 
     /// Has the `count` streams that are open end, and compares byte counts: a subject that loses some is not to be measured.
@@ -194,11 +207,7 @@ impl Run<'_> {
         let mut arrived = Vec::new();
         while arrived.len() < count {
             let left = count - arrived.len();
-            if let Seen::Done { seq, bytes, .. } =
-                self.next(deadline)?.ok_or_else(|| format!("{left} streams did not end"))?
-            {
-                arrived.push((seq, bytes));
-            }
+            arrived.push(self.wait_done(deadline)?.ok_or_else(|| format!("{left} streams did not end"))?);
         }
         let sent: HashMap<_, _> = self.rig.backend.notes().try_iter().filter_map(Note::ended).collect();
         match arrived.iter().find(|(seq, bytes)| sent.get(seq) != Some(bytes)) {

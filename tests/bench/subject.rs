@@ -3,9 +3,10 @@
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use crate::Result;
+use crate::children;
 use crate::process::{CpuClock, now_ns};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -83,7 +84,7 @@ const LAST_LINES: usize = 8;
 
 /// A running child; killed when dropped.
 pub struct Process {
-    pub child: Child,
+    pub pid: u32,
     pub cpu: CpuClock,
     /// Just before it was started.
     pub spawned_ns: u64,
@@ -130,22 +131,16 @@ impl Process {
             command.env_remove(variable);
         }
         let spawned_ns = now_ns();
-        let mut child = command.spawn()?;
-        let cpu = CpuClock::of(child.id()).inspect_err(|_| {
-            let _ = child.kill();
-        })?;
-        Ok(Self { child, cpu, spawned_ns, log })
-    }
-
-    pub fn pid(&self) -> u32 {
-        self.child.id()
+        let pid = children::start(&mut command)?;
+        let cpu = CpuClock::of(pid).inspect_err(|_| children::end(pid))?;
+        Ok(Self { pid, cpu, spawned_ns, log })
     }
 
     /// For an error: how it ended, if it did, and the last lines that it logged.
-    pub fn last_words(&mut self) -> String {
-        let end = match self.child.try_wait() {
-            Ok(Some(status)) => format!("it ended with {status}"),
-            _ => "it still runs".to_owned(),
+    pub fn last_words(&self) -> String {
+        let end = match children::status(self.pid) {
+            Some(status) => format!("it ended with {status}"),
+            None => "it still runs".to_owned(),
         };
         let log = fs::read(&self.log).unwrap_or_default();
         let log = String::from_utf8_lossy(&log);
@@ -156,7 +151,6 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        children::end(self.pid);
     }
 }

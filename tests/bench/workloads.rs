@@ -1,4 +1,4 @@
-//! The workloads. Each uses a fresh process of its subject for each figure, and gives named figures with their unit.
+//! The workloads. Each uses a fresh process of its subject, and gives named figures with their unit.
 
 use std::fmt;
 use std::process::Command;
@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crate::Result;
 use crate::backend::Note;
 use crate::customer::Seen;
+use crate::event::{EVENT_BYTES, TAIL};
 use crate::order::{INTERVAL_NS, Script};
 use crate::report::{median, quantile};
 use crate::rig::{PATIENCE, Rig, Run};
@@ -168,13 +169,14 @@ impl fmt::Display for Workload {
 }
 
 fn size(rig: &Rig, subject: Subject) -> Result<Figures> {
-    let stripped = rig.scratch().join("stripped");
-    let status = Command::new("strip").arg("-o").arg(&stripped).arg(rig.program(subject)?).status();
+    let (program, stripped) = (rig.program(subject)?, rig.scratch().join("stripped"));
+    let status = Command::new("strip").arg("-o").arg(&stripped).arg(&program).status();
     match status {
         Ok(status) if status.success() => {}
         _ => return Err("`strip`, of binutils, did not work".into()),
     }
-    Ok(vec![("stripped_kib", std::fs::metadata(stripped)?.len() as f64 / 1024.0)])
+    let kib = |file| Ok::<_, std::io::Error>(std::fs::metadata(file)?.len() as f64 / 1024.0);
+    Ok(vec![("file_kib", kib(program)?), ("stripped_kib", kib(stripped)?)])
 }
 
 fn start(rig: &Rig, effort: &Effort, subject: Subject) -> Result<Figures> {
@@ -231,10 +233,19 @@ fn job(run: &mut Run) -> Result<(f64, f64)> {
                 sent_ns = began_ns.unwrap_or(sent_ns);
                 first_us = (at_ns - sent_ns) as f64 / 1e3;
             }
-            Seen::Done { seq: of, at_ns, .. } if of == seq => return Ok((first_us, (at_ns - sent_ns) as f64 / 1e3)),
+            Seen::Done { seq: of, at_ns, bytes } if of == seq => {
+                check_whole(bytes, 1)?;
+                return Ok((first_us, (at_ns - sent_ns) as f64 / 1e3));
+            }
             _ => {}
         }
     }
+}
+
+/// Whether a stream of so many events came whole.
+fn check_whole(bytes: u64, events: u64) -> Result<()> {
+    let sent = events * EVENT_BYTES as u64 + TAIL.len() as u64;
+    if bytes == sent { Ok(()) } else { Err(format!("{bytes} bytes came of a stream of {sent}").into()) }
 }
 
 /// Short streams, each replaced when it ends: the coordinator writes to the socket that it reads.
@@ -250,11 +261,18 @@ fn churn(run: &mut Run, effort: &Effort) -> Result<Figures> {
     run.customer.record()?;
     let end = Instant::now() + effort.window;
     while let Some(seen) = run.next(end)? {
-        if let (Seen::Done { .. }, Some(script)) = (seen, orders.next()) {
+        if let (Seen::Done { bytes, .. }, Some(script)) = (seen, orders.next()) {
+            check_whole(bytes, CHURN_EVENTS)?;
             run.order(script)?;
         }
     }
     let [p50, p99] = quantiles(run.customer.latencies_us()?)?;
+    // Events of a stream that was left lying would be missing above, not late.
+    let deadline = Instant::now() + PATIENCE;
+    for _ in 0..CHURN_STREAMS {
+        let (_, bytes) = run.wait_done(deadline)?.ok_or("a stream did not end")?;
+        check_whole(bytes, CHURN_EVENTS)?;
+    }
     Ok(vec![("latency_p50_us", p50), ("latency_p99_us", p99)])
 }
 
@@ -268,13 +286,15 @@ fn streams(run: &mut Run, effort: &Effort, phases_ns: Vec<u64>) -> Result<Figure
     // Few streams make few events.
     sleep(effort.window * if count < 8 { 2 } else { 1 });
     let window = run.since(begin)?;
+    // Before the latencies: the child that asks the backend itself takes memory to tell them.
+    let (rss, threads) = (run.memory()?.rss, run.threads()?.count);
     let [p50, p99] = quantiles(run.customer.latencies_us()?)?;
     let figures = vec![
         ("cpu_us_per_event", window.cpu_ns as f64 / 1e3 / window.events as f64),
         ("latency_p50_us", p50),
         ("latency_p99_us", p99),
-        ("rss_mib", run.memory()?.rss),
-        ("threads", run.threads()?.count as f64),
+        ("rss_mib", rss),
+        ("threads", threads as f64),
     ];
     run.finish(count)?;
     Ok(figures)
@@ -292,7 +312,7 @@ fn flood(run: &mut Run, effort: &Effort, count: usize, events_a_chunk: u64) -> R
     Ok(figures)
 }
 
-/// From the cancel to the end of the backend's connection.
+/// From the cancel to the end of the backend's connection; the p99 of so few is the slowest.
 fn cancel(run: &mut Run, effort: &Effort, is_silent: bool) -> Result<Figures> {
     let mut times_ms = Vec::new();
     let end = Instant::now() + 4 * effort.window;
@@ -314,7 +334,10 @@ fn cancel(run: &mut Run, effort: &Effort, is_silent: bool) -> Result<Figures> {
             Note::Closed { seq: of, at_ns } if of == seq => Some(at_ns),
             _ => None,
         });
-        let took_ns = closed.map_or(CANCEL_PATIENCE.as_nanos() as f64, |at_ns| at_ns.saturating_sub(sent_ns) as f64);
+        let took_ns = match closed {
+            Some(at_ns) => at_ns.checked_sub(sent_ns).ok_or("the backend was left before the cancel")? as f64,
+            None => CANCEL_PATIENCE.as_nanos() as f64,
+        };
         times_ms.push(took_ns / 1e6);
     }
     let [p50, p99] = quantiles(times_ms)?;

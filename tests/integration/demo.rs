@@ -187,6 +187,25 @@ fn a_bench_costs_nobody_money() {
 }
 
 #[test]
+fn a_bench_does_not_overflow_to_a_hosted_backend() {
+    let play = |request: &Request| match request.method.as_str() {
+        "GET" => Answer::Json(200, json!({"data": [{"id": "m"}]})),
+        _ => Answer::Raw(response(200, "text/event-stream", sse(7, 13))),
+    };
+    let (local, hosted) = (Backend::new(play), Backend::new(play));
+    let hosted_toml = format!("kind = \"openrouter\"\nurl = \"{}\"\napi_key_env = \"THE_KEY\"", hosted.url());
+    let setup = Setup::new("wss://never-dialled.example/")
+        .backend(format!("kind = \"openai\"\nurl = \"{}\"\nmax_concurrent = 1", local.url()))
+        .backend(hosted_toml);
+    let config = setup.write();
+    let arguments = ["-c", config.to_str().expect("UTF-8")];
+    let (code, stdout, stderr) = run_bench(setup.scratch.path(), &arguments, &[("THE_KEY", "k")]);
+    assert_eq!(code, Some(1), "{stdout}\n{stderr}");
+    assert!(stderr.contains("costs money"), "{stderr}");
+    assert_eq!((local.posts(), hosted.posts()), (1, 0), "the one that is shown");
+}
+
+#[test]
 fn the_front_door_serves_both_formats_until_a_signal() {
     let (backend, setup) = backend_and_setup();
     let config = setup.write();
