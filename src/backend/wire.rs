@@ -150,3 +150,147 @@ impl Transport for Watched {
         self.inner.is_tls()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{self, BufRead, BufReader, Read, Write};
+    use std::net::{SocketAddr, TcpListener, TcpStream};
+    use std::thread;
+
+    use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+    use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+    use rustls::version::{TLS12, TLS13};
+    use rustls::{ServerConfig, ServerConnection, StreamOwned, SupportedProtocolVersion};
+    use ureq::Agent;
+    use ureq::tls::{Certificate, RootCerts, TlsConfig};
+
+    use super::super::resolver::LocalFirstResolver;
+    use super::*;
+    use crate::cryptography;
+
+    /// Sends each request's body back, in chunks of `chunk` bytes, until the client leaves.
+    fn echo(stream: impl Read + Write, chunk: usize) -> io::Result<()> {
+        let mut stream = BufReader::new(stream);
+        loop {
+            let mut length = 0;
+            loop {
+                let mut line = String::new();
+                if stream.read_line(&mut line)? == 0 {
+                    return Ok(());
+                }
+                if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                    length = value.trim().parse().expect("a length");
+                }
+                if line == "\r\n" {
+                    break;
+                }
+            }
+            let mut body = vec![0; length];
+            stream.read_exact(&mut body)?;
+            let out = stream.get_mut();
+            out.write_all(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")?;
+            for piece in body.chunks(chunk) {
+                write!(out, "{:x}\r\n", piece.len())?;
+                out.write_all(piece)?;
+                out.write_all(b"\r\n")?;
+            }
+            out.write_all(b"0\r\n\r\n")?;
+            out.flush()?;
+        }
+    }
+
+    /// Serves one connection after the other.
+    fn serve(each: impl Fn(TcpStream) -> io::Result<()> + Send + 'static) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a loopback port");
+        let address = listener.local_addr().expect("an address");
+        thread::spawn(move || {
+            for socket in listener.incoming().map_while(Result::ok) {
+                let _ = each(socket);
+            }
+        });
+        address
+    }
+
+    fn body(length: usize) -> Vec<u8> {
+        (0..length).map(|i| (i * i / 7) as u8).collect()
+    }
+
+    fn assert_echoed(agent: &Agent, wire: &Wire, url: &str) {
+        for (nth, length) in [0, 1, 511, 512, 513, 16 << 10, (16 << 10) + 1, 3 << 20].into_iter().enumerate() {
+            wire.reset();
+            let sent = body(length);
+            let response = agent.post(url).send(&sent[..]).expect("an answer");
+            let mut got = Vec::new();
+            response.into_body().into_reader().read_to_end(&mut got).expect("the body");
+            assert!(got == sent, "{length} bytes became {}", got.len());
+            assert_eq!(wire.opened.load(Ordering::Relaxed), nth == 0, "one connection for all");
+        }
+    }
+
+    #[test]
+    fn bodies_of_any_length_pass_both_ways_and_keep_the_connection() {
+        for chunk in [1000, 100_000] {
+            let address = serve(move |socket| echo(socket, chunk));
+            let wire = Arc::new(Wire::default());
+            let config = Agent::config_builder().build();
+            let connector = WatchedConnector::new(plain_connector(), wire.clone());
+            let agent = Agent::with_parts(config, connector, LocalFirstResolver);
+            assert_echoed(&agent, &wire, &format!("http://localhost:{}/", address.port()));
+        }
+    }
+
+    fn over_tls(version: &'static SupportedProtocolVersion, algorithm: &'static rcgen::SignatureAlgorithm) {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().expect("a key")).expect("an authority");
+        let key = KeyPair::generate_for(algorithm).expect("a key");
+        let params = CertificateParams::new(vec!["localhost".to_owned()]).expect("a name");
+        let certificate = params.signed_by(&key, &issuer).expect("a certificate");
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
+        let server = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_protocol_versions(&[version])
+            .expect("a version")
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate.der().clone()], key)
+            .expect("a certificate and its key");
+        let server = Arc::new(server);
+        let address = serve(move |socket| {
+            let session = ServerConnection::new(server.clone()).expect("a session");
+            echo(StreamOwned::new(session, socket), 5000)
+        });
+        let roots = RootCerts::new_with_certs(&[Certificate::from_der(issuer.der()).to_owned()]);
+        let tls =
+            TlsConfig::builder().unversioned_rustls_crypto_provider(cryptography::provider()).root_certs(roots).build();
+        let config = Agent::config_builder().tls_config(tls).build();
+        let wire = Arc::new(Wire::default());
+        let connector = WatchedConnector::new(connector(), wire.clone());
+        let agent = Agent::with_parts(config, connector, LocalFirstResolver);
+        assert_echoed(&agent, &wire, &format!("https://localhost:{}/", address.port()));
+    }
+
+    #[test]
+    fn so_they_do_over_tls_of_either_version() {
+        for algorithm in [&rcgen::PKCS_ECDSA_P256_SHA256, &rcgen::PKCS_ECDSA_P384_SHA384, &rcgen::PKCS_ED25519] {
+            over_tls(&TLS12, algorithm);
+            over_tls(&TLS13, algorithm);
+        }
+    }
+
+    #[test]
+    fn a_head_that_is_too_large_is_said_to_be_so() {
+        let address = serve(|mut socket| {
+            socket.write_all(b"HTTP/1.1 200 OK\r\n")?;
+            loop {
+                socket.write_all(&[b'x'; 1000])?;
+            }
+        });
+        let agent =
+            Agent::with_parts(Agent::config_builder().build(), plain_connector_of_its_own(), LocalFirstResolver);
+        let answer = agent.get(format!("http://{address}/")).call();
+        assert!(matches!(answer, Err(Error::LargeResponseHeader(..))), "{answer:?}");
+    }
+
+    fn plain_connector_of_its_own() -> WatchedConnector {
+        WatchedConnector::new(plain_connector(), Arc::default())
+    }
+}
