@@ -61,10 +61,31 @@ pub fn plain_connector() -> SharedConnector {
     Arc::new(().chain(TcpConnector).chain(Boxing))
 }
 
-/// With TLS where the URL says so, whose configuration it keeps, and through a proxy where there is one.
+/// With TLS where the URL says so, and through a proxy where there is one.
 pub fn connector() -> SharedConnector {
     let chain = ().chain(ConnectProxyConnector::default()).chain(TcpConnector).chain(RustlsConnector::default());
-    Arc::new(chain.chain(Boxing))
+    Arc::new(AgentLevel(chain.chain(Boxing)))
+}
+
+/// Keeps the TLS configuration, and with it the sessions that can be resumed, from one connection to the next: ureq makes a new
+/// one for each request that has settings of its own. Those of ours have only a time.
+#[derive(Debug)]
+struct AgentLevel<C>(C);
+
+impl<C: Connector<()>> Connector<()> for AgentLevel<C> {
+    type Out = C::Out;
+
+    fn connect(&self, details: &ConnectionDetails, chained: Option<()>) -> Result<Option<C::Out>, Error> {
+        let details = ConnectionDetails {
+            request_level: false,
+            addrs: details.addrs.clone(),
+            current_time: details.current_time.clone(),
+            run_connector: details.run_connector.clone(),
+            register_shutdown: details.register_shutdown.clone(),
+            ..*details
+        };
+        self.0.connect(&details, chained)
+    }
 }
 
 /// The end of a chain, which has a type of its own for each of its links.
@@ -160,8 +181,9 @@ mod tests {
     use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
     use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
     use rustls::version::{TLS12, TLS13};
-    use rustls::{ServerConfig, ServerConnection, StreamOwned, SupportedProtocolVersion};
+    use rustls::{HandshakeKind, ServerConfig, ServerConnection, StreamOwned, SupportedProtocolVersion};
     use ureq::Agent;
+    use ureq::config::Config;
     use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
     use super::super::resolver::LocalFirstResolver;
@@ -239,7 +261,12 @@ mod tests {
         }
     }
 
-    fn over_tls(version: &'static SupportedProtocolVersion, algorithm: &'static rcgen::SignatureAlgorithm) {
+    /// A server with a certificate, and the configuration of a client that trusts it.
+    fn serve_tls(
+        version: &'static SupportedProtocolVersion,
+        algorithm: &'static rcgen::SignatureAlgorithm,
+        each: impl Fn(StreamOwned<ServerConnection, TcpStream>) -> io::Result<()> + Send + 'static,
+    ) -> (String, Config) {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().expect("a key")).expect("an authority");
@@ -256,23 +283,47 @@ mod tests {
         let server = Arc::new(server);
         let address = serve(move |socket| {
             let session = ServerConnection::new(server.clone()).expect("a session");
-            echo(StreamOwned::new(session, socket), 5000)
+            each(StreamOwned::new(session, socket))
         });
         let roots = RootCerts::new_with_certs(&[Certificate::from_der(issuer.der()).to_owned()]);
         let tls =
             TlsConfig::builder().unversioned_rustls_crypto_provider(cryptography::provider()).root_certs(roots).build();
-        let config = Agent::config_builder().tls_config(tls).build();
-        let wire = Arc::new(Wire::default());
-        let connector = WatchedConnector::new(connector(), wire.clone());
-        let agent = Agent::with_parts(config, connector, LocalFirstResolver);
-        assert_echoed(&agent, &wire, &format!("https://localhost:{}/", address.port()));
+        let url = format!("https://localhost:{}/", address.port());
+        (url, Agent::config_builder().tls_config(tls).build())
     }
 
     #[test]
     fn so_they_do_over_tls_of_either_version() {
         for algorithm in [&rcgen::PKCS_ECDSA_P256_SHA256, &rcgen::PKCS_ECDSA_P384_SHA384, &rcgen::PKCS_ED25519] {
-            over_tls(&TLS12, algorithm);
-            over_tls(&TLS13, algorithm);
+            for version in [&TLS12, &TLS13] {
+                let (url, config) = serve_tls(version, algorithm, |stream| echo(stream, 5000));
+                let wire = Arc::new(Wire::default());
+                let connector = WatchedConnector::new(connector(), wire.clone());
+                assert_echoed(&Agent::with_parts(config, connector, LocalFirstResolver), &wire, &url);
+            }
+        }
+    }
+
+    #[test]
+    fn agents_of_one_backend_resume_each_others_tls_sessions() {
+        for version in [&TLS12, &TLS13] {
+            let (seen, kinds) = crossbeam_channel::unbounded();
+            let (url, config) = serve_tls(version, &rcgen::PKCS_ECDSA_P256_SHA256, move |mut stream| {
+                let end = echo(&mut stream, 5000);
+                let _ = seen.send(stream.conn.handshake_kind());
+                end
+            });
+            let shared = connector();
+            for kind in [HandshakeKind::Full, HandshakeKind::Resumed] {
+                let connector = WatchedConnector::new(shared.clone(), Arc::default());
+                let agent = Agent::with_parts(config.clone(), connector, LocalFirstResolver);
+                let request = ureq::http::Request::post(&url).body("x").expect("a request");
+                let request = agent.configure_request(request).timeout_global(Some(Duration::from_secs(60))).build();
+                let answer = agent.run(request).expect("an answer").into_body().read_to_string();
+                assert_eq!(answer.expect("a body"), "x");
+                drop(agent);
+                assert_eq!(kinds.recv().expect("a connection"), Some(kind));
+            }
         }
     }
 
