@@ -49,7 +49,13 @@ impl<In: Transport> Connector<In> for TcpConnector {
         socket.set_nodelay(true)?;
         let handle: Weak<dyn ShutdownHandle> = Arc::<TcpStream>::downgrade(&socket);
         (details.register_shutdown)(handle)?;
-        Ok(Some(Either::B(Tcp { socket, buffers: StreamBuffers::default(), read_time: None, write_time: None })))
+        Ok(Some(Either::B(Tcp {
+            socket,
+            buffers: StreamBuffers::default(),
+            read_time: None,
+            write_time: None,
+            write_failed: false,
+        })))
     }
 }
 
@@ -84,6 +90,7 @@ pub struct Tcp {
     buffers: StreamBuffers,
     read_time: Option<Duration>,
     write_time: Option<Duration>,
+    write_failed: bool,
 }
 
 impl fmt::Debug for Tcp {
@@ -100,15 +107,17 @@ impl Transport for Tcp {
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), Error> {
         let time = Time::starting_now(timeout.for_write());
         let mut unsent = 0..amount;
-        while !unsent.is_empty() {
+        while !unsent.is_empty() && !self.write_failed {
             if let Some(left) = news(time.left()?, &mut self.write_time) {
                 self.socket.set_write_timeout(left)?;
             }
             match (&*self.socket).write(&self.buffers.output()[unsent.clone()]) {
-                Ok(0) => return Err(io::Error::from(ErrorKind::WriteZero).into()),
-                Ok(n) => unsent.start += n,
+                Ok(n @ 1..) => unsent.start += n,
                 Err(e) if e.kind() == ErrorKind::Interrupted || is_timeout(&e) => {}
-                Err(e) => return Err(e.into()),
+                // A server that refuses a large request answers and closes while we still write. What it said is worth
+                // more than that we could not go on, so the verdict is left to the read that follows. Said here, a TLS
+                // session above reads on too.
+                Ok(0) | Err(_) => self.write_failed = true,
             }
         }
         Ok(())
@@ -141,7 +150,7 @@ impl Transport for Tcp {
             self.socket.set_nonblocking(false)?;
             io::Result::Ok(quiet)
         };
-        quiet().unwrap_or(false)
+        !self.write_failed && quiet().unwrap_or(false)
     }
 }
 

@@ -119,7 +119,7 @@ impl Connector<()> for WatchedConnector {
     fn connect(&self, details: &ConnectionDetails, chained: Option<()>) -> Result<Option<Watched>, Error> {
         self.wire.opened.store(true, Ordering::Relaxed);
         let inner = self.inner.connect(details, chained)?;
-        Ok(inner.map(|inner| Watched { inner, wire: self.wire.clone(), write_failed: false }))
+        Ok(inner.map(|inner| Watched { inner, wire: self.wire.clone() }))
     }
 }
 
@@ -128,7 +128,6 @@ impl Connector<()> for WatchedConnector {
 pub struct Watched {
     inner: Box<dyn Transport>,
     wire: Arc<Wire>,
-    write_failed: bool,
 }
 
 impl Transport for Watched {
@@ -137,18 +136,7 @@ impl Transport for Watched {
     }
 
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), Error> {
-        if self.write_failed {
-            return Ok(());
-        }
-        match self.inner.transmit_output(amount, timeout) {
-            // A server that refuses a large request answers and closes while we still write. What it said is worth
-            // more than that we could not go on, so the verdict is left to the read that follows.
-            Err(Error::Io(_)) => {
-                self.write_failed = true;
-                Ok(())
-            }
-            other => other,
-        }
+        self.inner.transmit_output(amount, timeout)
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, Error> {
@@ -164,7 +152,7 @@ impl Transport for Watched {
     }
 
     fn is_open(&mut self) -> bool {
-        !self.write_failed && self.inner.is_open()
+        self.inner.is_open()
     }
 
     fn is_tls(&self) -> bool {
@@ -325,6 +313,20 @@ mod tests {
                 assert_eq!(kinds.recv().expect("a connection"), Some(kind));
             }
         }
+    }
+
+    #[test]
+    fn an_answer_before_the_request_was_read_is_heard_over_tls_too() {
+        let (url, config) = serve_tls(&TLS13, &rcgen::PKCS_ECDSA_P256_SHA256, |mut stream| {
+            stream.sock.set_nodelay(true)?;
+            stream.read_exact(&mut [0; 1000])?;
+            stream.write_all(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nbig")?;
+            // Closing with so much unread resets the connection.
+            stream.flush()
+        });
+        let agent = Agent::with_parts(config, WatchedConnector::new(connector(), Arc::default()), LocalFirstResolver);
+        let answer = agent.post(url).send(&body(20 << 20)[..]);
+        assert!(matches!(answer, Err(Error::StatusCode(413))), "{answer:?}");
     }
 
     #[test]
