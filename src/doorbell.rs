@@ -96,3 +96,45 @@ impl Drop for RingOnDrop {
         self.0.ring();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use crossbeam_channel::{TryRecvError, bounded, select};
+
+    use super::*;
+
+    /// Were one lost, the sleeper would not wake before the hour is over.
+    #[test]
+    fn no_ring_is_lost_however_full_the_channel_is() {
+        const SENDERS: u32 = 6;
+        const MESSAGES: u32 = 5000;
+        let bell = Doorbell::default();
+        let (sender, inbox) = bounded(2);
+        let inlet = Inlet::new(sender, &bell);
+        let sleeper = thread::spawn(move || {
+            let mut received = 0;
+            loop {
+                match inbox.try_recv() {
+                    Ok(()) => received += 1,
+                    Err(TryRecvError::Empty) => Doorbell::sleep(Instant::now() + Duration::from_secs(3600)),
+                    Err(TryRecvError::Disconnected) => return received,
+                }
+            }
+        });
+        bell.answer_by(sleeper.thread());
+        let send = move || {
+            for _ in 0..MESSAGES {
+                select! {
+                    send(inlet.channel(), ()) -> sent => sent.expect("a receiver"),
+                }
+                inlet.ring();
+            }
+        };
+        let senders: Vec<_> = (0..SENDERS).map(|_| thread::spawn(send.clone())).collect();
+        senders.into_iter().for_each(|sender| sender.join().expect("a sender"));
+        drop(send);
+        assert_eq!(sleeper.join().expect("the sleeper"), SENDERS * MESSAGES);
+    }
+}

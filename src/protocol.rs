@@ -6,7 +6,7 @@
 use std::sync::LazyLock;
 
 use base64::Engine as _;
-use base64::engine::general_purpose::{GeneralPurposeConfig, STANDARD as BASE64};
+use base64::engine::general_purpose::{self, STANDARD as BASE64};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::{Number, Value, json};
@@ -305,7 +305,7 @@ impl JobChunks {
 /// relayed as fast as it comes.
 static ENCODER: LazyLock<Encoder> = LazyLock::new(|| {
     #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-    return Encoder::standard(GeneralPurposeConfig::new());
+    return Encoder::standard(general_purpose::GeneralPurposeConfig::new());
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     BASE64
 });
@@ -313,7 +313,7 @@ static ENCODER: LazyLock<Encoder> = LazyLock::new(|| {
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 type Encoder = base64::engine::Simd;
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-type Encoder = base64::engine::GeneralPurpose;
+type Encoder = general_purpose::GeneralPurpose;
 
 /// The end of a job that went well.
 pub fn job_done(job_id: Uuid, result: &JobResult) -> String {
@@ -415,7 +415,7 @@ mod tests {
     #[test]
     fn a_chunk_is_the_json_that_a_reader_expects() {
         let id = Uuid::nil();
-        for len in 0..20 {
+        for len in 0..200 {
             let bytes: Vec<u8> = (0..len).collect();
             let text = JobChunks::of(id).frame(&bytes);
             assert_eq!(text.capacity(), text.len(), "one allocation");

@@ -87,7 +87,10 @@ impl Pass {
             {
                 seen.piece = true;
                 self.pieces += 1;
-                let plain = end_of_string(value, 1).filter(|end| !value[..*end].contains(&b'\\'));
+                let plain = end_of_string(value, 1).filter(|end| {
+                    // In what is no JSON it may be a key as well.
+                    !value[..*end].contains(&b'\\') && !value[end + 1..].trim_ascii_start().starts_with(b":")
+                });
                 self.text = plain.filter(|_| self.pieces == 1).map(|end| value_at + 1..value_at + end);
             }
             b"usage" => seen.telling |= value.first() == Some(&b'{'),
@@ -162,6 +165,15 @@ mod tests {
         ] {
             assert!(!glance.differs_in_the_text_alone(other.as_bytes()), "{other}");
             assert_eq!(glance.at(other.as_bytes()), afresh(other.as_bytes()), "{other}");
+        }
+    }
+
+    #[test]
+    fn a_text_that_is_a_key_is_not_remembered() {
+        let mut glance = Glance::default();
+        for text in ["x", "error"] {
+            let event = format!(r#"{{"content":"{text}":1}}"#);
+            assert_eq!(glance.at(event.as_bytes()), afresh(event.as_bytes()), "{event}");
         }
     }
 

@@ -19,7 +19,7 @@ use super::secret::ApiKey;
 use super::wire::{SharedConnector, WatchedConnector, Wire, connector, plain_connector};
 use crate::cryptography;
 
-/// Agents kept for the next request, each with at most one open connection and its 32 KiB of buffers.
+/// Agents kept for the next request, each with at most one open connection and its buffers.
 const IDLE_AGENTS_MAX: usize = 8;
 /// Local servers close an idle connection after 5 s (llama.cpp, uvicorn).
 const IDLE_AGE_LOCAL: Duration = Duration::from_secs(4);
@@ -29,7 +29,7 @@ const IDLE_AGE_HOSTED: Duration = Duration::from_secs(15);
 const CONNECT_TIMEOUT_LOCAL: Duration = Duration::from_secs(5);
 /// Time to connect over the internet, name and TLS included.
 const CONNECT_TIMEOUT_HOSTED: Duration = Duration::from_secs(10);
-/// Each way; ureq's default of 128 KiB would be 64 MiB for 256 jobs.
+/// Of a TLS session, each way; ureq's default of 128 KiB would be 64 MiB for 256 jobs.
 const BUFFER_BYTES: usize = 16 << 10;
 
 /// The means to end a blocking call of another thread: sockets, handshakes and bodies wake at once. Without effect once

@@ -61,10 +61,31 @@ pub fn plain_connector() -> SharedConnector {
     Arc::new(().chain(TcpConnector).chain(Boxing))
 }
 
-/// With TLS where the URL says so, whose configuration it keeps, and through a proxy where there is one.
+/// With TLS where the URL says so, and through a proxy where there is one.
 pub fn connector() -> SharedConnector {
     let chain = ().chain(ConnectProxyConnector::default()).chain(TcpConnector).chain(RustlsConnector::default());
-    Arc::new(chain.chain(Boxing))
+    Arc::new(AgentLevel(chain.chain(Boxing)))
+}
+
+/// Keeps the TLS configuration, and with it the sessions that can be resumed, from one connection to the next: ureq makes a new
+/// one for each request that has settings of its own. Those of ours have only a time.
+#[derive(Debug)]
+struct AgentLevel<C>(C);
+
+impl<C: Connector<()>> Connector<()> for AgentLevel<C> {
+    type Out = C::Out;
+
+    fn connect(&self, details: &ConnectionDetails, chained: Option<()>) -> Result<Option<C::Out>, Error> {
+        let details = ConnectionDetails {
+            request_level: false,
+            addrs: details.addrs.clone(),
+            current_time: details.current_time.clone(),
+            run_connector: details.run_connector.clone(),
+            register_shutdown: details.register_shutdown.clone(),
+            ..*details
+        };
+        self.0.connect(&details, chained)
+    }
 }
 
 /// The end of a chain, which has a type of its own for each of its links.
@@ -98,7 +119,7 @@ impl Connector<()> for WatchedConnector {
     fn connect(&self, details: &ConnectionDetails, chained: Option<()>) -> Result<Option<Watched>, Error> {
         self.wire.opened.store(true, Ordering::Relaxed);
         let inner = self.inner.connect(details, chained)?;
-        Ok(inner.map(|inner| Watched { inner, wire: self.wire.clone(), write_failed: false }))
+        Ok(inner.map(|inner| Watched { inner, wire: self.wire.clone() }))
     }
 }
 
@@ -107,7 +128,6 @@ impl Connector<()> for WatchedConnector {
 pub struct Watched {
     inner: Box<dyn Transport>,
     wire: Arc<Wire>,
-    write_failed: bool,
 }
 
 impl Transport for Watched {
@@ -116,18 +136,7 @@ impl Transport for Watched {
     }
 
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), Error> {
-        if self.write_failed {
-            return Ok(());
-        }
-        match self.inner.transmit_output(amount, timeout) {
-            // A server that refuses a large request answers and closes while we still write. What it said is worth
-            // more than that we could not go on, so the verdict is left to the read that follows.
-            Err(Error::Io(_)) => {
-                self.write_failed = true;
-                Ok(())
-            }
-            other => other,
-        }
+        self.inner.transmit_output(amount, timeout)
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, Error> {
@@ -143,10 +152,198 @@ impl Transport for Watched {
     }
 
     fn is_open(&mut self) -> bool {
-        !self.write_failed && self.inner.is_open()
+        self.inner.is_open()
     }
 
     fn is_tls(&self) -> bool {
         self.inner.is_tls()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{self, BufRead, BufReader, Read, Write};
+    use std::net::{SocketAddr, TcpListener, TcpStream};
+    use std::thread;
+
+    use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+    use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+    use rustls::version::{TLS12, TLS13};
+    use rustls::{HandshakeKind, ServerConfig, ServerConnection, StreamOwned, SupportedProtocolVersion};
+    use ureq::Agent;
+    use ureq::config::Config;
+    use ureq::tls::{Certificate, RootCerts, TlsConfig};
+
+    use super::super::resolver::LocalFirstResolver;
+    use super::*;
+    use crate::cryptography;
+
+    /// Sends each request's body back, in chunks of `chunk` bytes, until the client leaves.
+    fn echo(stream: impl Read + Write, chunk: usize) -> io::Result<()> {
+        let mut stream = BufReader::new(stream);
+        loop {
+            let mut length = 0;
+            loop {
+                let mut line = String::new();
+                if stream.read_line(&mut line)? == 0 {
+                    return Ok(());
+                }
+                if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                    length = value.trim().parse().expect("a length");
+                }
+                if line == "\r\n" {
+                    break;
+                }
+            }
+            let mut body = vec![0; length];
+            stream.read_exact(&mut body)?;
+            let out = stream.get_mut();
+            out.write_all(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")?;
+            for piece in body.chunks(chunk) {
+                write!(out, "{:x}\r\n", piece.len())?;
+                out.write_all(piece)?;
+                out.write_all(b"\r\n")?;
+            }
+            out.write_all(b"0\r\n\r\n")?;
+            out.flush()?;
+        }
+    }
+
+    /// Serves one connection after the other.
+    fn serve(each: impl Fn(TcpStream) -> io::Result<()> + Send + 'static) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a loopback port");
+        let address = listener.local_addr().expect("an address");
+        thread::spawn(move || {
+            for socket in listener.incoming().map_while(Result::ok) {
+                let _ = each(socket);
+            }
+        });
+        address
+    }
+
+    fn body(length: usize) -> Vec<u8> {
+        (0..length).map(|i| (i * i / 7) as u8).collect()
+    }
+
+    fn assert_echoed(agent: &Agent, wire: &Wire, url: &str) {
+        for (nth, length) in [0, 1, 511, 512, 513, 16 << 10, (16 << 10) + 1, 3 << 20].into_iter().enumerate() {
+            wire.reset();
+            let sent = body(length);
+            let response = agent.post(url).send(&sent[..]).expect("an answer");
+            let mut got = Vec::new();
+            response.into_body().into_reader().read_to_end(&mut got).expect("the body");
+            assert!(got == sent, "{length} bytes became {}", got.len());
+            assert_eq!(wire.opened.load(Ordering::Relaxed), nth == 0, "one connection for all");
+        }
+    }
+
+    #[test]
+    fn bodies_of_any_length_pass_both_ways_and_keep_the_connection() {
+        for chunk in [1000, 100_000] {
+            let address = serve(move |socket| echo(socket, chunk));
+            let wire = Arc::new(Wire::default());
+            let config = Agent::config_builder().build();
+            let connector = WatchedConnector::new(plain_connector(), wire.clone());
+            let agent = Agent::with_parts(config, connector, LocalFirstResolver);
+            assert_echoed(&agent, &wire, &format!("http://localhost:{}/", address.port()));
+        }
+    }
+
+    /// A server with a certificate, and the configuration of a client that trusts it.
+    fn serve_tls(
+        version: &'static SupportedProtocolVersion,
+        algorithm: &'static rcgen::SignatureAlgorithm,
+        each: impl Fn(StreamOwned<ServerConnection, TcpStream>) -> io::Result<()> + Send + 'static,
+    ) -> (String, Config) {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().expect("a key")).expect("an authority");
+        let key = KeyPair::generate_for(algorithm).expect("a key");
+        let params = CertificateParams::new(vec!["localhost".to_owned()]).expect("a name");
+        let certificate = params.signed_by(&key, &issuer).expect("a certificate");
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
+        let server = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_protocol_versions(&[version])
+            .expect("a version")
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate.der().clone()], key)
+            .expect("a certificate and its key");
+        let server = Arc::new(server);
+        let address = serve(move |socket| {
+            let session = ServerConnection::new(server.clone()).expect("a session");
+            each(StreamOwned::new(session, socket))
+        });
+        let roots = RootCerts::new_with_certs(&[Certificate::from_der(issuer.der()).to_owned()]);
+        let tls =
+            TlsConfig::builder().unversioned_rustls_crypto_provider(cryptography::provider()).root_certs(roots).build();
+        let url = format!("https://localhost:{}/", address.port());
+        (url, Agent::config_builder().tls_config(tls).build())
+    }
+
+    #[test]
+    fn so_they_do_over_tls_of_either_version() {
+        for algorithm in [&rcgen::PKCS_ECDSA_P256_SHA256, &rcgen::PKCS_ECDSA_P384_SHA384, &rcgen::PKCS_ED25519] {
+            for version in [&TLS12, &TLS13] {
+                let (url, config) = serve_tls(version, algorithm, |stream| echo(stream, 5000));
+                let wire = Arc::new(Wire::default());
+                let connector = WatchedConnector::new(connector(), wire.clone());
+                assert_echoed(&Agent::with_parts(config, connector, LocalFirstResolver), &wire, &url);
+            }
+        }
+    }
+
+    #[test]
+    fn agents_of_one_backend_resume_each_others_tls_sessions() {
+        for version in [&TLS12, &TLS13] {
+            let (seen, kinds) = crossbeam_channel::unbounded();
+            let (url, config) = serve_tls(version, &rcgen::PKCS_ECDSA_P256_SHA256, move |mut stream| {
+                let end = echo(&mut stream, 5000);
+                let _ = seen.send(stream.conn.handshake_kind());
+                end
+            });
+            let shared = connector();
+            for kind in [HandshakeKind::Full, HandshakeKind::Resumed] {
+                let connector = WatchedConnector::new(shared.clone(), Arc::default());
+                let agent = Agent::with_parts(config.clone(), connector, LocalFirstResolver);
+                let request = ureq::http::Request::post(&url).body("x").expect("a request");
+                let request = agent.configure_request(request).timeout_global(Some(Duration::from_secs(60))).build();
+                let answer = agent.run(request).expect("an answer").into_body().read_to_string();
+                assert_eq!(answer.expect("a body"), "x");
+                drop(agent);
+                assert_eq!(kinds.recv().expect("a connection"), Some(kind));
+            }
+        }
+    }
+
+    #[test]
+    fn an_answer_before_the_request_was_read_is_heard_over_tls_too() {
+        let (url, config) = serve_tls(&TLS13, &rcgen::PKCS_ECDSA_P256_SHA256, |mut stream| {
+            stream.sock.set_nodelay(true)?;
+            stream.read_exact(&mut [0; 1000])?;
+            stream.write_all(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nbig")?;
+            // Closing with so much unread resets the connection.
+            stream.flush()
+        });
+        let agent = Agent::with_parts(config, WatchedConnector::new(connector(), Arc::default()), LocalFirstResolver);
+        let answer = agent.post(url).send(&body(20 << 20)[..]);
+        assert!(matches!(answer, Err(Error::StatusCode(413))), "{answer:?}");
+    }
+
+    #[test]
+    fn a_head_that_is_too_large_is_said_to_be_so() {
+        let address = serve(|mut socket| {
+            socket.write_all(b"HTTP/1.1 200 OK\r\n")?;
+            loop {
+                socket.write_all(&[b'x'; 1000])?;
+            }
+        });
+        let agent =
+            Agent::with_parts(Agent::config_builder().build(), plain_connector_of_its_own(), LocalFirstResolver);
+        let answer = agent.get(format!("http://{address}/")).call();
+        assert!(matches!(answer, Err(Error::LargeResponseHeader(..))), "{answer:?}");
+    }
+
+    fn plain_connector_of_its_own() -> WatchedConnector {
+        WatchedConnector::new(plain_connector(), Arc::default())
     }
 }
