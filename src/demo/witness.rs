@@ -63,6 +63,21 @@ impl Witness {
     pub(super) fn new(backend: Arc<dyn Backend>, record: Arc<Record>) -> Self {
         Self { backend, record }
     }
+
+    fn watch(
+        &self,
+        job_id: Uuid,
+        sink: &mut dyn JobSink,
+        execute: impl FnOnce(&mut dyn JobSink) -> BackendResult<JobResult>,
+    ) -> BackendResult<JobResult> {
+        if !self.record.is_watched(job_id) {
+            return execute(sink);
+        }
+        let mut recording = RecordingSink { sink, given: Timed::asked_now() };
+        let result = execute(&mut recording);
+        self.record.note(job_id, Seen { backend: self.backend.clone(), given: recording.given });
+        result
+    }
 }
 
 impl Backend for Witness {
@@ -83,13 +98,11 @@ impl Backend for Witness {
     }
 
     fn execute(&self, job: &Job, sink: &mut dyn JobSink) -> BackendResult<JobResult> {
-        if !self.record.is_watched(job.job_id) {
-            return self.backend.execute(job, sink);
-        }
-        let mut recording = RecordingSink { sink, given: Timed::asked_now() };
-        let result = self.backend.execute(job, &mut recording);
-        self.record.note(job.job_id, Seen { backend: self.backend.clone(), given: recording.given });
-        result
+        self.watch(job.job_id, sink, |sink| self.backend.execute(job, sink))
+    }
+
+    fn execute_last(&self, job: Job, sink: &mut dyn JobSink) -> BackendResult<JobResult> {
+        self.watch(job.job_id, sink, |sink| self.backend.execute_last(job, sink))
     }
 
     fn probe(&self) -> BackendResult<Vec<BackendModel>> {
