@@ -61,6 +61,7 @@ impl Writer {
         let thread = threads::spawn("writer", move || {
             // Dropped at the end, whatever it is.
             let _ended = ended_sender;
+            threads::step_back();
             if let Err(e) = actor.run() {
                 crate::debug!("writing ended: {e}");
                 // The reader finds out, and ends the session.
