@@ -1,7 +1,7 @@
-//! Files that must survive: replaced atomically, and locked while one agent uses them.
+//! Files that are read within bounds, and replaced as a whole or not at all.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, Read, Seek, Write};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -88,14 +88,16 @@ fn write_new(path: &Path, content: &[u8]) -> io::Result<()> {
     file.sync_all()
 }
 
+/// Files that are made with these options are their owner's alone (0600).
 #[cfg(unix)]
-fn private(options: &mut OpenOptions) -> &mut OpenOptions {
+pub fn private(options: &mut OpenOptions) -> &mut OpenOptions {
     use std::os::unix::fs::OpenOptionsExt;
     options.mode(0o600)
 }
 
+/// As it is where files have no modes.
 #[cfg(not(unix))]
-fn private(options: &mut OpenOptions) -> &mut OpenOptions {
+pub fn private(options: &mut OpenOptions) -> &mut OpenOptions {
     options
 }
 
@@ -113,65 +115,4 @@ pub fn create_folder_of(path: &Path) -> io::Result<()> {
         builder.mode(0o700);
     }
     builder.create(folder)
-}
-
-/// Held for as long as this process is the one agent of an identity. The kernel releases it at the process's end,
-/// whatever that is; the file stays, because deleting it would let two processes lock two files of one name.
-#[derive(Debug)]
-pub struct InstanceLock {
-    _file: Option<File>,
-}
-
-/// Why there is no lock.
-#[derive(Debug)]
-pub enum LockError {
-    /// Another agent holds it; its pid, if that could be read.
-    Held(Option<u32>),
-    /// The lock file cannot be used.
-    Io(PathBuf, io::Error),
-}
-
-impl InstanceLock {
-    /// Locks the file beside the identity.
-    ///
-    /// # Errors
-    /// Another agent holds it, or there can be none.
-    pub fn acquire(identity: &Path) -> Result<InstanceLock, LockError> {
-        let path = lock_path(identity);
-        let io_error = |e| LockError::Io(path.clone(), e);
-        let writable = private(OpenOptions::new().read(true).write(true).create(true).truncate(false)).open(&path);
-        // A lock needs no right to write; only the pid in it does.
-        let mut file = writable.or_else(|e| File::open(&path).map_err(|_| e)).map_err(io_error)?;
-        match file.try_lock() {
-            Ok(()) => {
-                let _ = note_pid(&mut file);
-                Ok(InstanceLock { _file: Some(file) })
-            }
-            Err(TryLockError::WouldBlock) => {
-                let mut pid = String::new();
-                let _ = file.read_to_string(&mut pid);
-                Err(LockError::Held(pid.trim().parse().ok()))
-            }
-            Err(TryLockError::Error(e)) if e.kind() == io::ErrorKind::Unsupported => {
-                log::warn!("`{}`: this file system has no locks; see to it that only one agent runs", path.display());
-                Ok(InstanceLock { _file: None })
-            }
-            Err(TryLockError::Error(e)) => Err(io_error(e)),
-        }
-    }
-}
-
-/// The file that is locked.
-fn lock_path(identity: &Path) -> PathBuf {
-    // Two ways to the same identity are one identity.
-    let identity = fs::canonicalize(identity).unwrap_or_else(|_| identity.to_owned());
-    let mut name = identity.into_os_string();
-    name.push(".lock");
-    PathBuf::from(name)
-}
-
-fn note_pid(file: &mut File) -> io::Result<()> {
-    file.set_len(0)?;
-    file.rewind()?;
-    writeln!(file, "{}", std::process::id())
 }

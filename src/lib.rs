@@ -46,6 +46,7 @@
 pub mod config;
 pub mod identity;
 pub mod files;
+pub mod instance;
 pub mod logging;
 
 pub mod protocol;

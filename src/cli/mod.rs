@@ -37,6 +37,8 @@ pub enum Failure {
     },
     /// Anything else.
     Runtime(String),
+    /// stdout has told it; what is left to say is this exit code.
+    Told(u8),
 }
 
 impl Failure {
@@ -46,6 +48,7 @@ impl Failure {
             Failure::Identity(_) | Failure::Runtime(_) => 1,
             Failure::Usage(_) | Failure::Config(_) => 2,
             Failure::AlreadyRunning { .. } => 4,
+            Failure::Told(code) => *code,
         }
     }
 }
@@ -62,6 +65,7 @@ impl fmt::Display for Failure {
             Failure::AlreadyRunning { pid: None } => {
                 f.write_str("an agent with this identity is already running; stop that one first")
             }
+            Failure::Told(_) => Ok(()),
         }
     }
 }
@@ -91,6 +95,7 @@ pub fn main(args: impl Iterator<Item = std::ffi::OsString>) -> ExitCode {
     logging::flush();
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Told(code)) => ExitCode::from(code),
         Err(failure) => {
             // A broken stderr is no reason to end differently.
             let _ = writeln!(std::io::stderr(), "error: {failure}");

@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::args::Globals;
 use super::{Failure, backends_of, load_config, terms_of};
-use crate::files::{self, InstanceLock, LockError};
+use crate::files;
 use crate::identity::{Identity, IdentityError};
+use crate::instance::{InstanceLock, LockError, Places};
 use crate::memory;
 use crate::protocol::AGENT_VERSION;
 use crate::shutdown::Stop;
@@ -21,7 +22,7 @@ pub fn run(globals: &Globals) -> Result<(), Failure> {
     let config = load_config(globals)?;
     let create = |error| IdentityError::Io { action: "make the folder of", path: config.key_path.clone(), error };
     files::create_folder_of(&config.key_path).map_err(create)?;
-    let _lock = match InstanceLock::acquire(&config.key_path) {
+    let _lock = match InstanceLock::acquire(&Places::beside(&config.key_path)) {
         Ok(lock) => {
             files::remove_leftovers(&config.key_path);
             Some(lock)
