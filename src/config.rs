@@ -128,12 +128,15 @@ impl Config {
     /// # Errors
     /// The first fault.
     pub fn load(path: &Path, allow_insecure: bool) -> Result<Config, ConfigError> {
-        let bytes = files::read_bounded(path, FILE_BYTES_MAX).map_err(|e| {
-            ConfigError::in_file(path, &format!("failed to read it: {e}"), "check the path and the rights")
-        })?;
-        let text = String::from_utf8(bytes)
-            .map_err(|_| ConfigError::in_file(path, "it is not UTF-8 text", "save it as UTF-8"))?;
-        Config::parse(&text, path, allow_insecure)
+        Config::parse(&read(path)?, path, allow_insecure)
+    }
+
+    /// Where the identity is, for a file in which anything else may be wrong.
+    ///
+    /// # Errors
+    /// The file is no TOML, or says of the identity what cannot be.
+    pub fn key_path_in(path: &Path) -> Result<PathBuf, ConfigError> {
+        check::key_path_in(without_mark(&read(path)?), path)
     }
 
     /// Checks the text of a file; `path` is for the errors.
@@ -141,9 +144,7 @@ impl Config {
     /// # Errors
     /// The first fault.
     pub fn parse(text: &str, path: &Path, allow_insecure: bool) -> Result<Config, ConfigError> {
-        // A byte-order mark is what some editors put first.
-        let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-        check::config(text, path, allow_insecure)
+        check::config(without_mark(text), path, allow_insecure)
     }
 
     /// The file to read: the one that was named, else the first that exists where an `agent.toml` may be.
@@ -163,6 +164,17 @@ impl Config {
             None => Err(ConfigError::not_found(&candidates)),
         }
     }
+}
+
+fn read(path: &Path) -> Result<String, ConfigError> {
+    let bytes = files::read_bounded(path, FILE_BYTES_MAX)
+        .map_err(|e| ConfigError::in_file(path, &format!("failed to read it: {e}"), "check the path and the rights"))?;
+    String::from_utf8(bytes).map_err(|_| ConfigError::in_file(path, "it is not UTF-8 text", "save it as UTF-8"))
+}
+
+/// A byte-order mark is what some editors put first.
+fn without_mark(text: &str) -> &str {
+    text.strip_prefix('\u{feff}').unwrap_or(text)
 }
 
 fn home() -> Option<PathBuf> {

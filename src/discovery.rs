@@ -1,11 +1,12 @@
 //! What can be offered right now: probes of the backends, prices, and the catalog that the rest of the agent reads.
 //!
-//! One thread, `prober`, owns the state of the backends and is the only one to publish a [`Catalog`]; each round it asks
-//! all of them side by side, so a hung backend delays nobody but itself. Readers take a snapshot and hold no lock. How the
+//! One thread, `prober`, owns the state of the backends ([`Probed`]) and is the only one to publish a [`Catalog`]; each round
+//! all of them are asked side by side, so a hung backend delays nobody but itself. It is the agent's housekeeping thread too. Readers take a snapshot and hold no lock. How the
 //! jobs of a backend go is kept in its [`Member`]: one that fails them is not offered, whatever its health check says.
 
 mod catalog;
 mod member;
+mod probed;
 mod prober;
 
 use std::collections::HashSet;
@@ -13,7 +14,8 @@ use std::sync::Arc;
 
 pub use catalog::{Catalog, Listing, Offers};
 pub use member::{Member, Slot};
-pub use prober::{Prober, dice, probe_all};
+pub use probed::Probed;
+pub use prober::{Housekeeping, Prober, dice, probe_all};
 
 use crate::backend::{Backend, BackendModel, HttpBackend};
 use crate::config::{BackendConfig, Pricing};

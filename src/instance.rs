@@ -66,6 +66,10 @@ impl Places {
     }
 }
 
+/// An agent that has not shown for so long that it works does not: it does so at least every 75 s, with the longest delay between
+/// two attempts to connect, and every 45 s while it is connected.
+pub const SILENCE_MAX: Duration = Duration::from_secs(180);
+
 /// The most of a lock file that is read, in bytes.
 const LOCK_BYTES_MAX: u64 = 256;
 
@@ -169,10 +173,13 @@ impl Holder {
     }
 }
 
-/// When a process started, in clock ticks since the boot: the 22nd field of its `stat`; the second, its name, may hold anything.
+/// When a process started, in clock ticks since the boot; `None` for one that has ended, also when nobody has asked how yet.
 fn start_of(pid: &str) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+    // The second field, the name, may hold anything; the third is the state, the 22nd the start.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    let has_ended = matches!(fields.next()?, "Z" | "X");
+    fields.nth(18).filter(|_| !has_ended)?.parse().ok()
 }
 
 /// Since some moment before the start of this process, the same for all processes until the next boot.

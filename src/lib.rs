@@ -58,6 +58,7 @@ pub mod transport;
 pub mod session;
 pub mod writer;
 pub mod doorbell;
+pub mod bell;
 
 pub mod job_executor;
 pub mod worker_pool;
@@ -65,6 +66,7 @@ pub mod threads;
 pub mod memory;
 pub mod heartbeat;
 pub mod token_limit;
+pub mod status;
 
 pub mod discovery;
 pub mod backend;

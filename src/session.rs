@@ -5,6 +5,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, select};
@@ -17,12 +18,13 @@ use crate::doorbell::Inlet;
 use crate::heartbeat::Statistics;
 use crate::identity::Identity;
 use crate::job_executor::{
-    CONTROL_LANE_MAX, Control, JobExecutor, Lanes, Outbox, Overflow, REQUEST_BYTES_MAX, Surroundings,
+    CONTROL_LANE_MAX, Cause, Control, JobExecutor, Lanes, Outbox, Overflow, REQUEST_BYTES_MAX, Surroundings,
 };
 use crate::logging::shown;
 use crate::memory;
-use crate::protocol::{self, ErrorCode, Inbound, OfferLimits};
+use crate::protocol::{self, Inbound, OfferLimits};
 use crate::shutdown::{Leave, Live, Stop};
+use crate::status::{Board, Tally};
 use crate::token_limit::TokenLimit;
 use crate::transport::{Link, MESSAGE_BYTES_MAX, ReadHalf, STALL_TIMEOUT};
 use crate::writer::Writer;
@@ -141,6 +143,10 @@ pub struct Context<'a> {
     pub statistics: &'a Arc<Statistics>,
     /// `max_tokens_per_minute`, over all sessions.
     pub token_limit: &'a Arc<TokenLimit>,
+    /// What became of the jobs of all sessions.
+    pub tally: &'a Arc<Tally>,
+    /// Where it is noted how the agent is.
+    pub board: &'a Arc<Board>,
     /// Stated with the offer.
     pub limits: OfferLimits,
     /// For jobs in flight when the agent stops.
@@ -171,11 +177,14 @@ pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) 
             statistics: context.statistics.clone(),
             token_limit: context.token_limit.clone(),
             prober: Some(context.prober.clone()),
+            tally: context.tally.clone(),
+            board: Some(context.board.clone()),
         },
     ));
     let link = half.link();
     let write_half = half.split(outlet_to(lanes.control.clone()));
-    let heartbeat = heartbeat_of(&executor, context.statistics);
+    let heard = Arc::new(AtomicBool::new(true));
+    let heartbeat = heartbeat_of(&executor, context, heard.clone());
     let writer = match Writer::spawn(write_half, lanes, heartbeat) {
         Ok(writer) => writer,
         Err(e) => return SessionEnd::Unexpected(format!("failed to start the writer thread: {e}")),
@@ -189,10 +198,11 @@ pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) 
         drain: context.drain,
         writer_ended: writer.ended.clone(),
         session_ended: ended,
+        board: context.board.clone(),
     };
     announce(context, &writer.control);
     context.stop.set_live(Live::Session(Arc::new(handle)));
-    let end = read_loop(&mut half, &executor);
+    let end = read_loop(&mut half, &executor, &heard);
     context.offers.stop_listening();
     executor.cancel_all();
     let _ = writer.control.send(Control::Finish);
@@ -218,24 +228,38 @@ fn outlet_to(control: Inlet<Control>) -> impl Fn(Vec<u8>) -> io::Result<()> + Se
 /// Sends the offer now and whenever it changes.
 fn announce(context: &Context<'_>, control: &Inlet<Control>) {
     let (control, limits) = (control.clone(), context.limits);
-    context.offers.listen(move |catalog| {
-        log::info!("offering {} model(s)", catalog.offer.len());
-        let _ = control.send(Control::Offer(protocol::capabilities(&catalog.offer, limits)));
+    context.offers.listen(move |offer| {
+        log::info!("offering {} model(s)", offer.len());
+        let _ = control.send(Control::Offer(protocol::capabilities(offer, limits)));
     });
 }
 
-fn heartbeat_of(executor: &Arc<JobExecutor>, statistics: &Arc<Statistics>) -> impl Fn() -> String + Send + use<> {
+/// `heard` is set by the reader for each message: with it the heartbeat shows that both threads work.
+fn heartbeat_of(
+    executor: &Arc<JobExecutor>,
+    context: &Context<'_>,
+    heard: Arc<AtomicBool>,
+) -> impl Fn() -> String + Send + use<> {
     // Weak: the writer is not to keep the jobs of a session alive.
-    let (executor, statistics) = (Arc::downgrade(executor), statistics.clone());
+    let executor = Arc::downgrade(executor);
+    let in_flight = move || executor.upgrade().map_or(0, |executor| executor.queue_depth());
+    context.board.count_jobs_by(in_flight.clone());
+    let (statistics, board) = (context.statistics.clone(), context.board.clone());
     move || {
-        let queue_depth = executor.upgrade().map_or(0, |e| e.queue_depth());
-        statistics.heartbeat(queue_depth).to_frame()
+        if heard.swap(false, Ordering::Relaxed) {
+            board.shows_life();
+        } else {
+            board.remind();
+        }
+        statistics.heartbeat(in_flight()).to_frame()
     }
 }
 
-fn read_loop(half: &mut ReadHalf, executor: &JobExecutor) -> SessionEnd {
+fn read_loop(half: &mut ReadHalf, executor: &JobExecutor, heard: &AtomicBool) -> SessionEnd {
     loop {
-        match half.read() {
+        let message = half.read();
+        heard.store(true, Ordering::Relaxed);
+        match message {
             Ok(Message::Text(text)) => {
                 if let Err(Overflow) = handle_frame(&text, executor) {
                     return SessionEnd::Unexpected(Overflow.to_string());
@@ -267,7 +291,7 @@ fn handle_frame(text: &str, executor: &JobExecutor) -> Result<(), Overflow> {
         }
         Ok(Inbound::UnreadableJob(job_id, why)) => {
             log::warn!("job {job_id} cannot be run: {why}");
-            executor.refuse(job_id, ErrorCode::Internal, why)
+            executor.refuse(job_id, Cause::Unreadable, why)
         }
         Ok(Inbound::JobCancel(job_id)) => {
             executor.cancel(job_id);
@@ -314,6 +338,7 @@ pub struct SessionHandle {
     drain: Duration,
     writer_ended: Receiver<()>,
     session_ended: Receiver<()>,
+    board: Arc<Board>,
 }
 
 impl Leave for SessionHandle {
@@ -321,6 +346,7 @@ impl Leave for SessionHandle {
     /// what is in flight is answered with an error.
     fn leave(&self, urgent: &dyn Fn() -> bool) {
         self.executor.refuse_new();
+        self.board.draining();
         let _ = self.control.send(Control::Withdraw(protocol::capabilities(&[], self.limits)));
         let in_flight = self.executor.queue_depth();
         if in_flight > 0 {

@@ -4,17 +4,22 @@
 //! [`crate::backoff`].
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
+
+use serde_json::json;
 
 use crate::backoff::{Backoff, Ended};
+use crate::bell::Bell;
 use crate::config::CoordinatorConfig;
-use crate::discovery::{OfferedBackend, Offers, Prober, Terms};
-use crate::heartbeat::Statistics;
+use crate::discovery::{Housekeeping, OfferedBackend, Offers, Prober, Terms};
+use crate::heartbeat::{Statistics, rfc3339};
 use crate::identity::Identity;
+use crate::instance::{InstanceLock, Places};
 use crate::logging::shown;
 use crate::protocol::OfferLimits;
-use crate::session::{self, SessionEnd};
+use crate::session::{self, HandshakeError, SessionEnd};
 use crate::shutdown::{Live, Stop};
+use crate::status::{Board, Connection, Recorder, Tally};
 use crate::token_limit::TokenLimit;
 use crate::transport::Dialer;
 use crate::{backend, discovery};
@@ -35,12 +40,22 @@ pub struct Agent {
     pub max_tokens_per_minute: Option<u64>,
     /// For jobs in flight when it stops.
     pub drain: Duration,
+    /// What other processes may know and do; `None` for an agent that is nobody else's business.
+    pub presence: Option<Presence>,
+}
+
+/// An agent as other processes see it.
+pub struct Presence {
+    /// The files beside the identity.
+    pub places: Places,
+    /// Held by this process.
+    pub lock: InstanceLock,
 }
 
 /// How one connection ended.
 enum Attempt {
     /// Before `auth_ok`.
-    Failed(String),
+    Failed(Connection),
     /// After it, having lasted so long.
     Served(SessionEnd, Duration),
 }
@@ -52,9 +67,38 @@ impl Agent {
     /// The system refused a thread at the start.
     pub fn run(mut self, stop: &Arc<Stop>) -> std::io::Result<()> {
         let offers = Arc::new(Offers::default());
-        let prober = Prober::spawn(std::mem::take(&mut self.backends), self.terms.clone(), offers.clone())?;
         let statistics = Arc::new(Statistics::default());
         let token_limit = Arc::new(TokenLimit::new(self.max_tokens_per_minute));
+        let tally = Arc::new(Tally::default());
+        let bell = self.bell()?;
+        let board = Arc::new(Board::new(self.identity.provider_id(), bell.ringer()));
+        let housekeeping: Housekeeping = match self.presence.take() {
+            None => Box::new(|_, _| ()),
+            Some(Presence { places, lock }) => {
+                let mut recorder = Recorder {
+                    places,
+                    lock,
+                    fixed: json!({
+                        "started_at": rfc3339(SystemTime::now()),
+                        "public_key": self.identity.public_key_base64(),
+                        "coordinator": self.coordinator.url.to_string(),
+                    }),
+                    board: board.clone(),
+                    offers: offers.clone(),
+                    statistics: statistics.clone(),
+                    tally: tally.clone(),
+                    token_limit: token_limit.clone(),
+                    condition: ("", SystemTime::now()),
+                    failure: None,
+                    written: 0,
+                };
+                // Before the first offer.
+                recorder.heed_pause();
+                Box::new(move |asked, backends| recorder.look(asked, backends))
+            }
+        };
+        let backends = std::mem::take(&mut self.backends);
+        let prober = Prober::spawn(backends, self.terms.clone(), offers.clone(), bell, housekeeping)?;
         let proxy = if self.use_proxy { backend::proxy_from_env() } else { None };
         let dialer = Dialer::new(self.coordinator.url.clone(), self.coordinator.roots.clone(), proxy);
         let limits = OfferLimits {
@@ -66,6 +110,8 @@ impl Agent {
             prober: &prober,
             statistics: &statistics,
             token_limit: &token_limit,
+            tally: &tally,
+            board: &board,
             limits,
             drain: self.drain,
             stop,
@@ -77,7 +123,7 @@ impl Agent {
             if stop.is_requested() {
                 break;
             }
-            let ended = report(&attempt);
+            let ended = report(&attempt, &board);
             let delay = backoff.delay_after(ended, discovery::dice());
             log::info!("connecting again in {:.1} s", delay.as_secs_f64());
             let _ = stop.signal().recv_timeout(delay);
@@ -86,14 +132,25 @@ impl Agent {
         Ok(())
     }
 
+    /// One that other processes can ring, where there can be such a one.
+    fn bell(&self) -> std::io::Result<Bell> {
+        let Some(presence) = &self.presence else { return Bell::private() };
+        let path = presence.places.wake();
+        Bell::at(&path).or_else(|e| {
+            log::warn!("`{}`: failed to make a socket ({e}), so `pause` takes effect up to 15 s late", path.display());
+            Bell::private()
+        })
+    }
+
     fn connect_and_serve(&mut self, dialer: &Dialer, context: &session::Context<'_>) -> Attempt {
         let stop = context.stop;
+        context.board.shows_life();
         // Probes and the dial go side by side.
         let settled = context.prober.refresh();
         let opened = |tcp| stop.set_live(Live::Handshake(tcp));
         let mut half = match dialer.dial(stop.signal(), opened) {
             Ok(half) => half,
-            Err(e) => return Attempt::Failed(e.to_string()),
+            Err(e) => return Attempt::Failed(Connection::Connecting(Some(e.to_string()))),
         };
         let code = self.coordinator.enrollment_code.as_deref();
         match session::authenticate(&mut half, &self.identity, code) {
@@ -102,8 +159,10 @@ impl Agent {
                     self.identity.set_provider_id(id);
                 }
             }
-            Err(e) => return Attempt::Failed(e.to_string()),
+            Err(HandshakeError::Rejected(reason)) => return Attempt::Failed(Connection::Rejected(reason)),
+            Err(e) => return Attempt::Failed(Connection::Connecting(Some(e.to_string()))),
         }
+        context.board.connected(self.identity.provider_id());
         let id = self.identity.provider_id().map_or_else(|| "a provider without an id".to_owned(), shown);
         log::info!("connected as {id}");
         let authenticated = Instant::now();
@@ -112,20 +171,34 @@ impl Agent {
     }
 }
 
-fn report(attempt: &Attempt) -> Ended {
+/// Tells how an attempt ended.
+fn report(attempt: &Attempt, board: &Board) -> Ended {
     match attempt {
-        Attempt::Failed(why) => {
-            log::warn!("not connected: {why}");
+        Attempt::Failed(connection) => {
+            match connection {
+                Connection::Rejected(reason) => {
+                    log::warn!("not connected: the coordinator rejected this agent: {reason}");
+                }
+                Connection::Connecting(why) => log::warn!("not connected: {}", why.as_deref().unwrap_or_default()),
+                Connection::Connected => {}
+            }
+            board.not_connected(connection.clone());
             Ended::BeforeAuth
         }
-        Attempt::Served(SessionEnd::Planned(how), _) => {
-            log::info!("the coordinator ended the session: {how}");
-            Ended::Planned
+        Attempt::Served(end, lasted) => {
+            let why = match end {
+                SessionEnd::Planned(how) => {
+                    log::info!("the coordinator ended the session: {how}");
+                    Some(format!("the coordinator ended the session: {how}"))
+                }
+                SessionEnd::Unexpected(why) => {
+                    log::warn!("the session ended after {:.0} s: {why}", lasted.as_secs_f64());
+                    Some(format!("the session ended: {why}"))
+                }
+                SessionEnd::Stopped => None,
+            };
+            board.not_connected(Connection::Connecting(why));
+            if matches!(end, SessionEnd::Planned(_)) { Ended::Planned } else { Ended::After(*lasted) }
         }
-        Attempt::Served(SessionEnd::Unexpected(why), lasted) => {
-            log::warn!("the session ended after {:.0} s: {why}", lasted.as_secs_f64());
-            Ended::After(*lasted)
-        }
-        Attempt::Served(SessionEnd::Stopped, lasted) => Ended::After(*lasted),
     }
 }

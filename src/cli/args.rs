@@ -20,6 +20,7 @@ use crate::config::parse_level;
     example = "Serve:\n$ {command_name} run --config agent.toml",
     error_code(1, "runtime error"),
     error_code(2, "usage or configuration error"),
+    error_code(3, "status: no agent runs"),
     error_code(4, "an agent with this identity is already running")
 )]
 pub struct Args {
@@ -56,6 +57,9 @@ impl Args {
 #[argh(subcommand)]
 pub enum Command {
     Run(Run),
+    Status(Status),
+    Pause(Pause),
+    Resume(Resume),
     Validate(Validate),
     Enroll(Enroll),
     Version(Version),
@@ -66,6 +70,29 @@ pub enum Command {
 #[derive(FromArgs, Debug)]
 #[argh(subcommand, name = "run")]
 pub struct Run {}
+
+/// Say whether the agent serves, and why not. Exits with 0 when it serves, 1 when it runs but does not serve, 3 when it does not
+/// run.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand, name = "status")]
+pub struct Status {
+    /// print the state as JSON
+    #[argh(switch)]
+    pub json: bool,
+    /// print it again each second, in place, until Ctrl-C
+    #[argh(switch)]
+    pub watch: bool,
+}
+
+/// Offer nothing from now on, also after a restart; jobs in flight finish.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand, name = "pause")]
+pub struct Pause {}
+
+/// End a pause.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand, name = "resume")]
+pub struct Resume {}
 
 /// Check agent.toml, ask the backends, and print what would be offered at which prices.
 #[derive(FromArgs, Debug)]

@@ -6,7 +6,9 @@
 mod args;
 mod demo;
 mod enroll;
+mod pause;
 mod run;
+mod status;
 mod validate;
 
 use std::fmt;
@@ -18,6 +20,7 @@ use args::{Args, Command};
 use crate::config::{Config, ConfigError};
 use crate::discovery::{OfferedBackend, Terms};
 use crate::identity::IdentityError;
+use crate::instance::Places;
 use crate::logging;
 use crate::protocol::AGENT_VERSION;
 
@@ -108,6 +111,9 @@ fn dispatch(args: Args) -> Result<(), Failure> {
     let (globals, command) = args.split();
     match command {
         Command::Run(_) => run::run(&globals),
+        Command::Status(options) => status::run(&globals, &options),
+        Command::Pause(_) => pause::pause(&globals),
+        Command::Resume(_) => pause::resume(&globals),
         Command::Validate(_) => validate::run(&globals),
         Command::Enroll(_) => enroll::run(&globals),
         Command::Version(_) => {
@@ -118,10 +124,23 @@ fn dispatch(args: Args) -> Result<(), Failure> {
     }
 }
 
-/// Writes to stdout. Whoever closed it does not want to read it, which is no failure of ours.
-fn print(text: &str) {
+/// Writes to stdout; false when nobody reads it. Whoever closed it does not want to, which is no failure of ours.
+fn print(text: &str) -> bool {
     let mut stdout = std::io::stdout().lock();
-    let _ = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).is_ok()
+}
+
+/// Micro-units as USDC, with as many digits as it takes.
+fn usdc(micro_units: u64) -> String {
+    let fraction = format!("{:06}", micro_units % 1_000_000);
+    let fraction = fraction.trim_end_matches('0');
+    format!("{}.{fraction:0<2}", micro_units / 1_000_000)
+}
+
+/// The files beside the identity. Whatever else is wrong in the configuration does not matter to who only wants these.
+fn places_of(globals: &args::Globals) -> Result<Places, Failure> {
+    let path = Config::find(globals.config.as_deref())?;
+    Ok(Places::beside(&Config::key_path_in(&path)?))
 }
 
 /// Reads the configuration and starts logging as it says, and the command line above it.
@@ -143,4 +162,16 @@ fn backends_of(config: &Config) -> Vec<OfferedBackend> {
 
 fn terms_of(config: &Config) -> Terms {
     Terms { pricing: config.pricing.clone(), max_concurrent: config.limits.max_concurrent }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prices_are_exact() {
+        for (micro_units, shown) in [(500_000, "0.50"), (1, "0.000001"), (2_000_000, "2.00"), (1_234_567, "1.234567")] {
+            assert_eq!(usdc(micro_units), shown);
+        }
+    }
 }

@@ -11,7 +11,7 @@ use crate::instance::{InstanceLock, LockError, Places};
 use crate::memory;
 use crate::protocol::AGENT_VERSION;
 use crate::shutdown::Stop;
-use crate::supervisor::Agent;
+use crate::supervisor::{Agent, Presence};
 
 /// So many signals mean that even the flush is not to be waited for.
 const SIGNALS_TO_EXIT: u32 = 3;
@@ -22,15 +22,17 @@ pub fn run(globals: &Globals) -> Result<(), Failure> {
     let config = load_config(globals)?;
     let create = |error| IdentityError::Io { action: "make the folder of", path: config.key_path.clone(), error };
     files::create_folder_of(&config.key_path).map_err(create)?;
-    let _lock = match InstanceLock::acquire(&Places::beside(&config.key_path)) {
+    let places = Places::beside(&config.key_path);
+    let lock = match InstanceLock::acquire(&places) {
         Ok(lock) => {
             files::remove_leftovers(&config.key_path);
-            Some(lock)
+            files::remove_leftovers(&places.state());
+            lock
         }
         Err(LockError::Held(pid)) => return Err(Failure::AlreadyRunning { pid }),
         Err(LockError::Io(path, e)) => {
             log::warn!("`{}` cannot be locked ({e}); see to it that only one agent runs", path.display());
-            None
+            InstanceLock::none()
         }
     };
     let identity = Identity::load_or_create(&config.key_path)?;
@@ -52,6 +54,7 @@ pub fn run(globals: &Globals) -> Result<(), Failure> {
         coordinator: config.coordinator,
         use_proxy: true,
         identity,
+        presence: Some(Presence { places, lock }),
     };
     agent.run(&stop).map_err(|e| Failure::Runtime(format!("failed to start a thread: {e}")))
 }

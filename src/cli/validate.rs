@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 
 use super::args::Globals;
-use super::{Failure, backends_of, load_config, print, terms_of};
+use super::{Failure, backends_of, load_config, print, terms_of, usdc};
 use crate::backend::Backend;
 use crate::discovery::{Catalog, Listing, ResolvedModel, probe_all};
 
@@ -55,24 +55,5 @@ fn offer_table(report: &mut String, offer: &[ResolvedModel]) {
             m.max_concurrent,
             m.backend,
         );
-    }
-}
-
-/// Micro-units as USDC, with as many digits as it takes.
-fn usdc(micro_units: u64) -> String {
-    let fraction = format!("{:06}", micro_units % 1_000_000);
-    let fraction = fraction.trim_end_matches('0');
-    format!("{}.{fraction:0<2}", micro_units / 1_000_000)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn prices_are_exact() {
-        for (micro_units, shown) in [(500_000, "0.50"), (1, "0.000001"), (2_000_000, "2.00"), (1_234_567, "1.234567")] {
-            assert_eq!(usdc(micro_units), shown);
-        }
     }
 }

@@ -39,6 +39,13 @@ pub fn config(text: &str, path: &Path, allow_insecure: bool) -> Result<Config, C
     })
 }
 
+/// Checks what a file says of the identity, and nothing else.
+pub fn key_path_in(text: &str, path: &Path) -> Result<PathBuf, ConfigError> {
+    let source = Source { text, path };
+    let table = DeTable::parse(text).map_err(|e| source.syntax_fault(&e))?;
+    key_path(&Section::root(source, table.get_ref()).section("identity")?)
+}
+
 fn coordinator(section: &Section<'_>, allow_insecure: bool) -> Result<CoordinatorConfig, ConfigError> {
     const FIX: &str = "write url = \"wss://api.usepod.ai/provider/connect\"";
     let url = section.string("url", FIX)?.ok_or_else(|| section.missing("url", FIX))?;

@@ -360,6 +360,7 @@ impl RunningAgent {
             terms: Terms { pricing, max_concurrent: limits.max_concurrent },
             max_tokens_per_minute: limits.max_tokens_per_minute,
             drain: limits.drain,
+            presence: None,
         };
         let stop = stop.clone();
         coordinator.expect_agent();

@@ -2,7 +2,8 @@
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::member::Member;
 use super::{DiscoveredBackend, ResolvedModel};
@@ -100,15 +101,17 @@ impl Catalog {
 pub struct Offers {
     newest: RwLock<Arc<Catalog>>,
     listener: Mutex<Option<Listener>>,
+    /// The operator wants nothing to be offered. Changes under the listener's lock alone.
+    paused: AtomicBool,
 }
 
 /// Called with each new offer; must not block.
-type Listener = Box<dyn Fn(&Catalog) + Send>;
+type Listener = Box<dyn Fn(&[ResolvedModel]) + Send>;
 
 impl Offers {
     /// With a catalog that nobody is going to replace.
     pub fn fixed(catalog: Catalog) -> Offers {
-        Offers { newest: RwLock::new(Arc::new(catalog)), listener: Mutex::default() }
+        Offers { newest: RwLock::new(Arc::new(catalog)), ..Offers::default() }
     }
 
     /// The newest.
@@ -116,29 +119,55 @@ impl Offers {
         self.newest.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Calls `listener` with the newest catalog now, and with each whose offer differs from here on. Replaces the
-    /// listener before.
-    pub fn listen(&self, listener: impl Fn(&Catalog) + Send + 'static) {
+    /// What is offered of a catalog: nothing while the agent is paused.
+    pub fn offered<'a>(&self, catalog: &'a Catalog) -> &'a [ResolvedModel] {
+        if self.is_paused() { &[] } else { &catalog.offer }
+    }
+
+    /// Whether the operator wants nothing to be offered.
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::SeqCst)
+    }
+
+    /// Offers nothing from here on, or everything again; true when that is a change.
+    pub fn set_paused(&self, paused: bool) -> bool {
+        let listener = self.listener();
+        let is_change = self.paused.swap(paused, Ordering::SeqCst) != paused;
+        if let Some(listener) = listener.as_ref().filter(|_| is_change) {
+            listener(self.offered(&self.snapshot()));
+        }
+        is_change
+    }
+
+    /// Calls `listener` with what is offered now, and with each offer that differs from here on. Replaces the listener
+    /// before.
+    pub fn listen(&self, listener: impl Fn(&[ResolvedModel]) + Send + 'static) {
         // Locked throughout, so that no publication falls between the first call and the next.
-        let mut slot = self.listener.lock().unwrap_or_else(PoisonError::into_inner);
-        listener(&self.snapshot());
+        let mut slot = self.listener();
+        listener(self.offered(&self.snapshot()));
         *slot = Some(Box::new(listener));
     }
 
     /// Ends what [`Offers::listen`] began.
     pub fn stop_listening(&self) {
-        *self.listener.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.listener() = None;
     }
 
-    /// Replaces the catalog.
-    pub(super) fn publish(&self, catalog: Catalog) {
+    /// Replaces the catalog; true when the offer is another one.
+    pub(super) fn publish(&self, catalog: Catalog) -> bool {
         let catalog = Arc::new(catalog);
-        let listener = self.listener.lock().unwrap_or_else(PoisonError::into_inner);
+        let listener = self.listener();
         let before =
             std::mem::replace(&mut *self.newest.write().unwrap_or_else(PoisonError::into_inner), catalog.clone());
-        if let Some(listener) = listener.as_ref().filter(|_| before.offer != catalog.offer) {
-            listener(&catalog);
+        let is_change = before.offer != catalog.offer;
+        if let Some(listener) = listener.as_ref().filter(|_| is_change && !self.is_paused()) {
+            listener(&catalog.offer);
         }
+        is_change
+    }
+
+    fn listener(&self) -> MutexGuard<'_, Option<Listener>> {
+        self.listener.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -146,7 +175,6 @@ impl Offers {
 mod tests {
     use super::*;
     use crate::backend::HttpBackend;
-    use std::sync::atomic::{AtomicBool, Ordering};
 
     fn listing(model_id: &str) -> Listing {
         let model = ResolvedModel {

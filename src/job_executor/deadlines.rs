@@ -29,7 +29,9 @@ fn end(shared: &Shared, ticket: &Arc<Ticket>) {
         if let Some(code) = error.code() {
             let frame = protocol::job_error(ticket.job_id, code, &error.to_string(), 0);
             if shared.outbox.control(frame).is_ok() {
-                shared.surroundings.statistics.failed(ticket.accepted.elapsed(), 0, code);
+                let (latency, why) = (ticket.accepted.elapsed(), error.for_log());
+                shared.surroundings.statistics.failed(latency, 0, code);
+                shared.surroundings.tally.failed(None, latency, 0, code, why);
             }
         }
     }

@@ -9,6 +9,7 @@
 
 mod deadlines;
 mod outbox;
+mod refusal;
 mod table;
 mod ticket;
 mod worker;
@@ -21,6 +22,7 @@ use tungstenite::Message;
 use uuid::Uuid;
 
 pub use outbox::{CONTROL_LANE_MAX, Control, DATA_LANE_MAX, Frame, Lanes, Outbox, Overflow};
+pub use refusal::Cause;
 pub use table::REQUEST_BYTES_MAX;
 use table::{JobTable, NoPlace};
 use ticket::Ticket;
@@ -29,6 +31,7 @@ use crate::backend::{BackendError, BackendResult, Job, JobResult};
 use crate::discovery::{Catalog, DiscoveredBackend, Listing, Member, Offers, Prober};
 use crate::heartbeat::Statistics;
 use crate::protocol::{self, ErrorCode};
+use crate::status::{Board, Tally};
 use crate::threads;
 use crate::token_limit::TokenLimit;
 use crate::worker_pool::WorkerPool;
@@ -54,6 +57,10 @@ pub struct Surroundings {
     pub token_limit: Arc<TokenLimit>,
     /// Told of backends that are gone or fail their jobs.
     pub prober: Option<Prober>,
+    /// What became of all jobs.
+    pub tally: Arc<Tally>,
+    /// Told when the token limit refuses jobs.
+    pub board: Option<Arc<Board>>,
 }
 
 /// What the workers see of it.
@@ -87,8 +94,8 @@ enum Refusal {
     Duplicate,
     /// Its deadline, or the end of the session, came first: it has had its end.
     Over,
-    /// With this code and message.
-    Answer(ErrorCode, String),
+    /// For this cause, told in these words.
+    Answer(Cause, String),
 }
 
 impl JobExecutor {
@@ -132,7 +139,7 @@ impl JobExecutor {
                     }
                     Err(e) => {
                         log::error!("{e}");
-                        self.turn_away(&ticket, "the agent has no thread for it".into())
+                        self.turn_away(&ticket, Cause::Threads, "the agent has no thread for it".into())
                     }
                 }
             }
@@ -143,9 +150,9 @@ impl JobExecutor {
                 Ok(())
             }
             Refusal::Over => Ok(()),
-            Refusal::Answer(code, message) => {
-                crate::debug!("job {job_id} refused: {}", code.as_str());
-                self.refuse(job_id, code, &message)
+            Refusal::Answer(cause, message) => {
+                crate::debug!("job {job_id} refused: {}", cause.name());
+                self.refuse(job_id, cause, &message)
             }
         }
     }
@@ -165,36 +172,49 @@ impl JobExecutor {
     ///
     /// # Errors
     /// As [`JobExecutor::try_dispatch`].
-    pub fn refuse(&self, job_id: Uuid, code: ErrorCode, message: &str) -> Result<(), Overflow> {
-        self.shared.outbox.control(protocol::job_error(job_id, code, message, 0))
+    pub fn refuse(&self, job_id: Uuid, cause: Cause, message: &str) -> Result<(), Overflow> {
+        let Surroundings { tally, board, .. } = &self.shared.surroundings;
+        tally.refused(cause.name());
+        if let Some(board) = board.as_ref().filter(|_| cause == Cause::TokenLimit) {
+            board.throttled();
+        }
+        self.shared.outbox.control(protocol::job_error(job_id, cause.code(), message, 0))
     }
 
     /// Gives the job a place in the table and a slot of the first member that has one.
     fn admit(&self, job: Job, request_bytes: usize) -> Result<(Arc<Ticket>, Arc<Member>, Alternatives), Refusal> {
         let Shared { surroundings, table, max_concurrent, .. } = &*self.shared;
-        let refusal = |code, message: String| Err(Refusal::Answer(code, message));
+        let refusal = |cause, message: String| Err(Refusal::Answer(cause, message));
         let mut route = surroundings.offers.snapshot().route_of(&job.model_id);
         if route.is_empty() {
             return match table.holds(job.job_id) {
                 true => Err(Refusal::Duplicate),
-                false => refusal(ErrorCode::ModelNotLoaded, "no backend serves this model".into()),
+                false => refusal(Cause::NoSuchModel, "no backend serves this model".into()),
+            };
+        }
+        if surroundings.offers.is_paused() {
+            return match table.holds(job.job_id) {
+                true => Err(Refusal::Duplicate),
+                false => refusal(Cause::Paused, "the operator has paused the agent".into()),
             };
         }
         let deadline = Duration::from_millis(u64::from(job.deadline_ms));
         let (ticket, share) = match table.admit(job.job_id, deadline, request_bytes) {
             Ok(admitted) => admitted,
             Err(NoPlace::Duplicate) => return Err(Refusal::Duplicate),
-            Err(NoPlace::Closed) => return refusal(ErrorCode::OutOfCapacity, "the agent is stopping".into()),
+            Err(NoPlace::Closed) => return refusal(Cause::Stopping, "the agent is stopping".into()),
             Err(NoPlace::TooLarge) => {
                 let message = "the requests in flight leave no memory for one of this size";
-                return refusal(ErrorCode::OutOfCapacity, message.into());
+                return refusal(Cause::Memory, message.into());
             }
             Err(NoPlace::Full) => {
-                return refusal(ErrorCode::OutOfCapacity, format!("all {max_concurrent} places are taken"));
+                return refusal(Cause::AllPlacesTaken, format!("all {max_concurrent} places are taken"));
             }
         };
-        let why = match surroundings.token_limit.used_up() {
-            Some(limit) => format!("the {limit} tokens that max_tokens_per_minute allows are used up"),
+        let (cause, why) = match surroundings.token_limit.used_up() {
+            Some(limit) => {
+                (Cause::TokenLimit, format!("the {limit} tokens that max_tokens_per_minute allows are used up"))
+            }
             None => {
                 let slot = route.iter().enumerate().find_map(|(at, member)| Some((at, member.take_slot()?)));
                 if let Some((at, slot)) = slot {
@@ -203,23 +223,25 @@ impl JobExecutor {
                     let member = route.remove(at);
                     return Ok((ticket, member, route));
                 }
-                "every backend of this model runs as many jobs as its max_concurrent allows".into()
+                let why = "every backend of this model runs as many jobs as its max_concurrent allows";
+                (Cause::BackendsFull, why.into())
             }
         };
-        Err(self.turn_away(&ticket, why))
+        Err(self.turn_away(&ticket, cause, why))
     }
 
     /// Takes out a job that had its place.
-    fn turn_away(&self, ticket: &Arc<Ticket>, why: String) -> Refusal {
+    fn turn_away(&self, ticket: &Arc<Ticket>, cause: Cause, why: String) -> Refusal {
         match self.shared.table.finish(ticket) {
-            true => Refusal::Answer(ErrorCode::OutOfCapacity, why),
+            true => Refusal::Answer(cause, why),
             false => Refusal::Over,
         }
     }
 
     /// Ends the job without a word; does nothing when it is not in flight.
     pub fn cancel(&self, job_id: Uuid) {
-        if self.shared.table.cancel(job_id) {
+        if let Some(ticket) = self.shared.table.cancel(job_id) {
+            self.shared.surroundings.tally.cancelled(ticket.tokens_emitted());
             crate::debug!("job {job_id} cancelled");
         }
     }
@@ -242,16 +264,17 @@ impl JobExecutor {
     /// Ends what is in flight with a `job_error` each.
     pub fn abandon_all(&self, message: &str) {
         for ticket in self.shared.table.cancel_all() {
-            let tokens = ticket.tokens_emitted();
-            let frame = protocol::job_error(ticket.job_id, ErrorCode::Internal, message, tokens);
-            let _ = self.shared.outbox.control(frame);
+            let (tokens, code) = (ticket.tokens_emitted(), ErrorCode::Internal);
+            self.shared.surroundings.tally.failed(None, ticket.accepted.elapsed(), tokens, code, message.to_owned());
+            let _ = self.shared.outbox.control(protocol::job_error(ticket.job_id, code, message, tokens));
         }
     }
 
     /// Ends what is in flight without a word, for nobody would hear it.
     pub fn cancel_all(&self) {
         self.refuse_new();
-        self.shared.table.cancel_all();
+        let lost = self.shared.table.cancel_all();
+        self.shared.surroundings.tally.lost(lost.len());
     }
 }
 
@@ -270,9 +293,10 @@ mod tests {
         let executor = JobExecutor::new(Vec::new(), 1, crossbeam_channel::unbounded().0);
         let table = &executor.shared.table;
         let admit = || table.admit(Uuid::nil(), Duration::ZERO, 0).expect("a place").0;
-        assert!(matches!(executor.turn_away(&admit(), String::new()), Refusal::Answer(ErrorCode::OutOfCapacity, _)));
+        let turn_away = |ticket: &Arc<Ticket>| executor.turn_away(ticket, Cause::Threads, String::new());
+        assert!(matches!(turn_away(&admit()), Refusal::Answer(Cause::Threads, _)));
         let ticket = admit();
         assert!(table.abandon(&ticket));
-        assert!(matches!(executor.turn_away(&ticket, String::new()), Refusal::Over));
+        assert!(matches!(turn_away(&ticket), Refusal::Over));
     }
 }

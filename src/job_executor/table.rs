@@ -123,11 +123,11 @@ impl JobTable {
         taken
     }
 
-    /// Takes out and cancels the job of this id; false when none is in flight.
-    pub fn cancel(&self, job_id: Uuid) -> bool {
+    /// Takes out and cancels the job of this id; `None` when none is in flight.
+    pub fn cancel(&self, job_id: Uuid) -> Option<Arc<Ticket>> {
         let mut state = self.lock();
         let taken = state.jobs.remove(&job_id);
-        !self.cancelled(state, taken).is_empty()
+        self.cancelled(state, taken).pop()
     }
 
     /// Takes out and cancels this very job; false when somebody took it out before.
@@ -274,8 +274,8 @@ mod tests {
         let (first, _) = table.admit(id, LONG, 0).expect("a place");
         assert_eq!(table.admit(id, LONG, 0).err(), Some(NoPlace::Duplicate));
         assert_eq!(table.admit(Uuid::from_u128(2), LONG, 0).err(), Some(NoPlace::Full));
-        assert!(table.cancel(id));
-        assert!(!table.cancel(id));
+        assert!(table.cancel(id).is_some());
+        assert!(table.cancel(id).is_none());
         let (again, _) = table.admit(id, LONG, 0).expect("the same id, anew");
         table.finish(&first);
         assert_eq!(table.len(), 1, "the first job's end does not end the second");
@@ -284,7 +284,7 @@ mod tests {
         assert_eq!(table.len(), 0);
         assert!(first.is_cancelled() && !again.is_cancelled());
         let (_, share) = table.admit(id, LONG, REQUEST_BYTES_MAX).expect("room for it alone");
-        assert!(table.cancel(id));
+        assert!(table.cancel(id).is_some());
         assert_eq!(table.admit(id, LONG, 1).err(), Some(NoPlace::TooLarge), "a worker still holds the request");
         drop(share);
         assert_eq!(table.admit(id, LONG, REQUEST_BYTES_MAX + 1).err(), Some(NoPlace::TooLarge));

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::ticket::Ticket;
-use super::{Alternatives, Shared};
+use super::{Alternatives, Shared, Surroundings};
 use crate::backend::{BackendError, BackendResult, Interrupt, JobResult, JobSink};
 use crate::discovery::Member;
 use crate::protocol::{self, JobChunks};
@@ -16,8 +16,9 @@ const DEADLINE_HOPELESS_MS: u32 = 1;
 /// alternative is tried when that one cannot take it, as long as no byte of an answer has been sent.
 pub fn run(shared: &Arc<Shared>, ticket: &Arc<Ticket>, mut member: Arc<Member>, alternatives: Alternatives) {
     // From here on the job is answered, whatever happens: also when the backend panics.
-    let mut ending = Ending { shared, ticket, outcome: Err(BackendError::Panicked) };
+    let mut ending = Ending { shared, ticket, model_id: String::new(), outcome: Err(BackendError::Panicked) };
     let Some((mut job, _share)) = ticket.take_job() else { return };
+    ending.model_id.clone_from(&job.model_id);
     let mut relay = Relay { shared, ticket, chunks: JobChunks::of(ticket.job_id), has_sent: false };
     let mut alternatives = alternatives.into_iter();
     loop {
@@ -100,6 +101,7 @@ impl JobSink for Relay<'_> {
 struct Ending<'a> {
     shared: &'a Arc<Shared>,
     ticket: &'a Arc<Ticket>,
+    model_id: String,
     outcome: BackendResult<JobResult>,
 }
 
@@ -142,13 +144,21 @@ impl Ending<'_> {
     }
 
     fn record(&self) {
-        let (latency, statistics) = (self.ticket.accepted.elapsed(), &self.shared.surroundings.statistics);
+        let Surroundings { statistics, tally, .. } = &self.shared.surroundings;
+        let latency = self.ticket.accepted.elapsed();
         match &self.outcome {
-            Ok(result) => statistics.done(latency, result.output_tokens.unwrap_or(0)),
+            Ok(result) => {
+                let output_tokens = result.output_tokens.unwrap_or(0);
+                statistics.done(latency, output_tokens);
+                tally.done(&self.model_id, latency, result.input_tokens.unwrap_or(0), output_tokens);
+            }
             Err(e) => {
-                if let Some(code) = e.code().filter(|_| !e.is_requesters_fault()) {
-                    statistics.failed(latency, self.ticket.tokens_emitted(), code);
+                let Some(code) = e.code() else { return };
+                let output_tokens = self.ticket.tokens_emitted();
+                if !e.is_requesters_fault() {
+                    statistics.failed(latency, output_tokens, code);
                 }
+                tally.failed(Some(&self.model_id), latency, output_tokens, code, e.for_log());
             }
         }
     }

@@ -17,6 +17,7 @@ mod vitals;
 mod wire;
 
 use std::net::TcpListener;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 pub use agent::{Agent, Setup, cli, cli_within};
@@ -38,6 +39,18 @@ pub const SOON: Duration = Duration::from_secs(10);
 
 /// How long a test watches for something that must not happen.
 pub const QUIET: Duration = Duration::from_millis(300);
+
+/// What a running agent keeps beside its identity, and leaves there.
+pub const KEPT: [&str; 4] = ["identity.key", "identity.key.lock", "identity.key.state", "identity.key.wake"];
+
+/// The names in a folder, sorted.
+pub fn names_in(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).expect("the folder");
+    let mut names: Vec<_> =
+        entries.map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned()).collect();
+    names.sort_unstable();
+    names
+}
 
 pub const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)

@@ -1,0 +1,76 @@
+//! `pause` and `resume`: whether anything is offered. The wish is a file beside the identity, so that it outlives the agent.
+
+use std::io;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use super::args::Globals;
+use super::{Failure, places_of, print};
+use crate::heartbeat::rfc3339;
+use crate::instance::{Holder, Places};
+use crate::{bell, files, status};
+
+/// A running agent heeds the wish in milliseconds.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How often its state file is looked at meanwhile.
+const GLANCE: Duration = Duration::from_millis(20);
+
+/// Has the offer emptied, now and at every start, until [`resume`].
+pub fn pause(globals: &Globals) -> Result<(), Failure> {
+    let places = places_of(globals)?;
+    let since = rfc3339(SystemTime::now()).unwrap_or_default();
+    let fail = |e: io::Error| {
+        Failure::Runtime(format!("failed to write `{}`: {e}; nothing is paused", places.paused().display()))
+    };
+    files::create_folder_of(&places.paused()).map_err(fail)?;
+    match files::create_atomic(&places.paused(), format!("{since}\n").as_bytes()) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(fail(e)),
+        _ => {}
+    }
+    print(&match heeded(&places, true)? {
+        None => "paused: no agent runs; the next one will offer nothing until `usepod-agent resume`\n".to_owned(),
+        Some(0) => "paused: nothing is offered until `usepod-agent resume`\n".to_owned(),
+        Some(jobs) => {
+            format!("paused: nothing is offered until `usepod-agent resume`; {jobs} job(s) in flight finish\n")
+        }
+    });
+    Ok(())
+}
+
+/// Undoes [`pause`].
+pub fn resume(globals: &Globals) -> Result<(), Failure> {
+    let places = places_of(globals)?;
+    match std::fs::remove_file(places.paused()) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            let path = places.paused();
+            return Err(Failure::Runtime(format!("failed to remove `{}`: {e}; still paused", path.display())));
+        }
+        _ => {}
+    }
+    print(match heeded(&places, false)? {
+        None => "not paused; no agent runs\n",
+        Some(_) => "not paused: the agent offers its models\n",
+    });
+    Ok(())
+}
+
+/// Waits until the running agent, if there is one, has heeded the wish; returns its jobs in flight.
+fn heeded(places: &Places, paused: bool) -> Result<Option<u64>, Failure> {
+    let until = Instant::now() + PATIENCE;
+    while let Some(holder) = Holder::running(places) {
+        bell::ring_at(&places.wake());
+        let state = status::read(places).ok().filter(|state| state["pid"] == holder.pid);
+        if let Some(state) = state.filter(|state| state["paused"] == paused) {
+            return Ok(state["jobs"]["in_flight"].as_u64().or(Some(0)));
+        }
+        if Instant::now() >= until {
+            return Err(Failure::Runtime(format!(
+                "the agent (pid {}) has not answered within {} s; the wish is noted, and it will heed it when it can: see `usepod-agent status`",
+                holder.pid,
+                PATIENCE.as_secs()
+            )));
+        }
+        thread::sleep(GLANCE);
+    }
+    Ok(None)
+}

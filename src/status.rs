@@ -1,0 +1,34 @@
+//! How the agent is, for other processes: whether it serves, and why not.
+//!
+//! The agent's threads note what they know on a [`Board`]; the housekeeping thread's [`Recorder`] puts it together with the
+//! offer and the backends, and replaces the state file as a whole, at each heartbeat, at each change, and when another
+//! process asks for it. The state file is for reading alone: nothing in it decides what the agent does.
+//!
+//! Invariant: there is nothing in the state file that a log may not show.
+
+mod board;
+mod recorder;
+mod tally;
+
+use std::io;
+
+use serde_json::Value;
+
+pub use board::{Board, Connection};
+pub use recorder::Recorder;
+pub use tally::Tally;
+
+use crate::files;
+use crate::instance::Places;
+
+/// The most of a state file that is read, in bytes: some 200 for each model.
+const STATE_BYTES_MAX: u64 = 16 << 20;
+
+/// Reads the state file.
+///
+/// # Errors
+/// There is none, or it makes no sense.
+pub fn read(places: &Places) -> io::Result<Value> {
+    let content = files::read_bounded(&places.state(), STATE_BYTES_MAX)?;
+    Ok(serde_json::from_slice(&content)?)
+}

@@ -1,0 +1,178 @@
+//! Puts the state file together, and writes it.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use serde_json::{Value, json};
+
+use super::{Board, Connection, Tally};
+use crate::discovery::{Offers, Probed};
+use crate::files;
+use crate::heartbeat::{Statistics, rfc3339};
+use crate::instance::{InstanceLock, Places};
+use crate::protocol::AGENT_VERSION;
+use crate::token_limit::TokenLimit;
+
+/// Keeps the state file of one agent, the beat in its lock, and heeds the operator's pause.
+pub struct Recorder {
+    /// Where the files are.
+    pub places: Places,
+    /// Shown alive while the agent is.
+    pub lock: InstanceLock,
+    /// What never changes: `coordinator`, `public_key`, …
+    pub fixed: Value,
+    /// What the threads noted.
+    pub board: Arc<Board>,
+    /// The offer, which a pause empties.
+    pub offers: Arc<Offers>,
+    /// Of the jobs that ended of late.
+    pub statistics: Arc<Statistics>,
+    /// Of all jobs.
+    pub tally: Arc<Tally>,
+    /// Which may be used up.
+    pub token_limit: Arc<TokenLimit>,
+    /// The condition that was written last, and since when it holds.
+    pub condition: (&'static str, SystemTime),
+    /// Why the file could not be written the last time.
+    pub failure: Option<String>,
+    /// How often it was written, so that a reader knows a new one from the old.
+    pub written: u64,
+}
+
+/// Whether the agent serves, and if not, why.
+struct Condition {
+    name: &'static str,
+    why: Option<String>,
+}
+
+impl Recorder {
+    /// Looks whether there is anything to do, and does it. `asked` when another process wants the file to be new.
+    pub fn look(&mut self, asked: bool, backends: &[Probed]) {
+        let was_paused = self.offers.is_paused();
+        self.heed_pause();
+        let (has_news, shows_life) = self.board.take_news();
+        if shows_life {
+            self.lock.beat();
+        }
+        if asked || has_news || self.offers.is_paused() != was_paused {
+            self.write(backends);
+        }
+    }
+
+    /// Makes the offer as empty as the operator wants it.
+    pub fn heed_pause(&self) {
+        let paused = self.places.paused().exists();
+        if self.offers.set_paused(paused) {
+            log::info!("{}", if paused { "paused by the operator" } else { "no longer paused" });
+        }
+    }
+
+    fn write(&mut self, backends: &[Probed]) {
+        let state = self.state(backends).to_string();
+        let failure = files::replace(&self.places.state(), state.as_bytes()).err().map(|e| e.to_string());
+        if let Some(why) = failure.as_ref().filter(|_| failure != self.failure) {
+            log::warn!("`{}`: failed to write it ({why}), so `status` shows old news", self.places.state().display());
+        }
+        self.failure = failure;
+    }
+
+    fn state(&mut self, backends: &[Probed]) -> Value {
+        let now = SystemTime::now();
+        let noted = self.board.noted();
+        let catalog = self.offers.snapshot();
+        let condition = self.condition_of(&noted.connection, noted.is_draining, backends);
+        if self.condition.0 != condition.name {
+            self.condition = (condition.name, now);
+        }
+        let figures = self.statistics.heartbeat(noted.in_flight);
+        let mut state = self.fixed.clone();
+        state["agent_version"] = AGENT_VERSION.into();
+        state["pid"] = std::process::id().into();
+        self.written += 1;
+        state["written"] = self.written.into();
+        state["written_at"] = rfc3339(now).into();
+        state["state"] = condition.name.into();
+        state["since"] = rfc3339(self.condition.1).into();
+        state["reason"] = condition.why.into();
+        state["serving"] = (condition.name == SERVING).into();
+        state["paused"] = self.offers.is_paused().into();
+        state["connected"] = (noted.connection == Connection::Connected).into();
+        state["connection_since"] = rfc3339(noted.connection_since).into();
+        state["provider_id"] = noted.provider_id.into();
+        state["backends"] = backends.iter().map(describe).collect();
+        let offered = self.offers.offered(&catalog);
+        state["models"] = offered
+            .iter()
+            .map(|model| {
+                json!({
+                    "model_id": model.model_id,
+                    "input_per_1m": model.input_per_1m,
+                    "output_per_1m": model.output_per_1m,
+                    "max_concurrent": model.max_concurrent,
+                    "backend": model.backend,
+                    "context_window": model.context_window,
+                })
+            })
+            .collect();
+        self.tally.describe(noted.in_flight, &mut state);
+        state["p50_latency_ms"] = figures.p50_latency_ms.into();
+        state["p95_latency_ms"] = figures.p95_latency_ms.into();
+        state["tokens_per_sec_p50"] = figures.tokens_per_sec_p50.into();
+        state
+    }
+
+    /// The first thing that keeps it from serving.
+    fn condition_of(&self, connection: &Connection, is_draining: bool, backends: &[Probed]) -> Condition {
+        let condition = |name, why| Condition { name, why };
+        if is_draining {
+            return condition("draining", Some("the agent was told to stop; jobs in flight finish".to_owned()));
+        }
+        match connection {
+            Connection::Connecting(why) => return condition("connecting", why.clone()),
+            Connection::Rejected(reason) => return condition("rejected", Some(reason.clone())),
+            Connection::Connected => {}
+        }
+        if self.offers.is_paused() {
+            return condition("paused", Some("paused by the operator".to_owned()));
+        }
+        if self.offers.snapshot().offer.is_empty() {
+            let away = |backend: &Probed| Some(format!("{}: {}", backend.id(), backend.away()?));
+            let reasons: Vec<String> = backends.iter().filter_map(away).collect();
+            return match (backends.is_empty(), reasons.is_empty()) {
+                (true, _) => condition("no_healthy_backend", Some("no [[backends]] in the configuration".to_owned())),
+                (false, false) => condition("no_healthy_backend", Some(reasons.join("; "))),
+                (false, true) if backends.iter().any(|backend| backend.models().is_none()) => {
+                    condition("no_healthy_backend", Some("the backends have not answered yet".to_owned()))
+                }
+                (false, true) => {
+                    let why = "the backends list no model that `models` allows and that has a price above 0";
+                    condition("no_models", Some(why.to_owned()))
+                }
+            };
+        }
+        let limit = self.token_limit.used_up();
+        if limit.is_none() {
+            self.board.not_throttled();
+        }
+        if let Some(limit) = limit {
+            let why = format!("the {limit} tokens that max_tokens_per_minute allows are used up");
+            return condition("throttled", Some(why));
+        }
+        condition(SERVING, None)
+    }
+}
+
+/// The condition that all is well.
+const SERVING: &str = "serving";
+
+fn describe(backend: &Probed) -> Value {
+    json!({
+        "id": backend.id(),
+        "kind": backend.offered().backend.kind(),
+        "offered": backend.is_offered(),
+        "since": backend.since().and_then(rfc3339),
+        "models": backend.models(),
+        "error": backend.away(),
+        "last_error": backend.last_error().map(|(at, why)| json!({"at": rfc3339(*at), "message": why})),
+    })
+}

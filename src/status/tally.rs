@@ -1,0 +1,124 @@
+//! What became of the jobs since the agent started, for `status`.
+//!
+//! Unlike the heartbeat's figures these count everything: cancelled jobs, and those that were the requester's own fault.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use serde_json::{Value, json};
+
+use crate::heartbeat::rfc3339;
+use crate::protocol::ErrorCode;
+
+/// The sums.
+#[derive(Debug, Default)]
+pub struct Tally {
+    sums: Mutex<Sums>,
+}
+
+#[derive(Debug, Default)]
+struct Sums {
+    done: u64,
+    failed: u64,
+    cancelled: u64,
+    lost: u64,
+    /// By cause.
+    refused: BTreeMap<&'static str, u64>,
+    input_tokens: u64,
+    output_tokens: u64,
+    last_job: Option<LastJob>,
+    last_error: Option<LastError>,
+}
+
+#[derive(Debug)]
+struct LastJob {
+    at: SystemTime,
+    /// Of a job that a worker had begun.
+    model_id: Option<String>,
+    outcome: &'static str,
+    duration: Duration,
+}
+
+#[derive(Debug)]
+struct LastError {
+    at: SystemTime,
+    code: &'static str,
+    /// Fit for a log: nothing that a backend said.
+    why: String,
+}
+
+impl Tally {
+    /// A job that went well.
+    pub fn done(&self, model_id: &str, duration: Duration, input_tokens: u32, output_tokens: u32) {
+        let mut sums = self.lock();
+        sums.done += 1;
+        sums.input_tokens += u64::from(input_tokens);
+        sums.output_tokens += u64::from(output_tokens);
+        sums.last_job = Some(LastJob::now(Some(model_id), "done", duration));
+    }
+
+    /// A job that was answered with an error, having emitted so many tokens. `why` is fit for a log.
+    pub fn failed(&self, model_id: Option<&str>, duration: Duration, output_tokens: u32, code: ErrorCode, why: String) {
+        let code = code.as_str();
+        let mut sums = self.lock();
+        sums.failed += 1;
+        sums.output_tokens += u64::from(output_tokens);
+        sums.last_job = Some(LastJob::now(model_id, code, duration));
+        sums.last_error = Some(LastError { at: SystemTime::now(), code, why });
+    }
+
+    /// A job that the coordinator cancelled.
+    pub fn cancelled(&self, output_tokens: u32) {
+        let mut sums = self.lock();
+        sums.cancelled += 1;
+        sums.output_tokens += u64::from(output_tokens);
+    }
+
+    /// Jobs whose session ended before they did.
+    pub fn lost(&self, jobs: usize) {
+        self.lock().lost += jobs as u64;
+    }
+
+    /// A job that was not taken, for this cause.
+    pub fn refused(&self, cause: &'static str) {
+        *self.lock().refused.entry(cause).or_default() += 1;
+    }
+
+    /// `jobs`, `tokens`, `last_job` and `last_error` of the state file, with the jobs in flight now.
+    pub fn describe(&self, in_flight: u32, state: &mut Value) {
+        let sums = self.lock();
+        state["jobs"] = json!({
+            "in_flight": in_flight,
+            "done": sums.done,
+            "failed": sums.failed,
+            "cancelled": sums.cancelled,
+            "lost": sums.lost,
+            "refused": sums.refused.values().sum::<u64>(),
+            "refused_by_cause": sums.refused,
+        });
+        state["tokens"] = json!({"input": sums.input_tokens, "output": sums.output_tokens});
+        state["last_job"] = sums.last_job.as_ref().map_or(Value::Null, |job| {
+            json!({
+                "at": rfc3339(job.at),
+                "model_id": job.model_id,
+                "outcome": job.outcome,
+                "duration_ms": u64::try_from(job.duration.as_millis()).unwrap_or(u64::MAX),
+            })
+        });
+        state["last_error"] = sums
+            .last_error
+            .as_ref()
+            .map_or(Value::Null, |error| json!({"at": rfc3339(error.at), "code": error.code, "message": error.why}));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Sums> {
+        self.sums.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl LastJob {
+    fn now(model_id: Option<&str>, outcome: &'static str, duration: Duration) -> LastJob {
+        LastJob { at: SystemTime::now(), model_id: model_id.map(str::to_owned), outcome, duration }
+    }
+}
