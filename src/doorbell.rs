@@ -57,19 +57,22 @@ impl<T> Inlet<T> {
     /// # Errors
     /// The receiver is gone.
     pub fn send(&self, message: T) -> Result<(), SendError<T>> {
-        self.channel.send(message)?;
-        self.ring();
+        self.send_by(|channel| channel.send(message))
+    }
+
+    /// Queues by `send`, which may wait for more than room.
+    ///
+    /// # Errors
+    /// Those of `send`.
+    pub fn send_by<E>(&self, send: impl FnOnce(&Sender<T>) -> Result<(), E>) -> Result<(), E> {
+        send(&self.channel)?;
+        self.bell.0.ring();
         Ok(())
     }
 
-    /// For its length, or a wait on several channels; whoever sends by it rings afterwards.
-    pub fn channel(&self) -> &Sender<T> {
-        &self.channel
-    }
-
-    /// Has the receiver look.
-    pub fn ring(&self) {
-        self.bell.0.ring();
+    /// Messages that wait.
+    pub fn waiting(&self) -> usize {
+        self.channel.len()
     }
 }
 
@@ -116,10 +119,12 @@ mod tests {
         bell.answer_by(sleeper.thread());
         let send = move || {
             for _ in 0..MESSAGES {
-                select! {
-                    send(inlet.channel(), ()) -> sent => sent.expect("a receiver"),
-                }
-                inlet.ring();
+                let send = |channel: &Sender<()>| {
+                    select! {
+                        send(channel, ()) -> sent => sent,
+                    }
+                };
+                inlet.send_by(send).expect("a receiver");
             }
         };
         let senders: Vec<_> = (0..SENDERS).map(|_| thread::spawn(send.clone())).collect();

@@ -13,7 +13,8 @@
 //!    │                                                                │
 //!    ▼                                                                │
 //!  job-0 … job-N (on demand, small stacks, idle exit) ─── ureq ⇄ backend
-//!  prober: keeps the catalog true              signals: 1st → drain, 2nd → stop now
+//!  prober: keeps the catalog true, writes      signals: 1st → drain, 2nd → stop now
+//!    the state file, heeds a pause
 //!  deadlines: there while jobs are, wakes those whose time is over
 //! ```
 //!
@@ -26,6 +27,9 @@
 //! - Every accepted job ends with exactly one terminal frame, or with none after a cancel or at the end of its session.
 //! - The end of a session ends its jobs.
 //! - No lock is held across a blocking send, a join or I/O.
+//! - Whoever serves waits for no disk: the log and the state file are written by threads that serve nobody.
+//! - The lock file tells a working agent from a hung one, also on a full disk: its beat needs the writer, the coordinator and
+//!   the reader, or an attempt to connect.
 //! - Prompts, completions, keys, seeds and enrollment codes are never logged, at any level.
 //!
 //! # Limits

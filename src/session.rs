@@ -218,7 +218,7 @@ pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) 
 /// The way of what the reading side has to send: pongs, close replies, TLS alerts.
 fn outlet_to(control: Inlet<Control>) -> impl Fn(Vec<u8>) -> io::Result<()> + Send + 'static {
     move |bytes| {
-        if control.channel().len() >= CONTROL_LANE_MAX {
+        if control.waiting() >= CONTROL_LANE_MAX {
             return Err(io::Error::other("the coordinator sends pings but does not read the pongs"));
         }
         control.send(Control::Raw(bytes)).map_err(|_| io::ErrorKind::BrokenPipe.into())

@@ -82,6 +82,14 @@ struct Idle {
 impl Client {
     /// For a backend at `url`, on the operator's own machines, or a `hosted` one; only the latter may go through a proxy.
     pub fn new(url: &str, hosted: bool, key: ApiKey) -> Client {
+        let is_plain = !hosted && Uri::try_from(url).is_ok_and(|url| url.scheme() == Some(&Scheme::HTTP));
+        let (connector, tls) = match is_plain {
+            true => (plain_connector(), TlsConfig::default()),
+            false => {
+                let tls = TlsConfig::builder().unversioned_rustls_crypto_provider(cryptography::provider());
+                (connector(), tls.build())
+            }
+        };
         let config = Agent::config_builder()
             .http_status_as_error(false)
             // A redirect would carry the prompt to an address that the operator never named.
@@ -93,14 +101,12 @@ impl Client {
             .max_idle_connections(1)
             .max_idle_connections_per_host(1)
             .max_idle_age(if hosted { IDLE_AGE_HOSTED } else { IDLE_AGE_LOCAL })
-            .tls_config(TlsConfig::builder().unversioned_rustls_crypto_provider(cryptography::provider()).build())
+            .tls_config(tls)
             .user_agent(concat!("usepod-agent/", env!("CARGO_PKG_VERSION")))
             // Bodies are relayed verbatim, so they had better not be compressed.
             .accept_encoding("identity")
             .build();
         let idle_age = config.max_idle_age();
-        let is_plain = !hosted && Uri::try_from(url).is_ok_and(|url| url.scheme() == Some(&Scheme::HTTP));
-        let connector = if is_plain { plain_connector() } else { connector() };
         Client { config, connector, key, idle_age, idle: Mutex::default() }
     }
 

@@ -69,6 +69,7 @@ impl HttpBackend {
         deadline_ms: u32,
         sink: &mut dyn JobSink,
     ) -> BackendResult<JobResult> {
+        self.client.ready()?;
         let route = match format {
             WireFormat::Openai => "chat/completions",
             WireFormat::Anthropic => "messages",
@@ -208,12 +209,10 @@ impl Backend for HttpBackend {
     }
 
     fn execute(&self, job: &Job, sink: &mut dyn JobSink) -> BackendResult<JobResult> {
-        self.client.ready()?;
         self.run(job.format, body_of(job), job.deadline_ms, sink)
     }
 
     fn execute_last(&self, job: Job, sink: &mut dyn JobSink) -> BackendResult<JobResult> {
-        self.client.ready()?;
         let (format, body, deadline_ms) = (job.format, body_of(&job), job.deadline_ms);
         drop(job);
         self.run(format, body, deadline_ms, sink)

@@ -106,7 +106,7 @@ impl Outbox {
     pub fn control(&self, text: String) -> Result<(), Overflow> {
         match self {
             Outbox::Plain(out) => out.send_timeout(Message::text(text), PLAIN_LANE_PATIENCE).map_err(|_| Overflow),
-            Outbox::Lanes { control, .. } if control.channel().len() >= CONTROL_LANE_MAX => Err(Overflow),
+            Outbox::Lanes { control, .. } if control.waiting() >= CONTROL_LANE_MAX => Err(Overflow),
             Outbox::Lanes { control, .. } => control.send(Control::Text(text)).map_err(|_| Overflow),
         }
     }
@@ -120,9 +120,7 @@ impl Outbox {
             Outbox::Plain(out) => send_unless_cancelled(out, Message::text(text), ticket, ticket.deadline),
             Outbox::Lanes { data, .. } => {
                 let frame = Frame { text, ticket: ticket.clone(), last_of: None };
-                send_unless_cancelled(data.channel(), frame, ticket, ticket.deadline)?;
-                data.ring();
-                Ok(())
+                data.send_by(|lane| send_unless_cancelled(lane, frame, ticket, ticket.deadline))
             }
         }
     }
@@ -141,8 +139,7 @@ impl Outbox {
             }
             Outbox::Lanes { data, .. } => {
                 let frame = Frame { text, ticket: ticket.clone(), last_of: Some(table.clone()) };
-                let sent = send_unless_cancelled(data.channel(), frame, ticket, None);
-                data.ring();
+                let sent = data.send_by(|lane| send_unless_cancelled(lane, frame, ticket, None));
                 table.finish(ticket);
                 sent
             }

@@ -31,19 +31,18 @@ pub fn run(shared: &Arc<Shared>, ticket: &Arc<Ticket>, mut member: Arc<Member>, 
             return;
         }
         ending.outcome = Err(BackendError::Panicked);
-        if alternatives.len() == 0 {
-            ending.outcome = member.backend.execute_last(job, &mut relay);
-            if !ticket.is_cancelled() {
-                shared.heed(&member, &ending.outcome);
-            }
-            return;
-        }
-        ending.outcome = member.backend.execute(&job, &mut relay);
+        let (outcome, kept) = match alternatives.len() {
+            0 => (member.backend.execute_last(job, &mut relay), None),
+            _ => (member.backend.execute(&job, &mut relay), Some(job)),
+        };
+        ending.outcome = outcome;
         // What an interrupted backend says means nothing.
         if ticket.is_cancelled() {
             return;
         }
         shared.heed(&member, &ending.outcome);
+        let Some(kept) = kept else { return };
+        job = kept;
         match &ending.outcome {
             Err(e) if e.may_fail_over() && !relay.has_sent => {
                 let Some(slot) = alternatives.find_map(|next| next.take_slot()) else { return };
