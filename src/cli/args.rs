@@ -48,7 +48,7 @@ impl Args {
     /// The command (run, when none was typed) and what is common to all.
     pub fn split(self) -> (Globals, Command) {
         let Args { config, log_level, allow_insecure, command } = self;
-        (Globals { config, log_level, allow_insecure }, command.unwrap_or(Command::Run(Run {})))
+        (Globals { config, log_level, allow_insecure }, command.unwrap_or(Command::Run(Run { cron: false })))
     }
 }
 
@@ -65,7 +65,11 @@ pub enum Command {
 /// Serve until stopped (the default). SIGTERM, SIGINT or SIGHUP: finish the jobs in flight, then exit.
 #[derive(FromArgs, Debug)]
 #[argh(subcommand, name = "run")]
-pub struct Run {}
+pub struct Run {
+    /// for a line of crontab, each minute: serve if no agent does, replace one that hangs, and log to a file
+    #[argh(switch)]
+    pub cron: bool,
+}
 
 /// Check agent.toml, ask the backends, and print what would be offered at which prices.
 #[derive(FromArgs, Debug)]

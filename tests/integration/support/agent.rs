@@ -129,6 +129,18 @@ impl Setup {
         Agent { child, stdout: Log::closed(), stderr: Log::closed(), _scratch: Some(Arc::clone(&self.scratch)) }
     }
 
+    /// As a line of crontab does, at the level that the file says.
+    pub fn start_by_cron(&self) -> Agent {
+        let mut command = self.command(None);
+        command.args(["run", "--cron"]);
+        Agent::spawn(command, Some(Arc::clone(&self.scratch)))
+    }
+
+    /// Where an agent logs that was started so.
+    pub fn log(&self) -> PathBuf {
+        self.identity().with_file_name("agent.log")
+    }
+
     fn command(&self, level: Option<&str>) -> Command {
         let mut command = command(self.scratch.path(), &self.prelude);
         command.arg("--config").arg(self.write()).arg("--allow-insecure");
@@ -247,6 +259,10 @@ impl Agent {
         value.trim().trim_end_matches(" kB").parse().expect("a number")
     }
 
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("the state of our own child").is_none()
+    }
+
     pub fn assert_running(&mut self) {
         let status = self.child.try_wait().expect("the state of our own child");
         assert!(status.is_none(), "the agent should be running, but ended with {status:?}");
@@ -335,7 +351,7 @@ impl Log {
     }
 
     /// All of it; of a process that has ended.
-    fn whole(&self) -> String {
+    pub fn whole(&self) -> String {
         let state = self.0.0.lock().expect("log");
         let (state, _) = self.0.1.wait_timeout_while(state, SOON, |state| !state.ended).expect("log");
         state.text.clone()
