@@ -14,6 +14,7 @@ mod session;
 mod shim;
 mod tls;
 mod vitals;
+mod weigh;
 mod wire;
 
 use std::net::TcpListener;
