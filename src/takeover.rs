@@ -17,6 +17,9 @@ use crate::instance::{Holder, InstanceLock, LockError, Places};
 
 /// An agent hangs that has not shown for so long that it works.
 pub const SILENCE_MAX: Duration = Duration::from_secs(180);
+/// How much later it is looked at again, before anything is done: on a box or in a container that was frozen the clock may have
+/// gone on, and who is thawed with us needs a moment to show that it works.
+const SECOND_LOOK: Duration = Duration::from_secs(5);
 /// How one is ended, and how long each way is given. The last is no matter of the process any more, but of the system.
 const ENDINGS: [(Signal, Duration); 2] =
     [(Signal::SIGTERM, Duration::from_secs(10)), (Signal::SIGKILL, Duration::from_secs(5))];
@@ -52,7 +55,7 @@ pub enum ClaimError {
     },
 }
 
-/// The lock, taken from an agent that hangs if need be: in 15 s at the most. `None` where an agent is at work.
+/// The lock, taken from an agent that hangs if need be: in 20 s at the most. `None` where an agent is at work.
 ///
 /// # Errors
 /// There can be no lock, or the one that hangs cannot be ended.
@@ -60,9 +63,13 @@ pub fn claim(places: &Places) -> Result<Option<InstanceLock>, ClaimError> {
     if let Some(lock) = try_lock(places)? {
         return Ok(Some(lock));
     }
-    match Holder::running(places) {
-        Some(holder) if hangs(&holder) => replace(&holder, places),
-        _ => Ok(None),
+    let hanging = || Holder::running(places).filter(hangs);
+    let Some(first) = hanging() else { return Ok(None) };
+    std::thread::sleep(SECOND_LOOK);
+    match hanging() {
+        Some(second) if second.is_same_process(&first) => replace(&second, places),
+        // Another has come, it works again, or it is gone.
+        _ => try_lock(places),
     }
 }
 

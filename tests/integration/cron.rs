@@ -4,12 +4,12 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::support::*;
 
-/// Longer than the 15 s that a hung agent is given.
-const TAKEOVER: std::time::Duration = secs(25);
+/// Longer than the 5 s of the second look and the 15 s that a hung agent is given.
+const TAKEOVER: Duration = secs(30);
 
 fn lock_of(setup: &Setup) -> PathBuf {
     setup.scratch.join(".usepod-agent/identity.key.lock")
@@ -29,7 +29,7 @@ fn assert_leaves_alone(setup: &Setup, coordinator: &Coordinator, what: &str) {
     assert_eq!(call.wait(SOON).code(), Some(0), "{what}");
     assert_eq!((call.stdout.whole().as_str(), call.stderr.whole().as_str()), ("", ""), "{what}");
     assert!(fs::read(setup.log()).ok() == log, "{what}: the log has changed");
-    coordinator.assert_not_dialled(std::time::Duration::ZERO);
+    coordinator.assert_not_dialled(Duration::ZERO);
 }
 
 /// The agent last showed long ago that it works: the third line of its lock file, as wide as it was.
@@ -41,6 +41,14 @@ fn make_silent(setup: &Setup) {
     let older = format!("{:<20}", beat.checked_sub(200_000).expect("a box that is up for some minutes"));
     lines[2] = &older;
     fs::write(&path, lines.join("\n") + "\n").expect("the lock file");
+}
+
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !is_so() {
+        assert!(began.elapsed() < SOON, "it never came to this: {what}");
+        std::thread::sleep(ms(5));
+    }
 }
 
 /// Whether SIGTERM waits for a stopped process.
@@ -121,21 +129,39 @@ fn one_that_hangs_is_killed_and_replaced_by_one_call_of_several() {
     let status = hung.wait(TAKEOVER);
     assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9));
     let _next = coordinator.session();
-    // One of the two leaves.
-    let began = Instant::now();
-    let (left, serves) = loop {
-        if let Some(at) = calls.iter_mut().position(|call| !call.is_running()) {
-            break (at, 1 - at);
-        }
-        assert!(began.elapsed() < SOON, "both calls serve");
-        std::thread::sleep(ms(5));
-    };
+    let mut ended = None;
+    wait_until("one of the two leaves", || {
+        ended = calls.iter_mut().position(|call| !call.is_running());
+        ended.is_some()
+    });
+    let left = ended.expect("one");
+    let serves = 1 - left;
     assert_eq!(calls[left].wait(SOON).code(), Some(0));
     calls[serves].assert_running();
     assert_leaves_alone(&setup, &coordinator, "the new one");
     let (old, new) = (hung.pid().to_string(), calls[serves].pid().to_string());
-    wait_line_in(&setup.log(), &["WARN", &old, "hangs", "200 s"]);
+    wait_line_in(&setup.log(), &["WARN", &old, "hangs", "it has not shown for 20"]);
     wait_line_in(&setup.log(), &["WARN", &old, "SIGKILL", &new]);
+}
+
+/// As after the thaw of a frozen box: the silence was nobody's fault.
+#[test]
+fn one_that_shows_a_moment_later_that_it_works_is_left_alone() {
+    let coordinator = Coordinator::new();
+    let setup = Setup::new(&coordinator.url());
+    let (mut agent, _session) = serving(&setup, &coordinator);
+    let fresh = fs::read(lock_of(&setup)).expect("the lock file");
+    make_silent(&setup);
+    let mut call = setup.start_by_cron();
+    // It has looked once when it waits.
+    wait_until("the call waits", || {
+        fs::read_to_string(format!("/proc/{}/wchan", call.pid())).is_ok_and(|at| at.contains("nanosleep"))
+    });
+    fs::write(lock_of(&setup), fresh).expect("the lock file");
+    assert_eq!(call.wait(SOON).code(), Some(0));
+    assert_eq!(call.stderr.whole(), "");
+    assert!(!setup.log().exists());
+    agent.assert_running();
 }
 
 #[test]
@@ -146,11 +172,7 @@ fn one_that_hangs_and_still_heeds_a_signal_ends_in_order() {
     hung.signal("STOP");
     make_silent(&setup);
     let mut call = setup.start_by_cron();
-    let began = Instant::now();
-    while !has_pending_term(hung.pid()) {
-        assert!(began.elapsed() < SOON, "no SIGTERM was sent");
-        std::thread::sleep(ms(5));
-    }
+    wait_until("SIGTERM is sent", || has_pending_term(hung.pid()));
     hung.signal("CONT");
     assert_eq!(session.ended(SOON).map(|(code, _)| code), Some(1000));
     assert_eq!(hung.wait(SOON).code(), Some(0));
@@ -234,6 +256,6 @@ fn without_a_lock_cron_starts_nothing() {
     assert_eq!(call.wait(SOON).code(), Some(1));
     call.stderr.wait_line(&["error", "cannot be locked", "identity.key.lock"]);
     wait_line_in(&setup.scratch.join("own.log"), &["ERROR", "cannot be locked"]);
-    coordinator.assert_not_dialled(std::time::Duration::ZERO);
+    coordinator.assert_not_dialled(Duration::ZERO);
     set_mode(&folder, 0o755);
 }
