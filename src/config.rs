@@ -38,6 +38,8 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 /// A checked configuration.
 #[derive(Debug, Clone)]
 pub struct Config {
+    /// The file that it was read from.
+    pub path: PathBuf,
     /// Where the agent dials.
     pub coordinator: CoordinatorConfig,
     /// The identity file.
@@ -50,6 +52,8 @@ pub struct Config {
     pub limits: Limits,
     /// `[observability] log_level`.
     pub log_level: Option<LevelFilter>,
+    /// `[observability] log_file`.
+    pub log_file: Option<PathBuf>,
     /// What is odd but no error, for the log.
     pub warnings: Vec<String>,
 }
@@ -175,6 +179,11 @@ fn read(path: &Path) -> Result<String, ConfigError> {
 /// A byte-order mark is what some editors put first.
 fn without_mark(text: &str) -> &str {
     text.strip_prefix('\u{feff}').unwrap_or(text)
+}
+
+/// Where the identity is, when there is no file to say; `None` where there is no home.
+pub fn default_key_path() -> Option<PathBuf> {
+    expand_home(KEY_PATH_DEFAULT)
 }
 
 fn home() -> Option<PathBuf> {

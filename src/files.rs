@@ -5,6 +5,8 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::sys::signal::{SigSet, Signal};
+
 /// A file that was being written so long ago was left behind: writing one takes milliseconds.
 const LEFTOVER_AGE: Duration = Duration::from_secs(60);
 
@@ -122,6 +124,14 @@ pub fn private(options: &mut OpenOptions) -> &mut OpenOptions {
 #[cfg(not(unix))]
 pub fn private(options: &mut OpenOptions) -> &mut OpenOptions {
     options
+}
+
+/// Has a limit on the size of files (`ulimit -f`) be an error of the write that meets it, instead of the end of the process:
+/// in this thread, and those that it starts from now on.
+pub fn survive_size_limit() {
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGXFSZ);
+    let _ = signals.thread_block();
 }
 
 /// Makes the folder of `path`, its owner's alone, where it is missing.

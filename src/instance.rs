@@ -78,6 +78,7 @@ const LOCK_BYTES_MAX: u64 = 256;
 #[derive(Debug)]
 pub struct InstanceLock {
     file: Option<File>,
+    is_exclusive: bool,
     started: u64,
 }
 
@@ -102,23 +103,30 @@ impl InstanceLock {
             files::private(OpenOptions::new().read(true).write(true).create(true).truncate(false)).open(&path);
         // A lock needs no right to write; only what stands in it does.
         let file = writable.or_else(|e| File::open(&path).map_err(|_| e)).map_err(io_error)?;
+        let mut is_exclusive = true;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(LockError::Held(Holder::read(&path).map(|holder| holder.pid))),
             Err(TryLockError::Error(e)) if e.kind() == io::ErrorKind::Unsupported => {
+                is_exclusive = false;
                 log::warn!("`{}`: this file system has no locks; see to it that only one agent runs", path.display());
             }
             Err(TryLockError::Error(e)) => return Err(io_error(e)),
         }
         let started = start_of("self").unwrap_or(0);
-        let lock = InstanceLock { file: Some(file), started };
+        let lock = InstanceLock { file: Some(file), is_exclusive, started };
         lock.beat();
         Ok(lock)
     }
 
     /// A lock of nobody, for an agent that has no file to lock.
     pub fn none() -> InstanceLock {
-        InstanceLock { file: None, started: 0 }
+        InstanceLock { file: None, is_exclusive: false, started: 0 }
+    }
+
+    /// Whether it keeps others out; not where the file system has no locks.
+    pub fn is_exclusive(&self) -> bool {
+        self.is_exclusive
     }
 
     /// Notes that this process works, as of now. Where that cannot be written, whoever reads it sees an older time.
@@ -157,6 +165,11 @@ impl Holder {
     /// Whether it is still this very process that has the pid.
     pub fn is_running(&self) -> bool {
         start_of(&self.pid.to_string()) == Some(self.started)
+    }
+
+    /// Whether both are the same process, whenever it last showed that it works.
+    pub fn is_same_process(&self, other: &Holder) -> bool {
+        (self.pid, self.started) == (other.pid, other.started)
     }
 
     fn read(lock: &Path) -> Option<Holder> {

@@ -44,13 +44,15 @@
 //! | what one backend connection has read and not passed on | `INPUT_MAX` in `backend::tcp`, twice that for a head |
 //! | tasks that wait for a worker | `TASKS_MAX` in `worker_pool` |
 //! | JSON values in one request | `VALUES_MAX` in `protocol` |
-//! | log lines that wait for stderr | `QUEUE_LINES_MAX` in `logging` |
+//! | log lines that wait to be written | `QUEUE_LINES_MAX` in `logging` |
+//! | a log file, and the one before it | `FILE_BYTES_MAX` in `logging::file` |
 //! | jobs at a time | [`config::MAX_CONCURRENT_RANGE`] |
 
 pub mod config;
 pub mod identity;
 pub mod files;
 pub mod instance;
+pub mod takeover;
 pub mod logging;
 
 pub mod protocol;

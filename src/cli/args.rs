@@ -49,7 +49,7 @@ impl Args {
     /// The command (run, when none was typed) and what is common to all.
     pub fn split(self) -> (Globals, Command) {
         let Args { config, log_level, allow_insecure, command } = self;
-        (Globals { config, log_level, allow_insecure }, command.unwrap_or(Command::Run(Run {})))
+        (Globals { config, log_level, allow_insecure }, command.unwrap_or(Command::Run(Run { cron: false })))
     }
 }
 
@@ -69,7 +69,11 @@ pub enum Command {
 /// Serve until stopped (the default). SIGTERM, SIGINT or SIGHUP: finish the jobs in flight, then exit.
 #[derive(FromArgs, Debug)]
 #[argh(subcommand, name = "run")]
-pub struct Run {}
+pub struct Run {
+    /// for a line of crontab, each minute: serve if no agent does, replace one that hangs, and log to a file
+    #[argh(switch)]
+    pub cron: bool,
+}
 
 /// Say whether the agent serves, and why not. Exits with 0 when it serves, 1 when it runs but does not serve, 3 when it does not
 /// run.

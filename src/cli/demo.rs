@@ -13,7 +13,7 @@ use crate::{demo, logging};
 
 /// Runs the demo. Its page is stdout, so that the log keeps to warnings unless more was asked for.
 pub fn run(globals: &Globals, options: &Demo) -> Result<(), Failure> {
-    logging::start(globals.log_level.unwrap_or(LevelFilter::Warn));
+    logging::start(globals.log_level.unwrap_or(LevelFilter::Warn), None);
     let stop = Arc::new(Stop::default());
     heed_signals(&stop)?;
     let options = demo::Options {

@@ -16,6 +16,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use args::{Args, Command};
+use log::LevelFilter;
 
 use crate::config::{Config, ConfigError};
 use crate::discovery::{OfferedBackend, Terms};
@@ -23,6 +24,7 @@ use crate::identity::IdentityError;
 use crate::instance::Places;
 use crate::logging;
 use crate::protocol::AGENT_VERSION;
+use crate::takeover::ClaimError;
 
 /// Why a command failed.
 #[derive(Debug)]
@@ -33,6 +35,8 @@ pub enum Failure {
     Config(ConfigError),
     /// The identity cannot be used.
     Identity(IdentityError),
+    /// Cron can neither leave the agent that runs alone nor take its place.
+    Claim(ClaimError),
     /// Another agent runs on this identity.
     AlreadyRunning {
         /// Its pid, if it could be read.
@@ -48,7 +52,7 @@ impl Failure {
     /// What the process exits with; 0 is left for success.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Failure::Identity(_) | Failure::Runtime(_) => 1,
+            Failure::Identity(_) | Failure::Claim(_) | Failure::Runtime(_) => 1,
             Failure::Usage(_) | Failure::Config(_) => 2,
             Failure::AlreadyRunning { .. } => 4,
             Failure::Told(code) => *code,
@@ -62,6 +66,7 @@ impl fmt::Display for Failure {
             Failure::Usage(what) | Failure::Runtime(what) => f.write_str(what),
             Failure::Config(e) => e.fmt(f),
             Failure::Identity(e) => e.fmt(f),
+            Failure::Claim(e) => e.fmt(f),
             Failure::AlreadyRunning { pid: Some(pid) } => {
                 write!(f, "an agent with this identity is already running as pid {pid}; stop that one first")
             }
@@ -82,6 +87,12 @@ impl From<ConfigError> for Failure {
 impl From<IdentityError> for Failure {
     fn from(e: IdentityError) -> Failure {
         Failure::Identity(e)
+    }
+}
+
+impl From<ClaimError> for Failure {
+    fn from(e: ClaimError) -> Failure {
+        Failure::Claim(e)
     }
 }
 
@@ -110,7 +121,7 @@ pub fn main(args: impl Iterator<Item = std::ffi::OsString>) -> ExitCode {
 fn dispatch(args: Args) -> Result<(), Failure> {
     let (globals, command) = args.split();
     match command {
-        Command::Run(_) => run::run(&globals),
+        Command::Run(options) => run::run(&globals, &options),
         Command::Status(options) => status::run(&globals, &options),
         Command::Pause(_) => pause::pause(&globals),
         Command::Resume(_) => pause::resume(&globals),
@@ -143,16 +154,28 @@ fn places_of(globals: &args::Globals) -> Result<Places, Failure> {
     Ok(Places::beside(&Config::key_path_in(&path)?))
 }
 
-/// Reads the configuration and starts logging as it says, and the command line above it.
+/// Reads the configuration, and starts logging to stderr.
 fn load_config(globals: &args::Globals) -> Result<Config, Failure> {
-    let path = Config::find(globals.config.as_deref())?;
-    let config = Config::load(&path, globals.allow_insecure)?;
-    logging::start(globals.log_level.or(config.log_level).unwrap_or(log::LevelFilter::Info));
-    crate::debug!("configuration from `{}`", path.display());
+    let config = read_config(globals)?;
+    logging::start(level_of(globals, &config), None);
+    log_reading(&config);
+    Ok(config)
+}
+
+fn read_config(globals: &args::Globals) -> Result<Config, ConfigError> {
+    Config::load(&Config::find(globals.config.as_deref())?, globals.allow_insecure)
+}
+
+/// The command line is above the file.
+fn level_of(globals: &args::Globals, config: &Config) -> LevelFilter {
+    globals.log_level.or(config.log_level).unwrap_or(LevelFilter::Info)
+}
+
+fn log_reading(config: &Config) {
+    crate::debug!("configuration from `{}`", config.path.display());
     for warning in &config.warnings {
         log::warn!("{warning}");
     }
-    Ok(config)
 }
 
 /// The backends of a configuration, ready to be asked.

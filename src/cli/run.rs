@@ -1,40 +1,103 @@
-//! `run`: serve until a signal.
+//! `run`: serve until a signal. `run --cron`: only where no agent does.
 
+use std::io::{IsTerminal, Write};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::args::Globals;
-use super::{Failure, backends_of, load_config, terms_of};
-use crate::files;
+use log::LevelFilter;
+
+use super::args::{Globals, Run};
+use super::{Failure, backends_of, level_of, log_reading, read_config, terms_of};
+use crate::config::{self, Config};
 use crate::identity::{Identity, IdentityError};
 use crate::instance::{InstanceLock, LockError, Places};
-use crate::memory;
 use crate::protocol::AGENT_VERSION;
 use crate::shutdown::Stop;
 use crate::supervisor::{Agent, Presence};
+use crate::{files, logging, memory, takeover};
 
 /// So many signals mean that even the flush is not to be waited for.
 const SIGNALS_TO_EXIT: u32 = 3;
 
 /// Becomes the agent.
-pub fn run(globals: &Globals) -> Result<(), Failure> {
+pub fn run(globals: &Globals, options: &Run) -> Result<(), Failure> {
     memory::keep_little();
-    let config = load_config(globals)?;
-    let create = |error| IdentityError::Io { action: "make the folder of", path: config.key_path.clone(), error };
-    files::create_folder_of(&config.key_path).map_err(create)?;
-    let places = Places::beside(&config.key_path);
-    let lock = match InstanceLock::acquire(&places) {
-        Ok(lock) => {
-            files::remove_leftovers(&config.key_path);
-            files::remove_leftovers(&places.state());
-            lock
-        }
+    files::survive_size_limit();
+    if options.cron { by_cron(globals) } else { by_hand(globals) }
+}
+
+fn by_hand(globals: &Globals) -> Result<(), Failure> {
+    let config = read_config(globals)?;
+    logging::start(level_of(globals, &config), config.log_file.clone());
+    create_folder(&config)?;
+    let lock = match InstanceLock::acquire(&Places::beside(&config.key_path)) {
+        Ok(lock) => lock,
         Err(LockError::Held(pid)) => return Err(Failure::AlreadyRunning { pid }),
         Err(LockError::Io(path, e)) => {
             log::warn!("`{}` cannot be locked ({e}); see to it that only one agent runs", path.display());
             InstanceLock::none()
         }
     };
+    if let Some(path) = &config.log_file {
+        show_where(path);
+    }
+    serve(config, lock)
+}
+
+/// Called each minute. Nobody sees what cron's children print, so what goes wrong is in the log file too.
+fn by_cron(globals: &Globals) -> Result<(), Failure> {
+    match claim(globals) {
+        Ok(Some((config, lock))) => serve(config, lock),
+        Ok(None) => Ok(()),
+        Err(failure) => Err(failure),
+    }
+    .inspect_err(|failure| log::error!("{failure}"))
+}
+
+/// The lock, and what is to be served; `None` where no agent is wanted, or one is at work. Little of the program is touched on
+/// the way to that answer, which is the one of nearly every minute.
+fn claim(globals: &Globals) -> Result<Option<(Config, InstanceLock)>, Failure> {
+    let config = read_config(globals).inspect_err(|_| {
+        let log = config::default_key_path().map(|key| Places::beside(&key).log());
+        logging::start(globals.log_level.unwrap_or(LevelFilter::Info), log);
+    })?;
+    let places = Places::beside(&config.key_path);
+    let log = config.log_file.clone().unwrap_or_else(|| places.log());
+    logging::start(level_of(globals, &config), Some(log.clone()));
+    if places.stopped().exists() {
+        return Ok(None);
+    }
+    create_folder(&config)?;
+    let Some(lock) = takeover::claim(&places)? else { return Ok(None) };
+    show_where(&log);
+    Ok(Some((config, lock)))
+}
+
+fn create_folder(config: &Config) -> Result<(), IdentityError> {
+    let path = &config.key_path;
+    files::create_folder_of(path).map_err(|error| IdentityError::Io {
+        action: "make the folder of",
+        path: path.clone(),
+        error,
+    })
+}
+
+/// For who started the agent in a terminal, and sees no line come.
+fn show_where(log: &Path) {
+    let mut stderr = std::io::stderr();
+    if stderr.is_terminal() {
+        let _ = writeln!(stderr, "logging to `{}`", log.display());
+    }
+}
+
+fn serve(config: Config, lock: InstanceLock) -> Result<(), Failure> {
+    log_reading(&config);
+    let places = Places::beside(&config.key_path);
+    if lock.is_exclusive() {
+        files::remove_leftovers(&config.key_path);
+        files::remove_leftovers(&places.state());
+    }
     let identity = Identity::load_or_create(&config.key_path)?;
     if config.backends.is_empty() {
         log::warn!("no [[backends]] in the configuration: there is nothing to offer");

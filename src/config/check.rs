@@ -28,13 +28,18 @@ pub fn config(text: &str, path: &Path, allow_insecure: bool) -> Result<Config, C
     let table = DeTable::parse(text).map_err(|e| source.syntax_fault(&e))?;
     let root = Section::root(source, table.get_ref());
     let mut warnings = Vec::new();
+    let coordinator = coordinator(&root.section("coordinator")?, allow_insecure)?;
+    let key_path = key_path(&root.section("identity")?)?;
+    let observability = root.section("observability")?;
     Ok(Config {
-        coordinator: coordinator(&root.section("coordinator")?, allow_insecure)?,
-        key_path: key_path(&root.section("identity")?)?,
+        path: path.to_owned(),
+        coordinator,
         backends: backends(&root)?,
         pricing: pricing(&root.section("pricing")?)?,
         limits: limits(&root.section("limits")?, &mut warnings)?,
-        log_level: log_level(&root.section("observability")?, &mut warnings)?,
+        log_level: log_level(&observability, &mut warnings)?,
+        log_file: log_file(&observability, &key_path)?,
+        key_path,
         warnings,
     })
 }
@@ -206,6 +211,22 @@ fn within(section: &Section<'_>, key: &'static str, range: RangeInclusive<u32>) 
     let Some(found) = section.integer(key, &fix)? else { return Ok(None) };
     let number = u32::try_from(found.value).ok().filter(|n| range.contains(n));
     number.map(Some).ok_or_else(|| found.fault("out of range", &fix))
+}
+
+fn log_file(section: &Section<'_>, key_path: &Path) -> Result<Option<PathBuf>, ConfigError> {
+    const FIX: &str = "name a file, such as log_file = \"~/.usepod-agent/agent.log\", or leave it out for stderr";
+    let Some(file) = section.string("log_file", FIX)? else { return Ok(None) };
+    if file.value.trim().is_empty() {
+        return Err(file.fault("it is empty", FIX));
+    }
+    let path = expand_home(file.value).ok_or_else(|| file.fault("there is no such home", FIX))?;
+    if file.value.ends_with('/') || path.is_dir() {
+        return Err(file.fault("it is a folder", FIX));
+    }
+    if path == key_path {
+        return Err(file.fault("it is the identity file", FIX));
+    }
+    Ok(Some(path))
 }
 
 /// 0.3.5 takes any text here (filters such as `info,hyper=warn`), so a level that we do not know is no error.

@@ -5,6 +5,7 @@ mod cancel; // how soon a backend hears that nobody wants its answer any more
 mod cli; // commands, options, exit codes, what is printed where
 mod config; // agent.toml: what is taken, and how a mistake is named
 mod contract; // the library's fixed names and behaviours
+mod cron; // the call of each minute: leave alone, start, take over
 mod crash; // killed at any moment
 mod demo; // the local coordinator and its front door
 mod failures; // broken answers of a backend: what is relayed, and which error code follows
@@ -17,6 +18,7 @@ mod handshake; // from the dial to the first `capabilities`
 mod health; // how the offer follows the jobs
 mod identity; // the identity file
 mod jobs; // admission, cancel, deadlines, the one terminal frame
+mod logfile; // where the lines go, and what a broken disk costs
 mod matrix; // FAULTS.md and the tests that it names
 mod probes; // how the offer follows the backends
 mod proxy; // HTTPS_PROXY and its relatives

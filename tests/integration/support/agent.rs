@@ -7,6 +7,7 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use super::weigh::{Weight, weigh};
 use super::{SOON, Scratch, ms};
 
 /// The binary under test: another one where `AGENT` names it.
@@ -129,6 +130,27 @@ impl Setup {
         Agent { child, stdout: Log::closed(), stderr: Log::closed(), _scratch: Some(Arc::clone(&self.scratch)) }
     }
 
+    /// As a line of crontab does, at the level that the file says.
+    pub fn start_by_cron(&self) -> Agent {
+        Agent::spawn(self.command_of_cron(), Some(Arc::clone(&self.scratch)))
+    }
+
+    /// What such a call costs that finds an agent at work.
+    pub fn weigh_by_cron(&self) -> Weight {
+        weigh(&self.command_of_cron())
+    }
+
+    fn command_of_cron(&self) -> Command {
+        let mut command = self.command(None);
+        command.args(["run", "--cron"]);
+        command
+    }
+
+    /// Where an agent logs that was started so.
+    pub fn log(&self) -> PathBuf {
+        self.identity().with_file_name("agent.log")
+    }
+
     fn command(&self, level: Option<&str>) -> Command {
         let mut command = command(self.scratch.path(), &self.prelude);
         command.arg("--config").arg(self.write()).arg("--allow-insecure");
@@ -247,6 +269,10 @@ impl Agent {
         value.trim().trim_end_matches(" kB").parse().expect("a number")
     }
 
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("the state of our own child").is_none()
+    }
+
     pub fn assert_running(&mut self) {
         let status = self.child.try_wait().expect("the state of our own child");
         assert!(status.is_none(), "the agent should be running, but ended with {status:?}");
@@ -335,7 +361,7 @@ impl Log {
     }
 
     /// All of it; of a process that has ended.
-    fn whole(&self) -> String {
+    pub fn whole(&self) -> String {
         let state = self.0.0.lock().expect("log");
         let (state, _) = self.0.1.wait_timeout_while(state, SOON, |state| !state.ended).expect("log");
         state.text.clone()

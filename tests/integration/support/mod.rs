@@ -14,6 +14,7 @@ mod session;
 mod shim;
 mod tls;
 mod vitals;
+mod weigh;
 mod wire;
 
 use std::net::TcpListener;
@@ -64,6 +65,19 @@ pub const fn secs(n: u64) -> Duration {
 pub fn nobody_at(loopback: &str) -> String {
     let listener = TcpListener::bind((loopback, 0)).expect("a loopback port");
     listener.local_addr().expect("a bound address").to_string()
+}
+
+/// Waits for the first line of a file that holds every one of `words`.
+pub fn wait_line_in(file: &Path, words: &[&str]) -> String {
+    let began = Instant::now();
+    loop {
+        let text = std::fs::read_to_string(file).unwrap_or_default();
+        if let Some(line) = text.lines().find(|line| words.iter().all(|word| line.contains(word))) {
+            return line.to_owned();
+        }
+        assert!(began.elapsed() < SOON, "no line with {words:?} in {}; all there is:\n{text}", file.display());
+        std::thread::sleep(ms(5));
+    }
 }
 
 /// Listens where somebody may have listened until a moment ago: a process that was just forked holds its sockets until it

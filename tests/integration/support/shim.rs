@@ -9,16 +9,19 @@ use std::time::Instant;
 use super::{SOON, Scratch, Setup, ms};
 
 /// Built once for all tests of a run.
-static LIBRARY: LazyLock<PathBuf> = LazyLock::new(|| {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/integration/support/shim.c");
+static LIBRARY: LazyLock<PathBuf> = LazyLock::new(|| compile("shim.c", "shim.so", &["-shared", "-fPIC", "-O1"]));
+
+/// Compiles a file of this folder to one of this name.
+pub fn compile(source: &str, name: &str, options: &[&str]) -> PathBuf {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/integration/support").join(source);
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let (fresh, library) = (folder.join(format!("shim-{}.so", std::process::id())), folder.join("shim.so"));
-    let status = Command::new("cc").args(["-shared", "-fPIC", "-O1", "-o"]).args([&fresh, &source]).status();
+    let (fresh, target) = (folder.join(format!("{}-{name}", std::process::id())), folder.join(name));
+    let status = Command::new("cc").args(options).arg("-o").args([&fresh, &source]).status();
     assert!(status.expect("a C compiler").success(), "{} does not compile", source.display());
     // Another run may be using the one that is there.
-    fs::rename(fresh, &library).expect("the library in its place");
-    library
-});
+    fs::rename(fresh, &target).expect("the file in its place");
+    target
+}
 
 /// The hand on the faults of one agent.
 pub struct Shim(Arc<Scratch>);

@@ -1,21 +1,26 @@
-//! Log lines: to stderr, dated, with the thread that wrote them.
+//! Log lines: to stderr or to a file, dated, with the thread that wrote them.
 //!
 //! Invariant: logging never blocks who logs. Lines are queued, and a thread that exists only while there are some writes
-//! them; when nobody reads stderr the queue fills, and lines are dropped and counted. The reader of the socket, the drain
-//! and the signal handler all log, and a full pipe must not be able to stop them.
+//! them; when nobody reads stderr, or the disk hangs, the queue fills, and lines are dropped and counted. The reader of the
+//! socket, the drain and the signal handler all log, and a full pipe must not be able to stop them.
+
+mod file;
 
 use std::collections::VecDeque;
 use std::fmt::Arguments;
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use log::{Level, LevelFilter, Record};
 use simplelog::{ConfigBuilder, WriteLogger};
 
+use file::LogFile;
+
 use crate::threads;
 
-/// Lines that wait for stderr.
+/// Lines that wait to be written.
 const QUEUE_LINES_MAX: usize = 1024;
 /// The longest line that is kept, in bytes: with the above, 4 MiB at the most.
 const LINE_BYTES_MAX: usize = 4 << 10;
@@ -31,8 +36,10 @@ const QUIET: [&str; 3] = ["ureq", "rustls", "tungstenite"];
 
 static QUEUE: Queue = Queue { state: Mutex::new(State::new()), changed: Condvar::new() };
 
-/// Starts logging at `level`. A broken stderr loses the lines and nothing else.
-pub fn start(level: LevelFilter) {
+/// Starts logging at `level`, to this file, which is made with the first line, or to stderr. Where lines cannot be written,
+/// they are lost and nothing else.
+pub fn start(level: LevelFilter, file: Option<PathBuf>) {
+    QUEUE.lock().file = file.map(LogFile::new);
     let mut config = ConfigBuilder::new();
     config
         .set_time_format_rfc3339()
@@ -124,6 +131,8 @@ struct Queue {
 
 struct State {
     lines: VecDeque<Vec<u8>>,
+    /// In place of stderr. The thread has it while there is one, so that nobody waits for the disk.
+    file: Option<LogFile>,
     dropped: u64,
     has_thread: bool,
     is_writing: bool,
@@ -131,7 +140,7 @@ struct State {
 
 impl State {
     const fn new() -> State {
-        State { lines: VecDeque::new(), dropped: 0, has_thread: false, is_writing: false }
+        State { lines: VecDeque::new(), file: None, dropped: 0, has_thread: false, is_writing: false }
     }
 
     fn is_written(&self) -> bool {
@@ -161,15 +170,16 @@ impl Queue {
     /// In the `log` thread: everything that is queued, until nothing has come for a while.
     fn write_lines(&self) {
         let mut state = self.lock();
+        let mut file = state.file.take();
         loop {
             if let Some(line) = state.lines.pop_front() {
                 state.is_writing = true;
                 let dropped = std::mem::take(&mut state.dropped);
                 drop(state);
-                let mut stderr = io::stderr();
-                let _ = stderr.write_all(&line);
+                write(file.as_mut(), &line);
                 if dropped > 0 {
-                    let _ = writeln!(stderr, "[{dropped} log lines were dropped: nobody read them in time]");
+                    let what = format!("[{dropped} log lines were dropped: they could not be written in time]\n");
+                    write(file.as_mut(), what.as_bytes());
                 }
                 state = self.lock();
                 state.is_writing = false;
@@ -181,8 +191,19 @@ impl Queue {
             state = guard;
             if waited.timed_out() && state.lines.is_empty() {
                 state.has_thread = false;
+                state.file = file;
                 return;
             }
+        }
+    }
+}
+
+fn write(file: Option<&mut LogFile>, line: &[u8]) {
+    match file {
+        Some(file) => file.write(line),
+        None => {
+            // Nobody is left to tell.
+            let _ = io::stderr().write_all(line);
         }
     }
 }

@@ -1,0 +1,268 @@
+//! A log file that neither fills the disk nor needs one that works.
+//!
+//! Invariants: the file and the one that it was before, `NAME.1`, hold [`FILE_BYTES_MAX`] each at the most; every line begins
+//! on a line of its own; a line that cannot be written is lost, counted, and told of as soon as one can be.
+//!
+//! Others may rename, delete or truncate the file at any time, as logrotate does: each line goes to the file that has the
+//! name by then. Two agents with one log file lose no line, but may rename it at the same time, and then the older lines go
+//! early.
+
+use std::fs::{self, File, Metadata, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use crate::files;
+
+/// The longest that a log file becomes, in bytes: with the one before it, 16 MB on the disk.
+pub const FILE_BYTES_MAX: u64 = 8_000_000;
+
+/// A file that lines are appended to.
+pub struct LogFile {
+    path: PathBuf,
+    bytes_max: u64,
+    /// `None` until a line comes, and after a write that failed.
+    open: Option<Open>,
+    lost: Lost,
+}
+
+/// The file as it was when it was opened.
+struct Open {
+    file: File,
+    /// Its device and number, which tell it from another of the same name.
+    id: (u64, u64),
+    /// Somebody's last line has no end.
+    is_torn: bool,
+}
+
+/// The lines that could not be written since one could be.
+#[derive(Default)]
+struct Lost {
+    lines: u64,
+    why: String,
+    was_told: bool,
+}
+
+impl LogFile {
+    /// The file at `path`. Nothing is opened or made yet.
+    pub fn new(path: PathBuf) -> LogFile {
+        LogFile { path, bytes_max: FILE_BYTES_MAX, open: None, lost: Lost::default() }
+    }
+
+    /// Appends a line, with its end. The first that is lost is told to stderr.
+    pub fn write(&mut self, line: &[u8]) {
+        let Err(e) = self.try_write(line) else {
+            self.lost.lines = 0;
+            return;
+        };
+        // What is there now, half a line perhaps, is looked at anew.
+        self.open = None;
+        self.lost.lines += 1;
+        self.lost.why = e.to_string();
+        if !std::mem::replace(&mut self.lost.was_told, true) {
+            let path = self.path.display();
+            let _ = writeln!(io::stderr(), "warning: log lines are lost: `{path}` cannot be written: {e}");
+        }
+    }
+
+    fn try_write(&mut self, line: &[u8]) -> io::Result<()> {
+        let mut open = match self.open.take() {
+            Some(open) if is_at(&open, &self.path)? => open,
+            _ => self.open()?,
+        };
+        let mut text = Vec::with_capacity(line.len());
+        if open.is_torn {
+            text.push(b'\n');
+        }
+        if self.lost.lines > 0 {
+            writeln!(text, "[{} log lines were lost: {}]", self.lost.lines, self.lost.why)?;
+        }
+        text.extend_from_slice(line);
+        let length = open.file.metadata()?.len();
+        if length > 0 && length + text.len() as u64 > self.bytes_max {
+            open = self.rotate(open)?;
+        }
+        open.file.write_all(&text)?;
+        open.is_torn = false;
+        self.open = Some(open);
+        Ok(())
+    }
+
+    fn open(&self) -> io::Result<Open> {
+        match fs::metadata(&self.path) {
+            // To open a pipe would be to wait for its reader.
+            Ok(found) => refuse_other_than_files(&found)?,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => files::create_folder_of(&self.path)?,
+            Err(e) => return Err(e),
+        }
+        let file = files::private(OpenOptions::new().read(true).append(true).create(true)).open(&self.path)?;
+        let found = file.metadata()?;
+        refuse_other_than_files(&found)?;
+        let mut last = [b'\n'];
+        if let Some(at) = found.len().checked_sub(1) {
+            file.read_at(&mut last, at)?;
+        }
+        Ok(Open { file, id: id(&found), is_torn: last != *b"\n" })
+    }
+
+    /// Makes the file the old one, and begins anew. Where it cannot be renamed it is emptied, for its limit comes first.
+    fn rotate(&self, full: Open) -> io::Result<Open> {
+        // Of a symlink, what it points to.
+        let path = fs::canonicalize(&self.path)?;
+        let mut old = path.clone().into_os_string();
+        old.push(".1");
+        match fs::rename(&path, &old) {
+            Ok(()) => self.open(),
+            Err(e) => {
+                full.file.set_len(0)?;
+                writeln!(&full.file, "[the lines before were dropped: the file cannot be renamed to its .1: {e}]")?;
+                Ok(Open { is_torn: false, ..full })
+            }
+        }
+    }
+}
+
+/// Whether it still has the name.
+fn is_at(open: &Open, path: &Path) -> io::Result<bool> {
+    match fs::metadata(path) {
+        Ok(found) => Ok(id(&found) == open.id),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+fn id(found: &Metadata) -> (u64, u64) {
+    (found.dev(), found.ino())
+}
+
+fn refuse_other_than_files(found: &Metadata) -> io::Result<()> {
+    if found.is_file() { Ok(()) } else { Err(io::Error::other("it is not a regular file")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    /// A folder of its own, removed at the end.
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(test: &str) -> Folder {
+            let path = std::env::temp_dir().join(format!("usepod-log-{test}-{}", std::process::id()));
+            fs::create_dir_all(&path).expect("a folder");
+            Folder(path)
+        }
+
+        fn log(&self, bytes_max: u64) -> LogFile {
+            LogFile { bytes_max, ..LogFile::new(self.0.join("agent.log")) }
+        }
+
+        fn read(&self, name: &str) -> String {
+            fs::read_to_string(self.0.join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn a_full_file_becomes_the_old_one_and_nothing_grows_above_the_limit() {
+        let folder = Folder::new("cap");
+        let mut log = folder.log(20);
+        for n in 0..10 {
+            log.write(format!("line {n}\n").as_bytes());
+            for entry in fs::read_dir(&folder.0).expect("the folder") {
+                assert!(entry.expect("an entry").metadata().expect("its size").len() <= 20);
+            }
+        }
+        assert_eq!(
+            (folder.read("agent.log.1").as_str(), folder.read("agent.log").as_str()),
+            ("line 6\nline 7\n", "line 8\nline 9\n")
+        );
+        assert_eq!(fs::read_dir(&folder.0).expect("the folder").count(), 2);
+        // A line above the limit has a file to itself.
+        log.write(&[b'x'; 30]);
+        assert_eq!((folder.read("agent.log.1").as_str(), folder.read("agent.log").len()), ("line 8\nline 9\n", 30));
+    }
+
+    #[test]
+    fn new_files_are_their_owners_alone_and_the_folder_is_made() {
+        let folder = Folder::new("mode");
+        let path = folder.0.join("deeper/still/agent.log");
+        LogFile::new(path.clone()).write(b"a\n");
+        let mode = |path: &Path| fs::metadata(path).expect("it").permissions().mode() & 0o777;
+        assert_eq!((mode(&path), mode(path.parent().expect("a folder"))), (0o600, 0o700));
+    }
+
+    #[test]
+    fn lines_go_to_the_file_that_has_the_name() {
+        let folder = Folder::new("name");
+        let mut log = folder.log(1000);
+        log.write(b"1\n");
+        fs::rename(folder.0.join("agent.log"), folder.0.join("moved")).expect("renamed");
+        log.write(b"2\n");
+        assert_eq!((folder.read("moved").as_str(), folder.read("agent.log").as_str()), ("1\n", "2\n"));
+        fs::remove_file(folder.0.join("agent.log")).expect("removed");
+        log.write(b"3\n");
+        assert_eq!(folder.read("agent.log"), "3\n");
+        // As `copytruncate` does.
+        fs::write(folder.0.join("agent.log"), "").expect("truncated");
+        log.write(b"4\n");
+        assert_eq!(folder.read("agent.log"), "4\n");
+    }
+
+    #[test]
+    fn what_was_lost_is_told_of_when_it_works_again() {
+        let folder = Folder::new("lost");
+        let mut log = folder.log(1000);
+        log.write(b"1\n");
+        fs::remove_file(folder.0.join("agent.log")).expect("removed");
+        fs::create_dir(folder.0.join("agent.log")).expect("a folder in its place");
+        log.write(b"2\n");
+        log.write(b"3\n");
+        fs::remove_dir(folder.0.join("agent.log")).expect("removed");
+        log.write(b"4\n");
+        log.write(b"5\n");
+        assert_eq!(folder.read("agent.log"), "[2 log lines were lost: it is not a regular file]\n4\n5\n");
+    }
+
+    #[test]
+    fn a_line_never_continues_another() {
+        let folder = Folder::new("torn");
+        fs::write(folder.0.join("agent.log"), "half a li").expect("written");
+        let mut log = folder.log(1000);
+        log.write(b"1\n");
+        log.write(b"2\n");
+        assert_eq!(folder.read("agent.log"), "half a li\n1\n2\n");
+    }
+
+    #[test]
+    fn a_symlink_is_followed_when_it_dangles_and_when_the_file_is_full() {
+        let folder = Folder::new("link");
+        std::os::unix::fs::symlink("real", folder.0.join("agent.log")).expect("a link");
+        let mut log = folder.log(3);
+        log.write(b"1\n");
+        log.write(b"2\n");
+        assert_eq!((folder.read("real.1").as_str(), folder.read("real").as_str()), ("1\n", "2\n"));
+        assert!(folder.0.join("agent.log").is_symlink());
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_renamed_is_emptied() {
+        let folder = Folder::new("stuck");
+        fs::create_dir_all(folder.0.join("agent.log.1/full")).expect("a folder in the way");
+        let mut log = folder.log(100);
+        let line = [&[b'x'; 60][..], b"\n"].concat();
+        log.write(&line);
+        log.write(b"1\n");
+        log.write(&line);
+        let text = folder.read("agent.log");
+        assert!(text.starts_with("[the lines before were dropped: ") && text.ends_with("x\n"), "{text}");
+        assert_eq!(text.lines().count(), 2, "{text}");
+    }
+}

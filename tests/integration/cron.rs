@@ -1,0 +1,261 @@
+//! `run --cron`, the line that cron calls each minute.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use crate::support::*;
+
+/// Longer than the 5 s of the second look and the 15 s that a hung agent is given.
+const TAKEOVER: Duration = secs(30);
+
+fn lock_of(setup: &Setup) -> PathBuf {
+    setup.scratch.join(".usepod-agent/identity.key.lock")
+}
+
+/// An agent past its handshake, and its session.
+fn serving(setup: &Setup, coordinator: &Coordinator) -> (Agent, Session) {
+    let agent = setup.start();
+    let session = coordinator.session();
+    (agent, session)
+}
+
+/// The call ends with 0, without a word to anybody, and dials nobody.
+fn assert_leaves_alone(setup: &Setup, coordinator: &Coordinator, what: &str) {
+    let log = fs::read(setup.log()).ok();
+    let mut call = setup.start_by_cron();
+    assert_eq!(call.wait(SOON).code(), Some(0), "{what}");
+    assert_eq!((call.stdout.whole().as_str(), call.stderr.whole().as_str()), ("", ""), "{what}");
+    assert!(fs::read(setup.log()).ok() == log, "{what}: the log has changed");
+    coordinator.assert_not_dialled(Duration::ZERO);
+}
+
+/// The agent last showed long ago that it works: the third line of its lock file, as wide as it was.
+fn make_silent(setup: &Setup) {
+    let path = lock_of(setup);
+    let text = fs::read_to_string(&path).expect("the lock file");
+    let mut lines: Vec<&str> = text.lines().collect();
+    let beat: u64 = lines[2].trim().parse().expect("milliseconds");
+    let older = format!("{:<20}", beat.checked_sub(200_000).expect("a box that is up for some minutes"));
+    lines[2] = &older;
+    fs::write(&path, lines.join("\n") + "\n").expect("the lock file");
+}
+
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !is_so() {
+        assert!(began.elapsed() < SOON, "it never came to this: {what}");
+        std::thread::sleep(ms(5));
+    }
+}
+
+/// Whether SIGTERM waits for a stopped process.
+fn has_pending_term(pid: u32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("its status");
+    let pending = status.lines().find_map(|line| line.strip_prefix("ShdPnd:")).expect("pending signals");
+    u64::from_str_radix(pending.trim(), 16).expect("a mask") & (1 << 14) != 0
+}
+
+#[test]
+fn where_no_agent_runs_the_call_becomes_it_and_logs_to_a_file() {
+    let coordinator = Coordinator::new();
+    let setup = Setup::new(&coordinator.url());
+    let mut agent = setup.start_by_cron();
+    let session = coordinator.session();
+    wait_line_in(&setup.log(), &["INFO", "connected as"]);
+    assert_eq!(fs::metadata(setup.log()).expect("the log").permissions().mode() & 0o777, 0o600);
+    agent.signal("TERM");
+    assert_eq!(session.ended(SOON).map(|(code, _)| code), Some(1000));
+    assert_eq!(agent.wait(SOON).code(), Some(0));
+    assert_eq!((agent.stdout.whole().as_str(), agent.stderr.whole().as_str()), ("", ""));
+    wait_line_in(&setup.log(), &["INFO", "stopped"]);
+}
+
+#[test]
+fn a_call_without_any_output_serves_as_well() {
+    let backend = Backend::vllm(&["m"]);
+    let coordinator = Coordinator::new();
+    let setup = Setup::new(&coordinator.url()).backend(backend.toml()).after("exec <&- >&- 2>&-");
+    let mut agent = setup.start_by_cron();
+    let session = coordinator.session();
+    let id = session.job("m", serde_json::json!({}));
+    backend.next().finish();
+    session.outcome(&id).done();
+    agent.assert_running();
+    wait_line_in(&setup.log(), &["connected as"]);
+}
+
+#[test]
+fn an_agent_at_work_is_left_alone_without_a_word() {
+    let coordinator = Coordinator::new();
+    // A warning that every start makes.
+    let setup = Setup::new(&coordinator.url()).more("[observability]\nlog_level = \"loud\"");
+    for by_cron in [false, true] {
+        let mut agent = if by_cron { setup.start_by_cron() } else { setup.start() };
+        let session = coordinator.session();
+        if by_cron {
+            wait_line_in(&setup.log(), &["connected as"]);
+        }
+        for _ in 0..3 {
+            assert_leaves_alone(&setup, &coordinator, "an agent at work");
+        }
+        agent.assert_running();
+        drop((agent, session));
+    }
+}
+
+#[test]
+fn what_was_stopped_stays_stopped_for_cron_and_not_for_who_starts_it_by_hand() {
+    let coordinator = Coordinator::new();
+    let setup = Setup::new(&coordinator.url());
+    setup.scratch.write(".usepod-agent/identity.key.stopped", "");
+    assert_leaves_alone(&setup, &coordinator, "stopped");
+    assert!(!setup.identity().exists() && !setup.log().exists());
+    let _by_hand = serving(&setup, &coordinator);
+    fs::remove_file(setup.scratch.join(".usepod-agent/identity.key.stopped")).expect("removed");
+}
+
+#[test]
+fn one_that_hangs_is_killed_and_replaced_by_one_call_of_several() {
+    let coordinator = Coordinator::new();
+    let setup = Setup::new(&coordinator.url());
+    let (mut hung, _session) = serving(&setup, &coordinator);
+    hung.signal("STOP");
+    assert_leaves_alone(&setup, &coordinator, "stopped a moment ago");
+    make_silent(&setup);
+    let mut calls = [setup.start_by_cron(), setup.start_by_cron()];
+    let status = hung.wait(TAKEOVER);
+    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9));
+    let _next = coordinator.session();
+    let mut ended = None;
+    wait_until("one of the two leaves", || {
+        ended = calls.iter_mut().position(|call| !call.is_running());
+        ended.is_some()
+    });
+    let left = ended.expect("one");
+    let serves = 1 - left;
+    assert_eq!(calls[left].wait(SOON).code(), Some(0));
+    calls[serves].assert_running();
+    assert_leaves_alone(&setup, &coordinator, "the new one");
+    let (old, new) = (hung.pid().to_string(), calls[serves].pid().to_string());
+    wait_line_in(&setup.log(), &["WARN", &old, "hangs", "it has not shown for 20"]);
+    wait_line_in(&setup.log(), &["WARN", &old, "SIGKILL", &new]);
+}
+
+/// As after the thaw of a frozen box: the silence was nobody's fault.
+#[test]
+fn one_that_shows_a_moment_later_that_it_works_is_left_alone() {
+    let coordinator = Coordinator::new();
+    let setup = Setup::new(&coordinator.url());
+    let (mut agent, _session) = serving(&setup, &coordinator);
+    let fresh = fs::read(lock_of(&setup)).expect("the lock file");
+    make_silent(&setup);
+    let mut call = setup.start_by_cron();
+    // It has looked once when it waits.
+    wait_until("the call waits", || {
+        fs::read_to_string(format!("/proc/{}/wchan", call.pid())).is_ok_and(|at| at.contains("nanosleep"))
+    });
+    fs::write(lock_of(&setup), fresh).expect("the lock file");
+    assert_eq!(call.wait(SOON).code(), Some(0));
+    assert_eq!(call.stderr.whole(), "");
+    assert!(!setup.log().exists());
+    agent.assert_running();
+}
+
+#[test]
+fn one_that_hangs_and_still_heeds_a_signal_ends_in_order() {
+    let coordinator = Coordinator::new();
+    let setup = Setup::new(&coordinator.url());
+    let (mut hung, session) = serving(&setup, &coordinator);
+    hung.signal("STOP");
+    make_silent(&setup);
+    let mut call = setup.start_by_cron();
+    wait_until("SIGTERM is sent", || has_pending_term(hung.pid()));
+    hung.signal("CONT");
+    assert_eq!(session.ended(SOON).map(|(code, _)| code), Some(1000));
+    assert_eq!(hung.wait(SOON).code(), Some(0));
+    let _next = coordinator.session();
+    call.assert_running();
+    wait_line_in(&setup.log(), &["WARN", &hung.pid().to_string(), "SIGTERM"]);
+}
+
+/// Ended with the test.
+struct Bystander(Child);
+
+impl Drop for Bystander {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn who_cannot_be_told_is_left_alone_and_so_is_a_bystander_with_its_pid() {
+    let coordinator = Coordinator::new();
+    let setup = Setup::new(&coordinator.url());
+    let (mut agent, _session) = serving(&setup, &coordinator);
+    let mut bystander = Bystander(Command::new("sleep").arg("600").spawn().expect("sleep"));
+    let started = "1".repeat(20);
+    for content in [
+        String::new(),
+        format!("{}\n", agent.pid()),
+        "\u{0}garbage".to_owned(),
+        format!("{:<10}\n{started}\n{:<20}\n", bystander.0.id(), 0),
+        format!("{:<10}\n{started}\n{:<20}\n", 0, 0),
+    ] {
+        fs::write(lock_of(&setup), &content).expect("the lock file");
+        assert_leaves_alone(&setup, &coordinator, &content);
+    }
+    agent.assert_running();
+    assert!(bystander.0.try_wait().expect("its state").is_none(), "a bystander was ended");
+}
+
+#[test]
+fn a_fault_before_the_log_is_known_is_in_the_default_one() {
+    let home = Scratch::new();
+    let log = home.join(".usepod-agent/agent.log");
+    let path = home.write("agent.toml", "[coordinator]\nurl = \"nowhere\"\n");
+    let arguments = ["run", "--cron", "--config", path.to_str().expect("UTF-8")];
+    for calls in 1..=2 {
+        let output = cli(home.path(), &arguments, &[]);
+        assert_eq!(output.status.code(), Some(2));
+        let stderr = String::from_utf8(output.stderr).expect("UTF-8");
+        assert!(stderr.starts_with("error: ") && stderr.contains("agent.toml:2"), "{stderr}");
+        let text = fs::read_to_string(&log).expect("the log");
+        assert_eq!(text.lines().count(), calls, "{text}");
+        assert!(text.lines().all(|line| line.contains("ERROR") && line.contains("agent.toml:2")), "{text}");
+    }
+}
+
+#[test]
+fn a_fault_of_the_identity_is_in_the_log() {
+    let setup = Setup::new("ws://127.0.0.1:1/").more("[observability]\nlog_file = \"own.log\"");
+    setup.scratch.write(".usepod-agent/identity.key", "no identity");
+    let mut call = setup.start_by_cron();
+    assert_eq!(call.wait(SOON).code(), Some(1));
+    call.stderr.wait_line(&["error", "identity.key"]);
+    wait_line_in(&setup.scratch.join("own.log"), &["ERROR", "identity.key"]);
+    assert!(!setup.log().exists());
+}
+
+fn set_mode(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("the mode set");
+}
+
+/// By hand the agent would run, with a warning; under cron there would be one more each minute.
+#[test]
+fn without_a_lock_cron_starts_nothing() {
+    let coordinator = Coordinator::new();
+    let setup = Setup::new(&coordinator.url()).more("[observability]\nlog_file = \"own.log\"").bound_by_modes();
+    let folder = setup.scratch.join(".usepod-agent");
+    fs::create_dir(&folder).expect("a folder");
+    set_mode(&folder, 0o555);
+    let mut call = setup.start_by_cron();
+    assert_eq!(call.wait(SOON).code(), Some(1));
+    call.stderr.wait_line(&["error", "cannot be locked", "identity.key.lock"]);
+    wait_line_in(&setup.scratch.join("own.log"), &["ERROR", "cannot be locked"]);
+    coordinator.assert_not_dialled(Duration::ZERO);
+    set_mode(&folder, 0o755);
+}

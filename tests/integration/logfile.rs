@@ -1,0 +1,136 @@
+//! `[observability] log_file`: where the lines go, and that no disk can stop the agent.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use crate::support::*;
+
+const LOG_FILE: &str = "[observability]\nlog_file = \"~/logs/agent.log\"";
+
+/// A line of the agent's log for each.
+fn provoke(session: &Session) {
+    session.send_text("not a frame");
+}
+
+fn limit_file_size(pid: u32, limit: &str) {
+    let limit = format!("--fsize={limit}:");
+    let status = Command::new("prlimit").args(["--pid", &pid.to_string(), &limit]).status();
+    assert!(status.expect("prlimit, of util-linux").success(), "the limit of file sizes was not set");
+}
+
+fn warnings_in(log: &Path) -> usize {
+    fs::read_to_string(log).unwrap_or_default().lines().filter(|line| line.contains("WARN")).count()
+}
+
+#[test]
+fn lines_go_to_the_file_that_the_configuration_names_and_not_to_stderr() {
+    let mut patient = Patient::with(|setup| setup.more(LOG_FILE));
+    let log = patient.rig.setup.scratch.join("logs/agent.log");
+    wait_line_in(&log, &["INFO", "usepod-agent"]);
+    wait_line_in(&log, &["INFO", "connected as"]);
+    provoke(&patient.rig.session);
+    wait_line_in(&log, &["WARN"]);
+    patient.rig.agent.signal("TERM");
+    assert_eq!(patient.rig.agent.wait(SOON).code(), Some(0));
+    wait_line_in(&log, &["INFO", "stopped"]);
+    assert_eq!(patient.rig.agent.stderr.whole(), "");
+}
+
+#[test]
+fn a_log_file_that_can_be_none_is_an_error_that_names_the_key() {
+    let folder = Scratch::new();
+    let folder = folder.path().to_str().expect("UTF-8");
+    for (value, what) in [
+        ("\"\"", "it is empty"),
+        ("\" \"", "it is empty"),
+        (&*format!("\"{folder}\""), "it is a folder"),
+        ("\"~\"", "it is a folder"),
+        ("\"/nowhere/\"", "it is a folder"),
+        ("\"~nobody/agent.log\"", "there is no such home"),
+        ("\"~/.usepod-agent/identity.key\"", "it is the identity file"),
+        ("7", "it is not a string"),
+    ] {
+        let setup = Setup::new("ws://127.0.0.1:1/").more(&format!("[observability]\nlog_file = {value}"));
+        let mut agent = setup.start();
+        assert_eq!(agent.wait(SOON).code(), Some(2), "{value}");
+        agent.stderr.wait_line(&["agent.toml:", "[observability] log_file", what, "log_file ="]);
+    }
+}
+
+#[test]
+fn a_log_that_others_rotate_goes_on_in_the_file_of_that_name() {
+    let patient = Patient::with(|setup| setup.more(LOG_FILE));
+    let log = patient.rig.setup.scratch.join("logs/agent.log");
+    wait_line_in(&log, &["connected as"]);
+    let rotations: [fn(&Path); 3] = [
+        |log| fs::rename(log, log.with_file_name("agent.log.old")).expect("renamed"),
+        |log| fs::remove_file(log).expect("removed"),
+        |log| drop(fs::File::create(log).expect("truncated")),
+    ];
+    for rotate in rotations {
+        provoke(&patient.rig.session);
+        wait_line_in(&log, &["WARN"]);
+        rotate(&log);
+        provoke(&patient.rig.session);
+        wait_line_in(&log, &["WARN"]);
+        assert_eq!(warnings_in(&log), 1);
+        fs::write(&log, "").expect("truncated");
+    }
+    let old = fs::read_to_string(log.with_file_name("agent.log.old")).expect("the renamed one");
+    assert!(old.contains("connected as") && old.ends_with('\n'), "{old}");
+    patient.assert_unharmed();
+}
+
+#[test]
+fn a_log_file_that_cannot_be_used_is_warned_of_and_the_agent_serves() {
+    type Break = fn(&Scratch);
+    let nothing: Break = |_| {};
+    let cases: [(&str, Break, &str); 4] = [
+        (
+            "pipe",
+            |home| assert!(Command::new("mkfifo").arg(home.join("pipe")).status().expect("mkfifo").success()),
+            "not a regular file",
+        ),
+        ("/dev/full", nothing, "not a regular file"),
+        (
+            "link",
+            |home| std::os::unix::fs::symlink("nowhere/agent.log", home.join("link")).expect("a link"),
+            "No such file",
+        ),
+        ("file/agent.log", |home| drop(home.write("file", "")), "Not a directory"),
+    ];
+    side_by_side(cases, |(log_file, fault, why)| {
+        let mut patient = Patient::with(|setup| {
+            fault(&setup.scratch);
+            setup.more(&format!("[observability]\nlog_file = \"{log_file}\""))
+        });
+        patient.rig.agent.stderr.wait_line(&["warning: ", log_file, why]);
+        for _ in 0..2000 {
+            provoke(&patient.rig.session);
+        }
+        patient.assert_unharmed();
+        patient.rig.agent.signal("TERM");
+        assert_eq!(patient.rig.agent.wait(SOON).code(), Some(0), "{log_file}");
+        assert_eq!(patient.rig.agent.stderr.whole().lines().count(), 1, "{log_file}");
+    });
+}
+
+/// The limit of file sizes is a disk that is full, and on which there is room again. Its signal ends no agent.
+#[test]
+fn lines_that_found_no_room_are_counted_and_told_of_once_there_is_some() {
+    let patient = Patient::with(|setup| setup.more(LOG_FILE));
+    let log = patient.rig.setup.scratch.join("logs/agent.log");
+    wait_line_in(&log, &["connected as"]);
+    let room = fs::metadata(&log).expect("the log").len() + 10;
+    limit_file_size(patient.rig.agent.pid(), &room.to_string());
+    provoke(&patient.rig.session);
+    patient.rig.agent.stderr.wait_line(&["warning: log lines are lost", "agent.log", "File too large"]);
+    assert_eq!(fs::metadata(&log).expect("the log").len(), room, "the limit was not met");
+    limit_file_size(patient.rig.agent.pid(), "unlimited");
+    provoke(&patient.rig.session);
+    let note = wait_line_in(&log, &["log lines were lost: File too large"]);
+    assert!(note.starts_with('['), "the half line goes on: {note}");
+    wait_line_in(&log, &["WARN"]);
+    patient.assert_unharmed();
+}
