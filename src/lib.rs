@@ -48,6 +48,7 @@ pub mod identity;
 pub mod files;
 pub mod instance;
 pub mod logging;
+pub mod http_date;
 
 pub mod protocol;
 pub mod backoff;

@@ -4,6 +4,7 @@
 //! into the one order that it takes before it sees them.
 
 use std::ffi::OsString;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use argh::{EarlyExit, FromArgs};
@@ -100,6 +101,12 @@ pub struct Demo {
     /// turn (a minute or so), then exit: 0 only if every answer came through whole
     #[argh(switch)]
     pub bench: bool,
+    /// run no agent of its own: show how to pair one, and serve the front door through it
+    #[argh(switch)]
+    pub await_agent: bool,
+    /// with --await-agent: where agents connect, a loopback address and port (default: 127.0.0.1 and a free port)
+    #[argh(option, arg_name = "address")]
+    pub listen: Option<SocketAddr>,
 }
 
 /// What the words came to.
@@ -115,7 +122,7 @@ const GLOBAL_OPTIONS: [&str; 3] = ["--config", "-c", "--log-level"];
 /// Options of every command, without one.
 const GLOBAL_SWITCHES: [&str; 1] = ["--allow-insecure"];
 /// Options of one command, with a value, which may look like anything.
-const COMMAND_OPTIONS: [&str; 2] = ["--port", "--prompt"];
+const COMMAND_OPTIONS: [&str; 4] = ["--port", "--prompt", "--listen", "--coordinator"];
 
 /// Parses the process's arguments, the program's name first.
 ///

@@ -9,6 +9,7 @@
 
 mod ask;
 mod assemble;
+pub mod awaiting;
 mod backends;
 mod bench;
 pub mod coordinator;
@@ -20,6 +21,8 @@ mod inbox;
 mod link;
 mod meter;
 mod page;
+mod pairing;
+mod session;
 mod sse;
 mod timed;
 mod websocket;
@@ -27,7 +30,7 @@ mod witness;
 
 use std::collections::HashMap;
 use std::io::{self, Write};
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -106,6 +109,14 @@ pub enum DemoError {
     Port {
         /// The port.
         port: u16,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The address for agents cannot be had.
+    #[error("failed to listen on {address}: {source}; choose another `--listen`, or leave it out")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
         /// Why not.
         source: io::Error,
     },
