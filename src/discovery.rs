@@ -5,6 +5,7 @@
 //! jobs of a backend go is kept in its [`Member`]: one that fails them is not offered, whatever its health check says.
 
 mod catalog;
+mod local;
 mod member;
 mod prober;
 
@@ -12,6 +13,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 pub use catalog::{Catalog, Listing, Offers};
+pub use local::{Found, find_local};
 pub use member::{Member, Slot};
 pub use prober::{Prober, dice, probe_all};
 

@@ -49,6 +49,7 @@ pub mod files;
 pub mod instance;
 pub mod logging;
 pub mod http_date;
+pub mod shell;
 
 pub mod protocol;
 pub mod backoff;
@@ -69,6 +70,7 @@ pub mod token_limit;
 
 pub mod discovery;
 pub mod backend;
+pub mod pairing;
 
 pub mod cli;
 pub mod demo;

@@ -17,6 +17,7 @@ use crate::config::parse_level;
 #[argh(
     note = "Options may stand before or after the command. Without a command the agent runs.",
     example = "See it work, without any set-up:\n$ {command_name} demo",
+    example = "Pair this machine, and write agent.toml:\n$ {command_name} setup",
     example = "Check a configuration, and see what would be offered at which prices:\n$ {command_name} validate --config agent.toml",
     example = "Serve:\n$ {command_name} run --config agent.toml",
     error_code(1, "runtime error"),
@@ -57,6 +58,7 @@ impl Args {
 #[argh(subcommand)]
 pub enum Command {
     Run(Run),
+    Setup(Setup),
     Validate(Validate),
     Enroll(Enroll),
     Version(Version),
@@ -67,6 +69,15 @@ pub enum Command {
 #[derive(FromArgs, Debug)]
 #[argh(subcommand, name = "run")]
 pub struct Run {}
+
+/// Pair this machine with the market, and write agent.toml: shows a code, and the page on which to enter it.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand, name = "setup")]
+pub struct Setup {
+    /// the coordinator to pair with (default: https://api.usepod.ai)
+    #[argh(option, arg_name = "url")]
+    pub coordinator: Option<String>,
+}
 
 /// Check agent.toml, ask the backends, and print what would be offered at which prices.
 #[derive(FromArgs, Debug)]

@@ -4,9 +4,11 @@
 //! go wrong, and [`Failure::exit_code`] of what the caller is told.
 
 mod args;
+mod countdown;
 mod demo;
 mod enroll;
 mod run;
+mod setup;
 mod validate;
 
 use std::fmt;
@@ -108,6 +110,7 @@ fn dispatch(args: Args) -> Result<(), Failure> {
     let (globals, command) = args.split();
     match command {
         Command::Run(_) => run::run(&globals),
+        Command::Setup(options) => setup::run(&globals, &options),
         Command::Validate(_) => validate::run(&globals),
         Command::Enroll(_) => enroll::run(&globals),
         Command::Version(_) => {

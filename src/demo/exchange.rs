@@ -234,7 +234,7 @@ impl Exchange<'_> {
         let connection = if self.head.close { "close" } else { "keep-alive" };
         let (reason, date) = (reason(status), http_date::format(SystemTime::now()));
         format!(
-            "HTTP/1.1 {status} {reason}\r\nDate: {date}\r\nContent-Type: {content}\r\nConnection: {connection}\r\n\r\n"
+            "HTTP/1.1 {status} {reason}\r\nContent-Type: {content}\r\nDate: {date}\r\nConnection: {connection}\r\n\r\n"
         )
     }
 

@@ -42,6 +42,7 @@ use crate::backend::Backend;
 use crate::config::{Config, CoordinatorConfig, Limits, MAX_CONCURRENT_DEFAULT, Price, Pricing};
 use crate::discovery::Terms;
 use crate::identity::{Identity, IdentityError};
+use crate::shell;
 use crate::shutdown::Stop;
 use crate::supervisor::Agent;
 use crate::threads;
@@ -50,7 +51,7 @@ use backends::Chosen;
 use coordinator::{Coordinator, CoordinatorError, Offer};
 use front_door::FrontDoor;
 use meter::{Meter, Through};
-use page::{Page, ms, shell_word};
+use page::{Page, ms};
 use timed::{Timed, percentile};
 use witness::Seen;
 
@@ -345,7 +346,7 @@ fn compare(arrived: &[u8], given: &[u8], expected: Option<&[u8]>) -> Result<(), 
 fn curl(door: &FrontDoor, model_id: &str) -> String {
     let body =
         json!({"model": model_id, "stream": true, "messages": [{"role": "user", "content": "Hello, who are you?"}]});
-    let data = shell_word(&body.to_string());
+    let data = shell::word(&body.to_string());
     format!("curl -N http://{}/v1/chat/completions -H 'Content-Type: application/json' -d {data}", door.address())
 }
 
