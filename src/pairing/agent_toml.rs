@@ -36,7 +36,7 @@ pub fn text(old: &str, site: &Site, paired: &Paired, found: &[BackendConfig]) ->
     let root = table.get_ref();
     let mut file = Writer { old, new: String::new() };
     file.head(site, paired);
-    file.keys(root, &[]);
+    file.keys(root, &KNOWN);
     file.operator(root);
     file.coordinator(root, site);
     file.identity(root);
@@ -77,34 +77,27 @@ impl Writer<'_> {
 
     fn operator(&mut self, root: &DeTable<'_>) {
         self.line("\n[operator]                            # who runs this; all of it may be left out");
-        match section(root, "operator") {
-            Some(table) => self.contents("operator", table, &[]),
-            None => {
-                self.line("# display_name = \"BlueBoxRig-01\"");
-                self.line("# wallet = \"…\"");
-                self.line("# contact_email = \"…\"");
-            }
-        }
+        let hints = [
+            ("display_name", "# display_name = \"BlueBoxRig-01\""),
+            ("wallet", "# wallet = \"…\""),
+            ("contact_email", "# contact_email = \"…\""),
+        ];
+        self.rest_of("operator", section(root, "operator"), &[], &hints);
     }
 
     fn coordinator(&mut self, root: &DeTable<'_>, site: &Site) {
         self.line("\n[coordinator]                         # where the agent dials; no port is opened");
         self.line(&format!("url = {}", quoted(&site.connect())));
-        let table = section(root, "coordinator");
-        if let Some(table) = table {
-            // A code of the time before: the pairing has enrolled this identity.
-            self.contents("coordinator", table, &["url", "enrollment_code"]);
-        }
-        self.hint(table, "ca_file", "# ca_file = \"/etc/ssl/own-ca.pem\"      # trusted beside the roots of the web");
+        // A code is of the time before: the pairing has enrolled this identity.
+        let decided = ["url", "enrollment_code"];
+        let hint = "# ca_file = \"/etc/ssl/own-ca.pem\"      # trusted beside the roots of the web";
+        self.rest_of("coordinator", section(root, "coordinator"), &decided, &[("ca_file", hint)]);
     }
 
     fn identity(&mut self, root: &DeTable<'_>) {
         self.line("\n[identity]                            # keep a copy of that file: it is who you are");
-        let table = section(root, "identity");
-        if let Some(table) = table {
-            self.contents("identity", table, &[]);
-        }
-        self.hint(table, "key_path", &format!("# key_path = \"{KEY_PATH_DEFAULT}\""));
+        let hint = format!("# key_path = \"{KEY_PATH_DEFAULT}\"");
+        self.rest_of("identity", section(root, "identity"), &[], &[("key_path", &hint)]);
     }
 
     fn backends(&mut self, root: &DeTable<'_>, found: &[BackendConfig]) {
@@ -186,35 +179,29 @@ impl Writer<'_> {
         let of_first = of_first.map(|jobs| jobs.min(u64::from(*MAX_CONCURRENT_RANGE.end())).to_string());
         let jobs = of_first.or(own).unwrap_or_else(|| MAX_CONCURRENT_DEFAULT.to_string());
         self.line(&format!("max_concurrent = {jobs}                    # jobs at a time, 1 to 256"));
-        if let Some(table) = table {
-            self.contents("limits", table, &["max_concurrent"]);
-        }
-        self.hint(
-            table,
-            "drain_seconds",
-            "# drain_seconds = 30                  # for jobs in flight when the agent is stopped",
-        );
-        let tokens = "# max_tokens_per_minute = 200_000     # prompts and answers of the last 60 s; at the limit jobs are refused";
-        self.hint(table, "max_tokens_per_minute", tokens);
+        let drain = "# drain_seconds = 30                  # for jobs in flight when the agent is stopped";
+        let tokens =
+            "# max_tokens_per_minute = 200_000     # prompts and answers of the last 60 s; beyond, jobs are refused";
+        let hints = [("drain_seconds", drain), ("max_tokens_per_minute", tokens)];
+        self.rest_of("limits", table, &["max_concurrent"], &hints);
     }
 
     fn observability(&mut self, root: &DeTable<'_>) {
         self.line("\n[observability]");
-        let table = section(root, "observability");
-        if let Some(table) = table {
-            self.contents("observability", table, &[]);
-        }
-        self.hint(
-            table,
-            "log_level",
-            "# log_level = \"info\"                  # off, error, warn, info, debug or trace",
-        );
+        let hint = "# log_level = \"info\"                  # off, error, warn, info, debug or trace";
+        self.rest_of("observability", section(root, "observability"), &[], &[("log_level", hint)]);
     }
 
-    /// Shows how a key would be written that is not there.
-    fn hint(&mut self, table: Option<&DeTable<'_>>, key: &str, line: &str) {
-        if table.is_none_or(|table| !table.contains_key(key)) {
-            self.line(line);
+    /// What stands in a table, but for the keys that are decided, and how one would write those that are not there.
+    fn rest_of(&mut self, path: &str, table: Option<&DeTable<'_>>, decided: &[&str], hints: &[(&str, &str)]) {
+        if let Some(table) = table {
+            self.keys(table, decided);
+        }
+        for (_, hint) in hints.iter().filter(|(key, _)| table.is_none_or(|table| !table.contains_key(*key))) {
+            self.line(hint);
+        }
+        if let Some(table) = table {
+            self.tables(path, table, decided);
         }
     }
 
