@@ -74,7 +74,7 @@ pub struct Run {}
 #[derive(FromArgs, Debug)]
 #[argh(subcommand, name = "setup")]
 pub struct Setup {
-    /// the coordinator to pair with (default: https://api.usepod.ai)
+    /// the coordinator to pair with (default: the market, api.usepod.ai)
     #[argh(option, arg_name = "url")]
     pub coordinator: Option<String>,
 }

@@ -18,8 +18,8 @@ pub struct Countdown {
     until: Instant,
     is_live: bool,
     is_drawn: bool,
-    /// How much was left when it was last shown.
-    shown: Option<Duration>,
+    /// How much was left when it was last shown, in steps.
+    shown: Option<u64>,
 }
 
 impl Countdown {
@@ -32,15 +32,20 @@ impl Countdown {
     pub fn show(&mut self) -> Duration {
         let left = self.until.saturating_duration_since(Instant::now());
         let step = if self.is_live { SECOND } else { MINUTE };
-        let rest = Duration::from_nanos((left.as_nanos() % step.as_nanos()) as u64);
-        let rounded = left - rest;
-        if !self.is_drawn || self.shown != Some(rounded) {
-            let text = format!("  waiting for the code to be entered; it is good for {}", clock(left));
+        // In milliseconds, rounded up, so that ten minutes begin with 10:00.
+        let (left, step) = (left.as_millis() as u64, step.as_millis() as u64);
+        let steps = left.div_ceil(step);
+        if !self.is_drawn || self.shown != Some(steps) {
+            let text = format!("  waiting for the code to be entered; it is good for {}", clock(left.div_ceil(1000)));
             print(&if self.is_live { format!("{CLEAR}{text}") } else { format!("{text}\n") });
-            (self.is_drawn, self.shown) = (true, Some(rounded));
+            (self.is_drawn, self.shown) = (true, Some(steps));
         }
-        // Just beyond the turn, and never no time at all.
-        rest + Duration::from_millis(1)
+        // Just beyond the turn.
+        let holds = match steps {
+            0 => step,
+            _ => left - (steps - 1) * step + 1,
+        };
+        Duration::from_millis(holds)
     }
 
     /// Takes it off the terminal, to be shown again below what is printed next.
@@ -53,8 +58,7 @@ impl Countdown {
 }
 
 /// Minutes and seconds.
-fn clock(left: Duration) -> String {
-    let seconds = left.as_secs();
+fn clock(seconds: u64) -> String {
     format!("{}:{:02}", seconds / 60, seconds % 60)
 }
 
@@ -65,7 +69,7 @@ mod tests {
     #[test]
     fn time_is_shown_as_a_clock_does() {
         for (seconds, shown) in [(600, "10:00"), (59, "0:59"), (61, "1:01"), (0, "0:00")] {
-            assert_eq!(clock(Duration::from_secs(seconds)), shown);
+            assert_eq!(clock(seconds), shown);
         }
     }
 }

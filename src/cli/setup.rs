@@ -4,7 +4,7 @@
 //! first; what it was before is kept beside it.
 
 use std::fs;
-use std::io;
+use std::io::{self, IsTerminal, stdout};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -142,11 +142,7 @@ fn look(config: Option<&Config>) -> (Vec<BackendConfig>, Vec<Advertised>) {
         configs.push(config);
     }
     if advertised.is_empty() {
-        print(&format!("  backend      none answers; usual addresses: {}\n", usual_addresses()));
-        print(
-            "               Pairing works without one: nothing is offered until a server runs. One that is found now is\n",
-        );
-        print("               written into agent.toml, one that comes later is added by hand, or by another setup.\n");
+        print("  backend      no server answers now; pairing works without one\n");
     }
     (configs, advertised)
 }
@@ -164,8 +160,8 @@ fn tell_backend(id: &str, advertised: Option<&Advertised>) {
 }
 
 fn usual_addresses() -> String {
-    let of = |kind: Kind| kind.default_urls().iter().map(move |url| format!("{kind} at {url}"));
-    Kind::ALL.into_iter().flat_map(of).collect::<Vec<_>>().join(", ")
+    let of = |kind: Kind| kind.default_urls().iter().map(move |url| format!("  {kind} at {url}\n"));
+    Kind::ALL.into_iter().flat_map(of).collect()
 }
 
 /// Whether both are the same process: whatever kind it is said to be, and by whichever of its names this machine is called.
@@ -228,8 +224,9 @@ fn clear(countdown: &mut Option<Countdown>) {
 fn tell_code(code: &str, site: &Site) {
     let code = shown(code);
     let rule = "─".repeat(code.chars().count() + 4);
+    let (bold, plain) = if stdout().is_terminal() { ("\x1b[1m", "\x1b[0m") } else { ("", "") };
     print(&format!(
-        "\n  Open   {}\n  and enter this code:\n\n      ┌{rule}┐\n      │  {code}  │\n      └{rule}┘\n\n",
+        "\n  Open   {}\n  and enter this code:\n\n      ┌{rule}┐\n      │  {bold}{code}{plain}  │\n      └{rule}┘\n\n",
         site.page()
     ));
 }
@@ -289,7 +286,11 @@ fn tell_offer(paired: &Paired, config: &Config) {
     let (report, offer) = validate::offer(config);
     print(&format!("\n{report}"));
     if offer.is_empty() {
-        print(&format!("Nothing is offered until a server runs. Usual addresses: {}.\n", usual_addresses()));
+        print(&format!(
+            "Nothing is offered until a server runs that [[backends]] names. Start one and run setup again, or write it there\n\
+             by hand. Usual addresses:\n{}",
+            usual_addresses()
+        ));
     }
     let is_offered = |id: &str| offer.iter().any(|model| model.model_id == id);
     let absent: Vec<String> =

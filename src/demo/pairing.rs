@@ -151,8 +151,9 @@ fn page(exchange: &mut Exchange<'_>, status: u16, says: &str) {
 fn code_in(form: &[u8]) -> String {
     let form = String::from_utf8_lossy(form);
     let fields = form.split('&').filter_map(|field| field.split_once('='));
-    let code = fields.filter(|(name, _)| *name == "code").map(|(_, value)| percent_decoded(&value.replace('+', " ")));
-    code.last().unwrap_or_default()
+    let mut codes =
+        fields.filter(|(name, _)| *name == "code").map(|(_, value)| percent_decoded(&value.replace('+', " ")));
+    codes.next().unwrap_or_default()
 }
 
 /// A code as people may type it: in any case, with or without its hyphen.

@@ -133,7 +133,8 @@ fn without_encryption_nothing_is_said_unless_it_is_allowed() {
 #[test]
 fn what_may_pass_is_told_once_and_tried_again() {
     let huge = format!("{{\"status\":\"active\",\"pad\":\"{}\"}}", "x".repeat(2 << 20));
-    let faults: [(&str, fn(&str) -> Answer, &str); 8] = [
+    type Fault = fn(&str) -> Answer;
+    let faults: [(&str, Fault, &str); 8] = [
         ("a status of 500", |_| Answer::Json(500, json!({"error": {"message": "at rest"}})), "500: at rest"),
         ("a status of 429", |_| Answer::Json(429, json!({})), "429"),
         ("garbage", |_| Answer::Raw(response(200, "text/html", "<h1>\u{1b}[2J</h1>")), "not a JSON object"),
