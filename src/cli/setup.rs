@@ -3,6 +3,7 @@
 //! Invariant: `agent.toml` is as it was until the pairing is done, and is then replaced as a whole by a text that was read back
 //! first; what it was before is kept beside it.
 
+use std::fmt::Arguments;
 use std::fs;
 use std::io::{self, IsTerminal, stdout};
 use std::path::{Path, PathBuf};
@@ -57,8 +58,8 @@ pub fn run(globals: &Globals, options: &Setup) -> Result<(), Failure> {
     let stop = Arc::new(Stop::default());
     heed_signals(&stop)?;
 
-    print(&format!("usepod-agent setup: pairs this machine with {}\n\n", site.base()));
-    print(&format!("  identity     {}{}\n", key_path.display(), if is_new { " (new)" } else { "" }));
+    say(format_args!("usepod-agent setup: pairs this machine with {}\n\n", site.base()));
+    say(format_args!("  identity     {}{}\n", key_path.display(), if is_new { " (new)" } else { "" }));
     let (found, advertised) = look(target.old.as_ref().map(|(_, config)| config));
     let roots = target.old.as_ref().map(|(_, config)| config.coordinator.roots.clone()).unwrap_or_default();
     let server = Server::new(site.clone(), &roots);
@@ -70,6 +71,10 @@ pub fn run(globals: &Globals, options: &Setup) -> Result<(), Failure> {
     tell_offer(&paired, &config);
     tell_next(&target, &site, &key_path);
     Ok(())
+}
+
+fn say(what: Arguments<'_>) {
+    print(&what.to_string());
 }
 
 fn site(globals: &Globals, options: &Setup) -> Result<Site, Failure> {
@@ -130,7 +135,7 @@ fn look(config: Option<&Config>) -> (Vec<BackendConfig>, Vec<Advertised>) {
                 advertised.push(told(config, models.into_iter().filter(allowed).collect()));
                 tell_backend(id, advertised.last());
             }
-            Err(e) => print(&format!("  backend      {id}: kept, but does not serve now: {e}\n")),
+            Err(e) => say(format_args!("  backend      {id}: kept, but does not serve now: {e}\n")),
         }
     }
     let is_new = |found: &Found| !named.iter().any(|named| is_same_server(named, &found.config));
@@ -156,7 +161,7 @@ fn tell_backend(id: &str, advertised: Option<&Advertised>) {
     let models = advertised.map_or(&[][..], |advertised| &advertised.models);
     let names: Vec<String> = models.iter().take(3).map(|name| shown(name)).collect();
     let more = if models.len() > names.len() { ", …" } else { "" };
-    print(&format!("  backend      {id}: {} model(s): {}{more}\n", models.len(), names.join(", ")));
+    say(format_args!("  backend      {id}: {} model(s): {}{more}\n", models.len(), names.join(", ")));
 }
 
 fn usual_addresses() -> String {
@@ -193,7 +198,7 @@ fn wait(events: &Receiver<Event>, stop: &Stop, site: &Site) -> Result<Paired, Fa
                 tell_code(&issued.code, site);
                 countdown = Some(Countdown::new(issued.lifetime));
             }
-            Ok(Event::Trouble(why)) => print(&format!("  {why}\n  trying again\n")),
+            Ok(Event::Trouble(why)) => say(format_args!("  {why}\n  trying again\n")),
             Ok(Event::TroubleOver) => print("  it answers again\n"),
             Ok(Event::Paired(paired)) => return Ok(paired),
             Ok(Event::Expired) => {
@@ -225,7 +230,7 @@ fn tell_code(code: &str, site: &Site) {
     let code = shown(code);
     let rule = "─".repeat(code.chars().count() + 4);
     let (bold, plain) = if stdout().is_terminal() { ("\x1b[1m", "\x1b[0m") } else { ("", "") };
-    print(&format!(
+    say(format_args!(
         "\n  Open   {}\n  and enter this code:\n\n      ┌{rule}┐\n      │  {bold}{code}{plain}  │\n      └{rule}┘\n\n",
         site.page()
     ));
@@ -246,16 +251,16 @@ fn write(target: &Target, site: &Site, paired: &Paired, found: &[BackendConfig])
     let provider_id = paired.provider_id.as_deref().map_or_else(|| "an agent without an id".to_owned(), shown);
     let token =
         paired.host_token.as_deref().map_or_else(String::new, |token| format!(" (host token {})", shortened(token)));
-    print(&format!("  Paired as {provider_id}{token}.\n\n"));
+    say(format_args!("  Paired as {provider_id}{token}.\n\n"));
     if text == old {
-        print(&format!("  {} says so already\n", path.display()));
+        say(format_args!("  {} says so already\n", path.display()));
         return Ok(config);
     }
     let copy = if old.is_empty() { None } else { Some(keep(path, old)?) };
     files::write_atomic(path, text.as_bytes()).map_err(|e| cannot_write(path, &e))?;
-    print(&format!("  wrote        {}\n", path.display()));
+    say(format_args!("  wrote        {}\n", path.display()));
     if let Some(copy) = copy {
-        print(&format!("  kept         {}: what it was before, with its comments\n", copy.display()));
+        say(format_args!("  kept         {}: what it was before, with its comments\n", copy.display()));
     }
     Ok(config)
 }
@@ -284,9 +289,9 @@ fn keep(path: &Path, old: &str) -> Result<PathBuf, Failure> {
 
 fn tell_offer(paired: &Paired, config: &Config) {
     let (report, offer) = validate::offer(config);
-    print(&format!("\n{report}"));
+    say(format_args!("\n{report}"));
     if offer.is_empty() {
-        print(&format!(
+        say(format_args!(
             "Nothing is offered until a server runs that [[backends]] names. Start one and run setup again, or write it there\n\
              by hand. Usual addresses:\n{}",
             usual_addresses()
@@ -296,7 +301,7 @@ fn tell_offer(paired: &Paired, config: &Config) {
     let absent: Vec<String> =
         paired.models.iter().filter(|model| !is_offered(&model.model_id)).map(|model| shown(&model.model_id)).collect();
     if !absent.is_empty() {
-        print(&format!("Has terms, but is not offered now: {}\n", absent.join(", ")));
+        say(format_args!("Has terms, but is not offered now: {}\n", absent.join(", ")));
     }
 }
 
@@ -310,10 +315,10 @@ fn tell_next(target: &Target, site: &Site, key_path: &Path) {
     }
     print("\nNext:\n");
     if let Some(running) = Holder::running(&Places::beside(key_path)) {
-        print(&format!("  An agent runs as pid {} and has not read the new file: stop it first.\n", running.pid));
+        say(format_args!("  An agent runs as pid {} and has not read the new file: stop it first.\n", running.pid));
     }
-    print(&format!("  usepod-agent service install{options}\n"));
-    print(&format!("  usepod-agent status --watch{options}\n"));
+    say(format_args!("  usepod-agent service install{options}\n"));
+    say(format_args!("  usepod-agent status --watch{options}\n"));
 }
 
 /// For a command that may be typed elsewhere.

@@ -4,14 +4,13 @@
 //!
 //! Who runs here: the connection threads of the coordinator, one request at a time each.
 
-use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use ring::rand::{SecureRandom, SystemRandom};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::DEMO_PRICE_PER_1M;
 use super::exchange::{Exchange, percent_decoded};
@@ -44,7 +43,7 @@ struct Pairing {
 }
 
 /// The status of an answer and what is in it.
-type Answer = (u16, Value);
+type Answer = (u16, String);
 
 impl Pairings {
     /// Answers one request.
@@ -61,9 +60,9 @@ impl Pairings {
                 Err(bad) => page(exchange, bad.status, "The form could not be read."),
             },
             (_, "/v1/host/pair/issue" | "/v1/host/pair/poll" | "/host/pair") => {
-                exchange.respond_json(405, &refusal("this route does not take this method"));
+                exchange.respond_text(405, &refusal("this route does not take this method"));
             }
-            _ => exchange.respond_json(404, &refusal("there is no such route")),
+            _ => exchange.respond_text(404, &refusal("there is no such route")),
         }
     }
 
@@ -82,8 +81,9 @@ impl Pairings {
         if open.len() >= OPEN_MAX {
             return (429, refusal("too many pairings are open; try again in a few minutes"));
         }
-        let given = json!({"pair_code": code, "poll_token": poll_token,
-                           "expires_at": rfc3339(SystemTime::now() + LIFETIME)});
+        // None of these needs an escape.
+        let expires_at = rfc3339(SystemTime::now() + LIFETIME).unwrap_or_default();
+        let given = format!(r#"{{"pair_code":"{code}","poll_token":"{poll_token}","expires_at":"{expires_at}"}}"#);
         open.push(Pairing { code, poll_token, key, issued_at: Instant::now(), host_token: None });
         (200, given)
     }
@@ -92,19 +92,27 @@ impl Pairings {
         let Some(token) = body["poll_token"].as_str() else { return (400, refusal("`poll_token` is missing")) };
         let open = self.open();
         let Some(pairing) = open.iter().find(|pairing| pairing.poll_token == token) else {
-            return (200, json!({"status": "expired"}));
+            return status("expired");
         };
-        let Some(host_token) = &pairing.host_token else { return (200, json!({"status": "pending"})) };
+        let Some(host_token) = &pairing.host_token else { return status("pending") };
         let backends = body["capabilities"]["backends"].as_array().into_iter().flatten();
-        let models = backends.flat_map(|backend| backend["models"].as_array().into_iter().flatten());
-        // In order, and each once.
-        let models: BTreeSet<&str> = models.filter_map(Value::as_str).collect();
-        let terms = |model_id: &&str| {
-            json!({"model_id": model_id, "input_per_1m": DEMO_PRICE_PER_1M, "output_per_1m": DEMO_PRICE_PER_1M,
-                   "max_concurrent": MAX_CONCURRENT})
+        let mut models: Vec<&Value> = Vec::new();
+        for model in backends.flat_map(|backend| backend["models"].as_array().into_iter().flatten()) {
+            if model.is_string() && !models.contains(&model) {
+                models.push(model);
+            }
+        }
+        let terms = |model_id: &&Value| {
+            let price = DEMO_PRICE_PER_1M;
+            format!(
+                r#"{{"model_id":{model_id},"input_per_1m":{price},"output_per_1m":{price},"max_concurrent":{MAX_CONCURRENT}}}"#
+            )
         };
-        let active = json!({"status": "active", "host_token": host_token, "provider_id": provider_id(&pairing.key),
-                            "model_config": models.iter().map(terms).collect::<Vec<_>>()});
+        let terms = models.iter().map(terms).collect::<Vec<_>>().join(",");
+        let id = provider_id(&pairing.key);
+        let active = format!(
+            r#"{{"status":"active","host_token":"{host_token}","provider_id":"{id}","model_config":[{terms}]}}"#
+        );
         (200, active)
     }
 
@@ -131,11 +139,15 @@ fn answer(exchange: &mut Exchange<'_>, of: impl FnOnce(&Value) -> Answer) {
         Ok(body) => of(&body),
         Err(bad) => (bad.status, refusal(&bad.message)),
     };
-    exchange.respond_json(status, &document);
+    exchange.respond_text(status, &document);
 }
 
-fn refusal(message: &str) -> Value {
-    json!({"error": {"message": message}})
+fn refusal(message: &str) -> String {
+    format!("{{\"error\":{{\"message\":{}}}}}", Value::from(message))
+}
+
+fn status(status: &str) -> Answer {
+    (200, format!("{{\"status\":\"{status}\"}}"))
 }
 
 /// The page, with `says`, which is HTML of our own.
@@ -169,12 +181,14 @@ fn random<const N: usize>() -> Option<[u8; N]> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn issued(pairings: &Pairings) -> Value {
         let (status, given) = pairings.issue(&json!({"agent_pubkey": STANDARD.encode([7_u8; 32])}));
         assert_eq!(status, 200);
-        given
+        serde_json::from_str(&given).unwrap()
     }
 
     #[test]
@@ -188,11 +202,12 @@ mod tests {
         );
         let poll = |of: &Value| {
             let capabilities = json!({"backends": [{"models": ["b", "a", "b"]}]});
-            pairings.poll(&json!({"poll_token": of["poll_token"], "capabilities": capabilities})).1
+            let answer = pairings.poll(&json!({"poll_token": of["poll_token"], "capabilities": capabilities})).1;
+            serde_json::from_str::<Value>(&answer).unwrap()
         };
         assert_eq!(poll(&other)["status"], "pending");
         let active = poll(&given);
-        assert_eq!((&active["status"], &active["model_config"][0]["model_id"]), (&json!("active"), &json!("a")));
+        assert_eq!((&active["status"], &active["model_config"][0]["model_id"]), (&json!("active"), &json!("b")));
         assert_eq!(active["model_config"].as_array().unwrap().len(), 2);
         assert_eq!(poll(&given), active, "an answer may be lost");
         assert_eq!(poll(&json!({"poll_token": "x"}))["status"], "expired");

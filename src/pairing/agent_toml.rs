@@ -8,7 +8,7 @@
 //! functions; whoever writes the text to a file reads it once more before.
 
 use std::borrow::Cow;
-use std::fmt::Write as _;
+use std::fmt::{Arguments, Write as _};
 
 use toml::Spanned;
 use toml::de::{DeString, DeTable, DeValue};
@@ -62,6 +62,12 @@ impl Writer<'_> {
         self.new.push('\n');
     }
 
+    fn put(&mut self, line: Arguments<'_>) {
+        // A string takes whatever is written to it.
+        let _ = self.new.write_fmt(line);
+        self.new.push('\n');
+    }
+
     fn head(&mut self, site: &Site, paired: &Paired) {
         let known = |text: &Option<String>, show: fn(&str) -> String| {
             text.as_deref().map_or_else(|| "none was given".to_owned(), show)
@@ -70,9 +76,9 @@ impl Writer<'_> {
         self.line("# Written by `usepod-agent setup`. Edit it as you like: a later setup keeps what is not its own to decide, and");
         self.line("# leaves a copy of this file beside it. `usepod-agent validate` checks it.");
         self.line("#");
-        self.line(&format!("# paired with:  {}", shown(site.base())));
-        self.line(&format!("# provider_id:  {provider_id}"));
-        self.line(&format!("# host token:   {host_token}"));
+        self.put(format_args!("# paired with:  {}", shown(site.base())));
+        self.put(format_args!("# provider_id:  {provider_id}"));
+        self.put(format_args!("# host token:   {host_token}"));
     }
 
     fn operator(&mut self, root: &DeTable<'_>) {
@@ -87,7 +93,7 @@ impl Writer<'_> {
 
     fn coordinator(&mut self, root: &DeTable<'_>, site: &Site) {
         self.line("\n[coordinator]                         # where the agent dials; no port is opened");
-        self.line(&format!("url = {}", quoted(&site.connect())));
+        self.put(format_args!("url = {}", quoted(&site.connect())));
         // A code is of the time before: the pairing has enrolled this identity.
         let decided = ["url", "enrollment_code"];
         let hint = "# ca_file = \"/etc/ssl/own-ca.pem\"      # trusted beside the roots of the web";
@@ -111,9 +117,9 @@ impl Writer<'_> {
         }
         for backend in found {
             self.line("[[backends]]");
-            self.line(&format!("kind = {}", quoted(backend.kind.name())));
+            self.put(format_args!("kind = {}", quoted(backend.kind.name())));
             if let Some(url) = &backend.url {
-                self.line(&format!("url = {}", quoted(url.as_str())));
+                self.put(format_args!("url = {}", quoted(url.as_str())));
             }
         }
         if old.is_empty() && found.is_empty() {
@@ -140,11 +146,11 @@ impl Writer<'_> {
         for (key, of_first, otherwise) in defaults {
             if let Some(value) = table.and_then(|table| table.get(key)) {
                 let value = self.verbatim(value);
-                self.line(&format!("{key} = {value}"));
+                self.put(format_args!("{key} = {value}"));
             } else if let Some(price) = of_first {
-                self.line(&format!("{key} = {price}"));
+                self.put(format_args!("{key} = {price}"));
             } else {
-                self.line(&format!("{key} = {otherwise}        # the pairing named none; set your own"));
+                self.put(format_args!("{key} = {otherwise}        # the pairing named none; set your own"));
             }
         }
         let own = table.and_then(|table| section(table, "models"));
@@ -158,7 +164,7 @@ impl Writer<'_> {
             let prices = [("input_per_1m", input_per_1m), ("output_per_1m", output_per_1m)];
             let prices: Vec<String> =
                 prices.iter().filter_map(|(key, price)| Some(format!("{key} = {}", (**price)?))).collect();
-            self.line(&format!("{} = {{ {} }}", quoted(model_id), prices.join(", ")));
+            self.put(format_args!("{} = {{ {} }}", quoted(model_id), prices.join(", ")));
         }
         if let Some(own) = own {
             let decided: Vec<&str> = models.iter().map(|model| model.model_id.as_str()).collect();
@@ -178,7 +184,7 @@ impl Writer<'_> {
         let of_first = first.and_then(|model| model.max_concurrent).filter(|jobs| *jobs > 0);
         let of_first = of_first.map(|jobs| jobs.min(u64::from(*MAX_CONCURRENT_RANGE.end())).to_string());
         let jobs = of_first.or(own).unwrap_or_else(|| MAX_CONCURRENT_DEFAULT.to_string());
-        self.line(&format!("max_concurrent = {jobs}                    # jobs at a time, 1 to 256"));
+        self.put(format_args!("max_concurrent = {jobs}                    # jobs at a time, 1 to 256"));
         let drain = "# drain_seconds = 30                  # for jobs in flight when the agent is stopped";
         let tokens =
             "# max_tokens_per_minute = 200_000     # prompts and answers of the last 60 s; beyond, jobs are refused";
@@ -215,8 +221,8 @@ impl Writer<'_> {
     fn keys(&mut self, table: &DeTable<'_>, except: &[&str]) {
         for (key, value) in ordered(table, except) {
             if !self.is_section(value) {
-                let line = format!("{} = {}", plain_or_quoted(key.get_ref()), self.verbatim(value));
-                self.line(&line);
+                let value = self.verbatim(value);
+                self.put(format_args!("{} = {value}", plain_or_quoted(key.get_ref())));
             }
         }
     }
@@ -232,12 +238,12 @@ impl Writer<'_> {
             match value.get_ref() {
                 DeValue::Array(entries) => {
                     for entry in entries.iter().filter_map(|entry| entry.get_ref().as_table()) {
-                        self.line(&format!("\n[[{path}]]"));
+                        self.put(format_args!("\n[[{path}]]"));
                         self.contents(&path, entry, &[]);
                     }
                 }
                 DeValue::Table(table) => {
-                    self.line(&format!("\n[{path}]"));
+                    self.put(format_args!("\n[{path}]"));
                     self.contents(&path, table, &[]);
                 }
                 _ => {}
@@ -265,9 +271,11 @@ impl Writer<'_> {
 
 /// The entries in the order of the old text.
 fn ordered<'a>(table: &'a DeTable<'a>, except: &[&str]) -> Vec<Entry<'a>> {
-    let mut entries: Vec<Entry<'a>> =
-        table.iter().filter(|(key, _)| !except.contains(&key.get_ref().as_ref())).collect();
-    entries.sort_by_key(|(key, _)| key.span().start);
+    let mut entries: Vec<Entry<'a>> = Vec::with_capacity(table.len());
+    for (key, value) in table.iter().filter(|(key, _)| !except.contains(&key.get_ref().as_ref())) {
+        let at = entries.partition_point(|(earlier, _)| earlier.span().start < key.span().start);
+        entries.insert(at, (key, value));
+    }
     entries
 }
 

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use ureq::http::{Response, header};
 use ureq::{Body, Error};
 
@@ -65,7 +65,8 @@ impl Server {
     /// # Errors
     /// There is none.
     pub fn issue(&self, public_key_base64: &str) -> Result<Issued, Fault> {
-        let (answer, date) = self.post(&self.site.issue(), &json!({"agent_pubkey": public_key_base64}))?;
+        let request = format!("{{\"agent_pubkey\":{}}}", quoted(public_key_base64));
+        let (answer, date) = self.post(&self.site.issue(), &request)?;
         let text = |key: &str| answer[key].as_str().filter(|text| !text.trim().is_empty()).map(str::to_owned);
         let missing = |key: &str| Fault::Passing(format!("the answer of {} has no `{key}`", self.site.issue()));
         Ok(Issued {
@@ -80,11 +81,8 @@ impl Server {
     /// # Errors
     /// It is not known.
     pub fn poll(&self, poll_token: &str, backends: &[Advertised]) -> Result<Polled, Fault> {
-        let of = |b: &Advertised| json!({"kind": b.kind.name(), "url": b.url, "models": b.models});
-        let backends: Vec<Value> = backends.iter().map(of).collect();
-        let capabilities = json!({"backends": backends, "agent_version": AGENT_VERSION});
         let url = self.site.poll();
-        let (answer, _) = self.post(&url, &json!({"poll_token": poll_token, "capabilities": capabilities}))?;
+        let (answer, _) = self.post(&url, &poll_request(poll_token, backends))?;
         match answer["status"].as_str() {
             Some("pending") => Ok(Polled::Pending),
             Some("expired") => Ok(Polled::Expired),
@@ -95,8 +93,7 @@ impl Server {
     }
 
     /// The document that was answered, and when by the server's clock.
-    fn post(&self, url: &str, document: &Value) -> Result<(Value, Option<i64>), Fault> {
-        let body = document.to_string();
+    fn post(&self, url: &str, body: &str) -> Result<(Value, Option<i64>), Fault> {
         let mut answer = Err(Error::ConnectionFailed);
         for client in &self.clients {
             answer = exchange(client, url, body.as_bytes());
@@ -123,6 +120,22 @@ impl Server {
             _ => Err(Fault::Refused(format!("{}{}", place(), message_in(&body)))),
         }
     }
+}
+
+fn poll_request(poll_token: &str, backends: &[Advertised]) -> String {
+    let list = |items: Vec<String>| format!("[{}]", items.join(","));
+    let of = |backend: &Advertised| {
+        let models = list(backend.models.iter().map(|id| quoted(id)).collect());
+        format!("{{\"kind\":\"{}\",\"url\":{},\"models\":{models}}}", backend.kind, quoted(&backend.url))
+    };
+    let backends = list(backends.iter().map(of).collect());
+    let capabilities = format!("{{\"backends\":{backends},\"agent_version\":\"{AGENT_VERSION}\"}}");
+    format!("{{\"poll_token\":{},\"capabilities\":{capabilities}}}", quoted(poll_token))
+}
+
+/// A text as JSON has it.
+fn quoted(text: &str) -> String {
+    Value::from(text).to_string()
 }
 
 type Answer = (u16, Option<String>, Option<i64>, Vec<u8>);
@@ -164,7 +177,8 @@ fn message_in(body: &[u8]) -> String {
 fn lifetime(expires_at: &Value, now: i64) -> Duration {
     let at = match expires_at {
         Value::String(text) => http_date::parse_rfc3339(text).or_else(|| text.trim().parse().ok()),
-        number => number.as_f64().map(|at| at as i64),
+        // Whatever is behind a point is less than a second.
+        number => number.to_string().split('.').next().and_then(|seconds| seconds.parse().ok()),
     };
     let at = at.map(|at| if at > SECONDS_MAX { at / 1000 } else { at });
     let left = at.and_then(|at| u64::try_from(at.checked_sub(now)?).ok()).map(Duration::from_secs);
@@ -198,7 +212,19 @@ fn paired(answer: &Value) -> Paired {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+    use crate::backend::Kind;
+
+    #[test]
+    fn a_question_is_json_whatever_is_in_it() {
+        let models = vec!["a\"b".to_owned(), "\u{1}\u{e9}".to_owned()];
+        let backend = Advertised { kind: Kind::Vllm, url: "http://h:1".to_owned(), models: models.clone() };
+        let expected = json!({"poll_token": "t\\", "capabilities": {
+            "backends": [{"kind": "vllm", "url": "http://h:1", "models": models}], "agent_version": AGENT_VERSION}});
+        assert_eq!(serde_json::from_str::<Value>(&poll_request("t\\", &[backend])).expect("JSON"), expected);
+    }
 
     #[test]
     fn every_form_of_the_expiry_counts_from_the_servers_clock() {
