@@ -290,10 +290,12 @@ fn keep(path: &Path, old: &str) -> Result<PathBuf, Failure> {
 fn tell_offer(paired: &Paired, config: &Config) {
     let (report, offer) = validate::offer(config);
     say(format_args!("\n{report}"));
-    if offer.is_empty() {
+    if offer.is_empty() && !config.backends.is_empty() {
+        print("Nothing is offered until one of these serves; the agent looks for that by itself.\n");
+    } else if offer.is_empty() {
         say(format_args!(
-            "Nothing is offered until a server runs that [[backends]] names. Start one and run setup again, or write it there\n\
-             by hand. Usual addresses:\n{}",
+            "Nothing is offered until a server runs that [[backends]] names: start one and run setup again, or write it\n\
+             there. Usual addresses:\n{}",
             usual_addresses()
         ));
     }
