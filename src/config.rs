@@ -33,7 +33,7 @@ pub const DRAIN_SECONDS_RANGE: RangeInclusive<u32> = 0..=3600;
 /// Where the identity is, when the file does not say.
 pub const KEY_PATH_DEFAULT: &str = "~/.usepod-agent/identity.key";
 /// A file larger than this is no `agent.toml`, in bytes.
-const FILE_BYTES_MAX: u64 = 1 << 20;
+pub const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// A checked configuration.
 #[derive(Debug, Clone)]
@@ -90,6 +90,13 @@ pub struct BackendConfig {
     pub max_concurrent: Option<u32>,
 }
 
+impl BackendConfig {
+    /// A server that needs no key and offers all that it lists.
+    pub fn at(kind: Kind, url: BaseUrl) -> BackendConfig {
+        BackendConfig { kind, url: Some(url), api_key_env: None, models: None, max_concurrent: None }
+    }
+}
+
 /// USDC micro-units per million tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Price {
@@ -132,7 +139,7 @@ impl Config {
     /// # Errors
     /// The first fault.
     pub fn load(path: &Path, allow_insecure: bool) -> Result<Config, ConfigError> {
-        Config::parse(&read(path)?, path, allow_insecure)
+        Config::parse(&Config::read(path)?, path, allow_insecure)
     }
 
     /// Where the identity is, for a file in which anything else may be wrong.
@@ -140,7 +147,18 @@ impl Config {
     /// # Errors
     /// The file is no TOML, or says of the identity what cannot be.
     pub fn key_path_in(path: &Path) -> Result<PathBuf, ConfigError> {
-        check::key_path_in(without_mark(&read(path)?), path)
+        check::key_path_in(without_mark(&Config::read(path)?), path)
+    }
+
+    /// The text of a file.
+    ///
+    /// # Errors
+    /// It cannot be read, or is no text.
+    pub fn read(path: &Path) -> Result<String, ConfigError> {
+        let bytes = files::read_bounded(path, FILE_BYTES_MAX).map_err(|e| {
+            ConfigError::in_file(path, &format!("failed to read it: {e}"), "check the path and the rights")
+        })?;
+        String::from_utf8(bytes).map_err(|_| ConfigError::in_file(path, "it is not UTF-8 text", "save it as UTF-8"))
     }
 
     /// Checks the text of a file; `path` is for the errors.
@@ -157,33 +175,36 @@ impl Config {
     /// None exists.
     pub fn find(named: Option<&Path>) -> Result<PathBuf, ConfigError> {
         if let Some(named) = named {
-            return Ok(expand_home(&named.to_string_lossy()).unwrap_or_else(|| named.to_owned()));
+            return Ok(Config::named(named));
         }
-        let configured = std::env::var_os("XDG_CONFIG_HOME").filter(|v| !v.is_empty()).map(PathBuf::from);
-        let base = configured.or_else(|| home().map(|h| h.join(".config")));
-        let candidates: Vec<PathBuf> =
-            base.map(|b| b.join("usepod-agent/agent.toml")).into_iter().chain(["./agent.toml".into()]).collect();
+        let candidates: Vec<PathBuf> = Config::usual_place().into_iter().chain(["./agent.toml".into()]).collect();
         match candidates.iter().find(|c| c.exists()) {
             Some(found) => Ok(found.clone()),
             None => Err(ConfigError::not_found(&candidates)),
         }
     }
+
+    /// The file that `--config` names.
+    pub fn named(named: &Path) -> PathBuf {
+        expand_home(&named.to_string_lossy()).unwrap_or_else(|| named.to_owned())
+    }
+
+    /// Where the file of this user belongs; `None` without a home.
+    pub fn usual_place() -> Option<PathBuf> {
+        let configured = std::env::var_os("XDG_CONFIG_HOME").filter(|v| !v.is_empty()).map(PathBuf::from);
+        let base = configured.or_else(|| home().map(|h| h.join(".config")));
+        base.map(|b| b.join("usepod-agent/agent.toml"))
+    }
+
+    /// Where the identity is when no file says otherwise; `None` without a home.
+    pub fn usual_key_path() -> Option<PathBuf> {
+        expand_home(KEY_PATH_DEFAULT)
+    }
 }
 
-fn read(path: &Path) -> Result<String, ConfigError> {
-    let bytes = files::read_bounded(path, FILE_BYTES_MAX)
-        .map_err(|e| ConfigError::in_file(path, &format!("failed to read it: {e}"), "check the path and the rights"))?;
-    String::from_utf8(bytes).map_err(|_| ConfigError::in_file(path, "it is not UTF-8 text", "save it as UTF-8"))
-}
-
-/// A byte-order mark is what some editors put first.
-fn without_mark(text: &str) -> &str {
+/// The text without the byte-order mark that some editors put first.
+pub fn without_mark(text: &str) -> &str {
     text.strip_prefix('\u{feff}').unwrap_or(text)
-}
-
-/// Where the identity is, when there is no file to say; `None` where there is no home.
-pub fn default_key_path() -> Option<PathBuf> {
-    expand_home(KEY_PATH_DEFAULT)
 }
 
 fn home() -> Option<PathBuf> {

@@ -5,6 +5,7 @@
 //! jobs of a backend go is kept in its [`Member`]: one that fails them is not offered, whatever its health check says.
 
 mod catalog;
+mod local;
 mod member;
 mod probed;
 mod prober;
@@ -13,6 +14,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 pub use catalog::{Catalog, Listing, Offers};
+pub use local::{Found, find_local};
 pub use member::{Member, Slot};
 pub use probed::Probed;
 pub use prober::{Housekeeping, Prober, dice, probe_all};

@@ -86,6 +86,14 @@ fn put(
     Ok(())
 }
 
+/// Whether [`write_atomic`] could do its work.
+///
+/// # Errors
+/// Why it could not.
+pub fn check_writable(path: &Path) -> io::Result<()> {
+    put(path, b"", Durable::No, |temporary, _| fs::remove_file(temporary))
+}
+
 /// Removes what crashes in the middle of writing `path` left behind, but not what somebody may be writing right now.
 pub fn remove_leftovers(path: &Path) {
     let Ok((target, prefix)) = places_of(path) else { return };

@@ -54,6 +54,8 @@ pub mod files;
 pub mod instance;
 pub mod takeover;
 pub mod logging;
+pub mod http_date;
+pub mod shell;
 
 pub mod protocol;
 pub mod backoff;
@@ -76,6 +78,7 @@ pub mod status;
 
 pub mod discovery;
 pub mod backend;
+pub mod pairing;
 
 pub mod cli;
 pub mod demo;

@@ -11,13 +11,14 @@ use std::time::{Duration, Instant};
 use ureq::config::Config;
 use ureq::http::uri::Scheme;
 use ureq::http::{HeaderMap, HeaderValue, Method, Request, Response, Uri, header};
-use ureq::tls::TlsConfig;
+use ureq::tls::{Certificate, RootCerts, TlsConfig};
 use ureq::{Agent, AsSendBody, Body, Proxy};
 
 use super::resolver::LocalFirstResolver;
 use super::secret::ApiKey;
 use super::wire::{SharedConnector, WatchedConnector, Wire, connector, plain_connector};
 use crate::cryptography;
+use crate::transport::ExtraRoots;
 
 /// Agents kept for the next request, each with at most one open connection and its buffers.
 const IDLE_AGENTS_MAX: usize = 8;
@@ -82,12 +83,22 @@ struct Idle {
 impl Client {
     /// For a backend at `url`, on the operator's own machines, or a `hosted` one; only the latter may go through a proxy.
     pub fn new(url: &str, hosted: bool, key: ApiKey) -> Client {
+        Client::with_roots(url, hosted, key, RootCerts::WebPki)
+    }
+
+    /// A hosted server whose certificate is signed by one of these authorities, and no other.
+    pub fn trusting(url: &str, authorities: &ExtraRoots) -> Client {
+        let certificates = authorities.certificates().iter().map(|der| Certificate::from_der(der).to_owned());
+        Client::with_roots(url, true, ApiKey::NotNeeded, certificates.into())
+    }
+
+    fn with_roots(url: &str, hosted: bool, key: ApiKey, roots: RootCerts) -> Client {
         let is_plain = !hosted && Uri::try_from(url).is_ok_and(|url| url.scheme() == Some(&Scheme::HTTP));
         let (connector, tls) = match is_plain {
             true => (plain_connector(), TlsConfig::default()),
             false => {
                 let tls = TlsConfig::builder().unversioned_rustls_crypto_provider(cryptography::provider());
-                (connector(), tls.build())
+                (connector(), tls.root_certs(roots).build())
             }
         };
         let config = Agent::config_builder()

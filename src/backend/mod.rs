@@ -22,9 +22,10 @@ mod wire;
 use uuid::Uuid;
 
 pub use error::{BackendError, BackendResult, ERROR_BODY_MAX, ErrorCode, HttpStatus};
-pub use http::{Interrupt, proxy_from_env};
+pub use http::{Client, Interrupt, proxy_from_env, read_bounded};
 pub use http_backend::HttpBackend;
 pub use kind::{BaseUrl, Kind};
+pub use secret::ApiKey;
 
 /// One chat request that the coordinator handed us.
 #[derive(Debug, Clone)]

@@ -4,6 +4,7 @@
 //! into the one order that it takes before it sees them.
 
 use std::ffi::OsString;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use argh::{EarlyExit, FromArgs};
@@ -16,6 +17,7 @@ use crate::config::parse_level;
 #[argh(
     note = "Options may stand before or after the command. Without a command the agent runs.",
     example = "See it work, without any set-up:\n$ {command_name} demo",
+    example = "Pair this machine, and write agent.toml:\n$ {command_name} setup",
     example = "Check a configuration, and see what would be offered at which prices:\n$ {command_name} validate --config agent.toml",
     example = "Serve:\n$ {command_name} run --config agent.toml",
     error_code(1, "runtime error"),
@@ -60,6 +62,7 @@ pub enum Command {
     Status(Status),
     Pause(Pause),
     Resume(Resume),
+    Setup(Setup),
     Validate(Validate),
     Enroll(Enroll),
     Version(Version),
@@ -98,6 +101,15 @@ pub struct Pause {}
 #[argh(subcommand, name = "resume")]
 pub struct Resume {}
 
+/// Pair this machine with the market, and write agent.toml: shows a code, and the page on which to enter it.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand, name = "setup")]
+pub struct Setup {
+    /// the coordinator to pair with (default: the market, api.usepod.ai)
+    #[argh(option, arg_name = "url")]
+    pub coordinator: Option<String>,
+}
+
 /// Check agent.toml, ask the backends, and print what would be offered at which prices.
 #[derive(FromArgs, Debug)]
 #[argh(subcommand, name = "validate")]
@@ -131,6 +143,12 @@ pub struct Demo {
     /// turn (a minute or so), then exit: 0 only if every answer came through whole
     #[argh(switch)]
     pub bench: bool,
+    /// run no agent of its own: show how to pair one, and serve the front door through it
+    #[argh(switch)]
+    pub await_agent: bool,
+    /// with --await-agent: where agents connect, a loopback address and port (default: 127.0.0.1 and a free port)
+    #[argh(option, arg_name = "address")]
+    pub listen: Option<SocketAddr>,
 }
 
 /// What the words came to.
@@ -146,7 +164,7 @@ const GLOBAL_OPTIONS: [&str; 3] = ["--config", "-c", "--log-level"];
 /// Options of every command, without one.
 const GLOBAL_SWITCHES: [&str; 1] = ["--allow-insecure"];
 /// Options of one command, with a value, which may look like anything.
-const COMMAND_OPTIONS: [&str; 2] = ["--port", "--prompt"];
+const COMMAND_OPTIONS: [&str; 4] = ["--port", "--prompt", "--listen", "--coordinator"];
 
 /// Parses the process's arguments, the program's name first.
 ///

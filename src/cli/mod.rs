@@ -4,10 +4,12 @@
 //! go wrong, and [`Failure::exit_code`] of what the caller is told.
 
 mod args;
+mod countdown;
 mod demo;
 mod enroll;
 mod pause;
 mod run;
+mod setup;
 mod status;
 mod validate;
 
@@ -125,6 +127,7 @@ fn dispatch(args: Args) -> Result<(), Failure> {
         Command::Status(options) => status::run(&globals, &options),
         Command::Pause(_) => pause::pause(&globals),
         Command::Resume(_) => pause::resume(&globals),
+        Command::Setup(options) => setup::run(&globals, &options),
         Command::Validate(_) => validate::run(&globals),
         Command::Enroll(_) => enroll::run(&globals),
         Command::Version(_) => {
@@ -135,10 +138,16 @@ fn dispatch(args: Args) -> Result<(), Failure> {
     }
 }
 
-/// Writes to stdout; false when nobody reads it. Whoever closed it does not want to, which is no failure of ours.
-fn print(text: &str) -> bool {
+/// Writes to stdout. Whoever closed it does not want to read it, which is no failure of ours.
+fn print(text: &str) {
+    let _ = try_print(text);
+}
+
+/// Likewise; an error when nobody reads it any more.
+fn try_print(text: &str) -> std::io::Result<()> {
     let mut stdout = std::io::stdout().lock();
-    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).is_ok()
+    stdout.write_all(text.as_bytes())?;
+    stdout.flush()
 }
 
 /// Micro-units as USDC, with as many digits as it takes.

@@ -9,7 +9,7 @@ use log::LevelFilter;
 
 use super::args::{Globals, Run};
 use super::{Failure, backends_of, level_of, log_reading, read_config, terms_of};
-use crate::config::{self, Config};
+use crate::config::Config;
 use crate::identity::{Identity, IdentityError};
 use crate::instance::{InstanceLock, LockError, Places};
 use crate::protocol::AGENT_VERSION;
@@ -59,7 +59,7 @@ fn by_cron(globals: &Globals) -> Result<(), Failure> {
 /// the way to that answer, which is the one of nearly every minute.
 fn claim(globals: &Globals) -> Result<Option<(Config, InstanceLock)>, Failure> {
     let config = read_config(globals).inspect_err(|_| {
-        let log = config::default_key_path().map(|key| Places::beside(&key).log());
+        let log = Config::usual_key_path().map(|key| Places::beside(&key).log());
         logging::start(globals.log_level.unwrap_or(LevelFilter::Info), log);
     })?;
     let places = Places::beside(&config.key_path);

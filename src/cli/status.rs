@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::args::{Globals, Status};
-use super::{Failure, places_of, print};
+use super::{Failure, places_of, print, try_print};
 use crate::instance::{Holder, Places, SILENCE_MAX};
 use crate::{bell, status};
 
@@ -39,7 +39,7 @@ pub fn run(globals: &Globals, options: &Status) -> Result<(), Failure> {
         let shown = shown(&look(&places), options.json);
         // The page, each line cleared behind its end, from the top of the screen on.
         let page = if redraw { format!("\x1b[H{}\x1b[J", shown.replace('\n', "\x1b[K\n")) } else { shown };
-        if !print(&page) {
+        if try_print(&page).is_err() {
             return Ok(());
         }
         thread::sleep(WATCH);

@@ -6,16 +6,23 @@ use std::sync::Arc;
 use super::args::Globals;
 use super::{Failure, backends_of, load_config, print, terms_of, usdc};
 use crate::backend::Backend;
+use crate::config::Config;
 use crate::discovery::{Catalog, Listing, ResolvedModel, probe_all};
 
 /// Prints the number of backends, how each is, and the offer.
 pub fn run(globals: &Globals) -> Result<(), Failure> {
     let config = load_config(globals)?;
-    let backends = backends_of(&config);
-    let terms = terms_of(&config);
+    let (report, _) = offer(&config);
+    print(&format!("ok: parsed {} backend(s)\n{report}", config.backends.len()));
+    Ok(())
+}
+
+/// Asks the backends: how each is, and what would be offered, which may be nothing, at which prices.
+pub(super) fn offer(config: &Config) -> (String, Vec<ResolvedModel>) {
+    let backends = backends_of(config);
+    let terms = terms_of(config);
     // A string takes whatever is written to it.
     let mut report = String::new();
-    let _ = writeln!(report, "ok: parsed {} backend(s)", backends.len());
     let probed: Vec<Arc<dyn Backend>> = backends.iter().map(|b| b.backend.clone()).collect();
     let mut serving = Vec::new();
     for (offered, answer) in backends.iter().zip(probe_all(&probed)) {
@@ -32,9 +39,9 @@ pub fn run(globals: &Globals) -> Result<(), Failure> {
             }
         }
     }
-    offer_table(&mut report, &Catalog::new(serving, Vec::new()).offer);
-    print(&report);
-    Ok(())
+    let offer = Catalog::new(serving, Vec::new()).offer;
+    offer_table(&mut report, &offer);
+    (report, offer)
 }
 
 fn offer_table(report: &mut String, offer: &[ResolvedModel]) {

@@ -1,21 +1,14 @@
 //! Which backends the demo's agent gets: those of the config, else those that answer on the default local ports, else
 //! the built-in echo.
-//!
-//! Who runs here: one short-lived thread for each default address, `demo-probe-N`; nobody waits for one that hangs.
 
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use super::echo::{self, Echo};
 use super::witness::{Record, Witness};
 use crate::backend::{BackendError, BackendModel, BaseUrl, Kind};
 use crate::config::{BackendConfig, Config};
-use crate::discovery::{OfferedBackend, configured_backend};
-use crate::threads::spawn;
-
-/// How long the demo looks for local servers. A server on this machine answers in milliseconds, or is too busy to show.
-const PROBE_WAIT: Duration = Duration::from_millis(800);
+use crate::discovery::{OfferedBackend, configured_backend, find_local};
 
 /// What the agent is given, and what the operator is told about it.
 pub(super) struct Chosen {
@@ -33,9 +26,10 @@ pub(super) fn choose(config: Option<&Config>) -> io::Result<Chosen> {
         None => match find_local() {
             found if found.is_empty() => {
                 let echo = Echo::start()?;
-                (vec![at(Kind::OpenAi, &format!("http://{}", echo.address()))?], Some(echo))
+                let url = BaseUrl::parse(&format!("http://{}", echo.address())).map_err(io::Error::other)?;
+                (vec![BackendConfig::at(Kind::OpenAi, url)], Some(echo))
             }
-            found => (found, None),
+            found => (found.into_iter().map(|found| found.config).collect(), None),
         },
     };
     let backends = configs.iter().map(|config| watched(config, &record)).collect();
@@ -50,40 +44,6 @@ pub(super) fn is_echo(chosen: &Chosen, model_id: &str) -> bool {
 fn watched(config: &BackendConfig, record: &Arc<Record>) -> OfferedBackend {
     let witness = Witness::new(configured_backend(config), record.clone());
     OfferedBackend { backend: Arc::new(witness), ..OfferedBackend::configured(config) }
-}
-
-fn at(kind: Kind, url: &str) -> io::Result<BackendConfig> {
-    let url = BaseUrl::parse(url).map_err(io::Error::other)?;
-    Ok(BackendConfig { kind, url: Some(url), api_key_env: None, models: None, max_concurrent: None })
-}
-
-/// The servers on the default ports that list at least one model, in the order of rank.
-fn find_local() -> Vec<BackendConfig> {
-    let addresses = Kind::ALL.into_iter().flat_map(|kind| kind.default_urls().iter().map(move |url| (kind, *url)));
-    let candidates: Vec<BackendConfig> = addresses.filter_map(|(kind, url)| at(kind, url).ok()).collect();
-    let (answers, inbox) = crossbeam_channel::bounded(candidates.len());
-    for (index, candidate) in candidates.iter().enumerate() {
-        let (backend, answers) = (configured_backend(candidate), answers.clone());
-        // Not joined: a server that accepts and then hangs must not hold the demo up. The probe ends by its own timeout.
-        let probe = move || {
-            let probed = backend.probe();
-            let _ = answers.send((index, backend.id().to_owned(), probed));
-        };
-        if let Err(error) = spawn(format!("demo-probe-{index}"), probe) {
-            log::warn!("failed to start a thread to look for backends: {error}");
-        }
-    }
-    drop(answers);
-    let give_up = Instant::now() + PROBE_WAIT;
-    let mut answered = vec![false; candidates.len()];
-    while let Ok((index, id, probed)) = inbox.recv_deadline(give_up) {
-        match probed {
-            Ok(models) if !models.is_empty() => answered[index] = true,
-            Ok(_) => log::info!("no {id}: it lists no models"),
-            Err(error) => crate::debug!("no {id}: {error}"),
-        }
-    }
-    candidates.into_iter().zip(answered).filter(|(_, answered)| *answered).map(|(candidate, _)| candidate).collect()
 }
 
 /// Those that are there, but not ready yet: waiting will help.

@@ -1,27 +1,28 @@
 //! A coordinator for one machine: what the market's coordinator does with an agent, on loopback.
 //!
-//! Who runs here: `demo-accept` takes connections; each connection has a `demo-agent-N` thread that authenticates the
-//! agent, then reads its frames. Whoever submits a job sends it on its own thread, and receives the job's events through
-//! a channel. One agent is current: a newer one replaces it, and the jobs of the older one are lost.
+//! Who runs here: the threads of its `HttpServer`, one a connection, which answer the pairing or become an agent's session
+//! (see `session`). Whoever submits a job sends it on its own thread, and receives the job's events through a channel. One
+//! agent is current: a newer one replaces it, and the jobs of the older one are lost.
 //!
 //! Invariants: no lock of the state is held across I/O. A job's events are its chunks in order, then exactly one end. A
 //! [`Job`] that is dropped before its end cancels. The buffered bytes of a job are bounded by its inbox.
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::net::TcpListener;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use thiserror::Error;
 use uuid::Uuid;
 
+use super::exchange::Exchange;
+use super::http::{self, HttpServer};
 use super::inbox::{self, Inbox, Received};
-use super::link::{self, Frame, HandshakeError, JobEnd, OfferedModel};
-use super::websocket::{self, Reader, Sender};
-use crate::threads::spawn;
+use super::link::{JobEnd, OfferedModel};
+use super::pairing::Pairings;
+use super::session;
+use super::websocket::Sender;
 
 /// How much later than its deadline a job is given up when the agent stays silent.
 const DEADLINE_GRACE: Duration = Duration::from_secs(5);
@@ -104,6 +105,8 @@ pub struct Offer {
     pub stages: Stages,
     /// The version that the agent gave.
     pub agent_version: String,
+    /// What the agent is called here.
+    pub provider_id: String,
 }
 
 /// Why the coordinator cannot do what was asked.
@@ -125,15 +128,14 @@ pub enum CoordinatorError {
 
 /// The running coordinator; dropping it ends its connections and joins its threads.
 pub struct Coordinator {
-    address: SocketAddr,
     shared: Arc<Shared>,
-    accept: Option<JoinHandle<()>>,
+    server: HttpServer,
 }
 
-struct Shared {
+/// What its connections share.
+pub(super) struct Shared {
     state: Mutex<State>,
     changed: Condvar,
-    stopping: AtomicBool,
 }
 
 struct State {
@@ -143,7 +145,6 @@ struct State {
     offer: Option<Offer>,
     last_seen: String,
     jobs: Vec<Waiting>,
-    threads: Vec<JoinHandle<()>>,
 }
 
 struct Agent {
@@ -168,8 +169,11 @@ impl State {
 impl Coordinator {
     /// Listens on a free loopback port.
     pub fn start() -> Result<Self, CoordinatorError> {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-        let address = listener.local_addr()?;
+        Ok(Self::serve(http::bind(0)?)?)
+    }
+
+    /// Serves agents and the pairing on a socket of one's own.
+    pub fn serve(listener: TcpListener) -> io::Result<Self> {
         let state = State {
             expected_at: Instant::now(),
             connections: 0,
@@ -177,19 +181,30 @@ impl Coordinator {
             offer: None,
             last_seen: "it did not connect".to_owned(),
             jobs: Vec::new(),
-            threads: Vec::new(),
         };
-        let shared =
-            Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), stopping: AtomicBool::new(false) });
-        let of_thread = shared.clone();
-        let accept = move || accept_agents(&listener, &of_thread);
-        let accept = spawn("demo-accept", accept)?;
-        Ok(Self { address, shared, accept: Some(accept) })
+        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
+        let (of_handler, pairings) = (shared.clone(), Pairings::default());
+        let handle = move |exchange: &mut Exchange<'_>| match exchange.upgrade() {
+            Some((key, input)) => session::run(&key, input, &of_handler),
+            None => pairings.handle(exchange),
+        };
+        let server = HttpServer::start(listener, "demo-coordinator", Arc::new(handle))?;
+        Ok(Self { shared, server })
+    }
+
+    /// Where agents are paired.
+    pub fn base(&self) -> String {
+        format!("http://{}", self.server.address)
     }
 
     /// Where agents connect to.
     pub fn url(&self) -> String {
-        format!("ws://{}/provider/connect", self.address)
+        format!("ws://{}/provider/connect", self.server.address)
+    }
+
+    /// The last thing that was seen of an agent, for a person.
+    pub fn last_seen(&self) -> String {
+        self.shared.lock().last_seen.clone()
     }
 
     /// An agent is started now: the connect stage counts from here.
@@ -246,17 +261,9 @@ impl Coordinator {
 
 impl Drop for Coordinator {
     fn drop(&mut self) {
-        self.shared.stopping.store(true, Ordering::SeqCst);
         let agent = self.shared.lock().agent.take();
         if let Some(agent) = agent {
             agent.sender.close();
-        }
-        let _ = TcpStream::connect(self.address); // wakes the accept thread
-        let threads = std::mem::take(&mut self.shared.lock().threads);
-        for thread in self.accept.take().into_iter().chain(threads) {
-            if thread.join().is_err() {
-                log::warn!("a thread of the local coordinator panicked");
-            }
         }
     }
 }
@@ -331,7 +338,7 @@ impl Drop for Job {
     }
 }
 
-fn cancel_frame(job_id: Uuid) -> String {
+pub(super) fn cancel_frame(job_id: Uuid) -> String {
     format!("{{\"type\":\"job_cancel\",\"job_id\":\"{job_id}\"}}")
 }
 
@@ -339,118 +346,30 @@ fn failed(code: &str, message: &str) -> JobEvent {
     JobEvent::Failed { code: code.to_owned(), message: message.to_owned() }
 }
 
-fn accept_agents(listener: &TcpListener, shared: &Arc<Shared>) {
-    for tcp in listener.incoming() {
-        if shared.stopping.load(Ordering::SeqCst) {
-            return;
-        }
-        let tcp = match tcp {
-            Ok(tcp) => tcp,
-            Err(error) => {
-                log::warn!("failed to accept an agent: {error}");
-                std::thread::sleep(Duration::from_millis(100)); // out of descriptors: do not spin
-                continue;
-            }
-        };
-        let connection = {
-            let mut state = shared.lock();
-            state.connections += 1;
-            state.threads.retain(|thread| !thread.is_finished());
-            state.connections
-        };
-        let of_thread = shared.clone();
-        let serve = move || serve_agent(tcp, connection, &of_thread);
-        match spawn(format!("demo-agent-{connection}"), serve) {
-            Ok(thread) => shared.lock().threads.push(thread),
-            Err(error) => log::warn!("failed to start a thread for an agent: {error}"),
-        }
-    }
-}
-
-fn serve_agent(tcp: TcpStream, connection: u64, shared: &Shared) {
-    let end = talk(tcp, connection, shared);
-    shared.leave(connection, &end);
-    log::info!("agent connection {connection} ended: {end}");
-}
-
-/// Runs one connection to its end, and says how it ended.
-fn talk(tcp: TcpStream, connection: u64, shared: &Shared) -> String {
-    let connected_at = Instant::now();
-    let authenticated = open(tcp).and_then(|(mut reader, sender)| {
-        let verified = link::authenticate(&mut reader, &sender)?;
-        Ok((reader, sender, verified))
-    });
-    let (mut reader, sender, verified) = match authenticated {
-        Ok(authenticated) => authenticated,
-        Err(error) => return error.to_string(),
-    };
-    let authenticated_at = Instant::now();
-    log::info!("agent connection {connection} is {} ({})", verified.provider_id, verified.agent_version);
-    if !shared.enter(connection, sender.clone()) {
-        sender.close();
-        return "the coordinator is stopping".to_owned();
-    }
-    let connect = connected_at.saturating_duration_since(shared.lock().expected_at);
-    let auth = authenticated_at - connected_at;
-    let offer = |models| {
-        let stages = Stages { connect, auth, discovery: authenticated_at.elapsed() };
-        Offer { models, stages, agent_version: verified.agent_version.clone() }
-    };
-    read_frames(&mut reader, connection, shared, &sender, offer)
-}
-
-fn open(tcp: TcpStream) -> Result<(Reader, Sender), HandshakeError> {
-    tcp.set_nodelay(true)?;
-    tcp.set_read_timeout(Some(link::HANDSHAKE_STEP_TIMEOUT))?;
-    Ok(websocket::accept(tcp)?)
-}
-
-fn read_frames(
-    reader: &mut Reader,
-    connection: u64,
-    shared: &Shared,
-    sender: &Sender,
-    offer: impl Fn(Vec<OfferedModel>) -> Offer,
-) -> String {
-    loop {
-        let text = match reader.next_text() {
-            Ok(Some(text)) => text,
-            Ok(None) => return "the agent closed the connection".to_owned(),
-            Err(error) => return format!("the connection broke: {error}"),
-        };
-        match link::parse_frame(&text) {
-            Ok(Frame::Capabilities(models)) => shared.offered(connection, offer(models)),
-            Ok(Frame::Chunk { job_id, bytes }) => {
-                if shared.deliver_chunk(job_id, bytes).is_err() {
-                    let _ = sender.send(&cancel_frame(job_id));
-                }
-            }
-            Ok(Frame::Done { job_id, end }) => shared.deliver_end(job_id, JobEvent::Done(end)),
-            Ok(Frame::Error { job_id, code, message }) => {
-                shared.deliver_end(job_id, JobEvent::Failed { code, message });
-            }
-            Ok(Frame::Heartbeat) => crate::debug!("heartbeat of the agent"),
-            Ok(Frame::Other(kind)) => crate::debug!("unknown frame `{kind}` of the agent"),
-            Err(error) => log::warn!("the agent sent a bad frame: {error}"),
-        }
-    }
-}
-
 /// The taker of a job has let too much pile up.
-struct TooSlow;
+pub(super) struct TooSlow;
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes the connection the current one; `false` when the coordinator is stopping.
-    fn enter(&self, connection: u64, sender: Sender) -> bool {
+    /// A number for one more connection of an agent.
+    pub(super) fn connect(&self) -> u64 {
+        let mut state = self.lock();
+        state.connections += 1;
+        state.connections
+    }
+
+    /// How long ago an agent was expected at that moment.
+    pub(super) fn expected_for(&self, at: Instant) -> Duration {
+        at.saturating_duration_since(self.lock().expected_at)
+    }
+
+    /// Makes the connection the current one.
+    pub(super) fn enter(&self, connection: u64, sender: Sender) {
         let replaced = {
             let mut state = self.lock();
-            if self.stopping.load(Ordering::SeqCst) {
-                return false;
-            }
             state.offer = None;
             state.last_seen = "it is authenticated, but sent no capabilities".to_owned();
             state.agent.replace(Agent { connection, sender })
@@ -458,10 +377,9 @@ impl Shared {
         if let Some(replaced) = replaced {
             replaced.sender.close();
         }
-        true
     }
 
-    fn offered(&self, connection: u64, mut offer: Offer) {
+    pub(super) fn offered(&self, connection: u64, mut offer: Offer) {
         let mut state = self.lock();
         if state.agent.as_ref().is_some_and(|agent| agent.connection == connection) {
             if let Some(earlier) = &state.offer {
@@ -473,7 +391,7 @@ impl Shared {
     }
 
     /// The connection is over: its jobs are lost, and it offers nothing any more.
-    fn leave(&self, connection: u64, end: &str) {
+    pub(super) fn leave(&self, connection: u64, end: &str) {
         let mut state = self.lock();
         state.jobs.retain(|waiting| waiting.connection != connection);
         end.clone_into(&mut state.last_seen);
@@ -484,7 +402,7 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    fn deliver_chunk(&self, job_id: Uuid, bytes: Vec<u8>) -> Result<(), TooSlow> {
+    pub(super) fn deliver_chunk(&self, job_id: Uuid, bytes: Vec<u8>) -> Result<(), TooSlow> {
         let mut state = self.lock();
         let Some(waiting) = state.jobs.iter().find(|waiting| waiting.job_id == job_id) else {
             crate::debug!("a chunk of the unknown job {job_id}");
@@ -498,7 +416,7 @@ impl Shared {
         Err(TooSlow)
     }
 
-    fn deliver_end(&self, job_id: Uuid, end: JobEvent) {
+    pub(super) fn deliver_end(&self, job_id: Uuid, end: JobEvent) {
         match self.lock().take(job_id) {
             Some(waiting) => {
                 waiting.events.send(end);

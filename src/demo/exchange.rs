@@ -5,9 +5,11 @@
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::TcpStream;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
+
+use crate::http_date;
 
 /// The largest request body taken. Requests carry pictures; the agent itself takes messages of this size.
 pub(super) const BODY_BYTES_MAX: u64 = 64 * 1024 * 1024;
@@ -33,6 +35,7 @@ struct Head {
     http_1_0: bool,
     close: bool,
     expects_continue: bool,
+    websocket_key: Option<String>,
 }
 
 enum Body {
@@ -97,8 +100,8 @@ fn parse_head(text: &str) -> Result<(Head, Body), Bad> {
     let mut head = Head { method: method.to_owned(), path: path.to_owned(), http_1_0, ..Head::default() };
     head.close = http_1_0;
     let mut body = Body::Read;
-    for (name, value) in lines.filter_map(|line| line.split_once(':')) {
-        let value = value.trim().to_ascii_lowercase();
+    for (name, exact) in lines.filter_map(|line| line.split_once(':')) {
+        let value = exact.trim().to_ascii_lowercase();
         match name.to_ascii_lowercase().as_str() {
             "content-length" => {
                 let length = value.parse().map_err(|_| bad(400, "the Content-Length is no number"))?;
@@ -107,6 +110,7 @@ fn parse_head(text: &str) -> Result<(Head, Body), Bad> {
             "transfer-encoding" if value == "chunked" => body = Body::Chunked,
             "transfer-encoding" => return Err(bad(501, "only the chunked transfer encoding is known")),
             "connection" => head.close |= value.contains("close"),
+            "sec-websocket-key" => head.websocket_key = Some(exact.trim().to_owned()),
             "expect" => head.expects_continue = value == "100-continue",
             _ => {}
         }
@@ -128,8 +132,22 @@ impl Exchange<'_> {
         &self.head.path
     }
 
+    /// The key of a client that wants a WebSocket, and the connection, which is the caller's from here on: no request
+    /// follows on it. `None` for any other request.
+    pub(super) fn upgrade(&mut self) -> Option<(String, &mut BufReader<TcpStream>)> {
+        let key = self.head.websocket_key.take()?;
+        self.head.close = true;
+        Some((key, self.input))
+    }
+
     /// Reads the body as JSON.
     pub(super) fn read_json(&mut self) -> Result<Value, Bad> {
+        let body = self.read_body()?;
+        serde_json::from_slice(&body).map_err(|error| bad(400, format!("the body is not JSON: {error}")))
+    }
+
+    /// Reads the body.
+    pub(super) fn read_body(&mut self) -> Result<Vec<u8>, Bad> {
         if std::mem::take(&mut self.head.expects_continue) {
             let asked = self.input.get_mut().write_all(b"HTTP/1.1 100 Continue\r\n\r\n");
             asked.map_err(|error| bad(400, error.to_string()))?;
@@ -141,7 +159,7 @@ impl Exchange<'_> {
             Body::Chunked => self.read_chunks(&mut body)?,
         }
         self.body_left = Body::Read;
-        serde_json::from_slice(&body).map_err(|error| bad(400, format!("the body is not JSON: {error}")))
+        Ok(body)
     }
 
     fn read_exactly(&mut self, length: u64, body: &mut Vec<u8>) -> Result<(), Bad> {
@@ -187,7 +205,12 @@ impl Exchange<'_> {
 
     /// Likewise, with the document's text.
     pub(super) fn respond_text(&mut self, status: u16, body: &str) {
-        let head = self.answer_head(status, &format!("application/json\r\nContent-Length: {}", body.len()));
+        self.respond(status, "application/json", body);
+    }
+
+    /// Likewise, with a text of this type.
+    pub(super) fn respond(&mut self, status: u16, content_type: &str, body: &str) {
+        let head = self.answer_head(status, &format!("{content_type}\r\nContent-Length: {}", body.len()));
         match self.input.get_mut().write_all(&[head.as_bytes(), body.as_bytes()].concat()) {
             Ok(()) => self.answered = true,
             Err(error) => crate::debug!("a client left before its answer: {error}"),
@@ -209,8 +232,10 @@ impl Exchange<'_> {
         // An unread body stands between us and the next request.
         self.head.close |= !matches!(self.body_left, Body::Read);
         let connection = if self.head.close { "close" } else { "keep-alive" };
-        let reason = reason(status);
-        format!("HTTP/1.1 {status} {reason}\r\nContent-Type: {content}\r\nConnection: {connection}\r\n\r\n")
+        let (reason, date) = (reason(status), http_date::format(SystemTime::now()));
+        format!(
+            "HTTP/1.1 {status} {reason}\r\nContent-Type: {content}\r\nDate: {date}\r\nConnection: {connection}\r\n\r\n"
+        )
     }
 
     /// Whether the client has closed the connection, or its half of it.
@@ -276,6 +301,27 @@ fn client_is_gone(tcp: &TcpStream) -> bool {
     }
 }
 
+/// Takes the escapes of a URL away: clients write the slash in a model's name as `%2F`. What is no escape stays as it is.
+pub(super) fn percent_decoded(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&first, tail)) = rest.split_first() {
+        let digits = tail.get(..2).filter(|digits| first == b'%' && digits.iter().all(u8::is_ascii_hexdigit));
+        let digits = digits.and_then(|digits| std::str::from_utf8(digits).ok());
+        match digits.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &tail[2..];
+            }
+            None => {
+                bytes.push(first);
+                rest = tail;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
 fn reason(status: u16) -> &'static str {
     match status {
         200 => "OK",
@@ -291,5 +337,15 @@ fn reason(status: u16) -> &'static str {
         503 => "Service Unavailable",
         504 => "Gateway Timeout",
         _ => "Unknown",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_url_escapes_is_decoded() {
+        assert_eq!(percent_decoded("meta%2Fllama%20%zz%"), "meta/llama %zz%");
     }
 }

@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use super::assemble;
 use super::coordinator::{Coordinator, CoordinatorError, Format, Job, JobEvent, JobOrder, Waited};
-use super::exchange::Exchange;
+use super::exchange::{Exchange, percent_decoded};
 use super::http::{self, HttpServer};
 use super::link::OfferedModel;
 
@@ -147,27 +147,6 @@ fn one_model(coordinator: &Coordinator, exchange: &mut Exchange<'_>, model_id: &
         Some(model) => exchange.respond_json(200, &listed(model)),
         None => refuse(exchange, &Refusal::new(404, "model_not_found", format!("no model `{model_id}` is offered"))),
     }
-}
-
-/// Clients write the slash in a model's name as `%2F`. What is no escape stays as it is.
-fn percent_decoded(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&first, tail)) = rest.split_first() {
-        let digits = tail.get(..2).filter(|digits| first == b'%' && digits.iter().all(u8::is_ascii_hexdigit));
-        let digits = digits.and_then(|digits| std::str::from_utf8(digits).ok());
-        match digits.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = &tail[2..];
-            }
-            None => {
-                bytes.push(first);
-                rest = tail;
-            }
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 fn refuse(exchange: &mut Exchange<'_>, refusal: &Refusal) {
@@ -307,11 +286,6 @@ mod tests {
         for (code, status) in expected {
             assert_eq!(status_of(code), status, "{code}");
         }
-    }
-
-    #[test]
-    fn model_names_are_decoded() {
-        assert_eq!(percent_decoded("meta%2Fllama%20%zz%"), "meta/llama %zz%");
     }
 
     #[test]

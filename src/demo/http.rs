@@ -1,4 +1,4 @@
-//! A small HTTP server on loopback, for the front door and the echo backend: a thread a connection.
+//! A small HTTP server on loopback, for the coordinator, the front door and the echo backend: a thread a connection.
 //!
 //! `tiny_http` was tried first: it hands a burst of connections to a few pooled threads, and one that gets none waits
 //! until another connection is closed (with keep-alive: for ever). Nor does it show that a client has gone before the first
@@ -12,9 +12,10 @@ use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use super::exchange::{self, Exchange};
+use crate::http_date;
 use crate::threads::spawn;
 
 /// Connections served at a time; each costs a thread. One more is answered 503.
@@ -116,7 +117,11 @@ fn start_connection(mut tcp: TcpStream, shared: &Arc<Shared>, handle: &Handler) 
     open.threads.retain(|thread| !thread.is_finished());
     if open.connections.len() >= CONNECTIONS_MAX {
         drop(open);
-        return tcp.write_all(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+        let date = http_date::format(SystemTime::now());
+        let head = format!(
+            "HTTP/1.1 503 Service Unavailable\r\nDate: {date}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        );
+        return tcp.write_all(head.as_bytes());
     }
     open.accepted += 1;
     let number = open.accepted;

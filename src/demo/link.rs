@@ -43,7 +43,7 @@ pub(super) struct Verified {
 }
 
 /// Challenges the agent, and answers `auth_ok` or `auth_failed`.
-pub(super) fn authenticate(reader: &mut Reader, sender: &Sender) -> Result<Verified, HandshakeError> {
+pub(super) fn authenticate(reader: &mut Reader<'_>, sender: &Sender) -> Result<Verified, HandshakeError> {
     let mut nonce = [0_u8; NONCE_BYTES];
     SystemRandom::new().fill(&mut nonce).map_err(|_| std::io::Error::other("the system has no random numbers"))?;
     reader.set_timeout(Some(HANDSHAKE_STEP_TIMEOUT))?;
@@ -68,7 +68,7 @@ struct AuthResponse {
     agent_version: String,
 }
 
-fn read_auth_response(reader: &mut Reader) -> Result<AuthResponse, HandshakeError> {
+fn read_auth_response(reader: &mut Reader<'_>) -> Result<AuthResponse, HandshakeError> {
     let Some(text) = reader.next_text()? else {
         return Err(HandshakeError::Protocol("it closed the connection".to_owned()));
     };
@@ -91,8 +91,13 @@ fn verify(nonce: &[u8], answer: &AuthResponse) -> Result<Verified, HandshakeErro
     UnparsedPublicKey::new(&ED25519, &key)
         .verify(nonce, &signature)
         .map_err(|_| HandshakeError::Signature("it does not match key and nonce"))?;
+    Ok(Verified { agent_version: answer.agent_version.clone(), provider_id: provider_id(&key) })
+}
+
+/// What an agent with this public key is called.
+pub(super) fn provider_id(key: &[u8]) -> String {
     let id: String = key.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
-    Ok(Verified { agent_version: answer.agent_version.clone(), provider_id: format!("demo-{id}") })
+    format!("demo-{id}")
 }
 
 /// One model as an agent offers it.

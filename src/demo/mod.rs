@@ -9,6 +9,7 @@
 
 mod ask;
 mod assemble;
+pub mod awaiting;
 mod backends;
 mod bench;
 pub mod coordinator;
@@ -20,6 +21,8 @@ mod inbox;
 mod link;
 mod meter;
 mod page;
+mod pairing;
+mod session;
 mod sse;
 mod timed;
 mod websocket;
@@ -27,7 +30,7 @@ mod witness;
 
 use std::collections::HashMap;
 use std::io::{self, Write};
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -39,6 +42,7 @@ use crate::backend::Backend;
 use crate::config::{Config, CoordinatorConfig, Limits, MAX_CONCURRENT_DEFAULT, Price, Pricing};
 use crate::discovery::Terms;
 use crate::identity::{Identity, IdentityError};
+use crate::shell;
 use crate::shutdown::Stop;
 use crate::supervisor::Agent;
 use crate::threads;
@@ -47,7 +51,7 @@ use backends::Chosen;
 use coordinator::{Coordinator, CoordinatorError, Offer};
 use front_door::FrontDoor;
 use meter::{Meter, Through};
-use page::{Page, ms, shell_word};
+use page::{Page, ms};
 use timed::{Timed, percentile};
 use witness::Seen;
 
@@ -106,6 +110,14 @@ pub enum DemoError {
     Port {
         /// The port.
         port: u16,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The address for agents cannot be had.
+    #[error("failed to listen on {address}: {source}; choose another `--listen`, or leave it out")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
         /// Why not.
         source: io::Error,
     },
@@ -334,7 +346,7 @@ fn compare(arrived: &[u8], given: &[u8], expected: Option<&[u8]>) -> Result<(), 
 fn curl(door: &FrontDoor, model_id: &str) -> String {
     let body =
         json!({"model": model_id, "stream": true, "messages": [{"role": "user", "content": "Hello, who are you?"}]});
-    let data = shell_word(&body.to_string());
+    let data = shell::word(&body.to_string());
     format!("curl -N http://{}/v1/chat/completions -H 'Content-Type: application/json' -d {data}", door.address())
 }
 

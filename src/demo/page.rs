@@ -49,11 +49,6 @@ pub(super) fn ms(duration: Duration) -> String {
     if ms < 10.0 { format!("{ms:.2} ms") } else { format!("{ms:.0} ms") }
 }
 
-/// `text` as one word of a POSIX shell.
-pub(super) fn shell_word(text: &str) -> String {
-    format!("'{}'", text.replace('\'', r"'\''"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -83,8 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn shell_words_and_durations() {
-        assert_eq!(shell_word("it's"), r"'it'\''s'");
+    fn durations_are_as_exact_as_a_person_needs() {
         assert_eq!(ms(Duration::from_micros(1234)), "1.23 ms");
         assert_eq!(ms(Duration::from_micros(61_700)), "62 ms");
     }

@@ -349,7 +349,7 @@ fn the_model_asked_is_one_to_chat_with() {
     };
     let stages = coordinator::Stages { connect: LIMIT, auth: LIMIT, discovery: LIMIT };
     let models = vec![model("a-embed", Some(1)), model("b-cold", None), model("c-warm", Some(1))];
-    let mut offer = Offer { models, stages, agent_version: String::new() };
+    let mut offer = Offer { models, stages, agent_version: String::new(), provider_id: String::new() };
     assert_eq!(model_to_ask(&offer), offer.models.last());
     offer.models.truncate(1);
     assert_eq!(model_to_ask(&offer), offer.models.first());

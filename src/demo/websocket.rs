@@ -6,21 +6,17 @@
 //!
 //! Who runs here: the connection's thread reads; any thread sends, one at a time, under the [`Sender`]'s lock.
 
-use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{self, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tungstenite::handshake::derive_accept_key;
 
+use crate::http_date;
+
 /// The largest message taken, in one frame or in many.
 const MESSAGE_BYTES_MAX: u64 = 64 * 1024 * 1024;
-
-/// The largest head of the upgrade request.
-const HEAD_BYTES_MAX: u64 = 16 * 1024;
-
-/// Bytes read ahead from the socket; allocated once a connection.
-const READ_BUFFER_BYTES: usize = 64 * 1024;
 
 /// How long the goodbye may take when the peer does not read.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(200);
@@ -33,8 +29,8 @@ const PING: u8 = 9;
 const PONG: u8 = 10;
 
 /// The reading half.
-pub(super) struct Reader {
-    input: BufReader<TcpStream>,
+pub(super) struct Reader<'a> {
+    input: &'a mut BufReader<TcpStream>,
     replies: Sender,
 }
 
@@ -53,45 +49,27 @@ struct Frame {
     payload: Vec<u8>,
 }
 
-/// Answers the upgrade request of a client, whatever its path.
-pub(super) fn accept(tcp: TcpStream) -> io::Result<(Reader, Sender)> {
-    let mut input = BufReader::with_capacity(READ_BUFFER_BYTES, tcp.try_clone()?);
-    let key = read_upgrade(&mut input)?;
+/// Answers the upgrade request that had this `Sec-WebSocket-Key`, whatever its path.
+pub(super) fn accept<'a>(key: &str, input: &'a mut BufReader<TcpStream>) -> io::Result<(Reader<'a>, Sender)> {
+    let tcp = input.get_ref().try_clone()?;
     let sender = Sender(Arc::new(Shared { tcp, turn: Mutex::new(()) }));
-    let accept = derive_accept_key(key.as_bytes());
-    let head =
-        "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: ";
-    sender.write(format!("{head}{accept}\r\n\r\n").as_bytes())?;
+    let (accept, date) = (derive_accept_key(key.as_bytes()), http_date::format(SystemTime::now()));
+    let head = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept";
+    sender.write(format!("{head}: {accept}\r\nDate: {date}\r\n\r\n").as_bytes())?;
     Ok((Reader { input, replies: sender.clone() }, sender))
-}
-
-/// Reads the head and gives the client's key.
-fn read_upgrade(input: &mut BufReader<TcpStream>) -> io::Result<String> {
-    let mut lines = input.take(HEAD_BYTES_MAX).lines();
-    let mut key = None;
-    loop {
-        let line = lines.next().unwrap_or_else(|| Err(broken("the upgrade request is cut short")))?;
-        match line.split_once(':') {
-            Some((name, value)) if name.eq_ignore_ascii_case("sec-websocket-key") => {
-                key = Some(value.trim().to_owned())
-            }
-            _ if line.is_empty() => return key.ok_or_else(|| broken("this is no WebSocket upgrade")),
-            _ => {}
-        }
-    }
 }
 
 fn broken(what: &str) -> io::Error {
     io::Error::new(ErrorKind::InvalidData, what)
 }
 
-impl Reader {
+impl Reader<'_> {
     /// The next text message; `None` when the client has closed properly. Pings are answered on the way.
     pub(super) fn next_text(&mut self) -> io::Result<Option<String>> {
         let mut message: Option<Vec<u8>> = None;
         loop {
             let room = MESSAGE_BYTES_MAX - message.as_ref().map_or(0, |so_far| so_far.len() as u64);
-            let Frame { last, opcode, payload } = read_frame(&mut self.input, room)?;
+            let Frame { last, opcode, payload } = read_frame(self.input, room)?;
             match (opcode, &mut message) {
                 (PING, _) => self.replies.frame(PONG, &payload)?,
                 (PONG, _) => {}
@@ -205,11 +183,14 @@ mod tests {
 
     use super::*;
 
-    fn connected() -> (tungstenite::WebSocket<TcpStream>, Reader, Sender) {
+    fn connected() -> (tungstenite::WebSocket<TcpStream>, Reader<'static>, Sender) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let client = std::thread::spawn(move || tungstenite::client("ws://localhost/any/path", client).unwrap().0);
-        let (reader, sender) = accept(listener.accept().unwrap().0).unwrap();
+        let input = Box::leak(Box::new(BufReader::new(listener.accept().unwrap().0)));
+        let mut request = crate::demo::exchange::read_head(input).unwrap().unwrap();
+        let (key, _) = request.upgrade().unwrap();
+        let (reader, sender) = accept(&key, input).unwrap();
         reader.set_timeout(Some(Duration::from_secs(10))).unwrap();
         (client.join().unwrap(), reader, sender)
     }

@@ -30,6 +30,8 @@ const IDLE_TIMEOUT: Duration = Duration::from_millis(200);
 const FLUSH_TIMEOUT: Duration = Duration::from_millis(300);
 /// The most of a foreign text that a line shows, in characters.
 const SHOWN_MAX: usize = 200;
+/// The part of a secret that is shown at each end, in characters.
+const ENDS_SHOWN: usize = 4;
 
 /// Crates whose lines would show what ours never do: headers, bodies, frames.
 const QUIET: [&str; 3] = ["ureq", "rustls", "tungstenite"];
@@ -79,6 +81,16 @@ pub fn shown(text: &str) -> String {
         shown.push('…');
     }
     shown
+}
+
+/// A secret: enough to recognise it by, too little to use it.
+pub fn shortened(secret: &str) -> String {
+    let chars: Vec<char> = secret.chars().collect();
+    if chars.len() < 4 * ENDS_SHOWN {
+        return "…".to_owned();
+    }
+    let ends = |part: &[char]| shown(&part.iter().collect::<String>());
+    format!("{}…{}", ends(&chars[..ENDS_SHOWN]), ends(&chars[chars.len() - ENDS_SHOWN..]))
 }
 
 /// The other half of [`crate::debug!`].
@@ -211,6 +223,13 @@ fn write(file: Option<&mut LogFile>, line: &[u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_secret_shows_its_ends_alone() {
+        assert_eq!(shortened("POD-ENROLL-ABCD-1234"), "POD-…1234");
+        assert_eq!(shortened("POD-1234"), "…");
+        assert_eq!(shortened("a\nb\u{1b}-ENROLL-ABCD-1234"), "a\\nb\\u{1b}…1234");
+    }
 
     #[test]
     fn a_foreign_text_is_one_line_and_short() {

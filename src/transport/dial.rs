@@ -76,6 +76,11 @@ pub enum DialError {
 pub struct ExtraRoots(Vec<CertificateDer<'static>>);
 
 impl ExtraRoots {
+    /// The certificates, in the order of the file.
+    pub fn certificates(&self) -> &[CertificateDer<'static>] {
+        &self.0
+    }
+
     /// Reads a PEM file.
     ///
     /// # Errors

@@ -1,0 +1,223 @@
+//! The local coordinator's side of `setup`: codes, the page on which a person enters one, and what an agent gets for it.
+//!
+//! As in `link`, nothing is shared with the agent's side, so that a mistake there shows here.
+//!
+//! Who runs here: the connection threads of the coordinator, one request at a time each.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use base64::Engine;
+use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
+use ring::rand::{SecureRandom, SystemRandom};
+use serde_json::Value;
+
+use super::DEMO_PRICE_PER_1M;
+use super::exchange::{Exchange, percent_decoded};
+use super::link::provider_id;
+use crate::heartbeat::rfc3339;
+
+/// How long a code is good.
+const LIFETIME: Duration = Duration::from_secs(600);
+
+/// Pairings that may be open at a time.
+const OPEN_MAX: usize = 64;
+
+/// What a code is made of: 32 symbols that nobody takes for one another.
+const ALPHABET: &[u8; 32] = b"ABCDEFGHJKLMNPQRSTUVWXYZ23456789";
+
+/// Jobs of a model at a time that a paired agent is told to take.
+const MAX_CONCURRENT: u32 = 4;
+
+/// The pairings under way.
+#[derive(Default)]
+pub(super) struct Pairings(Mutex<Vec<Pairing>>);
+
+struct Pairing {
+    code: String,
+    poll_token: String,
+    key: Vec<u8>,
+    issued_at: Instant,
+    /// Given once the code was entered; the same for every poll after that, for an answer may be lost.
+    host_token: Option<String>,
+}
+
+/// The status of an answer and what is in it.
+type Answer = (u16, String);
+
+impl Pairings {
+    /// Answers one request.
+    pub(super) fn handle(&self, exchange: &mut Exchange<'_>) {
+        match (exchange.method(), exchange.path()) {
+            ("POST", "/v1/host/pair/issue") => answer(exchange, |body| self.issue(body)),
+            ("POST", "/v1/host/pair/poll") => answer(exchange, |body| self.poll(body)),
+            ("GET", "/host/pair") => page(exchange, 200, "Enter the code that <code>usepod-agent setup</code> shows."),
+            ("POST", "/host/pair") => match exchange.read_body() {
+                Ok(form) if self.approve(&code_in(&form)) => {
+                    page(exchange, 200, "Paired. <code>usepod-agent setup</code> goes on in its terminal.");
+                }
+                Ok(_) => page(exchange, 404, "There is no such code, or it has expired. Look at the terminal again."),
+                Err(bad) => page(exchange, bad.status, "The form could not be read."),
+            },
+            (_, "/v1/host/pair/issue" | "/v1/host/pair/poll" | "/host/pair") => {
+                exchange.respond_text(405, &refusal("this route does not take this method"));
+            }
+            _ => exchange.respond_text(404, &refusal("there is no such route")),
+        }
+    }
+
+    fn issue(&self, body: &Value) -> Answer {
+        let key = body["agent_pubkey"].as_str().and_then(|key| STANDARD.decode(key).ok());
+        let Some(key) = key.filter(|key| key.len() == 32) else {
+            return (400, refusal("`agent_pubkey` is not 32 bytes in base64"));
+        };
+        let (Some(letters), Some(token)) = (random::<8>(), random::<24>()) else {
+            return (500, refusal("the system has no random numbers"));
+        };
+        let letters = letters.map(|byte| char::from(ALPHABET[usize::from(byte % 32)]));
+        let code = letters[..4].iter().chain(&['-']).chain(&letters[4..]).collect();
+        let poll_token = URL_SAFE_NO_PAD.encode(token);
+        let mut open = self.open();
+        if open.len() >= OPEN_MAX {
+            return (429, refusal("too many pairings are open; try again in a few minutes"));
+        }
+        // None of these needs an escape.
+        let expires_at = rfc3339(SystemTime::now() + LIFETIME).unwrap_or_default();
+        let given = format!(r#"{{"pair_code":"{code}","poll_token":"{poll_token}","expires_at":"{expires_at}"}}"#);
+        open.push(Pairing { code, poll_token, key, issued_at: Instant::now(), host_token: None });
+        (200, given)
+    }
+
+    fn poll(&self, body: &Value) -> Answer {
+        let Some(token) = body["poll_token"].as_str() else { return (400, refusal("`poll_token` is missing")) };
+        let open = self.open();
+        let Some(pairing) = open.iter().find(|pairing| pairing.poll_token == token) else {
+            return status("expired");
+        };
+        let Some(host_token) = &pairing.host_token else { return status("pending") };
+        let backends = body["capabilities"]["backends"].as_array().into_iter().flatten();
+        let mut models: Vec<&Value> = Vec::new();
+        for model in backends.flat_map(|backend| backend["models"].as_array().into_iter().flatten()) {
+            if model.is_string() && !models.contains(&model) {
+                models.push(model);
+            }
+        }
+        let terms = |model_id: &&Value| {
+            let price = DEMO_PRICE_PER_1M;
+            format!(
+                r#"{{"model_id":{model_id},"input_per_1m":{price},"output_per_1m":{price},"max_concurrent":{MAX_CONCURRENT}}}"#
+            )
+        };
+        let terms = models.iter().map(terms).collect::<Vec<_>>().join(",");
+        let id = provider_id(&pairing.key);
+        let active = format!(
+            r#"{{"status":"active","host_token":"{host_token}","provider_id":"{id}","model_config":[{terms}]}}"#
+        );
+        (200, active)
+    }
+
+    /// Whether there is a pairing with this code, which is approved from now on.
+    fn approve(&self, code: &str) -> bool {
+        let mut open = self.open();
+        let Some(pairing) = open.iter_mut().find(|pairing| plain(&pairing.code) == plain(code)) else { return false };
+        if pairing.host_token.is_none() {
+            pairing.host_token = random::<24>().map(|token| format!("host_{}", URL_SAFE_NO_PAD.encode(token)));
+        }
+        pairing.host_token.is_some()
+    }
+
+    /// Those that have not expired.
+    fn open(&self) -> MutexGuard<'_, Vec<Pairing>> {
+        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        open.retain(|pairing| pairing.issued_at.elapsed() < LIFETIME);
+        open
+    }
+}
+
+fn answer(exchange: &mut Exchange<'_>, of: impl FnOnce(&Value) -> Answer) {
+    let (status, document) = match exchange.read_json() {
+        Ok(body) => of(&body),
+        Err(bad) => (bad.status, refusal(&bad.message)),
+    };
+    exchange.respond_text(status, &document);
+}
+
+fn refusal(message: &str) -> String {
+    format!("{{\"error\":{{\"message\":{}}}}}", Value::from(message))
+}
+
+fn status(status: &str) -> Answer {
+    (200, format!("{{\"status\":\"{status}\"}}"))
+}
+
+/// The page, with `says`, which is HTML of our own.
+fn page(exchange: &mut Exchange<'_>, status: u16, says: &str) {
+    let form =
+        "<form method=\"post\"><input name=\"code\" autofocus autocomplete=\"off\"> <button>Pair</button></form>";
+    let body =
+        format!("<!doctype html>\n<title>Pair an agent</title>\n<h1>Pair an agent</h1>\n<p>{says}</p>\n{form}\n");
+    exchange.respond(status, "text/html; charset=utf-8", &body);
+}
+
+/// The field `code` of a form.
+fn code_in(form: &[u8]) -> String {
+    let form = String::from_utf8_lossy(form);
+    let fields = form.split('&').filter_map(|field| field.split_once('='));
+    let mut codes =
+        fields.filter(|(name, _)| *name == "code").map(|(_, value)| percent_decoded(&value.replace('+', " ")));
+    codes.next().unwrap_or_default()
+}
+
+/// A code as people may type it: in any case, with or without its hyphen.
+fn plain(code: &str) -> String {
+    code.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_uppercase()).collect()
+}
+
+fn random<const N: usize>() -> Option<[u8; N]> {
+    let mut bytes = [0; N];
+    SystemRandom::new().fill(&mut bytes).ok()?;
+    Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn issued(pairings: &Pairings) -> Value {
+        let (status, given) = pairings.issue(&json!({"agent_pubkey": STANDARD.encode([7_u8; 32])}));
+        assert_eq!(status, 200);
+        serde_json::from_str(&given).unwrap()
+    }
+
+    #[test]
+    fn a_code_is_approved_in_any_spelling_and_no_other() {
+        let pairings = Pairings::default();
+        let (given, other) = (issued(&pairings), issued(&pairings));
+        let code = given["pair_code"].as_str().unwrap();
+        assert!(!pairings.approve("") && !pairings.approve("AAAA-AAA"));
+        assert!(
+            pairings.approve(&code_in(format!("x=1&code=+{}%20", code.replace('-', "").to_lowercase()).as_bytes()))
+        );
+        let poll = |of: &Value| {
+            let capabilities = json!({"backends": [{"models": ["b", "a", "b"]}]});
+            let answer = pairings.poll(&json!({"poll_token": of["poll_token"], "capabilities": capabilities})).1;
+            serde_json::from_str::<Value>(&answer).unwrap()
+        };
+        assert_eq!(poll(&other)["status"], "pending");
+        let active = poll(&given);
+        assert_eq!((&active["status"], &active["model_config"][0]["model_id"]), (&json!("active"), &json!("b")));
+        assert_eq!(active["model_config"].as_array().unwrap().len(), 2);
+        assert_eq!(poll(&given), active, "an answer may be lost");
+        assert_eq!(poll(&json!({"poll_token": "x"}))["status"], "expired");
+    }
+
+    #[test]
+    fn open_pairings_are_bounded() {
+        let pairings = Pairings::default();
+        (0..OPEN_MAX).for_each(|_| drop(issued(&pairings)));
+        assert_eq!(pairings.issue(&json!({"agent_pubkey": STANDARD.encode([7_u8; 32])})).0, 429);
+        assert_eq!(pairings.issue(&json!({"agent_pubkey": "AAAA"})).0, 400);
+    }
+}

@@ -1,0 +1,75 @@
+//! One agent's session with the local coordinator, from the upgrade to the end of the connection.
+//!
+//! Who runs here: the connection's thread, which reads the agent's frames; those who submit jobs send on their own.
+
+use std::io::BufReader;
+use std::net::TcpStream;
+use std::time::Instant;
+
+use super::coordinator::{JobEvent, Offer, Shared, Stages, cancel_frame};
+use super::link::{self, Frame, HandshakeError, OfferedModel};
+use super::websocket::{self, Reader, Sender};
+
+/// Answers the upgrade of a client with this `Sec-WebSocket-Key`, and serves it to its end.
+pub(super) fn run(key: &str, input: &mut BufReader<TcpStream>, shared: &Shared) {
+    let connection = shared.connect();
+    let end = talk(key, input, connection, shared);
+    shared.leave(connection, &end);
+    log::info!("agent connection {connection} ended: {end}");
+}
+
+/// Runs one connection, and says how it ended.
+fn talk(key: &str, input: &mut BufReader<TcpStream>, connection: u64, shared: &Shared) -> String {
+    let connected_at = Instant::now();
+    let opened = websocket::accept(key, input).map_err(HandshakeError::from);
+    let authenticated = opened.and_then(|(mut reader, sender)| {
+        let verified = link::authenticate(&mut reader, &sender)?;
+        Ok((reader, sender, verified))
+    });
+    let (mut reader, sender, verified) = match authenticated {
+        Ok(authenticated) => authenticated,
+        Err(error) => return error.to_string(),
+    };
+    let authenticated_at = Instant::now();
+    log::info!("agent connection {connection} is {} ({})", verified.provider_id, verified.agent_version);
+    shared.enter(connection, sender.clone());
+    let connect = shared.expected_for(connected_at);
+    let auth = authenticated_at - connected_at;
+    let offer = |models| {
+        let stages = Stages { connect, auth, discovery: authenticated_at.elapsed() };
+        let (agent_version, provider_id) = (verified.agent_version.clone(), verified.provider_id.clone());
+        Offer { models, stages, agent_version, provider_id }
+    };
+    read_frames(&mut reader, connection, shared, &sender, offer)
+}
+
+fn read_frames(
+    reader: &mut Reader<'_>,
+    connection: u64,
+    shared: &Shared,
+    sender: &Sender,
+    offer: impl Fn(Vec<OfferedModel>) -> Offer,
+) -> String {
+    loop {
+        let text = match reader.next_text() {
+            Ok(Some(text)) => text,
+            Ok(None) => return "the agent closed the connection".to_owned(),
+            Err(error) => return format!("the connection broke: {error}"),
+        };
+        match link::parse_frame(&text) {
+            Ok(Frame::Capabilities(models)) => shared.offered(connection, offer(models)),
+            Ok(Frame::Chunk { job_id, bytes }) => {
+                if shared.deliver_chunk(job_id, bytes).is_err() {
+                    let _ = sender.send(&cancel_frame(job_id));
+                }
+            }
+            Ok(Frame::Done { job_id, end }) => shared.deliver_end(job_id, JobEvent::Done(end)),
+            Ok(Frame::Error { job_id, code, message }) => {
+                shared.deliver_end(job_id, JobEvent::Failed { code, message });
+            }
+            Ok(Frame::Heartbeat) => crate::debug!("heartbeat of the agent"),
+            Ok(Frame::Other(kind)) => crate::debug!("unknown frame `{kind}` of the agent"),
+            Err(error) => log::warn!("the agent sent a bad frame: {error}"),
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! The addresses of one coordinator, all from the base that a person names.
+
+use tungstenite::http::Uri;
+
+/// The market's.
+pub const BASE_DEFAULT: &str = "https://api.usepod.ai";
+/// Its page for people is on another host.
+const PAGE_DEFAULT: &str = "https://usepod.ai/host/pair";
+/// Where agents connect to, below the base.
+const CONNECT: &str = "/provider/connect";
+
+/// A coordinator, by its base: scheme, host, and a path perhaps, without a slash at its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Site {
+    base: String,
+}
+
+impl Site {
+    /// Checks an address. The one that agents connect to, as it stands in `agent.toml`, will do as well as the base.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn parse(text: &str) -> Result<Site, &'static str> {
+        let text = text.trim();
+        let uri: Uri = text.parse().map_err(|_| "it is not a URL")?;
+        let scheme = match uri.scheme_str().map(str::to_ascii_lowercase).as_deref() {
+            Some("https" | "wss") => "https",
+            Some("http" | "ws") => "http",
+            _ => return Err("it does not begin with https://"),
+        };
+        let authority = uri.authority().map_or("", |a| a.as_str()).to_ascii_lowercase();
+        let host = uri.host().unwrap_or_default();
+        if authority.contains('@') || text.contains(['?', '#']) {
+            return Err("it has a user, a password or a `?` or `#` part");
+        }
+        // `host:` and `host:99999` parse as authorities without a port.
+        if host.is_empty() || (authority.len() != host.len() && uri.port_u16().is_none()) {
+            return Err("it has no valid host and port");
+        }
+        let path = uri.path().trim_end_matches('/');
+        let path = path.strip_suffix(CONNECT).unwrap_or(path).trim_end_matches('/');
+        Ok(Site { base: format!("{scheme}://{authority}{path}") })
+    }
+
+    /// The base.
+    pub fn base(&self) -> &str {
+        &self.base
+    }
+
+    /// Whether what is said to it is encrypted.
+    pub fn is_encrypted(&self) -> bool {
+        self.base.starts_with("https:")
+    }
+
+    /// Where a person enters the code.
+    pub fn page(&self) -> String {
+        if self.base == BASE_DEFAULT { PAGE_DEFAULT.to_owned() } else { format!("{}/host/pair", self.base) }
+    }
+
+    /// Where a code is asked for.
+    pub fn issue(&self) -> String {
+        format!("{}/v1/host/pair/issue", self.base)
+    }
+
+    /// Where one asks what has become of it.
+    pub fn poll(&self) -> String {
+        format!("{}/v1/host/pair/poll", self.base)
+    }
+
+    /// Where agents connect to: `https` becomes `wss`, `http` becomes `ws`.
+    pub fn connect(&self) -> String {
+        format!("ws{}{CONNECT}", self.base.trim_start_matches("http"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_spelling_of_a_base_gives_the_same_addresses() {
+        let cases = [
+            ("https://api.usepod.ai", "https://usepod.ai/host/pair", "wss://api.usepod.ai/provider/connect"),
+            ("HTTPS://API.usepod.ai/", "https://usepod.ai/host/pair", "wss://api.usepod.ai/provider/connect"),
+            ("https://h:8443/pod//", "https://h:8443/pod/host/pair", "wss://h:8443/pod/provider/connect"),
+            (" http://127.0.0.1:1 ", "http://127.0.0.1:1/host/pair", "ws://127.0.0.1:1/provider/connect"),
+            ("wss://h/provider/connect", "https://h/host/pair", "wss://h/provider/connect"),
+            ("http://[::1]:7/", "http://[::1]:7/host/pair", "ws://[::1]:7/provider/connect"),
+        ];
+        for (given, page, connect) in cases {
+            let site = Site::parse(given).expect(given);
+            assert_eq!((site.page().as_str(), site.connect().as_str()), (page, connect), "{given}");
+            assert_eq!(site.is_encrypted(), connect.starts_with("wss"), "{given}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_base_is_refused() {
+        for given in
+            ["", "api.usepod.ai", "ftp://h", "https://", "https://h:", "https://u:p@h", "https://h/?q", "not a url"]
+        {
+            assert!(Site::parse(given).is_err(), "{given}");
+        }
+    }
+}

@@ -1,0 +1,29 @@
+//! Command lines for a person to type.
+
+/// `text` as one word of a POSIX shell, in quotes where it needs them.
+pub fn word(text: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./:@%+,".contains(c);
+    if !text.is_empty() && text.chars().all(is_plain) {
+        return text.to_owned();
+    }
+    format!("'{}'", text.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_quoted_where_a_shell_would_read_more_than_their_letters() {
+        for (text, expected) in [
+            ("/a/b-1.toml", "/a/b-1.toml"),
+            ("", "''"),
+            ("it's", r"'it'\''s'"),
+            ("~/a", "'~/a'"),
+            ("a b", "'a b'"),
+            ("$x", "'$x'"),
+        ] {
+            assert_eq!(word(text), expected);
+        }
+    }
+}
