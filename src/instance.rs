@@ -170,9 +170,14 @@ impl Holder {
 }
 
 /// When a process started, in clock ticks since the boot: the 22nd field of its `stat`; the second, its name, may hold anything.
+/// One that has ended did so also when nobody has asked yet how it ended.
 fn start_of(pid: &str) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    if fields.next()? == "Z" {
+        return None;
+    }
+    fields.nth(18)?.parse().ok()
 }
 
 /// Since some moment before the start of this process, the same for all processes until the next boot.

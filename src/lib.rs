@@ -70,4 +70,5 @@ pub mod discovery;
 pub mod backend;
 
 pub mod cli;
+pub mod service;
 pub mod demo;

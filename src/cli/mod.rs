@@ -7,6 +7,7 @@ mod args;
 mod demo;
 mod enroll;
 mod run;
+mod service;
 mod validate;
 
 use std::fmt;
@@ -115,6 +116,7 @@ fn dispatch(args: Args) -> Result<(), Failure> {
             Ok(())
         }
         Command::Demo(options) => demo::run(&globals, &options),
+        Command::Service(options) => service::run(&globals, &options),
     }
 }
 
