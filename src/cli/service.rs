@@ -2,7 +2,7 @@
 //!
 //! What is installed says which configuration it is about, unless `--config` names one.
 
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -291,9 +291,14 @@ fn uninstall(globals: &Globals) -> Result<(), Failure> {
 /// Nobody starts it from here on.
 fn keep_stopped(site: &Site) -> Result<(), Failure> {
     let marker = site.places.stopped();
-    files::create_folder_of(&marker).and_then(|()| files::write_atomic(&marker, b"")).map_err(|e| {
-        Failure::Runtime(format!("failed to write `{}`, without which the agent comes back: {e}", marker.display()))
-    })
+    // Made, never replaced: root must not write through a link that somebody else put there.
+    match files::create_folder_of(&marker).and_then(|()| files::create_atomic(&marker, b"")) {
+        Err(e) if e.kind() != ErrorKind::AlreadyExists => Err(Failure::Runtime(format!(
+            "failed to write `{}`, without which the agent would come back: {e}; free some space, or check the rights",
+            marker.display()
+        ))),
+        _ => Ok(()),
+    }
 }
 
 fn stop(globals: &Globals) -> Result<(), Failure> {
@@ -340,7 +345,7 @@ fn restart(globals: &Globals) -> Result<(), Failure> {
 fn start_by(supervisor: &Supervisor, site: &Site, verb: &str) -> Result<(), Failure> {
     let marker = site.places.stopped();
     match std::fs::remove_file(&marker) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+        Err(e) if e.kind() != ErrorKind::NotFound => {
             let why = format!("failed to remove `{}`, which keeps the agent stopped: {e}", marker.display());
             return Err(Failure::Runtime(why));
         }
