@@ -56,6 +56,7 @@ struct Site {
     config: Config,
     key_path: PathBuf,
     places: Places,
+    log: PathBuf,
 }
 
 impl Site {
@@ -65,26 +66,23 @@ impl Site {
         let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
         let _ = std::env::set_current_dir(&home);
         let config = Config::load(&path, allow_insecure)?;
-        let mut key_path = home.join(&config.key_path);
         // The system's manager starts the agent as the owner of the file, whose home is another than that of root.
-        if supervisor.is_some_and(|unit| !unit.is_users)
-            && let Some((_, theirs)) = systemd::owner_of(&path)
-            && let Ok(below) = key_path.strip_prefix(&home)
-        {
-            key_path = theirs.join(below);
-        }
+        let owner = supervisor.filter(|unit| !unit.is_users).and_then(|_| systemd::owner_of(&path));
+        let theirs = owner.map_or_else(|| home.clone(), |(_, theirs)| theirs);
+        let as_theirs = |file: &Path| {
+            let file = home.join(file);
+            file.strip_prefix(&home).map(|below| theirs.join(below)).unwrap_or(file)
+        };
+        let key_path = as_theirs(&config.key_path);
         let places = Places::beside(&key_path);
-        Ok(Site { path, config, key_path, places })
-    }
-
-    fn log(&self) -> PathBuf {
-        self.places.log()
+        let log = places.log();
+        Ok(Site { path, config, key_path, places, log })
     }
 
     /// The last lines of the log, for an error.
     fn end_of_log(&self) -> String {
-        let log = self.log();
-        let text = logs::tail(&log, &older(&log), LINES_OF_FAILURE).unwrap_or_default();
+        let log = &self.log;
+        let text = logs::tail(log, &older(log), LINES_OF_FAILURE).unwrap_or_default();
         if text.is_empty() {
             return format!("nothing is in its log, `{}`; by hand it tells why: usepod-agent run", log.display());
         }
@@ -194,7 +192,7 @@ fn install_block(launch: &Launch) -> Result<(String, Vec<String>), Failure> {
 fn install_unit(unit: &Unit, launch: &Launch, site: &Site) -> Result<String, Failure> {
     let owner = systemd::owner_of(&site.path).map(|(uid, _)| uid);
     let folder = |file: &Path| file.parent().map(Path::to_owned).unwrap_or_default();
-    let mut writable = vec![folder(&site.key_path), folder(&site.log())];
+    let mut writable = vec![folder(&site.key_path), folder(&site.log)];
     writable.dedup();
     let stopped = site.places.stopped();
     let content = Content {
@@ -415,12 +413,12 @@ fn show_logs(globals: &Globals, options: &Service) -> Result<(), Failure> {
         let e = command.exec();
         return Err(Failure::Runtime(format!("`journalctl` cannot be run: {e}")));
     }
-    let log = site.log();
+    let log = &site.log;
     let mut stdout = std::io::stdout().lock();
     let shown = if options.follow {
-        logs::follow(&log, &older(&log), lines, &mut stdout)
+        logs::follow(log, &older(log), lines, &mut stdout)
     } else {
-        logs::tail(&log, &older(&log), lines).map(|text| {
+        logs::tail(log, &older(log), lines).map(|text| {
             // Whoever closed it does not want to read it.
             let _ = stdout.write_all(&text);
         })
