@@ -3,9 +3,7 @@
 //! What is installed says which configuration it is about, unless `--config` names one.
 
 use std::io::{ErrorKind, Write as _};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use log::LevelFilter;
@@ -15,8 +13,9 @@ use super::{Failure, print};
 use crate::config::Config;
 use crate::instance::{Holder, Places};
 use crate::service::crontab::Table;
+use crate::service::program::Running;
 use crate::service::systemd::{self, Content, UNIT, Unit};
-use crate::service::{Launch, Supervisor, cron_runs, end, logs, start_like_cron, this_user, wait_until};
+use crate::service::{Launch, Supervisor, cron_runs, end, logs, program, start_like_cron, this_user, wait_until};
 use crate::{files, logging};
 
 /// What `status` exits with when no agent runs, and the others when no supervisor is installed.
@@ -25,6 +24,8 @@ const NOT_RUNNING: u8 = 3;
 const STOP_MARGIN: Duration = Duration::from_secs(15);
 /// What an agent may take from its start to its lock.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
+/// How soon one that cannot serve has ended.
+const SETTLE_TIME: Duration = Duration::from_millis(500);
 /// Lines of the log that are shown with a failed start.
 const LINES_OF_FAILURE: usize = 10;
 /// Variables of a shell that the agent heeds, and a supervisor does not pass on.
@@ -349,7 +350,7 @@ fn start_by(supervisor: &Supervisor, site: &Site, verb: &str) -> Result<(), Fail
         }
         _ => {}
     }
-    let mut child: Option<Child> = None;
+    let mut child = None;
     match supervisor {
         Supervisor::Systemd(unit) => unit.systemctl(&[verb, UNIT]).map_err(Failure::Runtime)?,
         Supervisor::Cron(_) if Holder::running(&site.places).is_some() => {}
@@ -358,18 +359,25 @@ fn start_by(supervisor: &Supervisor, site: &Site, verb: &str) -> Result<(), Fail
             child = Some(started.map_err(|e| Failure::Runtime(format!("no shell can be started: {e}")))?);
         }
     }
-    let mut exit = None;
-    wait_until(START_TIMEOUT, || {
-        exit = child.as_mut().and_then(|child| child.try_wait().ok().flatten());
-        exit.is_some() || Holder::running(&site.places).is_some()
-    });
-    if let Some(holder) = Holder::running(&site.places) {
+    let mut ending = None;
+    let mut has_ended = || {
+        ending = ending.take().or_else(|| child.as_ref().and_then(Running::ended));
+        ending.is_some()
+    };
+    let runs = || Holder::running(&site.places).is_some();
+    let is_up = wait_until(START_TIMEOUT, || has_ended() || runs()) && runs();
+    // It has the lock before it has read its identity.
+    if is_up
+        && !wait_until(SETTLE_TIME, || has_ended() || !runs())
+        && let Some(holder) = Holder::running(&site.places)
+    {
         print(&format!("the agent runs, as pid {}\n", holder.pid));
         return Ok(());
     }
-    let how = match exit {
-        Some(status) => format!("the agent ended at once ({status})"),
-        None => format!("no agent runs after {} s", START_TIMEOUT.as_secs()),
+    let how = match ending {
+        Some(ending) if !ending.is_empty() => format!("the agent ended at once ({ending})"),
+        ending if is_up || ending.is_some() => "the agent ended at once".to_owned(),
+        _ => format!("no agent runs after {} s", START_TIMEOUT.as_secs()),
     };
     Err(Failure::Runtime(format!("{how}; {}", site.end_of_log())))
 }
@@ -407,11 +415,14 @@ fn show_logs(globals: &Globals, options: &Service) -> Result<(), Failure> {
     let lines = options.lines.unwrap_or(100);
     let (supervisor, site) = found(globals)?;
     if let Some(Supervisor::Systemd(unit)) = &supervisor {
-        let mut command = Command::new("journalctl");
-        command.args(unit.scope()).args(["-u", UNIT, "-n"]).arg(lines.to_string());
-        command.args(options.follow.then_some("-f"));
-        let e = command.exec();
-        return Err(Failure::Runtime(format!("`journalctl` cannot be run: {e}")));
+        let lines = lines.to_string();
+        let mut words = [&["journalctl"], unit.scope(), &["-u", UNIT, "-n", &lines]].concat();
+        words.extend(options.follow.then_some("-f"));
+        return match program::in_front(&words) {
+            Ok(None) => Ok(()),
+            Ok(Some(failure)) => Err(Failure::Runtime(format!("`journalctl` failed: {failure}"))),
+            Err(e) => Err(Failure::Runtime(format!("`journalctl` cannot be run: {e}"))),
+        };
     }
     let log = &site.log;
     let mut stdout = std::io::stdout().lock();

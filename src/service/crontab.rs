@@ -3,11 +3,11 @@
 //! Invariants: every byte outside the block stays as it is, and what [`Table::with`] adds [`Table::without`] takes away again.
 //! A crontab whose marks, or the lines between them, are not as we write them is refused: what is there may be somebody's work.
 
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind};
 use std::ops::Range;
-use std::process::{Command, Output, Stdio};
 
-use super::{Launch, said_by};
+use super::Launch;
+use super::program;
 
 const BEGIN: &str =
     "# >>> usepod-agent: written by `usepod-agent service install`, removed by `usepod-agent service uninstall`";
@@ -34,22 +34,19 @@ impl Table {
     /// # Errors
     /// `crontab` fails, or somebody edited the block.
     pub fn read() -> Result<Option<Table>, String> {
-        let output = match crontab("-l", None) {
+        let output = match program::output(&["crontab", "-l"], b"") {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
             ran => ran.map_err(not_started)?,
         };
-        let said = String::from_utf8_lossy(&output.stderr).to_lowercase();
-        // The words of cron, cronie, dcron and fcron; those of busybox.
-        let is_none = said.contains("no crontab")
-            || said.contains("no fcrontab")
-            || (said.contains("can't open") && said.contains("no such file"));
-        match output.status.success() {
-            true => Table::parse(output.stdout).map(Some),
-            false if is_none => Table::parse(Vec::new()).map(Some),
-            false => Err(format!(
-                "`crontab -l` failed, so the crontab is left as it is: {}",
-                said_by(&output.stderr, output.status)
-            )),
+        if output.failure.is_none() {
+            return Table::parse(output.stdout).map(Some);
+        }
+        let said = output.complaint();
+        // The words of cron, cronie and dcron; those of busybox.
+        let is_none = said.contains("no crontab") || (said.contains("can't open") && said.contains("No such file"));
+        match is_none {
+            true => Table::parse(Vec::new()).map(Some),
+            false => Err(format!("`crontab -l` failed, so the crontab is left as it is: {said}")),
         }
     }
 
@@ -168,11 +165,11 @@ impl Table {
     /// `crontab` refuses it, in its own words.
     pub fn write(text: &[u8]) -> Result<(), String> {
         // An empty one is none.
-        let ran = if text.is_empty() { crontab("-r", None) } else { crontab("-", Some(text)) };
-        let output = ran.map_err(not_started)?;
-        match output.status.success() {
-            true => Ok(()),
-            false => Err(format!("`crontab` did not take the new crontab: {}", said_by(&output.stderr, output.status))),
+        let how = if text.is_empty() { "-r" } else { "-" };
+        let output = program::output(&["crontab", how], text).map_err(not_started)?;
+        match output.failure {
+            None => Ok(()),
+            Some(_) => Err(format!("`crontab` did not take the new crontab: {}", output.complaint())),
         }
     }
 
@@ -215,19 +212,6 @@ fn assignment(line: &str) -> Option<(String, String)> {
 fn unquoted(text: &str) -> &str {
     let within = |quote: char| text.strip_prefix(quote)?.strip_suffix(quote);
     within('"').or_else(|| within('\'')).unwrap_or(text)
-}
-
-/// Runs `crontab`, which speaks English to us.
-fn crontab(argument: &str, input: Option<&[u8]>) -> io::Result<Output> {
-    let mut command = Command::new("crontab");
-    command.arg(argument).env("LC_ALL", "C");
-    command.stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() });
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    if let (Some(input), Some(mut stdin)) = (input, child.stdin.take()) {
-        // One that does not read on says why when it ends.
-        let _ = stdin.write_all(input);
-    }
-    child.wait_with_output()
 }
 
 fn not_started(e: io::Error) -> String {
@@ -303,7 +287,7 @@ mod tests {
     fn the_shell_gets_the_paths_as_they_are() {
         let table = table(&table(b"").with(&launch()));
         let command = table.command().expect("a command").replace("exec ", "printf '%s\\n' ").replace(TO_NOWHERE, "");
-        let output = Command::new("sh").arg("-c").arg(command).output().expect("a shell");
+        let output = std::process::Command::new("sh").arg("-c").arg(command).output().expect("a shell");
         let words = "/opt/a b/usepod-agent\nrun\n--cron\n--config\n/home/o'neil/100%/agent.toml\n--log-level\ndebug\n";
         assert_eq!(String::from_utf8_lossy(&output.stdout), words);
     }

@@ -5,11 +5,11 @@
 
 pub mod crontab;
 pub mod logs;
+pub mod program;
 pub mod systemd;
 
 use std::io;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use log::LevelFilter;
@@ -18,6 +18,7 @@ use nix::unistd::{Pid, Uid, User};
 
 use crate::instance::Holder;
 use crontab::Table;
+use program::Running;
 use systemd::Unit;
 
 /// How often a process is looked at that is to end or to start.
@@ -59,7 +60,7 @@ impl Launch {
 
     /// The options behind the configuration file.
     fn options(&self) -> Vec<String> {
-        let level = self.log_level.map(|level| format!("--log-level {}", level.as_str().to_lowercase()));
+        let level = self.log_level.map(|level| format!("--log-level {}", level.as_str().to_ascii_lowercase()));
         level.into_iter().chain(self.allow_insecure.then(|| "--allow-insecure".into())).collect()
     }
 }
@@ -101,21 +102,25 @@ impl Supervisor {
     }
 }
 
-/// Starts what cron would start, as cron would: its shell, its environment, and a process group of its own, which a closed
-/// terminal does not touch.
+/// Starts what cron would start, as cron would: its shell, its environment.
 ///
 /// # Errors
 /// There is no shell.
-pub fn start_like_cron(table: &Table) -> io::Result<Child> {
-    let home = std::env::var_os("HOME").unwrap_or_else(|| "/".into());
-    let variables = table.environment();
+pub fn start_like_cron(table: &Table) -> io::Result<Running> {
+    let mut variables = table.environment();
+    // The crontab's own win.
+    for (name, value) in [
+        ("HOME", std::env::var("HOME").unwrap_or_default()),
+        ("LOGNAME", this_user().map(|user| user.name).unwrap_or_default()),
+        ("SHELL", "/bin/sh".to_owned()),
+        ("PATH", CRON_PATH.to_owned()),
+    ] {
+        if !variables.iter().any(|(known, _)| known == name) {
+            variables.push((name.to_owned(), value));
+        }
+    }
     let shell = variables.iter().find(|(name, _)| name == "SHELL").map_or("/bin/sh", |(_, shell)| shell);
-    let mut command = Command::new(shell);
-    command.arg("-c").arg(table.command().unwrap_or_default());
-    command.env_clear().env("HOME", &home).env("SHELL", "/bin/sh").env("PATH", CRON_PATH);
-    command.envs(this_user().map(|user| ("LOGNAME", user.name))).envs(variables);
-    std::os::unix::process::CommandExt::process_group(&mut command, 0);
-    command.current_dir(home).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()
+    program::start_detached(&[shell, "-c", &table.command().unwrap_or_default()], &variables)
 }
 
 /// Who runs this, by the box's own list.
@@ -164,13 +169,5 @@ pub fn wait_until(limit: Duration, mut holds: impl FnMut() -> bool) -> bool {
             return false;
         }
         std::thread::sleep(POLL_INTERVAL);
-    }
-}
-
-/// What a program that failed had to say.
-fn said_by(stderr: &[u8], status: ExitStatus) -> String {
-    match String::from_utf8_lossy(stderr).trim() {
-        "" => status.to_string(),
-        said => said.to_owned(),
     }
 }

@@ -6,12 +6,11 @@ use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use nix::unistd::{Uid, User};
 
-use super::{Launch, said_by};
+use super::{Launch, program};
 
 /// The unit's name.
 pub const UNIT: &str = "usepod-agent.service";
@@ -182,10 +181,11 @@ impl Unit {
     /// # Errors
     /// It refuses, in its own words, or there is none.
     pub fn systemctl(&self, arguments: &[&str]) -> Result<(), String> {
-        let shown = [&["systemctl"], self.scope(), arguments].concat().join(" ");
-        match Command::new("systemctl").args(self.scope()).args(arguments).output() {
-            Ok(output) if output.status.success() => Ok(()),
-            Ok(output) => Err(format!("`{shown}` failed: {}", said_by(&output.stderr, output.status))),
+        let words = [&["systemctl"], self.scope(), arguments].concat();
+        let shown = words.join(" ");
+        match program::output(&words, b"") {
+            Ok(output) if output.failure.is_none() => Ok(()),
+            Ok(output) => Err(format!("`{shown}` failed: {}", output.complaint())),
             Err(e) if e.kind() == ErrorKind::NotFound => {
                 Err("there is no `systemctl` on this box: use cron, with `usepod-agent service install`".into())
             }
@@ -250,7 +250,9 @@ mod tests {
             fs::write(&unit.path, text(&unit, &launch(), uid)).expect("written");
             assert_eq!(unit.config(), Some(launch().config));
             // Where there is no systemd there is nobody to ask.
-            if let Ok(output) = Command::new("systemd-analyze").arg("verify").arg("--man=no").arg(&unit.path).output() {
+            if let Ok(output) =
+                std::process::Command::new("systemd-analyze").arg("verify").arg("--man=no").arg(&unit.path).output()
+            {
                 let said = String::from_utf8_lossy(&output.stderr).into_owned();
                 assert!(!said.contains(UNIT), "{said}");
             }
