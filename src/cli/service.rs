@@ -54,10 +54,12 @@ pub fn run(globals: &Globals, options: &Service) -> Result<(), Failure> {
 /// The agent that is meant.
 struct Site {
     path: PathBuf,
-    config: Config,
     key_path: PathBuf,
     places: Places,
     log: PathBuf,
+    drain: Duration,
+    /// The variables that hold its keys.
+    keys: Vec<String>,
 }
 
 impl Site {
@@ -77,7 +79,8 @@ impl Site {
         let key_path = as_theirs(&config.key_path);
         let places = Places::beside(&key_path);
         let log = places.log();
-        Ok(Site { path, config, key_path, places, log })
+        let keys = config.backends.into_iter().filter_map(|backend| backend.api_key_env).collect();
+        Ok(Site { path, key_path, places, log, drain: config.limits.drain, keys })
     }
 
     /// The last lines of the log, for an error.
@@ -122,9 +125,6 @@ fn site_of(globals: &Globals, supervisor: Option<&Supervisor>) -> Result<Site, F
 fn install(globals: &Globals, systemd: bool) -> Result<(), Failure> {
     let unit = if systemd { Some(Unit::of_this_user().map_err(Failure::Runtime)?) } else { None };
     let site = Site::load(&Config::find(globals.config.as_deref())?, globals.allow_insecure, unit.as_ref())?;
-    for warning in &site.config.warnings {
-        log::warn!("{warning}");
-    }
     let launch = launch_of(&site, globals).map_err(Failure::Runtime)?;
     let installed = Supervisor::installed().map_err(Failure::Runtime)?;
     if let Some(installed) = &installed {
@@ -201,7 +201,7 @@ fn install_unit(unit: &Unit, launch: &Launch, site: &Site) -> Result<String, Fai
         uid: owner.filter(|_| !unit.is_users),
         stopped: &stopped,
         writable: &writable,
-        drain: site.config.limits.drain,
+        drain: site.drain,
     };
     let was_there = unit.path.exists();
     let place = unit.path.display();
@@ -244,8 +244,7 @@ fn notes(launch: &Launch, site: &Site, systemd: bool, known: &[String]) -> Strin
         notes.push("no cron daemon seems to run; start it (Debian and Ubuntu: `service cron start`, as root)".into());
     }
     let is_set = |name: &&str| std::env::var_os(name).is_some();
-    let keys = site.config.backends.iter().filter_map(|backend| backend.api_key_env.as_deref());
-    for name in keys.chain(PROXY_VARIABLES.into_iter().filter(is_set)) {
+    for name in site.keys.iter().map(String::as_str).chain(PROXY_VARIABLES.into_iter().filter(is_set)) {
         if known.iter().any(|known| known == name) {
             continue;
         }
@@ -317,7 +316,7 @@ fn end_running(site: &Site) -> Result<(), Failure> {
         print("no agent runs\n");
         return Ok(());
     };
-    let (began, patience) = (Instant::now(), site.config.limits.drain + STOP_MARGIN);
+    let (began, patience) = (Instant::now(), site.drain + STOP_MARGIN);
     print(&format!("asked pid {} to finish its jobs and leave; waiting up to {} s\n", holder.pid, patience.as_secs()));
     let is_killed = end(&holder, patience).map_err(Failure::Runtime)?;
     let how = if is_killed { "did not leave, so it was killed" } else { "has left" };
