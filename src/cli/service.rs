@@ -31,6 +31,17 @@ const LINES_OF_FAILURE: usize = 10;
 /// Variables of a shell that the agent heeds, and a supervisor does not pass on.
 const PROXY_VARIABLES: [&str; 4] = ["HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"];
 
+impl From<String> for Failure {
+    fn from(what: String) -> Failure {
+        Failure::Runtime(what)
+    }
+}
+
+/// Prints it, as [`print`] does.
+fn tell(text: std::fmt::Arguments<'_>) {
+    let _ = std::io::stdout().lock().write_fmt(text);
+}
+
 /// Does as it was told.
 pub fn run(globals: &Globals, options: &Service) -> Result<(), Failure> {
     logging::start(globals.log_level.unwrap_or(LevelFilter::Warn));
@@ -103,7 +114,7 @@ fn older(log: &Path) -> PathBuf {
 
 /// What is installed, and the agent that it is about.
 fn found(globals: &Globals) -> Result<(Option<Supervisor>, Site), Failure> {
-    let supervisor = Supervisor::installed().map_err(Failure::Runtime)?;
+    let supervisor = Supervisor::installed()?;
     let site = site_of(globals, supervisor.as_ref())?;
     Ok((supervisor, site))
 }
@@ -123,10 +134,10 @@ fn site_of(globals: &Globals, supervisor: Option<&Supervisor>) -> Result<Site, F
 }
 
 fn install(globals: &Globals, systemd: bool) -> Result<(), Failure> {
-    let unit = if systemd { Some(Unit::of_this_user().map_err(Failure::Runtime)?) } else { None };
+    let unit = if systemd { Some(Unit::of_this_user()?) } else { None };
     let site = Site::load(&Config::find(globals.config.as_deref())?, globals.allow_insecure, unit.as_ref())?;
-    let launch = launch_of(&site, globals).map_err(Failure::Runtime)?;
-    let installed = Supervisor::installed().map_err(Failure::Runtime)?;
+    let launch = launch_of(&site, globals)?;
+    let installed = Supervisor::installed()?;
     if let Some(installed) = &installed {
         let is_other = matches!(installed, Supervisor::Systemd(_)) != systemd;
         let config = installed.config().unwrap_or_default();
@@ -163,7 +174,7 @@ fn launch_of(site: &Site, globals: &Globals) -> Result<Launch, String> {
 
 /// What was done, and the variables that cron sets for the agent.
 fn install_block(launch: &Launch) -> Result<(String, Vec<String>), Failure> {
-    let table = Table::read().map_err(Failure::Runtime)?.ok_or_else(|| {
+    let table = Table::read()?.ok_or_else(|| {
         Failure::Runtime(
             "there is no `crontab` on this box: install cron (Debian and Ubuntu: `apt install cron`), or use systemd: \
              `usepod-agent service install --systemd`"
@@ -175,7 +186,7 @@ fn install_block(launch: &Launch) -> Result<(String, Vec<String>), Failure> {
     if text == table.text() {
         return Ok(("already installed in your crontab; nothing was changed\n".into(), known));
     }
-    Table::write(&text).map_err(Failure::Runtime)?;
+    Table::write(&text)?;
     let command = Table::parse(text).ok().and_then(|table| table.command()).unwrap_or_default();
     let report = match table.command() {
         None => format!(
@@ -205,7 +216,7 @@ fn install_unit(unit: &Unit, launch: &Launch, site: &Site) -> Result<String, Fai
     };
     let was_there = unit.path.exists();
     let place = unit.path.display();
-    if !unit.install(&unit.text(&content)).map_err(Failure::Runtime)? {
+    if !unit.install(&unit.text(&content))? {
         return Ok(format!("already installed as `{place}`; nothing was changed\n"));
     }
     let mut report = match was_there {
@@ -263,7 +274,7 @@ fn notes(launch: &Launch, site: &Site, systemd: bool, known: &[String]) -> Strin
 }
 
 fn uninstall(globals: &Globals) -> Result<(), Failure> {
-    let supervisor = Supervisor::installed().map_err(Failure::Runtime)?;
+    let supervisor = Supervisor::installed()?;
     let Some(supervisor) = supervisor else {
         print("not installed; nothing was changed\n");
         return Ok(());
@@ -276,9 +287,8 @@ fn uninstall(globals: &Globals) -> Result<(), Failure> {
     match &supervisor {
         Supervisor::Cron(table) => Table::write(&table.without()),
         Supervisor::Systemd(unit) => unit.uninstall(),
-    }
-    .map_err(Failure::Runtime)?;
-    print(&format!("removed: {}\n", supervisor.place()));
+    }?;
+    tell(format_args!("removed: {}\n", supervisor.place()));
     let site = site?;
     let ended = end_running(&site);
     // Without a supervisor there is nobody who must not start it.
@@ -303,7 +313,7 @@ fn stop(globals: &Globals) -> Result<(), Failure> {
     let (supervisor, site) = found(globals)?;
     keep_stopped(&site)?;
     if let Some(Supervisor::Systemd(unit)) = &supervisor {
-        unit.systemctl(&["stop", UNIT]).map_err(Failure::Runtime)?;
+        unit.systemctl(&["stop", UNIT])?;
     }
     end_running(&site)?;
     print("it stays stopped until: usepod-agent service start\n");
@@ -317,10 +327,14 @@ fn end_running(site: &Site) -> Result<(), Failure> {
         return Ok(());
     };
     let (began, patience) = (Instant::now(), site.drain + STOP_MARGIN);
-    print(&format!("asked pid {} to finish its jobs and leave; waiting up to {} s\n", holder.pid, patience.as_secs()));
-    let is_killed = end(&holder, patience).map_err(Failure::Runtime)?;
+    tell(format_args!(
+        "asked pid {} to finish its jobs and leave; waiting up to {} s\n",
+        holder.pid,
+        patience.as_secs()
+    ));
+    let is_killed = end(&holder, patience)?;
     let how = if is_killed { "did not leave, so it was killed" } else { "has left" };
-    print(&format!("pid {} {how}, after {:.1} s\n", holder.pid, began.elapsed().as_secs_f64()));
+    tell(format_args!("pid {} {how}, after {:.1} s\n", holder.pid, began.elapsed().as_secs_f64()));
     Ok(())
 }
 
@@ -351,7 +365,7 @@ fn start_by(supervisor: &Supervisor, site: &Site, verb: &str) -> Result<(), Fail
     }
     let mut child = None;
     match supervisor {
-        Supervisor::Systemd(unit) => unit.systemctl(&[verb, UNIT]).map_err(Failure::Runtime)?,
+        Supervisor::Systemd(unit) => unit.systemctl(&[verb, UNIT])?,
         Supervisor::Cron(_) if Holder::running(&site.places).is_some() => {}
         Supervisor::Cron(table) => {
             let started = start_like_cron(table);
@@ -370,7 +384,7 @@ fn start_by(supervisor: &Supervisor, site: &Site, verb: &str) -> Result<(), Fail
         && !wait_until(SETTLE_TIME, || has_ended() || !runs())
         && let Some(holder) = Holder::running(&site.places)
     {
-        print(&format!("the agent runs, as pid {}\n", holder.pid));
+        tell(format_args!("the agent runs, as pid {}\n", holder.pid));
         return Ok(());
     }
     let how = match ending {
@@ -387,9 +401,9 @@ fn not_installed() -> Failure {
 }
 
 fn status(globals: &Globals) -> Result<(), Failure> {
-    let supervisor = Supervisor::installed().map_err(Failure::Runtime)?;
+    let supervisor = Supervisor::installed()?;
     let Some(supervisor) = supervisor else { return Err(not_installed()) };
-    print(&format!("supervisor  {}\n", supervisor.place()));
+    tell(format_args!("supervisor  {}\n", supervisor.place()));
     let site = site_of(globals, Some(&supervisor))?;
     let is_stopped = site.places.stopped().exists();
     let Some(holder) = Holder::running(&site.places) else {
@@ -403,7 +417,7 @@ fn status(globals: &Globals) -> Result<(), Failure> {
         return Err(Failure::Told(NOT_RUNNING));
     };
     let silence = holder.silence().as_secs();
-    print(&format!("agent       running as pid {}, last sign of life {silence} s ago\n", holder.pid));
+    tell(format_args!("agent       running as pid {}, last sign of life {silence} s ago\n", holder.pid));
     if is_stopped {
         print("            it is to stop, by `service stop`, and has not left yet\n");
     }
