@@ -37,7 +37,7 @@ impl From<String> for Failure {
     }
 }
 
-/// Prints it, as [`print`] does.
+/// Prints it, as [`print()`] does.
 fn tell(text: std::fmt::Arguments<'_>) {
     let _ = std::io::stdout().lock().write_fmt(text);
 }
