@@ -148,8 +148,9 @@ fn install(globals: &Globals, systemd: bool) -> Result<(), Failure> {
             )));
         }
     }
-    files::create_folder_of(&site.key_path)
-        .map_err(|e| Failure::Runtime(format!("failed to make the folder of `{}`: {e}", site.key_path.display())))?;
+    make_folder(&site, unit.as_ref()).map_err(|e| {
+        Failure::Runtime(format!("failed to make the folder of `{}`: {e}; check the rights", site.key_path.display()))
+    })?;
     let (report, known) = match unit {
         Some(unit) => (install_unit(&unit, &launch, &site)?, Vec::new()),
         None => install_block(&launch)?,
@@ -157,6 +158,14 @@ fn install(globals: &Globals, systemd: bool) -> Result<(), Failure> {
     print(&report);
     print(&notes(&launch, &site, systemd, &known));
     Ok(())
+}
+
+/// Makes the folder of the identity, which belongs to whom the agent runs as.
+fn make_folder(site: &Site, unit: Option<&Unit>) -> std::io::Result<()> {
+    let Some(folder) = site.key_path.parent().filter(|folder| !folder.exists()) else { return Ok(()) };
+    files::create_folder_of(&site.key_path)?;
+    let owner = unit.filter(|unit| !unit.is_users).and_then(|_| systemd::owner_of(&site.path));
+    owner.map_or(Ok(()), |(uid, _)| std::os::unix::fs::lchown(folder, Some(uid), None))
 }
 
 fn launch_of(site: &Site, globals: &Globals) -> Result<Launch, String> {
