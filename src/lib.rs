@@ -81,4 +81,5 @@ pub mod backend;
 pub mod pairing;
 
 pub mod cli;
+pub mod service;
 pub mod demo;

@@ -20,9 +20,10 @@ use crate::config::parse_level;
     example = "Pair this machine, and write agent.toml:\n$ {command_name} setup",
     example = "Check a configuration, and see what would be offered at which prices:\n$ {command_name} validate --config agent.toml",
     example = "Serve:\n$ {command_name} run --config agent.toml",
+    example = "Have cron keep it running, from now on and after each boot:\n$ {command_name} service install",
     error_code(1, "runtime error"),
     error_code(2, "usage or configuration error"),
-    error_code(3, "status: no agent runs"),
+    error_code(3, "status, service: no agent runs, or none is installed"),
     error_code(4, "an agent with this identity is already running")
 )]
 pub struct Args {
@@ -67,6 +68,7 @@ pub enum Command {
     Enroll(Enroll),
     Version(Version),
     Demo(Demo),
+    Service(Service),
 }
 
 /// Serve until stopped (the default). SIGTERM, SIGINT or SIGHUP: finish the jobs in flight, then exit.
@@ -151,6 +153,50 @@ pub struct Demo {
     pub listen: Option<SocketAddr>,
 }
 
+/// Have cron (or systemd) keep the agent running: install, uninstall, start, stop, restart, status or logs. It stays stopped
+/// until started; status exits with 0 only while an agent runs.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand, name = "service", error_code(3, "not installed, or not running"))]
+pub struct Service {
+    /// install, uninstall, start, stop, restart, status or logs
+    #[argh(positional, from_str_fn(action))]
+    pub action: Action,
+    /// install: a systemd unit in place of lines in the crontab, a system unit as root, else a user unit
+    #[argh(switch)]
+    pub systemd: bool,
+    /// logs: show what is added, too, until Ctrl-C
+    #[argh(switch, short = 'f')]
+    pub follow: bool,
+    /// logs: so many lines of what is there (default: 100)
+    #[argh(option, short = 'n', arg_name = "n")]
+    pub lines: Option<usize>,
+}
+
+/// What `service` is to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    Install,
+    Uninstall,
+    Start,
+    Stop,
+    Restart,
+    Status,
+    Logs,
+}
+
+fn action(word: &str) -> Result<Action, String> {
+    Ok(match word {
+        "install" => Action::Install,
+        "uninstall" => Action::Uninstall,
+        "start" => Action::Start,
+        "stop" => Action::Stop,
+        "restart" => Action::Restart,
+        "status" => Action::Status,
+        "logs" => Action::Logs,
+        _ => return Err("use one of: install, uninstall, start, stop, restart, status, logs".into()),
+    })
+}
+
 /// What the words came to.
 pub enum Parsed {
     /// To be run.
@@ -164,7 +210,7 @@ const GLOBAL_OPTIONS: [&str; 3] = ["--config", "-c", "--log-level"];
 /// Options of every command, without one.
 const GLOBAL_SWITCHES: [&str; 1] = ["--allow-insecure"];
 /// Options of one command, with a value, which may look like anything.
-const COMMAND_OPTIONS: [&str; 4] = ["--port", "--prompt", "--listen", "--coordinator"];
+const COMMAND_OPTIONS: [&str; 5] = ["--port", "--prompt", "--lines", "--listen", "--coordinator"];
 
 /// Parses the process's arguments, the program's name first.
 ///

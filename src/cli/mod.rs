@@ -9,6 +9,7 @@ mod demo;
 mod enroll;
 mod pause;
 mod run;
+mod service;
 mod setup;
 mod status;
 mod validate;
@@ -135,6 +136,7 @@ fn dispatch(args: Args) -> Result<(), Failure> {
             Ok(())
         }
         Command::Demo(options) => demo::run(&globals, &options),
+        Command::Service(options) => service::run(&globals, &options),
     }
 }
 

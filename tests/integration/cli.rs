@@ -31,18 +31,20 @@ fn version_prints_the_version() {
     assert!(ran.stdout.trim().ends_with(env!("CARGO_PKG_VERSION")), "{}", ran.stdout);
 }
 
+const COMMANDS: [&str; 10] =
+    ["run", "setup", "service", "status", "pause", "resume", "validate", "enroll", "version", "demo"];
+
 #[test]
 fn help_names_every_command_and_has_an_example() {
     for arguments in [&["--help"][..], &["help"], &["-h"]] {
         let ran = run(&plain(), arguments, &[]);
         assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""), "{arguments:?}");
-        let words =
-            ["run", "setup", "validate", "enroll", "version", "demo", "--config", "--log-level", "--allow-insecure"];
-        for word in words.into_iter().chain(["xample", "$ usepod-agent"]) {
+        let others = ["--config", "--log-level", "--allow-insecure", "xample", "$ usepod-agent"];
+        for word in COMMANDS.into_iter().chain(others) {
             assert!(ran.stdout.contains(word), "{arguments:?}: no `{word}` in {}", ran.stdout);
         }
     }
-    for command in ["run", "setup", "validate", "enroll", "version", "demo"] {
+    for command in COMMANDS {
         let ran = run(&plain(), &[command, "--help"], &[]);
         assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""), "{command} --help");
         assert!(ran.stdout.contains(command), "{command} --help: {}", ran.stdout);

@@ -26,6 +26,7 @@ mod reconnect; // how sessions end, and when the next begins
 mod refusals; // the statuses and words of a backend that does not serve
 mod relay; // the response's bytes, and what is read off them
 mod request; // the job as the backend gets it
+mod service; // the supervisor: crontab, systemd unit, start and stop
 mod setup; // the pairing, and the agent.toml that it writes
 mod session; // everything else that happens on a live session
 mod shutdown; // signals and the drain

@@ -11,7 +11,7 @@ use super::weigh::{Weight, weigh};
 use super::{SOON, Scratch, ms};
 
 /// The binary under test: another one where `AGENT` names it.
-fn binary() -> OsString {
+pub fn binary() -> OsString {
     std::env::var_os("AGENT").unwrap_or_else(|| env!("CARGO_BIN_EXE_usepod-agent").into())
 }
 

@@ -21,7 +21,7 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-pub use agent::{Agent, Setup, cli, cli_within};
+pub use agent::{Agent, Setup, binary, cli, cli_within};
 pub use backend::{Answer, Backend, Held};
 pub use coordinator::{Coordinator, Dialled};
 pub use endless::EndlessLine;

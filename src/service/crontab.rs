@@ -1,0 +1,323 @@
+//! The marked block in the user's crontab.
+//!
+//! Invariants: every byte outside the block stays as it is, and what [`Table::with`] adds [`Table::without`] takes away again.
+//! A crontab whose marks, or the lines between them, are not as we write them is refused: what is there may be somebody's work.
+
+use std::io::{self, ErrorKind};
+use std::ops::Range;
+
+use super::Launch;
+use super::program;
+
+const BEGIN: &str =
+    "# >>> usepod-agent: written by `usepod-agent service install`, removed by `usepod-agent service uninstall`";
+/// How the first mark begins, whatever it explains.
+const BEGIN_MARK: &str = "# >>> usepod-agent";
+const END: &str = "# <<< usepod-agent";
+/// When cron is to look: at the boot, and every minute.
+const TIMES: [&str; 2] = ["@reboot ", "* * * * * "];
+/// Between the program and its arguments, in every line of ours.
+const RUN: &str = " run --cron --config ";
+/// Nobody waits for the output: the agent logs to its file.
+const TO_NOWHERE: &str = " >/dev/null 2>&1";
+
+/// A crontab.
+pub struct Table {
+    text: Vec<u8>,
+    /// From the first mark to behind the second one's line end.
+    block: Option<Range<usize>>,
+}
+
+impl Table {
+    /// The crontab of the user who runs this; none where no cron is installed.
+    ///
+    /// # Errors
+    /// `crontab` fails, or somebody edited the block.
+    pub fn read() -> Result<Option<Table>, String> {
+        let output = match program::output(&["crontab", "-l"], b"") {
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+            ran => ran.map_err(not_started)?,
+        };
+        if output.failure.is_none() {
+            return Table::parse(output.stdout).map(Some);
+        }
+        let said = output.complaint();
+        // The words of cron, cronie and dcron; those of busybox.
+        let is_none = said.contains("no crontab") || (said.contains("can't open") && said.contains("No such file"));
+        match is_none {
+            true => Table::parse(Vec::new()).map(Some),
+            false => Err(format!("`crontab -l` failed, so the crontab is left as it is: {said}")),
+        }
+    }
+
+    /// Takes a crontab apart.
+    ///
+    /// # Errors
+    /// Somebody edited the block.
+    pub fn parse(text: Vec<u8>) -> Result<Table, String> {
+        let mut marks = Vec::new();
+        let mut block: Option<Range<usize>> = None;
+        let mut at = 0;
+        for (number, line) in text.split_inclusive(|b| *b == b'\n').enumerate() {
+            let content = line.trim_ascii_end();
+            let (begins, ends) = (content.starts_with(BEGIN_MARK.as_bytes()), content == END.as_bytes());
+            let is_within = marks.len() == 1;
+            if begins || ends {
+                marks.push((number + 1, ends));
+            } else if is_within && !is_ours(content) {
+                return Err(format!(
+                    "line {} of the crontab stands between the marks of usepod-agent and is not of its making; \
+                     move it out with `crontab -e`",
+                    number + 1
+                ));
+            }
+            match (&mut block, begins || ends) {
+                (None, true) => block = Some(at..at + line.len()),
+                (Some(block), true) => block.end = at + line.len(),
+                _ => {}
+            }
+            at += line.len();
+        }
+        match marks[..] {
+            [] | [(_, false), (_, true)] => Ok(Table { text, block }),
+            _ => {
+                let numbers: Vec<String> = marks.iter().map(|(number, _)| number.to_string()).collect();
+                Err(format!(
+                    "the marks of usepod-agent in the crontab are no pair `{BEGIN_MARK} …`, `{END}` (line {}); with \
+                     `crontab -e`, remove them and the lines that they were around",
+                    numbers.join(", ")
+                ))
+            }
+        }
+    }
+
+    /// The crontab with the block, the one that is there replaced.
+    pub fn with(&self, launch: &Launch) -> Vec<u8> {
+        let mut block = format!("{BEGIN}\n");
+        for times in TIMES {
+            block.push_str(times);
+            block.push_str(&command_line(launch));
+            block.push('\n');
+        }
+        block.push_str(END);
+        let (before, after) = match &self.block {
+            Some(block) => (&self.text[..block.start], &self.text[block.end..]),
+            None => (&self.text[..], &[][..]),
+        };
+        let mut text = before.to_vec();
+        // A crontab without an end of its last line: the block is as it found it, which tells `without`.
+        let was_open = match &self.block {
+            Some(block) => !self.text[block.clone()].ends_with(b"\n"),
+            None => !before.is_empty() && !before.ends_with(b"\n"),
+        };
+        if was_open && self.block.is_none() {
+            text.push(b'\n');
+        }
+        text.extend_from_slice(block.as_bytes());
+        if !was_open {
+            text.push(b'\n');
+        }
+        text.extend_from_slice(after);
+        text
+    }
+
+    /// The crontab without the block.
+    pub fn without(&self) -> Vec<u8> {
+        let Some(block) = &self.block else { return self.text.clone() };
+        let was_open = !self.text[block.clone()].ends_with(b"\n");
+        let before = &self.text[..block.start];
+        let before = if was_open { before.strip_suffix(b"\n").unwrap_or(before) } else { before };
+        [before, &self.text[block.end..]].concat()
+    }
+
+    /// What cron gives to the shell each minute; none without a block.
+    pub fn command(&self) -> Option<String> {
+        let block = String::from_utf8_lossy(&self.text[self.block.clone()?]);
+        let command = block.lines().find_map(|line| line.strip_prefix(TIMES[1]))?;
+        Some(command.trim_end().replace("\\%", "%"))
+    }
+
+    /// The configuration file in the block.
+    pub fn config(&self) -> Option<String> {
+        let command = self.command()?;
+        let mut quoted = command.split_once(RUN)?.1.strip_prefix('\'')?;
+        let mut config = String::new();
+        loop {
+            let (piece, rest) = quoted.split_once('\'')?;
+            config.push_str(piece);
+            match rest.strip_prefix("\\''") {
+                Some(rest) => quoted = rest,
+                None => return Some(config),
+            }
+            config.push('\'');
+        }
+    }
+
+    /// The variables that cron sets for the block: those above it.
+    pub fn environment(&self) -> Vec<(String, String)> {
+        let above = self.block.as_ref().map_or(&self.text[..], |block| &self.text[..block.start]);
+        String::from_utf8_lossy(above).lines().filter_map(assignment).collect()
+    }
+
+    /// Makes `text` the user's crontab.
+    ///
+    /// # Errors
+    /// `crontab` refuses it, in its own words.
+    pub fn write(text: &[u8]) -> Result<(), String> {
+        // An empty one is none.
+        let how = if text.is_empty() { "-r" } else { "-" };
+        let output = program::output(&["crontab", how], text).map_err(not_started)?;
+        match output.failure {
+            None => Ok(()),
+            Some(_) => Err(format!("`crontab` did not take the new crontab: {}", output.complaint())),
+        }
+    }
+
+    /// The bytes as they are.
+    pub fn text(&self) -> &[u8] {
+        &self.text
+    }
+}
+
+/// The command of our lines, as it stands in a crontab.
+fn command_line(launch: &Launch) -> String {
+    let mut line = format!("exec {}{RUN}{}", quoted(&launch.binary), quoted(&launch.config));
+    for option in launch.options() {
+        line.push(' ');
+        line.push_str(&option);
+    }
+    line.push_str(TO_NOWHERE);
+    line
+}
+
+/// Quoted for the shell; and for cron, which takes a bare `%` for a line end.
+fn quoted(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "'\\''").replace('%', "\\%"))
+}
+
+fn is_ours(line: &[u8]) -> bool {
+    let line = String::from_utf8_lossy(line);
+    let command = TIMES.iter().find_map(|times| line.strip_prefix(times));
+    command.is_some_and(|command| command.starts_with("exec '") && command.contains(RUN))
+}
+
+/// `NAME = value`, by cron's rules.
+fn assignment(line: &str) -> Option<(String, String)> {
+    let (name, value) = line.split_once('=')?;
+    let (name, value) = (unquoted(name.trim()), unquoted(value.trim()));
+    let is_name = !name.is_empty() && !name.starts_with('#') && !name.contains(char::is_whitespace);
+    is_name.then(|| (name.to_owned(), value.to_owned()))
+}
+
+fn unquoted(text: &str) -> &str {
+    let within = |quote: char| text.strip_prefix(quote)?.strip_suffix(quote);
+    within('"').or_else(|| within('\'')).unwrap_or(text)
+}
+
+fn not_started(e: io::Error) -> String {
+    format!("`crontab` cannot be run: {e}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn launch() -> Launch {
+        Launch {
+            binary: "/opt/a b/usepod-agent".into(),
+            config: "/home/o'neil/100%/agent.toml".into(),
+            log_level: Some(log::LevelFilter::Debug),
+            allow_insecure: false,
+        }
+    }
+
+    fn table(text: &[u8]) -> Table {
+        Table::parse(text.to_vec()).expect("a crontab")
+    }
+
+    #[test]
+    fn what_is_installed_twice_is_installed_once_and_what_is_uninstalled_was_never_there() {
+        const PIECES: [&[u8]; 12] = [
+            b"\n",
+            b"\r\n",
+            b"# a comment",
+            b"PATH=/usr/bin",
+            b"* * * * * echo 100\\%",
+            b"\xff\x00",
+            b"'",
+            b" ",
+            b"% ",
+            b"# <<< other",
+            b"@reboot exec '",
+            b"usepod-agent",
+        ];
+        let other = Launch { log_level: None, ..launch() };
+        arbtest::arbtest(|u| {
+            let mut text = Vec::new();
+            for _ in 0..u.int_in_range(0..=12)? {
+                text.extend_from_slice(u.choose(&PIECES)?);
+            }
+            let installed = table(&text).with(&launch());
+            let start = text.len();
+            assert_eq!(installed[..start], text, "what was there comes first");
+            assert_eq!(table(&installed).with(&launch()), installed);
+            assert_eq!(table(&installed).without(), text);
+            assert_eq!(table(&table(&installed).with(&other)).without(), text);
+            assert_eq!(table(&installed).config(), Some(launch().config));
+            Ok(())
+        });
+    }
+
+    #[test]
+    fn lines_that_came_below_the_block_stay() {
+        for before in ["", "MAILTO=me\n", "# no end"] {
+            let mut text = table(before.as_bytes()).with(&launch());
+            if !text.ends_with(b"\n") {
+                text.push(b'\n');
+            }
+            text.extend_from_slice(b"0 3 * * * backup\n");
+            let after = String::from_utf8(table(&text).without()).expect("UTF-8");
+            let expected =
+                if before.is_empty() || before.ends_with('\n') { before.to_owned() } else { format!("{before}\n") };
+            assert_eq!(after, format!("{expected}0 3 * * * backup\n"));
+        }
+    }
+
+    #[test]
+    fn the_shell_gets_the_paths_as_they_are() {
+        let table = table(&table(b"").with(&launch()));
+        let command = table.command().expect("a command").replace("exec ", "printf '%s\\n' ").replace(TO_NOWHERE, "");
+        let output = std::process::Command::new("sh").arg("-c").arg(command).output().expect("a shell");
+        let words = "/opt/a b/usepod-agent\nrun\n--cron\n--config\n/home/o'neil/100%/agent.toml\n--log-level\ndebug\n";
+        assert_eq!(String::from_utf8_lossy(&output.stdout), words);
+    }
+
+    #[test]
+    fn a_block_that_somebody_edited_is_refused_with_the_lines() {
+        let ours = String::from_utf8(table(b"").with(&launch())).expect("UTF-8");
+        let (begin, end) = (format!("{BEGIN}\n"), format!("{END}\n"));
+        let cases = [
+            (begin.clone(), "line 1"),
+            (format!("x\n{end}"), "line 2"),
+            (format!("{end}{begin}"), "line 1, 2"),
+            (format!("{ours}{ours}"), "line 1, 4, 5, 8"),
+            (ours.replace(END, ""), "line 4"),
+            (ours.replace(END, "0 3 * * * backup\n# <<< usepod-agent"), "line 4"),
+            (ours.replace("@reboot", "KEY=1\n@reboot"), "line 2"),
+        ];
+        for (text, lines) in cases {
+            let told = Table::parse(text.clone().into_bytes()).map(|_| ()).expect_err(&text);
+            assert!(told.contains(lines) && told.contains("crontab -e"), "{text}: {told}");
+        }
+    }
+
+    #[test]
+    fn the_variables_above_the_block_are_read_as_cron_reads_them() {
+        let above = "# NOT=this\nA=1\n B = \"two words\" \nC='3'\n* * * * * X=1 command\nD=\n";
+        let mut text = table(above.as_bytes()).with(&launch());
+        text.extend_from_slice(b"BELOW=1\n");
+        let found = table(&text).environment();
+        let found: Vec<(&str, &str)> = found.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        assert_eq!(found, [("A", "1"), ("B", "two words"), ("C", "3"), ("D", "")]);
+    }
+}

@@ -1,0 +1,173 @@
+//! Who starts the agent, and starts it again: cron, or systemd where the operator prefers it.
+//!
+//! Invariants: one supervisor at a time; what the operator has stopped stays so under both, by the file
+//! [`Places::stopped`](crate::instance::Places::stopped); a signal goes to the process that holds the lock and to no other.
+
+pub mod crontab;
+pub mod logs;
+pub mod program;
+pub mod systemd;
+
+use std::io;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use log::LevelFilter;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, Uid, User};
+
+use crate::instance::Holder;
+use crontab::Table;
+use program::Running;
+use systemd::Unit;
+
+/// How often a process is looked at that is to end or to start.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+/// How long a process may take to go after SIGKILL.
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+/// What cron has its commands find.
+const CRON_PATH: &str = "/usr/bin:/bin";
+
+/// What the supervisor starts.
+#[derive(Debug, Clone)]
+pub struct Launch {
+    /// The program, as an absolute path.
+    pub binary: String,
+    /// The configuration file, as an absolute path.
+    pub config: String,
+    /// `--log-level`, if it was given.
+    pub log_level: Option<LevelFilter>,
+    /// `--allow-insecure`.
+    pub allow_insecure: bool,
+}
+
+impl Launch {
+    /// A path that every supervisor can be told.
+    ///
+    /// # Errors
+    /// It holds what they cannot carry.
+    pub fn path(path: &Path) -> Result<String, String> {
+        let shown = path.to_string_lossy();
+        match path.to_str() {
+            // A backslash before `%` is read differently by every cron.
+            Some(text) if !text.contains(|c: char| c.is_control() || c == '\\') => Ok(text.to_owned()),
+            _ => Err(format!(
+                "`{}`: no supervisor can be given a path with a line end, a backslash or what is not UTF-8; rename it",
+                shown.escape_debug()
+            )),
+        }
+    }
+
+    /// The options behind the configuration file.
+    fn options(&self) -> Vec<String> {
+        let level = self.log_level.map(|level| format!("--log-level {}", level.as_str().to_ascii_lowercase()));
+        level.into_iter().chain(self.allow_insecure.then(|| "--allow-insecure".into())).collect()
+    }
+}
+
+/// Who supervises the agent of this user.
+pub enum Supervisor {
+    /// cron, by the block in this crontab.
+    Cron(Table),
+    /// systemd, by this unit.
+    Systemd(Unit),
+}
+
+impl Supervisor {
+    /// The one that is installed.
+    ///
+    /// # Errors
+    /// The crontab cannot be read, or somebody edited the block in it.
+    pub fn installed() -> Result<Option<Supervisor>, String> {
+        if let Some(unit) = Unit::installed() {
+            return Ok(Some(Supervisor::Systemd(unit)));
+        }
+        Ok(Table::read()?.filter(|table| table.command().is_some()).map(Supervisor::Cron))
+    }
+
+    /// The configuration file that it was given.
+    pub fn config(&self) -> Option<String> {
+        match self {
+            Supervisor::Cron(table) => table.config(),
+            Supervisor::Systemd(unit) => unit.config(),
+        }
+    }
+
+    /// Where it was installed, in a few words.
+    pub fn place(&self) -> String {
+        match self {
+            Supervisor::Cron(_) => "cron, by your crontab".into(),
+            Supervisor::Systemd(unit) => format!("systemd, by `{}`", unit.path.display()),
+        }
+    }
+}
+
+/// Starts what cron would start, as cron would: its shell, its environment.
+///
+/// # Errors
+/// There is no shell.
+pub fn start_like_cron(table: &Table) -> io::Result<Running> {
+    let mut variables = table.environment();
+    // The crontab's own win.
+    for (name, value) in [
+        ("HOME", std::env::var("HOME").unwrap_or_default()),
+        ("LOGNAME", this_user().map(|user| user.name).unwrap_or_default()),
+        ("SHELL", "/bin/sh".to_owned()),
+        ("PATH", CRON_PATH.to_owned()),
+    ] {
+        if !variables.iter().any(|(known, _)| known == name) {
+            variables.push((name.to_owned(), value));
+        }
+    }
+    let shell = variables.iter().find(|(name, _)| name == "SHELL").map_or("/bin/sh", |(_, shell)| shell);
+    program::start_detached(&[shell, "-c", &table.command().unwrap_or_default()], &variables)
+}
+
+/// Who runs this, by the box's own list.
+pub fn this_user() -> Option<User> {
+    User::from_uid(Uid::effective()).ok().flatten()
+}
+
+/// Whether a cron daemon runs; `None` where that cannot be seen.
+pub fn cron_runs() -> Option<bool> {
+    let is_cron = |entry: std::fs::DirEntry| {
+        let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+        ["cron", "crond", "fcron", "busybox-crond"].contains(&name.trim())
+    };
+    Some(std::fs::read_dir("/proc").ok()?.flatten().any(is_cron))
+}
+
+/// Ends the agent: SIGTERM, and SIGKILL when it is still there after `patience`. Whether it took the second.
+///
+/// # Errors
+/// It is not ours to end, or does not go.
+pub fn end(holder: &Holder, patience: Duration) -> Result<bool, String> {
+    for (signal, patience) in [(Signal::SIGTERM, patience), (Signal::SIGKILL, KILL_TIMEOUT)] {
+        if !holder.is_running() {
+            return Ok(false);
+        }
+        let pid = i32::try_from(holder.pid).map_err(|e| e.to_string())?;
+        match kill(Pid::from_raw(pid), signal) {
+            Ok(()) | Err(nix::Error::ESRCH) => {}
+            Err(e) => return Err(format!("pid {pid} cannot be sent {signal}: {e}; it belongs to another user")),
+        }
+        if wait_until(patience, || !holder.is_running()) {
+            return Ok(signal == Signal::SIGKILL);
+        }
+    }
+    Err(format!("pid {} did not even go after SIGKILL: it hangs in the kernel, on a disk perhaps", holder.pid))
+}
+
+/// Whether `holds` did within `limit`.
+pub fn wait_until(limit: Duration, mut holds: impl FnMut() -> bool) -> bool {
+    let began = Instant::now();
+    loop {
+        if holds() {
+            return true;
+        }
+        if began.elapsed() >= limit {
+            return false;
+        }
+        std::thread::sleep(POLL_INTERVAL);
+    }
+}

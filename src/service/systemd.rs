@@ -1,0 +1,262 @@
+//! The systemd unit: a system unit for root, the user's own for everybody else.
+//!
+//! Invariant: the unit stays down while the operator's `stopped` file is there, as under cron.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::unistd::{Uid, User};
+
+use super::{Launch, program};
+
+/// The unit's name.
+pub const UNIT: &str = "usepod-agent.service";
+const SYSTEM_FOLDER: &str = "/etc/systemd/system";
+/// systemd ignores what begins with `X-`; here our other commands find the configuration again.
+const CONFIG_KEY: &str = "X-Config=";
+const USER_KEY: &str = "User=";
+/// Between the end of the drain and systemd's SIGKILL.
+const STOP_MARGIN: Duration = Duration::from_secs(15);
+
+/// What needs no privileges to enforce.
+const HARDENING: &str = "\
+NoNewPrivileges=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+UMask=0077
+";
+
+/// What only the system's manager can enforce.
+const SYSTEM_HARDENING: &str = "\
+CapabilityBoundingSet=
+PrivateDevices=yes
+PrivateTmp=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHome=read-only
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectSystem=strict
+";
+
+/// Where the unit is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unit {
+    /// Its file.
+    pub path: PathBuf,
+    /// The user's own, managed by `systemctl --user`.
+    pub is_users: bool,
+}
+
+/// What the unit says.
+pub struct Content<'a> {
+    /// What is started.
+    pub launch: &'a Launch,
+    /// As whom; the system's manager must be told.
+    pub uid: Option<u32>,
+    /// While this file is there the unit stays down.
+    pub stopped: &'a Path,
+    /// Folders that the agent writes to.
+    pub writable: &'a [PathBuf],
+    /// For jobs in flight.
+    pub drain: Duration,
+}
+
+impl Unit {
+    /// Where a unit of the user who runs this would be.
+    ///
+    /// # Errors
+    /// There is no home to have it in.
+    pub fn of_this_user() -> Result<Unit, String> {
+        if Uid::effective().is_root() {
+            return Ok(Unit { path: Path::new(SYSTEM_FOLDER).join(UNIT), is_users: false });
+        }
+        let variable = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+        let base = variable("XDG_CONFIG_HOME").or_else(|| variable("HOME").map(|home| home.join(".config")));
+        let base = base.ok_or("HOME is not set, so there is no place for the unit; set it")?;
+        Ok(Unit { path: base.join("systemd/user").join(UNIT), is_users: true })
+    }
+
+    /// The unit of this user that is there: their own, or the system's that runs as them.
+    pub fn installed() -> Option<Unit> {
+        let own = Unit::of_this_user().ok().filter(|unit| unit.path.exists());
+        own.or_else(|| {
+            let system = Unit { path: Path::new(SYSTEM_FOLDER).join(UNIT), is_users: false };
+            let runs_as = system.value_of(USER_KEY)?;
+            (runs_as == Uid::effective().to_string()).then_some(system)
+        })
+    }
+
+    /// The configuration file in it.
+    pub fn config(&self) -> Option<String> {
+        let value = self.value_of(CONFIG_KEY)?;
+        Some(value.strip_prefix('"')?.strip_suffix('"')?.to_owned())
+    }
+
+    fn value_of(&self, key: &str) -> Option<String> {
+        let text = fs::read_to_string(&self.path).ok()?;
+        text.lines().find_map(|line| line.strip_prefix(key)).map(str::to_owned)
+    }
+
+    /// The file's text.
+    pub fn text(&self, content: &Content<'_>) -> String {
+        let launch = content.launch;
+        let mut command = vec![quoted(&launch.binary), "run".into(), "--config".into(), argument(&launch.config)];
+        command.extend(launch.options());
+        let (after, user) = match content.uid {
+            Some(uid) => ("After=network-online.target\nWants=network-online.target\n", format!("{USER_KEY}{uid}\n")),
+            None => ("", String::new()),
+        };
+        let mut text = format!(
+            "# Written by `usepod-agent service install --systemd`, removed by `usepod-agent service uninstall`.\n\
+             [Unit]\nDescription=Use Pod provider agent\n{CONFIG_KEY}\"{}\"\nConditionPathExists=!{}\n{after}\
+             StartLimitIntervalSec=0\n\n\
+             [Service]\nType=exec\nExecStart={}\n{user}WorkingDirectory=~\nRestart=always\nRestartSec=10\n\
+             KillSignal=SIGTERM\nTimeoutStopSec={}\n\n{HARDENING}",
+            launch.config,
+            content.stopped.to_string_lossy().replace('%', "%%"),
+            command.join(" "),
+            (content.drain + STOP_MARGIN).as_secs(),
+        );
+        if !self.is_users {
+            text.push_str(SYSTEM_HARDENING);
+            for folder in content.writable {
+                text.push_str(&format!("ReadWritePaths={}\n", quoted(&folder.to_string_lossy())));
+            }
+        }
+        let target = if self.is_users { "default.target" } else { "multi-user.target" };
+        text.push_str(&format!("\n[Install]\nWantedBy={target}\n"));
+        text
+    }
+
+    /// Has the unit say `text`, and starts it now and at each boot. Whether anything had to be changed.
+    ///
+    /// # Errors
+    /// The file cannot be written, or systemd does not take it; a new one is gone again then.
+    pub fn install(&self, text: &str) -> Result<bool, String> {
+        let before = fs::read(&self.path).ok();
+        if before.as_deref() == Some(text.as_bytes()) {
+            return Ok(false);
+        }
+        let failed = |e| format!("failed to write `{}`: {e}; check the folder and the rights", self.path.display());
+        self.path.parent().map_or(Ok(()), fs::create_dir_all).map_err(failed)?;
+        // Not with the owner's rights alone: whoever manages the box reads its units.
+        fs::write(&self.path, text).map_err(failed)?;
+        let taken = self.systemctl(&["daemon-reload"]).and_then(|()| self.systemctl(&["enable", "--now", UNIT]));
+        if taken.is_err() && before.is_none() {
+            let _ = fs::remove_file(&self.path);
+        }
+        taken.map(|()| true)
+    }
+
+    /// Stops it and takes it away.
+    ///
+    /// # Errors
+    /// systemd refuses, or the file stays.
+    pub fn uninstall(&self) -> Result<(), String> {
+        self.systemctl(&["disable", "--now", UNIT])?;
+        fs::remove_file(&self.path).map_err(|e| format!("failed to remove `{}`: {e}", self.path.display()))?;
+        self.systemctl(&["daemon-reload"])
+    }
+
+    /// Whose manager has it, as the first options of `systemctl` and `journalctl`.
+    pub fn scope(&self) -> &'static [&'static str] {
+        if self.is_users { &["--user"] } else { &[] }
+    }
+
+    /// Asks systemd.
+    ///
+    /// # Errors
+    /// It refuses, in its own words, or there is none.
+    pub fn systemctl(&self, arguments: &[&str]) -> Result<(), String> {
+        let words = [&["systemctl"], self.scope(), arguments].concat();
+        let shown = words.join(" ");
+        match program::output(&words, b"") {
+            Ok(output) if output.failure.is_none() => Ok(()),
+            Ok(output) => Err(format!("`{shown}` failed: {}", output.complaint())),
+            Err(e) if e.kind() == ErrorKind::NotFound => {
+                Err("there is no `systemctl` on this box: use cron, with `usepod-agent service install`".into())
+            }
+            Err(e) => Err(format!("`{shown}` cannot be run: {e}")),
+        }
+    }
+}
+
+/// Who owns a file, and their home.
+pub fn owner_of(path: &Path) -> Option<(u32, PathBuf)> {
+    let uid = fs::metadata(path).ok()?.uid();
+    let home = User::from_uid(Uid::from_raw(uid)).ok().flatten()?.dir;
+    Some((uid, home))
+}
+
+/// One word by systemd's rules.
+fn quoted(text: &str) -> String {
+    format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\"").replace('%', "%%"))
+}
+
+/// One argument of a command, in which `$` would be a variable.
+fn argument(text: &str) -> String {
+    quoted(text).replace('$', "$$")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(unit: &Unit, launch: &Launch, uid: Option<u32>) -> String {
+        let content = Content {
+            launch,
+            uid,
+            stopped: Path::new("/home/a/.usepod-agent/identity.key.stopped"),
+            writable: &["/home/a b/.usepod-agent".into()],
+            drain: Duration::from_secs(30),
+        };
+        unit.text(&content)
+    }
+
+    fn launch() -> Launch {
+        let config = "/srv/100% $HOME \"x\"/agent.toml".to_owned();
+        Launch { binary: "/bin/sh".into(), config, log_level: Some(log::LevelFilter::Debug), allow_insecure: true }
+    }
+
+    #[test]
+    fn the_command_is_quoted_by_systemds_rules() {
+        let unit = Unit { path: UNIT.into(), is_users: true };
+        let exec = "ExecStart=\"/bin/sh\" run --config \"/srv/100%% $$HOME \\\"x\\\"/agent.toml\" --log-level debug --allow-insecure\n";
+        let text = text(&unit, &launch(), None);
+        assert!(text.contains(exec), "{text}");
+        assert!(text.contains("TimeoutStopSec=45\n") && !text.contains(USER_KEY) && !text.contains("ProtectSystem"));
+    }
+
+    #[test]
+    fn systemd_finds_no_fault_with_either_unit() {
+        let folder = std::env::temp_dir().join(format!("usepod-unit-{}", std::process::id()));
+        fs::create_dir_all(&folder).expect("a folder");
+        for is_users in [false, true] {
+            let unit = Unit { path: folder.join(UNIT), is_users };
+            let uid = (!is_users).then(|| Uid::current().as_raw());
+            fs::write(&unit.path, text(&unit, &launch(), uid)).expect("written");
+            assert_eq!(unit.config(), Some(launch().config));
+            // Where there is no systemd there is nobody to ask.
+            if let Ok(output) =
+                std::process::Command::new("systemd-analyze").arg("verify").arg("--man=no").arg(&unit.path).output()
+            {
+                let said = String::from_utf8_lossy(&output.stderr).into_owned();
+                assert!(!said.contains(UNIT), "{said}");
+            }
+        }
+        fs::remove_dir_all(folder).expect("removed");
+    }
+}

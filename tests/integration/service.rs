@@ -1,0 +1,460 @@
+//! `service`: what it does to a crontab, which agent it starts and stops, and what it tells. The crontab is a file behind a
+//! `crontab` of the test's own.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+use std::time::Instant;
+
+use serde_json::json;
+
+use crate::support::*;
+
+/// Backed by `tab`; notes its calls; fails with the words in `refuses`, if that is there.
+const CRONTAB: &str = r#"#!/bin/sh
+echo "$*" >>"$HOME/calls"
+[ "$LC_ALL" = C ] || { echo "kein crontab" >&2; exit 1; }
+[ ! -e "$HOME/refuses-$1" ] || { cat "$HOME/refuses-$1" >&2; exit 1; }
+case $1 in
+-l) [ -e "$HOME/tab" ] || { echo "no crontab for operator" >&2; exit 1; }; cat "$HOME/tab" ;;
+-r) rm "$HOME/tab" ;;
+-) cat >"$HOME/tab" ;;
+esac
+"#;
+
+/// Notes its calls; fails with the words in `refuses-systemctl`, if that is there.
+const SYSTEMCTL: &str = r#"#!/bin/sh
+echo "$*" >>"$HOME/calls"
+[ ! -e "$HOME/refuses-systemctl" ] || { cat "$HOME/refuses-systemctl" >&2; exit 1; }
+"#;
+
+const JOURNALCTL: &str = "#!/bin/sh\necho \"journalctl $*\"\n";
+
+/// A person with a home, an `agent.toml` and a crontab. What their supervisor started ends with the test.
+struct Operator {
+    setup: Setup,
+    environment: Vec<(String, String)>,
+}
+
+struct Ran {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+impl Ran {
+    #[track_caller]
+    fn ok(self) -> String {
+        assert_eq!(self.code, Some(0), "{}{}", self.stdout, self.stderr);
+        assert_eq!(self.stderr, "");
+        self.stdout
+    }
+
+    /// It failed with this code, and told each of `words` to whoever typed it.
+    #[track_caller]
+    fn fails(self, code: i32, words: &[&str]) -> String {
+        let told = format!("{}{}", self.stdout, self.stderr);
+        assert_eq!(self.code, Some(code), "{told}");
+        for word in words {
+            assert!(told.contains(word), "no `{word}` in: {told}");
+        }
+        told
+    }
+}
+
+impl Operator {
+    fn new() -> Self {
+        Self::of(Setup::new("ws://127.0.0.1:9/provider/connect"))
+    }
+
+    fn of(setup: Setup) -> Self {
+        let operator = Self { setup, environment: Vec::new() };
+        operator.program("crontab", CRONTAB);
+        let path = format!("{}:/usr/bin:/bin", operator.file("bin").display());
+        operator.setup.write();
+        operator.with("PATH", &path)
+    }
+
+    fn with(mut self, name: &str, value: &str) -> Self {
+        self.environment.retain(|(known, _)| known != name);
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    fn program(&self, name: &str, text: &str) {
+        let path = self.setup.scratch.write(&format!("bin/{name}"), text);
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("a program");
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.setup.scratch.join(name)
+    }
+
+    fn run(&self, arguments: &[&str]) -> Ran {
+        let environment: Vec<(&str, &str)> =
+            self.environment.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        ran(cli_within(secs(40), self.setup.scratch.path(), arguments, &environment))
+    }
+
+    fn service(&self, arguments: &[&str]) -> Ran {
+        self.run(&[&["service"], arguments].concat())
+    }
+
+    fn install(&self) -> String {
+        self.service(&["install", "--allow-insecure"]).ok()
+    }
+
+    fn crontab(&self) -> Option<Vec<u8>> {
+        fs::read(self.file("tab")).ok()
+    }
+
+    /// The calls of `crontab` and `systemctl` since the last time.
+    fn calls(&self) -> Vec<String> {
+        let calls = fs::read_to_string(self.file("calls")).unwrap_or_default();
+        let _ = fs::remove_file(self.file("calls"));
+        calls.lines().map(str::to_owned).collect()
+    }
+
+    /// Of the agent that its lock names, if that is one of this home.
+    fn pid(&self) -> Option<u32> {
+        let lock = fs::read_to_string(self.file(".usepod-agent/identity.key.lock")).ok()?;
+        let pid: u32 = lock.split_whitespace().next()?.parse().ok()?;
+        let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+        String::from_utf8_lossy(&command).contains(self.setup.scratch.path().to_str()?).then_some(pid)
+    }
+
+    fn signal(&self, signal: &str) {
+        let pid = self.pid().expect("an agent");
+        let status = Command::new("sh").arg("-c").arg(format!("kill -{signal} {pid}")).status();
+        assert!(status.expect("a shell").success());
+    }
+}
+
+impl Drop for Operator {
+    fn drop(&mut self) {
+        // No child of ours: nobody else would end it.
+        if self.pid().is_some() {
+            self.signal("KILL");
+        }
+    }
+}
+
+fn ran(output: Output) -> Ran {
+    let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
+    Ran { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+}
+
+#[test]
+fn the_other_lines_of_a_crontab_stay_and_a_second_install_writes_nothing() {
+    let before: [Option<&[u8]>; 4] = [
+        None,
+        Some(b"MAILTO=\"\"\n# mine\n0 3 * * * date +\\%F >> log\n"),
+        Some(b"0 1 * * * a\r\n\r\n# \xff\xfe\n"),
+        Some(b"# its last line has no end"),
+    ];
+    for before in before {
+        let operator = Operator::new();
+        if let Some(before) = before {
+            operator.setup.scratch.write("tab", before);
+        }
+        let told = operator.install();
+        assert!(told.contains("within a minute"), "{told}");
+        let installed = operator.crontab().expect("a crontab");
+        let text = String::from_utf8_lossy(&installed);
+        assert!(installed.starts_with(before.unwrap_or_default()), "{text}");
+        let line = format!("--config '{}' --allow-insecure", operator.file("agent.toml").display());
+        for times in ["\n@reboot exec '/", "\n* * * * * exec '/"] {
+            assert!(text.contains(times) && text.contains(&line), "{text}");
+        }
+        assert!(operator.calls().contains(&"-".to_owned()));
+
+        let told = operator.install();
+        assert!(told.contains("nothing was changed"), "{told}");
+        assert_eq!(operator.crontab().as_deref(), Some(&*installed));
+        assert!(operator.calls().iter().all(|call| call == "-l"), "a second install must not write");
+
+        let told = operator.service(&["install", "--allow-insecure", "--log-level", "debug"]).ok();
+        assert!(told.contains("changed") && told.contains("restart"), "{told}");
+        let text =
+            String::from_utf8(operator.crontab().expect("a crontab")[before.unwrap_or_default().len()..].to_vec());
+        let text = text.expect("UTF-8");
+        assert_eq!(text.matches(" --log-level debug --allow-insecure >").count(), 2, "{text}");
+
+        operator.service(&["uninstall"]).ok();
+        assert_eq!(operator.crontab().as_deref(), before);
+        let told = operator.service(&["uninstall"]).ok();
+        assert!(told.contains("not installed"), "{told}");
+    }
+}
+
+#[test]
+fn what_cannot_be_installed_is_told_with_the_fix_and_changes_nothing() {
+    let tab = "# mine\n";
+    let operator = Operator::new();
+    operator.setup.scratch.write("tab", tab);
+    let unchanged = |ran: Ran, code, words: &[&str]| {
+        let told = ran.fails(code, words);
+        assert_eq!(operator.crontab().as_deref(), Some(tab.as_bytes()), "{told}");
+    };
+    // ws:// without --allow-insecure, and no file at all.
+    unchanged(operator.service(&["install"]), 2, &["agent.toml:2", "--allow-insecure"]);
+    unchanged(operator.service(&["install", "--config", "/nowhere.toml"]), 2, &["/nowhere.toml"]);
+    let install = ["install", "--allow-insecure"];
+    let refuses =
+        operator.setup.scratch.write("refuses--l", "You (operator) are not allowed to use this program (crontab)\n");
+    unchanged(operator.service(&install), 1, &["not allowed to use this program", "left as it is"]);
+    fs::remove_file(refuses).expect("removed");
+    let refuses = operator.setup.scratch.write("refuses--", "\"-\":9: bad minute\n");
+    unchanged(operator.service(&install), 1, &["bad minute"]);
+    fs::remove_file(refuses).expect("removed");
+    operator.setup.scratch.write("back\\slash/agent.toml", operator.setup.toml());
+    let strange = operator.file("back\\slash/agent.toml");
+    let strange = ["install", "--allow-insecure", "--config", strange.to_str().expect("UTF-8")];
+    unchanged(operator.service(&strange), 1, &["backslash", "rename"]);
+}
+
+#[test]
+fn without_cron_the_operator_is_told_what_to_install() {
+    let operator = Operator::new().with("PATH", "/nowhere");
+    operator.service(&["install", "--allow-insecure"]).fails(1, &["no `crontab`", "apt install cron", "--systemd"]);
+    operator.service(&["status"]).fails(3, &["not installed"]);
+}
+
+#[test]
+fn a_block_that_somebody_edited_is_left_alone() {
+    let operator = Operator::new();
+    operator.install();
+    let edited = String::from_utf8(operator.crontab().expect("a crontab")).expect("UTF-8");
+    let edited = edited.replace("\n# <<<", "\n0 3 * * * backup\n# <<<");
+    operator.setup.scratch.write("tab", &edited);
+    for command in ["install", "uninstall", "start", "status"] {
+        operator.service(&[command, "--allow-insecure"]).fails(1, &["line 4", "crontab -e"]);
+        assert_eq!(operator.crontab().as_deref(), Some(edited.as_bytes()));
+    }
+}
+
+#[test]
+fn another_configuration_is_not_put_in_the_place_of_the_one_that_is_supervised() {
+    let operator = Operator::new();
+    operator.install();
+    let other = operator.setup.scratch.write("other.toml", operator.setup.toml());
+    let other = other.to_str().expect("UTF-8");
+    let before = operator.crontab();
+    let words = ["agent.toml", "service uninstall"];
+    operator.service(&["install", "--allow-insecure", "--config", other]).fails(1, &words);
+    assert_eq!(operator.crontab(), before);
+}
+
+/// Whatever the paths hold; and with what cron would give it, nothing of the shell that `start` was typed in.
+#[test]
+fn start_runs_the_line_of_the_crontab_and_stop_ends_that_agent_until_it_is_started_again() {
+    let coordinator = Coordinator::new();
+    let operator = Operator::of(Setup::new(&coordinator.url())).with("SECRET_OF_THIS_SHELL", "1");
+    operator.setup.scratch.write("tab", "# NOT=1\nFROM_CRONTAB = \"a b\"\n");
+    let path = operator.setup.scratch.write("o'neil & co/100% $HOME/agent.toml", operator.setup.toml());
+    fs::remove_file(operator.file("agent.toml")).expect("removed");
+    operator.service(&["install", "--allow-insecure", "--config", path.to_str().expect("UTF-8")]).ok();
+    operator.service(&["status"]).fails(3, &["cron", "not running"]);
+
+    let told = operator.service(&["start"]).ok();
+    let session = coordinator.session();
+    let pid = operator.pid().expect("an agent");
+    assert!(told.contains(&format!("pid {pid}")), "{told}");
+    let environment = fs::read(format!("/proc/{pid}/environ")).expect("the agent's environment");
+    let environment: Vec<_> = environment.split(|b| *b == 0).map(String::from_utf8_lossy).collect();
+    let names: Vec<_> = environment.iter().filter_map(|variable| variable.split('=').next()).collect();
+    assert!(environment.iter().any(|variable| variable == "FROM_CRONTAB=a b"), "{environment:?}");
+    for name in ["HOME", "PATH", "SHELL", "LOGNAME"] {
+        assert!(names.contains(&name), "{environment:?}");
+    }
+    assert!(!names.contains(&"SECRET_OF_THIS_SHELL") && !names.contains(&"NOT"), "{environment:?}");
+    assert!(operator.service(&["status"]).ok().contains(&format!("running as pid {pid}")));
+    let told = operator.service(&["start"]).ok();
+    assert!(told.contains(&format!("pid {pid}")), "one that runs is not started again: {told}");
+
+    assert!(operator.service(&["stop"]).ok().contains("stays stopped"));
+    assert_eq!(session.ended(SOON).map(|(code, _)| code), Some(1000));
+    assert_eq!(operator.pid(), None);
+    operator.service(&["status"]).fails(3, &["stopped by hand", "service start"]);
+    // As cron does within the minute.
+    let cron = ["run", "--cron", "--allow-insecure", "--config", path.to_str().expect("UTF-8")];
+    assert_eq!(operator.run(&cron).code, Some(0));
+    coordinator.assert_not_dialled(QUIET);
+    let told = operator.service(&["install", "--allow-insecure", "--config", path.to_str().expect("UTF-8")]).ok();
+    assert!(told.contains("nothing was changed") && told.contains("stopped by hand"), "{told}");
+    assert!(operator.service(&["stop"]).ok().contains("no agent runs"));
+
+    operator.service(&["start"]).ok();
+    let session = coordinator.session();
+    let before = operator.pid();
+    operator.service(&["restart"]).ok();
+    assert_eq!(session.ended(SOON).map(|(code, _)| code), Some(1000));
+    let session = coordinator.session();
+    assert_ne!(operator.pid(), before);
+    operator.service(&["uninstall"]).ok();
+    assert_eq!(session.ended(SOON).map(|(code, _)| code), Some(1000));
+    assert_eq!(operator.pid(), None);
+    assert!(!operator.file(".usepod-agent/identity.key.stopped").exists());
+    assert_eq!(operator.crontab().as_deref(), Some(&b"# NOT=1\nFROM_CRONTAB = \"a b\"\n"[..]));
+}
+
+#[test]
+fn stop_waits_for_the_jobs_in_flight() {
+    let (backend, coordinator) = (Backend::vllm(&["m"]), Coordinator::new());
+    let operator = Operator::of(Setup::new(&coordinator.url()).backend(backend.toml()));
+    operator.install();
+    operator.service(&["start"]).ok();
+    let session = coordinator.session();
+    let job = session.job("m", json!({}));
+    let mut held = backend.next();
+    held.start_sse();
+    std::thread::scope(|scope| {
+        let stop = scope.spawn(|| operator.service(&["stop"]).ok());
+        session.frame("capabilities", SOON);
+        assert!(!stop.is_finished(), "a job is in flight");
+        held.chunk(sse(7, 13));
+        held.end();
+        session.outcome(&job).done();
+        let told = stop.join().expect("stop");
+        assert!(told.contains("waiting up to 45 s") && told.contains("has left"), "{told}");
+    });
+}
+
+#[test]
+fn one_that_does_not_heed_is_killed_when_its_drain_is_long_over() {
+    let coordinator = Coordinator::new();
+    let operator = Operator::of(Setup::new(&coordinator.url()).limits("drain_seconds = 0"));
+    operator.install();
+    operator.service(&["start"]).ok();
+    let _session = coordinator.session();
+    operator.signal("STOP");
+    let began = Instant::now();
+    assert!(operator.service(&["stop"]).ok().contains("killed"));
+    assert!(began.elapsed() >= secs(15), "it had {:?}", began.elapsed());
+    assert_eq!(operator.pid(), None);
+}
+
+#[test]
+fn an_agent_that_does_not_come_up_is_told_with_its_log() {
+    let operator = Operator::new();
+    operator.setup.scratch.write(".usepod-agent/identity.key", "no key\n");
+    operator.install();
+    operator.service(&["start"]).fails(1, &["ended at once", "agent.log"]);
+    operator.service(&["status"]).fails(3, &["service logs"]);
+    for command in ["start", "restart"] {
+        Operator::new().service(&[command]).fails(3, &["service install"]);
+    }
+}
+
+#[test]
+fn install_names_the_variables_that_cron_will_not_know_and_shows_no_value() {
+    let hosted =
+        ["SET_ABOVE", "OPENROUTER_API_KEY"].map(|key| format!("kind = \"openrouter\"\napi_key_env = \"{key}\""));
+    let setup = Setup::new("ws://127.0.0.1:9/provider/connect");
+    let setup = hosted.into_iter().fold(setup, Setup::backend);
+    let operator =
+        Operator::of(setup).with("OPENROUTER_API_KEY", "the-secret").with("HTTPS_PROXY", "http://u:the-secret@p:1");
+    operator.setup.scratch.write("tab", "SET_ABOVE=the-secret\n");
+    let told = operator.install();
+    assert!(!told.contains("the-secret") && !told.contains("SET_ABOVE"), "{told}");
+    for line in ["`OPENROUTER_API_KEY=…`", "`HTTPS_PROXY=…`"] {
+        assert!(told.contains(line), "no {line} in {told}");
+    }
+}
+
+#[test]
+fn logs_show_the_end_and_follow_the_file_that_takes_its_place() {
+    let operator = Operator::new();
+    operator.install();
+    let log = operator.setup.scratch.write(".usepod-agent/agent.log", "four\nfive\n");
+    operator.setup.scratch.write(".usepod-agent/agent.log.1", "one\ntwo\nthree\n");
+    assert_eq!(operator.service(&["logs", "--lines=3"]).ok(), "three\nfour\nfive\n");
+    assert_eq!(operator.service(&["logs"]).ok(), "one\ntwo\nthree\nfour\nfive\n");
+
+    let follower = Agent::run(operator.setup.scratch.path(), &["service", "logs", "-f", "-n", "1"]);
+    follower.stdout.wait_line(&["five"]);
+    let append = |text: &str| {
+        let mut file = fs::OpenOptions::new().append(true).create(true).open(&log).expect("the log");
+        file.write_all(text.as_bytes()).expect("written");
+    };
+    append("six\n");
+    follower.stdout.wait_line(&["six"]);
+    fs::rename(&log, operator.file(".usepod-agent/agent.log.1")).expect("renamed");
+    append("seven\n");
+    follower.stdout.wait_line(&["seven"]);
+    fs::write(&log, "").expect("emptied");
+    assert!(!follower.stdout.has_line(&["eight"], ms(600)), "time to see that it is empty");
+    append("eight\n");
+    follower.stdout.wait_line(&["eight"]);
+    assert_eq!(follower.stdout.text(), "five\nsix\nseven\neight\n");
+}
+
+#[test]
+fn an_option_of_another_command_is_refused() {
+    let operator = Operator::new();
+    for arguments in [&["stop", "--systemd"][..], &["status", "-f"], &["install", "--lines", "3"], &["enable"], &[]] {
+        operator.service(arguments).fails(2, &[]);
+    }
+    assert_eq!(operator.crontab(), None);
+}
+
+/// Root would write a system unit: the user that the tests' files are given to runs this, whoever runs the tests.
+fn as_user(operator: &Operator, arguments: &[&str]) -> Ran {
+    let home = operator.setup.scratch.path();
+    let is_root = fs::read_to_string("/proc/self/status").expect("our own status").contains("\nUid:\t0\t");
+    let mut command = if is_root {
+        let opened = Command::new("chmod").args(["-R", "a+rwX"]).arg(home).status();
+        assert!(opened.expect("chmod").success());
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(binary());
+        command
+    } else {
+        Command::new(binary())
+    };
+    command.arg("service").args(arguments).current_dir(home).env_clear().env("HOME", home);
+    command.envs(operator.environment.iter().map(|(name, value)| (name, value)));
+    ran(command.output().expect("the agent"))
+}
+
+#[test]
+fn a_user_unit_is_written_enabled_and_taken_away_by_systemctl() {
+    let operator = Operator::new();
+    operator.program("systemctl", SYSTEMCTL);
+    operator.program("journalctl", JOURNALCTL);
+    let refuses = operator.setup.scratch.write("refuses-systemctl", "Failed to connect to bus\n");
+    let unit = operator.file(".config/systemd/user/usepod-agent.service");
+    let install = ["install", "--systemd", "--allow-insecure"];
+    as_user(&operator, &install).fails(1, &["systemctl --user daemon-reload", "Failed to connect to bus"]);
+    assert!(!unit.exists(), "a unit that systemd did not take must not pass for an installed one");
+    fs::remove_file(refuses).expect("removed");
+    operator.calls();
+
+    let told = as_user(&operator, &install).ok();
+    assert!(told.contains("enable-linger"), "{told}");
+    let text = fs::read_to_string(&unit).expect("a unit");
+    let exec = format!(" run --config \"{}\" --allow-insecure\n", operator.file("agent.toml").display());
+    let condition =
+        format!("\nConditionPathExists=!{}\n", operator.file(".usepod-agent/identity.key.stopped").display());
+    for part in [&*exec, &condition, "\nRestart=always\n", "\nTimeoutStopSec=45\n", "\nWantedBy=default.target\n"] {
+        assert!(text.contains(part), "no {part} in {text}");
+    }
+    assert!(!text.contains("\nUser=") && !text.contains("--cron"), "{text}");
+    let calls = ["-l", "--user daemon-reload", "--user enable --now usepod-agent.service"];
+    assert_eq!(operator.calls(), calls);
+
+    assert!(as_user(&operator, &install).ok().contains("nothing was changed"));
+    let told = as_user(&operator, &["install", "--allow-insecure"]).fails(1, &["service uninstall"]);
+    assert!(told.contains(unit.to_str().expect("UTF-8")), "it says which supervisor is there: {told}");
+    assert_eq!(operator.calls(), [""; 0]);
+
+    as_user(&operator, &["status"]).fails(3, &["systemd", "not running"]);
+    as_user(&operator, &["stop"]).ok();
+    as_user(&operator, &["status"]).fails(3, &["stopped by hand"]);
+    assert_eq!(operator.calls(), ["--user stop usepod-agent.service"]);
+    assert_eq!(as_user(&operator, &["logs", "-f"]).ok(), "journalctl --user -u usepod-agent.service -n 100 -f\n");
+    as_user(&operator, &["uninstall"]).ok();
+    assert_eq!(operator.calls(), ["--user disable --now usepod-agent.service", "--user daemon-reload"]);
+    assert!(!unit.exists() && !operator.file(".usepod-agent/identity.key.stopped").exists());
+}
