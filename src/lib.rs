@@ -54,6 +54,7 @@ pub mod backoff;
 pub mod supervisor;
 pub mod shutdown;
 pub mod cryptography;
+pub mod tcp;
 pub mod transport;
 pub mod session;
 pub mod writer;

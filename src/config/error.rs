@@ -8,23 +8,37 @@ const QUOTED_MAX: usize = 80;
 
 /// One fault: the file and the line, the key and its value, what is wrong with it, and the fix.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct ConfigError(String);
+#[error("{what}; {fix}")]
+pub struct ConfigError {
+    what: String,
+    fix: String,
+}
 
 impl ConfigError {
+    /// The fault, with its place.
+    pub fn what(&self) -> &str {
+        &self.what
+    }
+
+    /// What to do about it.
+    pub fn fix(&self) -> &str {
+        &self.fix
+    }
+
     /// A fault of the file as a whole.
     pub(super) fn in_file(file: &Path, what: &str, fix: &str) -> ConfigError {
-        ConfigError(format!("{}: {what}; {fix}", file.display()))
+        ConfigError { what: format!("{}: {what}", file.display()), fix: fix.to_owned() }
     }
 
     /// There is no file.
     pub(super) fn not_found(looked_at: &[PathBuf]) -> ConfigError {
         let places: Vec<String> = looked_at.iter().map(|p| format!("`{}`", p.display())).collect();
-        ConfigError(format!(
-            "no agent.toml found; looked at {}; write one there, or name one with --config FILE; to see the agent work \
-             without one: usepod-agent demo",
-            places.join(" and ")
-        ))
+        ConfigError {
+            what: format!("no agent.toml found; looked at {}", places.join(" and ")),
+            fix:
+                "write one there, or name one with --config FILE; to see the agent work without one: usepod-agent demo"
+                    .into(),
+        }
     }
 }
 
@@ -69,7 +83,7 @@ impl Source<'_> {
 
     fn at(&self, at: Option<usize>, what: &str, fix: &str) -> ConfigError {
         let line = at.map(|at| format!(":{}", self.line_of(at))).unwrap_or_default();
-        ConfigError(format!("{}{line}: {what}; {fix}", self.path.display()))
+        ConfigError { what: format!("{}{line}: {what}", self.path.display()), fix: fix.to_owned() }
     }
 
     fn line_of(&self, at: usize) -> usize {

@@ -1,25 +1,27 @@
 //! From a URL to a WebSocket, within [`CONNECT_TIMEOUT`]: name, TCP, proxy, TLS, upgrade.
 
 use std::io::{self, Read, Write};
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::path::Path;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use crossbeam_channel::{Receiver, bounded, select};
+use crossbeam_channel::{Receiver, Sender, bounded, never, select};
+use rustls::client::WebPkiServerVerifier;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{ClientConfig, ClientConnection, RootCertStore};
+use rustls::{ClientConfig, ClientConnection, ProtocolVersion, RootCertStore};
 use tungstenite::HandshakeError;
-use tungstenite::http::Uri;
+use tungstenite::http::{HeaderMap, Uri};
 use tungstenite::protocol::WebSocketConfig;
 use ureq::Proxy;
 
+use super::presented::{Presented, Recorder};
 use super::{Link, LinkReader, MESSAGE_BYTES_MAX, READ_BUFFER_BYTES, ReadHalf, STALL_TIMEOUT, uninterrupted};
 use crate::logging::shown;
-use crate::{cryptography, files, threads};
+use crate::{cryptography, files, tcp, threads};
 
 /// For all steps together.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
@@ -27,8 +29,8 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// The largest file of extra roots, in bytes; a whole distribution's bundle has a quarter of it.
 const PEM_BYTES_MAX: u64 = 1 << 20;
 
-/// The longest answer of a proxy to CONNECT, in bytes.
-const PROXY_ANSWER_MAX: usize = 8 << 10;
+/// The longest head of an answer of HTTP that we read ourselves, in bytes.
+const HEAD_BYTES_MAX: usize = 8 << 10;
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -54,7 +56,7 @@ pub enum DialError {
         host: String,
         /// The port.
         port: u16,
-        /// The last address's error.
+        /// The first address's error.
         error: io::Error,
     },
     /// The proxy would not.
@@ -92,6 +94,23 @@ impl ExtraRoots {
     }
 }
 
+/// Is told of each step of a dial as it is done: what fails is the one after the last.
+pub trait Steps {
+    /// The name has these addresses.
+    fn resolved(&mut self, _addresses: &[SocketAddr]) {}
+    /// This address accepted.
+    fn connected(&mut self, _address: SocketAddr) {}
+    /// The proxy has a connection to the coordinator.
+    fn tunnelled(&mut self) {}
+    /// The TLS session stands, in this version.
+    fn secured(&mut self, _version: Option<ProtocolVersion>) {}
+    /// The server answered the request to upgrade, whatever it says.
+    fn answered(&mut self, _headers: &HeaderMap) {}
+}
+
+/// Nobody listens.
+impl Steps for () {}
+
 /// Opens connections to one coordinator. Names are resolved anew each time.
 pub struct Dialer {
     uri: Uri,
@@ -101,6 +120,7 @@ pub struct Dialer {
     proxy: Option<Proxy>,
     roots: ExtraRoots,
     tls: OnceLock<Arc<ClientConfig>>,
+    presented: Option<Presented>,
 }
 
 impl Dialer {
@@ -110,7 +130,25 @@ impl Dialer {
         let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
         let port = uri.port_u16().unwrap_or(if secure { 443 } else { 80 });
         let proxy = proxy.filter(|p| !p.is_no_proxy(&uri));
-        Dialer { uri, host, port, secure, proxy, roots, tls: OnceLock::new() }
+        Dialer { uri, host, port, secure, proxy, roots, tls: OnceLock::new(), presented: None }
+    }
+
+    /// Keeps the certificate that the server presents, believed or not.
+    pub fn keep_presented(&mut self) -> Presented {
+        self.presented.get_or_insert_default().clone()
+    }
+
+    /// Host and port that the TCP connection goes to: the proxy's, where one is used.
+    pub fn peer(&self) -> (&str, u16) {
+        match &self.proxy {
+            Some(proxy) => (proxy.host().trim_matches(['[', ']']), proxy.port()),
+            None => (&self.host, self.port),
+        }
+    }
+
+    /// Whether a proxy is used.
+    pub fn uses_proxy(&self) -> bool {
+        self.proxy.is_some()
     }
 
     /// Connects. `opened` is given the socket as soon as there is one, so that it can be closed from elsewhere;
@@ -120,43 +158,80 @@ impl Dialer {
     /// By step.
     pub fn dial(&self, stop: &Receiver<()>, opened: impl FnOnce(TcpStream)) -> Result<ReadHalf, DialError> {
         let deadline = Instant::now() + CONNECT_TIMEOUT;
-        let tcp = self.connect(deadline, stop)?;
+        let tcp = self.connect(deadline, stop, &mut ())?;
         opened(tcp.try_clone()?);
+        self.upgrade(self.link(tcp, deadline, &mut ())?, deadline, &mut ())
+    }
+
+    /// Connects, and tells of each step.
+    ///
+    /// # Errors
+    /// By step.
+    pub fn dial_by_steps(&self, steps: &mut dyn Steps) -> Result<ReadHalf, DialError> {
+        let deadline = Instant::now() + CONNECT_TIMEOUT;
+        let tcp = self.connect(deadline, &never(), steps)?;
+        self.upgrade(self.link(tcp, deadline, steps)?, deadline, steps)
+    }
+
+    /// Asks the server for an ordinary answer of HTTP, over a connection of its own, and returns the head of it.
+    ///
+    /// # Errors
+    /// By step.
+    pub fn head(&self, time: Duration) -> Result<String, DialError> {
+        let deadline = Instant::now() + time;
+        let link = self.link(self.connect(deadline, &never(), &mut ())?, deadline, &mut ())?;
+        let mut stream = LinkReader::new(link, deadline);
+        let host = self.uri.authority().map_or(self.host.as_str(), |a| a.as_str());
+        let host = host.rsplit('@').next().unwrap_or_default();
+        write!(stream, "HEAD / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")?;
+        stream.flush()?;
+        read_head(&mut stream)?.ok_or_else(|| DialError::Upgrade("the server does not answer as HTTP".into()))
+    }
+
+    /// Name resolution cannot be bounded or interrupted, so it happens in a thread that may be left behind.
+    fn connect(&self, deadline: Instant, stop: &Receiver<()>, steps: &mut dyn Steps) -> Result<TcpStream, DialError> {
+        let (host, port) = self.peer();
+        let host = host.to_owned();
+        let (progress, inbox) = bounded(PROGRESS_MAX);
+        threads::spawn("dial", move || {
+            let opened = open(host, port, deadline, &progress);
+            // Nobody may wait for it any more.
+            let _ = progress.send(opened.map(Progress::Connected));
+        })?;
+        loop {
+            select! {
+                recv(inbox) -> progress => match progress {
+                    Ok(Ok(Progress::Resolved(addresses))) => steps.resolved(&addresses),
+                    Ok(Ok(Progress::Connected(tcp))) => {
+                        // One that is closed again already has none; the next step finds out.
+                        if let Ok(address) = tcp.peer_addr() {
+                            steps.connected(address);
+                        }
+                        return Ok(tcp);
+                    }
+                    Ok(Err(e)) => return Err(e),
+                    // The thread panicked.
+                    Err(_) => return Err(DialError::TimedOut),
+                },
+                recv(stop) -> _ => return Err(DialError::Stopping),
+                default(deadline.saturating_duration_since(Instant::now())) => return Err(DialError::TimedOut),
+            }
+        }
+    }
+
+    /// Through the proxy, and under TLS, where there are to be any.
+    fn link(&self, tcp: TcpStream, deadline: Instant, steps: &mut dyn Steps) -> Result<Arc<Link>, DialError> {
         tcp.set_nodelay(true)?;
         tcp.set_write_timeout(Some(CONNECT_TIMEOUT))?;
         if let Some(proxy) = &self.proxy {
             self.tunnel(&tcp, proxy, deadline)?;
+            steps.tunnelled();
         }
-        let tls = if self.secure { Some(Mutex::new(self.tls_handshake(&tcp, deadline)?)) } else { None };
-        let link = Arc::new(Link::new(tcp, tls));
-        let half = self.upgrade(link.clone(), deadline)?;
-        link.tcp.set_write_timeout(Some(STALL_TIMEOUT))?;
-        Ok(half)
-    }
-
-    /// Name resolution cannot be bounded or interrupted, so it happens in a thread that may be left behind.
-    fn connect(&self, deadline: Instant, stop: &Receiver<()>) -> Result<TcpStream, DialError> {
-        let (host, port) = match &self.proxy {
-            Some(proxy) => (proxy.host().trim_matches(['[', ']']).to_owned(), proxy.port()),
-            None => (self.host.clone(), self.port),
-        };
-        let (ended_sender, ended) = bounded::<()>(0);
-        let opened = Arc::new(Mutex::new(Err(DialError::TimedOut)));
-        let of_thread = opened.clone();
-        threads::spawn("dial", move || {
-            // Dropped at the end, whatever it is.
-            let _ended = ended_sender;
-            let tcp = open(host, port, deadline);
-            *of_thread.lock().unwrap_or_else(PoisonError::into_inner) = tcp;
-        })?;
-        select! {
-            recv(ended) -> _ => {
-                let mut opened = opened.lock().unwrap_or_else(PoisonError::into_inner);
-                std::mem::replace(&mut *opened, Err(DialError::TimedOut))
-            }
-            recv(stop) -> _ => Err(DialError::Stopping),
-            default(deadline.saturating_duration_since(Instant::now())) => Err(DialError::TimedOut),
+        let tls = if self.secure { Some(self.tls_handshake(&tcp, deadline)?) } else { None };
+        if let Some(tls) = &tls {
+            steps.secured(tls.protocol_version());
         }
+        Ok(Arc::new(Link::new(tcp, tls.map(Mutex::new))))
     }
 
     fn tunnel(&self, tcp: &TcpStream, proxy: &Proxy, deadline: Instant) -> Result<(), DialError> {
@@ -170,17 +245,8 @@ impl Dialer {
         request.push_str("\r\n");
         let mut stream = Bounded { tcp, deadline };
         stream.write_all(request.as_bytes()).map_err(timed_out_or(|e| DialError::Proxy(e.to_string())))?;
-        // Byte by byte: what follows the head belongs to the coordinator.
-        let mut head = Vec::new();
-        while !head.ends_with(b"\r\n\r\n") {
-            let mut byte = [0];
-            let read = stream.read(&mut byte).map_err(timed_out_or(|e| DialError::Proxy(e.to_string())))?;
-            if read == 0 || head.len() >= PROXY_ANSWER_MAX {
-                return Err(DialError::Proxy("it does not answer as an HTTP proxy".into()));
-            }
-            head.push(byte[0]);
-        }
-        let head = String::from_utf8_lossy(&head);
+        let head = read_head(&mut stream).map_err(timed_out_or(|e| DialError::Proxy(e.to_string())))?;
+        let head = head.ok_or_else(|| DialError::Proxy("it does not answer as an HTTP proxy".into()))?;
         let status_line = head.lines().next().unwrap_or_default();
         match status_line.split(' ').nth(1) {
             Some(status) if status_line.starts_with("HTTP/1.") && status.starts_with('2') => Ok(()),
@@ -195,7 +261,7 @@ impl Dialer {
         let config = match self.tls.get() {
             Some(config) => config.clone(),
             None => {
-                let config = client_config(&self.roots).map_err(tls_error)?;
+                let config = client_config(&self.roots, self.presented.as_ref()).map_err(tls_error)?;
                 self.tls.get_or_init(|| config).clone()
             }
         };
@@ -207,26 +273,45 @@ impl Dialer {
         Ok(connection)
     }
 
-    fn upgrade(&self, link: Arc<Link>, deadline: Instant) -> Result<ReadHalf, DialError> {
+    fn upgrade(&self, link: Arc<Link>, deadline: Instant, steps: &mut dyn Steps) -> Result<ReadHalf, DialError> {
         let config = WebSocketConfig::default()
             .read_buffer_size(READ_BUFFER_BYTES)
             .write_buffer_size(0)
             .max_message_size(Some(MESSAGE_BYTES_MAX))
             .max_frame_size(Some(MESSAGE_BYTES_MAX));
-        let reader = LinkReader::new(link, deadline);
-        match tungstenite::client::client_with_config(&self.uri, reader, Some(config)) {
-            // Kept as it is: its buffer may hold what came right behind the upgrade.
-            Ok((socket, _)) => Ok(ReadHalf { socket }),
-            Err(HandshakeError::Interrupted(_)) => Err(DialError::TimedOut),
+        let reader = LinkReader::new(link.clone(), deadline);
+        let socket = match tungstenite::client::client_with_config(&self.uri, reader, Some(config)) {
+            Ok((socket, response)) => {
+                steps.answered(response.headers());
+                socket
+            }
+            Err(HandshakeError::Interrupted(_)) => return Err(DialError::TimedOut),
             Err(HandshakeError::Failure(tungstenite::Error::Io(e))) => {
-                Err(timed_out_or(|e| DialError::Upgrade(e.to_string()))(e))
+                return Err(timed_out_or(|e| DialError::Upgrade(e.to_string()))(e));
             }
             Err(HandshakeError::Failure(tungstenite::Error::Http(response))) => {
-                Err(DialError::Upgrade(format!("the server answered HTTP {}", response.status())))
+                steps.answered(response.headers());
+                return Err(DialError::Upgrade(format!("the server answered HTTP {}", response.status())));
             }
-            Err(HandshakeError::Failure(e)) => Err(DialError::Upgrade(e.to_string())),
-        }
+            Err(HandshakeError::Failure(e)) => return Err(DialError::Upgrade(e.to_string())),
+        };
+        link.tcp.set_write_timeout(Some(STALL_TIMEOUT))?;
+        // Kept as it is: its buffer may hold what came right behind the upgrade.
+        Ok(ReadHalf { socket })
     }
+}
+
+/// Up to the blank line, byte by byte, for what follows belongs to somebody else; `None` when that is not what comes.
+fn read_head(stream: &mut impl Read) -> io::Result<Option<String>> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        if stream.read(&mut byte)? == 0 || head.len() >= HEAD_BYTES_MAX {
+            return Ok(None);
+        }
+        head.push(byte[0]);
+    }
+    Ok(Some(String::from_utf8_lossy(&head).into_owned()))
 }
 
 fn timed_out_or(other: impl Fn(io::Error) -> DialError) -> impl Fn(io::Error) -> DialError {
@@ -236,34 +321,47 @@ fn timed_out_or(other: impl Fn(io::Error) -> DialError) -> impl Fn(io::Error) ->
     }
 }
 
-/// Tries each address of the name in turn.
-fn open(host: String, port: u16, deadline: Instant) -> Result<TcpStream, DialError> {
-    let addresses = match (host.as_str(), port).to_socket_addrs() {
-        Ok(addresses) => addresses,
+/// How far the thread of a dial has come.
+enum Progress {
+    Resolved(Vec<SocketAddr>),
+    Connected(TcpStream),
+}
+
+/// As many as there are, so that the thread never waits to tell.
+const PROGRESS_MAX: usize = 2;
+
+fn open(
+    host: String,
+    port: u16,
+    deadline: Instant,
+    progress: &Sender<Result<Progress, DialError>>,
+) -> Result<TcpStream, DialError> {
+    let addresses: Vec<SocketAddr> = match (host.as_str(), port).to_socket_addrs() {
+        Ok(addresses) => addresses.collect(),
         Err(error) => return Err(DialError::Resolve { host, error }),
     };
-    let addresses: Vec<_> = addresses.collect();
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-    for (tried, address) in addresses.iter().enumerate() {
-        // What is left is shared by the addresses that are left, so that one that swallows packets costs its part only.
-        let share = deadline.saturating_duration_since(Instant::now()) / (addresses.len() - tried) as u32;
-        match TcpStream::connect_timeout(address, share.max(Duration::from_millis(1))) {
-            Ok(tcp) => return Ok(tcp),
-            Err(e) => last = e,
-        }
-    }
-    Err(DialError::Connect { host, port, error: last })
+    let _ = progress.send(Ok(Progress::Resolved(addresses.clone())));
+    tcp::connect_any(&addresses, Some(deadline)).map_err(|error| DialError::Connect { host, port, error })
 }
 
 /// The roots of the web and the operator's own, TLS 1.2 and 1.3.
-fn client_config(extra: &ExtraRoots) -> Result<Arc<ClientConfig>, rustls::Error> {
+fn client_config(extra: &ExtraRoots, presented: Option<&Presented>) -> Result<Arc<ClientConfig>, rustls::Error> {
     let mut roots = RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
     for certificate in &extra.0 {
         roots.add(certificate.clone())?;
     }
     let provider = cryptography::provider();
-    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
-    Ok(Arc::new(builder.with_root_certificates(roots).with_no_client_auth()))
+    let builder = ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions()?;
+    let builder = match presented {
+        None => builder.with_root_certificates(roots),
+        Some(presented) => {
+            let inner = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider).build();
+            let inner = inner.map_err(|e| rustls::Error::General(e.to_string()))?;
+            let recorder = Recorder { inner, presented: presented.clone() };
+            builder.dangerous().with_custom_certificate_verifier(Arc::new(recorder))
+        }
+    };
+    Ok(Arc::new(builder.with_no_client_auth()))
 }
 
 /// A socket whose reads and writes must all be over by the deadline.
