@@ -71,4 +71,5 @@ pub mod discovery;
 pub mod backend;
 
 pub mod cli;
+pub mod doctor;
 pub mod demo;

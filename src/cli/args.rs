@@ -17,6 +17,7 @@ use crate::config::parse_level;
     note = "Options may stand before or after the command. Without a command the agent runs.",
     example = "See it work, without any set-up:\n$ {command_name} demo",
     example = "Check a configuration, and see what would be offered at which prices:\n$ {command_name} validate --config agent.toml",
+    example = "Find out why no jobs come:\n$ {command_name} doctor",
     example = "Serve:\n$ {command_name} run --config agent.toml",
     error_code(1, "runtime error"),
     error_code(2, "usage or configuration error"),
@@ -58,6 +59,7 @@ pub enum Command {
     Run(Run),
     Validate(Validate),
     Enroll(Enroll),
+    Doctor(Doctor),
     Version(Version),
     Demo(Demo),
 }
@@ -76,6 +78,16 @@ pub struct Validate {}
 #[derive(FromArgs, Debug)]
 #[argh(subcommand, name = "enroll")]
 pub struct Enroll {}
+
+/// Examine everything that an agent needs, layer by layer, and say what mends what is broken. Exits 0 only if all that matters
+/// is well.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand, name = "doctor")]
+pub struct Doctor {
+    /// do not have the local backends complete and cancel a tiny request
+    #[argh(switch)]
+    pub no_inference: bool,
+}
 
 /// Print the version.
 #[derive(FromArgs, Debug)]

@@ -5,6 +5,7 @@
 
 mod args;
 mod demo;
+mod doctor;
 mod enroll;
 mod run;
 mod validate;
@@ -114,6 +115,7 @@ fn dispatch(args: Args) -> Result<(), Failure> {
             print(&format!("usepod-agent {AGENT_VERSION}\n"));
             Ok(())
         }
+        Command::Doctor(options) => doctor::run(&globals, &options),
         Command::Demo(options) => demo::run(&globals, &options),
     }
 }

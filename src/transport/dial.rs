@@ -146,6 +146,11 @@ impl Dialer {
         }
     }
 
+    /// The coordinator's host.
+    pub fn host(&self) -> &str {
+        &self.host
+    }
+
     /// Whether a proxy is used.
     pub fn uses_proxy(&self) -> bool {
         self.proxy.is_some()

@@ -1,0 +1,119 @@
+//! What the doctor prints: a line for each check as it is done, the fix below it, and the verdict.
+//!
+//! Invariant: whatever a text holds, a line stays one line.
+
+use std::io::Write;
+
+/// The widest name of a check is shorter.
+const NAME_WIDTH: usize = 12;
+
+/// Goes to `out` line by line; a broken `out` loses the lines and nothing else.
+pub struct Report<'a> {
+    out: &'a mut dyn Write,
+    /// Whether a line can be written over.
+    live: bool,
+    checks: u32,
+    warnings: u32,
+    failures: Vec<String>,
+}
+
+impl<'a> Report<'a> {
+    /// An empty one. `live` is for a terminal: it shows what is being waited for.
+    pub fn new(out: &'a mut dyn Write, live: bool) -> Report<'a> {
+        Report { out, live, checks: 0, warnings: 0, failures: Vec::new() }
+    }
+
+    /// What the next lines are about.
+    pub fn heading(&mut self, text: &str) {
+        self.line(&format!("\n{}", one_line(text)));
+    }
+
+    /// Says what is being waited for, until its line comes.
+    pub fn pending(&mut self, name: &str) {
+        if self.live {
+            let _ = write!(self.out, "  … {name}").and_then(|()| self.out.flush());
+        }
+    }
+
+    /// All right.
+    pub fn pass(&mut self, name: &str, what: &str) {
+        self.checks += 1;
+        self.check('✓', name, what);
+    }
+
+    /// Odd, but the agent can earn.
+    pub fn warn(&mut self, name: &str, what: &str, fix: &str) {
+        self.checks += 1;
+        self.warnings += 1;
+        self.check('!', name, what);
+        self.fix(fix);
+    }
+
+    /// Broken.
+    pub fn fail(&mut self, name: &str, what: &str, fix: &str) {
+        self.checks += 1;
+        self.failures.push(format!("{name}: {}", one_line(what)));
+        self.check('✗', name, what);
+        self.fix(fix);
+    }
+
+    /// Not checked.
+    pub fn skip(&mut self, name: &str, why: &str) {
+        self.check('-', name, why);
+    }
+
+    /// The last line: `well` where nothing is broken. True then.
+    pub fn verdict(mut self, well: &str) -> bool {
+        let verdict = match self.failures.as_slice() {
+            [] if self.warnings == 0 => format!("all is well: {well}"),
+            [] => format!("all that matters is well: {well}; {} warning(s)", self.warnings),
+            [first, ..] => {
+                format!("{} of {} checks failed; begin with {first}", self.failures.len(), self.checks)
+            }
+        };
+        self.heading(&verdict);
+        self.failures.is_empty()
+    }
+
+    fn check(&mut self, mark: char, name: &str, what: &str) {
+        self.line(&format!("  {mark} {name:NAME_WIDTH$}{}", one_line(what)));
+    }
+
+    fn fix(&mut self, fix: &str) {
+        self.line(&format!("    {:NAME_WIDTH$}fix: {}", "", one_line(fix)));
+    }
+
+    fn line(&mut self, text: &str) {
+        // Over whatever was pending.
+        let start = if self.live { "\r\x1b[K" } else { "" };
+        let _ = writeln!(self.out, "{start}{text}").and_then(|()| self.out.flush());
+    }
+}
+
+/// Without what would move a terminal's cursor.
+fn one_line(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_for_each_check_the_fix_below_it_and_the_first_failure_in_the_verdict() {
+        let mut out = Vec::new();
+        let mut report = Report::new(&mut out, false);
+        report.heading("the box");
+        report.pending("a");
+        report.pass("a", "good");
+        report.warn("b", "odd", "mend it");
+        report.fail("c", "two\nlines\x1b[2J", "mend that");
+        report.fail("d", "broken too", "later");
+        report.skip("e", "not reached");
+        assert!(!report.verdict("never said"));
+        let expected = "\nthe box\n  ✓ a           good\n  ! b           odd\n                fix: mend it\n  \
+            ✗ c           two lines [2J\n                fix: mend that\n  ✗ d           broken too\n                \
+            fix: later\n  - e           not reached\n\n2 of 4 checks failed; begin with c: two lines [2J\n";
+        assert_eq!(String::from_utf8(out).expect("text"), expected);
+    }
+}
