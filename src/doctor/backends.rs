@@ -1,9 +1,8 @@
 //! Each backend: its key, its health, what it lists and what of that is offered, the windows it runs, what is not loaded.
 
 use std::fmt::Display;
-use std::sync::Arc;
-
-use crossbeam_channel::{Receiver, bounded};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 
 use super::report::Report;
 use super::trial;
@@ -17,46 +16,48 @@ use crate::threads;
 const NAMES_MAX: usize = 6;
 /// Names that differ in more than a third of their letters are not alike.
 const ALIKE: usize = 3;
-/// The most of two names that is compared, in characters.
+/// The most of two names that is compared, in bytes.
 const COMPARED_MAX: usize = 80;
 
 /// A backend that is being examined; all of them side by side, while other layers are.
 pub struct Patient {
     config: BackendConfig,
     server: Arc<HttpBackend>,
-    examined: Receiver<Examination>,
+    examined: Arc<Mutex<Option<Examination>>>,
+    asking: Option<JoinHandle<()>>,
 }
 
 impl Patient {
     /// Begins to ask.
     pub fn admit(config: &BackendConfig) -> Patient {
         let server = Arc::new(HttpBackend::new(config.kind, config.url.clone(), config.api_key_env.as_deref()));
-        let (sender, examined) = bounded(1);
+        let examined = Arc::new(Mutex::new(None));
         let ask = {
-            let server = server.clone();
-            move || drop(sender.send(server.examine()))
+            let (server, examined) = (server.clone(), examined.clone());
+            move || *examined.lock().unwrap_or_else(PoisonError::into_inner) = Some(server.examine())
         };
-        // Where there is no thread, the channel tells so by its end.
-        let _ = threads::spawn("examine", ask);
-        Patient { config: config.clone(), server, examined }
+        Patient { config: config.clone(), server, examined, asking: threads::spawn("examine", ask).ok() }
     }
 
     /// Tells what was found; with `inference` tries a job too. Returns how many models it has to offer.
-    pub fn tell(self, report: &mut Report<'_>, config: &Config, inference: bool) -> usize {
-        report.heading(&format!("backend {}", shown(self.server.id())));
+    pub fn tell(mut self, report: &mut Report<'_>, config: &Config, inference: bool) -> usize {
+        report.heading(&format_args!("backend {}", shown(self.server.id())));
         report.pending("health");
-        let Ok(examination) = self.examined.recv() else {
-            report.fail("health", "not asked: the box has no thread left", "ulimit -u; free -m");
+        // Without a thread there is nothing, and so it is when it panicked.
+        let asked = self.asking.take().is_some_and(|asking| asking.join().is_ok());
+        let examination = if asked { self.examined.lock().ok().and_then(|mut e| e.take()) } else { None };
+        let Some(examination) = examination else {
+            report.fail("health", &"not asked: the box has no thread left for it", &"ulimit -u; free -m");
             return 0;
         };
         let key = self.key(report);
         match (&examination.health, &examination.models) {
             (Err(e), _) => self.failed(report, "health", e),
-            (Ok(took), _) => report.pass("health", &format!("answered within {} ms", took.as_millis())),
+            (Ok(took), _) => report.pass("health", &format_args!("answered within {} ms", took.as_millis())),
         }
         let offered = match (examination.health, examination.models) {
             (Err(_), _) => {
-                report.skip("models", "rests on health");
+                report.skip("models", &"rests on health");
                 Vec::new()
             }
             (Ok(_), Err(e)) => {
@@ -68,11 +69,11 @@ impl Patient {
         // Without its key no job succeeds, and nothing is offered.
         let offered = if key.is_ok() { offered } else { Vec::new() };
         if offered.is_empty() {
-            report.skip("completion", "there is no model to try it with");
+            report.skip("completion", &"there is no model to try it with");
         } else if self.config.kind.is_hosted() {
-            report.skip("completion", "not tried: on a hosted backend it costs money");
+            report.skip("completion", &"not tried: on a hosted backend it costs money");
         } else if !inference {
-            report.skip("completion", "not tried: --no-inference");
+            report.skip("completion", &"not tried: --no-inference");
         } else {
             trial::run(report, &*self.server, trial::pick(&offered, &examination.unloaded), self.config.kind);
         }
@@ -82,12 +83,12 @@ impl Patient {
     fn key(&self, report: &mut Report<'_>) -> BackendResult<()> {
         let ready = self.server.ready();
         match (&ready, &self.config.api_key_env) {
-            (Ok(()), Some(variable)) => report.pass("key", &format!("`{variable}` holds one")),
+            (Ok(()), Some(variable)) => report.pass("key", &format_args!("`{variable}` holds one")),
             (Ok(()), None) => {}
             (Err(e), variable) => {
                 let name = variable.as_deref().unwrap_or("NAME");
-                let fix = format!("export {name}=… here, and in what starts the agent: the crontab, the unit");
-                report.fail("key", &e.to_string(), &fix);
+                let fix = format_args!("export {name}=… here, and in what starts the agent: the crontab, the unit");
+                report.fail("key", e, &fix);
             }
         }
         ready
@@ -124,7 +125,7 @@ impl Patient {
         let free: Vec<&String> = ids.iter().filter(is_allowed).filter(is_free).collect();
         if !free.is_empty() {
             let fix = "give each a price above 0 in [pricing.models]";
-            report.warn("prices", &format!("a price of 0, and so not offered: {}", names(&free)), fix);
+            report.warn("prices", &format_args!("a price of 0, and so not offered: {}", names(&free)), &fix);
         }
         if offered.is_empty() {
             let (what, fix) = match (count, allowed) {
@@ -135,10 +136,10 @@ impl Patient {
                     "see `models` of this backend, and [pricing.models]",
                 ),
             };
-            report.fail("models", &what, fix);
+            report.fail("models", &what, &fix);
         } else {
             let ids: Vec<&String> = offered.iter().map(|model| &model.model_id).collect();
-            report.pass("models", &format!("lists {count}, {} to offer: {}", offered.len(), names(&ids)));
+            report.pass("models", &format_args!("lists {count}, {} to offer: {}", offered.len(), names(&ids)));
             let window = |model: &ResolvedModel| match model.context_window {
                 Some(tokens) => format!("{} {tokens}", shown(&model.model_id)),
                 None => format!("{} unknown", shown(&model.model_id)),
@@ -152,7 +153,7 @@ impl Patient {
     /// What the configuration allows and the server does not have.
     fn unknown(&self, report: &mut Report<'_>, allowed: &[String], listed: &[String], unloaded: &[String]) {
         for wanted in allowed.iter().filter(|wanted| !listed.contains(wanted) && !unloaded.contains(wanted)) {
-            let what = format!("model unknown: the server does not list `{}`", shown(wanted));
+            let what = format_args!("model unknown: the server does not list `{}`", shown(wanted));
             let nearest = nearest(wanted, listed.iter().chain(unloaded));
             let fix = match nearest {
                 Some(nearest) => format!("did you mean \"{}\"? Correct `models` of this backend", shown(nearest)),
@@ -167,14 +168,14 @@ impl Patient {
         let is_offered = |id: &&String| offered.iter().any(|model| model.model_id == **id);
         let first_jobs: Vec<&String> = unloaded.iter().filter(is_offered).collect();
         if !first_jobs.is_empty() {
-            let what = format!("not loaded, so that its first job waits and may time out: {}", names(&first_jobs));
-            report.warn("loaded", &what, load_fix(self.config.kind));
+            let what = format_args!("not loaded, so that its first job waits and may time out: {}", names(&first_jobs));
+            report.warn("loaded", &what, &load_fix(self.config.kind));
         }
         let is_wanted = |id: &&String| self.config.models.as_ref().is_none_or(|only| only.contains(id));
         let left_out: Vec<&String> = unloaded.iter().filter(|id| !is_offered(id)).filter(is_wanted).collect();
         if self.config.kind == Kind::LlamaCpp && !left_out.is_empty() {
-            let what = format!("not loaded, and so not offered: {}", names(&left_out));
-            report.warn("loaded", &what, load_fix(self.config.kind));
+            let what = format_args!("not loaded, and so not offered: {}", names(&left_out));
+            report.warn("loaded", &what, &load_fix(self.config.kind));
         }
     }
 }
@@ -248,15 +249,15 @@ fn no_model_fix(kind: Kind) -> &'static str {
 /// The name that it may have been meant to be.
 fn nearest<'a>(wanted: &str, listed: impl Iterator<Item = &'a String>) -> Option<&'a String> {
     let (distance, nearest) = listed.map(|id| (distance(wanted, id), id)).min_by_key(|(distance, _)| *distance)?;
-    (distance <= wanted.chars().count().max(nearest.chars().count()) / ALIKE).then_some(nearest)
+    (distance <= wanted.len().max(nearest.len()) / ALIKE).then_some(nearest)
 }
 
-/// Letters to change, add or take away, upper case being no change; one that begins with the other is near it.
+/// Bytes to change, add or take away, upper case being no change; one that begins with the other is meant by it.
 fn distance(a: &str, b: &str) -> usize {
-    let letters = |text: &str| -> Vec<char> { text.to_lowercase().chars().take(COMPARED_MAX).collect() };
+    let letters = |text: &str| -> Vec<u8> { text.bytes().take(COMPARED_MAX).map(|b| b.to_ascii_lowercase()).collect() };
     let (a, b) = (letters(a), letters(b));
     if !a.is_empty() && !b.is_empty() && (a.starts_with(&b) || b.starts_with(&a)) {
-        return 1;
+        return 0;
     }
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, from) in a.iter().enumerate() {
@@ -288,6 +289,6 @@ mod tests {
             assert_eq!(nearest(wanted, listed.iter()).map(String::as_str), expected, "{wanted}");
         }
         assert_eq!(nearest("x", [].iter()), None);
-        assert_eq!((distance("kitten", "sitting"), distance("", "abc"), distance("a", "A")), (3, 3, 1));
+        assert_eq!((distance("kitten", "sitting"), distance("", "abc"), distance("a", "A")), (3, 3, 0));
     }
 }

@@ -1,6 +1,6 @@
 //! Moments: how others write them, and how far the box's clock is off.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use time::{Date, Month};
 
@@ -11,6 +11,9 @@ use crate::heartbeat::rfc3339;
 const OFF_MAX_SECONDS: i64 = 5 * 60;
 /// Less than this is the network and the whole seconds of the header.
 const OFF_SEEN_SECONDS: i64 = 30;
+
+/// Of an RFC 3339 date without its time.
+const DAY_LENGTH: usize = 10;
 
 const MONTHS: [&str; 12] = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
 
@@ -36,8 +39,10 @@ pub fn now_shown() -> String {
 
 /// The day of a moment, to be shown.
 pub fn day_of(moment: i64) -> String {
-    let at = time::OffsetDateTime::from_unix_timestamp(moment).map(|at| at.date());
-    at.map_or_else(|_| "a day beyond all calendars".into(), |date| date.to_string())
+    let since = Duration::from_secs(u64::try_from(moment).unwrap_or(0));
+    let mut shown = UNIX_EPOCH.checked_add(since).and_then(rfc3339).unwrap_or_default();
+    shown.truncate(DAY_LENGTH);
+    shown
 }
 
 /// A `Date` of HTTP in the one form that is still written: `Sun, 06 Nov 1994 08:49:37 GMT`.
@@ -57,11 +62,12 @@ pub fn parse_http_date(text: &str) -> Option<i64> {
 pub fn compare(report: &mut Report<'_>, theirs: i64, ours: i64) {
     let off = ours.saturating_sub(theirs);
     let way = if off > 0 { "ahead of" } else { "behind" };
-    let what = format!("{} {way} the coordinator's", span(off.unsigned_abs()));
+    let span = span(off.unsigned_abs());
+    let what = format_args!("{span} {way} the coordinator's");
     match i64::try_from(off.unsigned_abs()).unwrap_or(i64::MAX) {
-        0..=OFF_SEEN_SECONDS => report.pass("clock", "that of the coordinator, within 30 s"),
-        seconds if seconds <= OFF_MAX_SECONDS => report.warn("clock", &what, FIX),
-        _ => report.fail("clock", &what, FIX),
+        0..=OFF_SEEN_SECONDS => report.pass("clock", &"that of the coordinator, within 30 s"),
+        seconds if seconds <= OFF_MAX_SECONDS => report.warn("clock", &what, &FIX),
+        _ => report.fail("clock", &what, &FIX),
     }
 }
 

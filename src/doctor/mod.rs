@@ -38,10 +38,10 @@ pub struct Question<'a> {
 pub fn examine(question: &Question<'_>, out: &mut dyn Write, live: bool) -> bool {
     let _ = writeln!(out, "usepod-agent {AGENT_VERSION} doctor");
     let mut report = Report::new(out, live);
-    report.heading("this box");
+    report.heading(&"this box");
     let Some(config) = local::config(&mut report, question.config, question.allow_insecure) else {
-        report.skip("all else", "rests on config");
-        return report.verdict("");
+        report.skip("all else", &"rests on config");
+        return report.verdict(&"");
     };
     // They answer, or do not, while the coordinator is examined.
     let patients: Vec<Patient> = config.backends.iter().map(Patient::admit).collect();
@@ -50,7 +50,7 @@ pub fn examine(question: &Question<'_>, out: &mut dyn Write, live: bool) -> bool
     let runs = local::lock(&mut report, &places);
     local::disk(&mut report, &config);
 
-    report.heading(&format!("coordinator {}", address_of(&config.coordinator)));
+    report.heading(&format_args!("coordinator {}", address_of(&config.coordinator)));
     coordinator::examine(&mut report, &config.coordinator);
 
     let servers = patients.len();
@@ -59,9 +59,9 @@ pub fn examine(question: &Question<'_>, out: &mut dyn Write, live: bool) -> bool
         models += patient.tell(&mut report, &config, question.inference);
     }
 
-    report.heading("from now on");
+    report.heading(&"from now on");
     supervisor::examine(&mut report, &places, runs);
-    report.verdict(&format!("{models} model(s) to offer, of {servers} backend(s)"))
+    report.verdict(&format_args!("{models} model(s) to offer, of {servers} backend(s)"))
 }
 
 /// Without what may be a password.

@@ -2,6 +2,7 @@
 //!
 //! Invariant: whatever a text holds, a line stays one line.
 
+use std::fmt::Display;
 use std::io::Write;
 
 /// The widest name of a check is shorter.
@@ -14,18 +15,19 @@ pub struct Report<'a> {
     live: bool,
     checks: u32,
     warnings: u32,
-    failures: Vec<String>,
+    failures: u32,
+    first_failure: String,
 }
 
 impl<'a> Report<'a> {
     /// An empty one. `live` is for a terminal: it shows what is being waited for.
     pub fn new(out: &'a mut dyn Write, live: bool) -> Report<'a> {
-        Report { out, live, checks: 0, warnings: 0, failures: Vec::new() }
+        Report { out, live, checks: 0, warnings: 0, failures: 0, first_failure: String::new() }
     }
 
     /// What the next lines are about.
-    pub fn heading(&mut self, text: &str) {
-        self.line(&format!("\n{}", one_line(text)));
+    pub fn heading(&mut self, text: &dyn Display) {
+        self.line(&format_args!("\n{}", one_line(text)));
     }
 
     /// Says what is being waited for, until its line comes.
@@ -36,13 +38,13 @@ impl<'a> Report<'a> {
     }
 
     /// All right.
-    pub fn pass(&mut self, name: &str, what: &str) {
+    pub fn pass(&mut self, name: &str, what: &dyn Display) {
         self.checks += 1;
         self.check('✓', name, what);
     }
 
     /// Odd, but the agent can earn.
-    pub fn warn(&mut self, name: &str, what: &str, fix: &str) {
+    pub fn warn(&mut self, name: &str, what: &dyn Display, fix: &dyn Display) {
         self.checks += 1;
         self.warnings += 1;
         self.check('!', name, what);
@@ -50,40 +52,44 @@ impl<'a> Report<'a> {
     }
 
     /// Broken.
-    pub fn fail(&mut self, name: &str, what: &str, fix: &str) {
+    pub fn fail(&mut self, name: &str, what: &dyn Display, fix: &dyn Display) {
         self.checks += 1;
-        self.failures.push(format!("{name}: {}", one_line(what)));
+        self.failures += 1;
+        if self.failures == 1 {
+            self.first_failure = format!("{name}: {}", one_line(what));
+        }
         self.check('✗', name, what);
         self.fix(fix);
     }
 
     /// Not checked.
-    pub fn skip(&mut self, name: &str, why: &str) {
+    pub fn skip(&mut self, name: &str, why: &dyn Display) {
         self.check('-', name, why);
     }
 
     /// The last line: `well` where nothing is broken. True then.
-    pub fn verdict(mut self, well: &str) -> bool {
-        let verdict = match self.failures.as_slice() {
-            [] if self.warnings == 0 => format!("all is well: {well}"),
-            [] => format!("all that matters is well: {well}; {} warning(s)", self.warnings),
-            [first, ..] => {
-                format!("{} of {} checks failed; begin with {first}", self.failures.len(), self.checks)
-            }
-        };
-        self.heading(&verdict);
-        self.failures.is_empty()
+    pub fn verdict(mut self, well: &dyn Display) -> bool {
+        let Report { checks, failures, warnings, .. } = self;
+        let first = std::mem::take(&mut self.first_failure);
+        if failures > 0 {
+            self.heading(&format_args!("{failures} of {checks} checks failed; begin with {first}"));
+        } else if warnings > 0 {
+            self.heading(&format_args!("all that matters is well: {well}; {warnings} warning(s)"));
+        } else {
+            self.heading(&format_args!("all is well: {well}"));
+        }
+        failures == 0
     }
 
-    fn check(&mut self, mark: char, name: &str, what: &str) {
-        self.line(&format!("  {mark} {name:NAME_WIDTH$}{}", one_line(what)));
+    fn check(&mut self, mark: char, name: &str, what: &dyn Display) {
+        self.line(&format_args!("  {mark} {name:NAME_WIDTH$}{}", one_line(what)));
     }
 
-    fn fix(&mut self, fix: &str) {
-        self.line(&format!("    {:NAME_WIDTH$}fix: {}", "", one_line(fix)));
+    fn fix(&mut self, fix: &dyn Display) {
+        self.line(&format_args!("    {:NAME_WIDTH$}fix: {}", "", one_line(fix)));
     }
 
-    fn line(&mut self, text: &str) {
+    fn line(&mut self, text: &dyn Display) {
         // Over whatever was pending.
         let start = if self.live { "\r\x1b[K" } else { "" };
         let _ = writeln!(self.out, "{start}{text}").and_then(|()| self.out.flush());
@@ -91,7 +97,8 @@ impl<'a> Report<'a> {
 }
 
 /// Without what would move a terminal's cursor.
-fn one_line(text: &str) -> String {
+fn one_line(text: &dyn Display) -> String {
+    let text = text.to_string();
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
@@ -103,14 +110,14 @@ mod tests {
     fn a_line_for_each_check_the_fix_below_it_and_the_first_failure_in_the_verdict() {
         let mut out = Vec::new();
         let mut report = Report::new(&mut out, false);
-        report.heading("the box");
+        report.heading(&"the box");
         report.pending("a");
-        report.pass("a", "good");
-        report.warn("b", "odd", "mend it");
-        report.fail("c", "two\nlines\x1b[2J", "mend that");
-        report.fail("d", "broken too", "later");
-        report.skip("e", "not reached");
-        assert!(!report.verdict("never said"));
+        report.pass("a", &"good");
+        report.warn("b", &"odd", &"mend it");
+        report.fail("c", &"two\nlines\x1b[2J", &"mend that");
+        report.fail("d", &"broken too", &"later");
+        report.skip("e", &"not reached");
+        assert!(!report.verdict(&"never said"));
         let expected = "\nthe box\n  ✓ a           good\n  ! b           odd\n                fix: mend it\n  \
             ✗ c           two lines [2J\n                fix: mend that\n  ✗ d           broken too\n                \
             fix: later\n  - e           not reached\n\n2 of 4 checks failed; begin with c: two lines [2J\n";

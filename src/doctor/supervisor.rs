@@ -4,6 +4,7 @@ use std::fs;
 use std::io::Read;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crossbeam_channel::bounded;
@@ -37,24 +38,28 @@ pub fn examine(report: &mut Report<'_>, places: &Places, runs: bool) {
     let stopped = places.stopped().exists();
     match installed() {
         None => {
-            report.fail(NAME, "nobody restarts the agent after a crash or a reboot", "usepod-agent service install");
+            report.fail(NAME, &"nobody restarts the agent after a crash or a reboot", &"usepod-agent service install");
         }
         Some(Supervisor::Cron) if !cron_runs() => report.warn(
             NAME,
-            "the crontab has the agent, but no cron daemon is to be seen",
-            "as root: service cron start (Debian), systemctl enable --now cron or crond",
+            &"the crontab has the agent, but no cron daemon is to be seen",
+            &"as root: service cron start (Debian), systemctl enable --now cron or crond",
         ),
         Some(_) if !runs && !stopped => {
-            report.warn(NAME, "installed, but no agent runs", "wait a minute; then see why: usepod-agent service logs");
+            report.warn(
+                NAME,
+                &"installed, but no agent runs",
+                &"wait a minute; then see why: usepod-agent service logs",
+            );
         }
-        Some(Supervisor::Cron) => report.pass(NAME, "the user's crontab; a cron daemon runs"),
-        Some(Supervisor::Systemd(unit)) => report.pass(NAME, &format!("the systemd unit `{}`", unit.display())),
+        Some(Supervisor::Cron) => report.pass(NAME, &"the user's crontab; a cron daemon runs"),
+        Some(Supervisor::Systemd(unit)) => report.pass(NAME, &format_args!("the systemd unit `{}`", unit.display())),
     }
     if stopped {
-        report.warn("stopped", "the operator stopped the agent, and nothing starts it", "usepod-agent service start");
+        report.warn("stopped", &"the operator stopped the agent, and nothing starts it", &"usepod-agent service start");
     }
     if places.paused().exists() {
-        report.warn("paused", "the operator paused the agent: it offers nothing", "usepod-agent resume");
+        report.warn("paused", &"the operator paused the agent: it offers nothing", &"usepod-agent resume");
     }
 }
 
@@ -75,17 +80,26 @@ fn crontab() -> Option<String> {
     command.arg("-l").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut crontab = command.spawn().ok()?;
     let stdout = crontab.stdout.take()?;
-    let (sender, text) = bounded(1);
-    let read = move || {
-        let mut text = Vec::new();
-        // What is there counts, whatever ends it.
-        let _ = stdout.take(CRONTAB_BYTES_MAX).read_to_end(&mut text);
-        let _ = sender.send(text);
+    let text = Arc::new(Mutex::new(Vec::new()));
+    let (ended_sender, ended) = bounded::<()>(0);
+    let read = {
+        let text = text.clone();
+        move || {
+            // Dropped at the end, whatever it is.
+            let _ended = ended_sender;
+            let mut read = Vec::new();
+            // What is there counts, whatever ends it.
+            let _ = stdout.take(CRONTAB_BYTES_MAX).read_to_end(&mut read);
+            *text.lock().unwrap_or_else(PoisonError::into_inner) = read;
+        }
     };
-    let text = threads::spawn("crontab", read).ok().and_then(|_| text.recv_timeout(CRONTAB_TIME).ok());
+    if threads::spawn("crontab", read).is_ok() {
+        let _ = ended.recv_timeout(CRONTAB_TIME);
+    }
     let _ = crontab.kill();
     let _ = crontab.wait();
-    text.map(|text| String::from_utf8_lossy(&text).into_owned())
+    let text = text.lock().unwrap_or_else(PoisonError::into_inner);
+    Some(String::from_utf8_lossy(&text).into_owned())
 }
 
 /// A `/proc` that hides others' processes hides the daemon too, so that its absence proves nothing.

@@ -31,7 +31,8 @@ pub fn run(report: &mut Report<'_>, backend: &dyn Backend, model: &str, kind: Ki
     let first_ms = first_byte.unwrap_or_default().as_millis();
     match outcome {
         Ok(JobResult { duration_ms, .. }) => {
-            let what = format!("{}: first byte after {first_ms} ms, the whole after {duration_ms} ms", shown(model));
+            let what =
+                format_args!("{}: first byte after {first_ms} ms, the whole after {duration_ms} ms", shown(model));
             report.pass("completion", &what);
         }
         Err(e) => {
@@ -41,15 +42,15 @@ pub fn run(report: &mut Report<'_>, backend: &dyn Backend, model: &str, kind: Ki
                 }
                 _ => shown(&e.to_string()),
             };
-            report.fail("completion", &format!("{}: {what}", shown(model)), &fix_of(&e, kind));
-            report.skip("cancel", "rests on completion");
+            report.fail("completion", &format_args!("{}: {what}", shown(model)), &fix_of(&e, kind));
+            report.skip("cancel", &"rests on completion");
             return;
         }
     }
     report.pending("cancel");
     match execute(backend, model, CANCELLED_TOKENS, true) {
         (Err(BackendError::Cancelled), _) => cancelled(report, backend, kind),
-        (Ok(_), _) => report.warn("cancel", "the answer was over before it could be cancelled", "try again"),
+        (Ok(_), _) => report.warn("cancel", &"the answer was over before it could be cancelled", &"try again"),
         (Err(e), _) => report.fail("cancel", &shown(&e.to_string()), &fix_of(&e, kind)),
     }
 }
@@ -60,10 +61,13 @@ fn cancelled(report: &mut Report<'_>, backend: &dyn Backend, kind: Kind) {
     match backend.probe() {
         Ok(_) => {
             let took = began.elapsed().as_millis();
-            report.pass("cancel", &format!("hung up at the first byte; the server answered its probe {took} ms later"));
+            report.pass(
+                "cancel",
+                &format_args!("hung up at the first byte; the server answered its probe {took} ms later"),
+            );
         }
         Err(e) => {
-            let what = format!("after a customer hung up the server is not well: {}", shown(&e.to_string()));
+            let what = format_args!("after a customer hung up the server is not well: {}", shown(&e.to_string()));
             report.fail("cancel", &what, &fix_of(&e, kind));
         }
     }

@@ -3,22 +3,21 @@
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::path::Path;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use crossbeam_channel::{Receiver, Sender, bounded, never, select};
-use rustls::client::WebPkiServerVerifier;
+use crossbeam_channel::{Receiver, bounded, never, select};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{ClientConfig, ClientConnection, ProtocolVersion, RootCertStore};
+use rustls::{CertificateError, ClientConfig, ClientConnection, ProtocolVersion, RootCertStore};
 use tungstenite::HandshakeError;
 use tungstenite::http::{HeaderMap, Uri};
 use tungstenite::protocol::WebSocketConfig;
 use ureq::Proxy;
 
-use super::presented::{Presented, Recorder};
+use super::onlooker::Onlooker;
 use super::{Link, LinkReader, MESSAGE_BYTES_MAX, READ_BUFFER_BYTES, ReadHalf, STALL_TIMEOUT, uninterrupted};
 use crate::logging::shown;
 use crate::{cryptography, files, tcp, threads};
@@ -63,8 +62,13 @@ pub enum DialError {
     #[error("the proxy of HTTPS_PROXY refused to connect: {0}")]
     Proxy(String),
     /// The TLS handshake failed.
-    #[error("TLS handshake failed: {0}")]
-    Tls(String),
+    #[error("TLS handshake failed: {why}")]
+    Tls {
+        /// In words.
+        why: String,
+        /// What is wrong with the server's certificate, if it is that.
+        fault: Option<CertificateError>,
+    },
     /// The server does not upgrade to a WebSocket.
     #[error("WebSocket upgrade failed: {0}")]
     Upgrade(String),
@@ -102,8 +106,8 @@ pub trait Steps {
     fn connected(&mut self, _address: SocketAddr) {}
     /// The proxy has a connection to the coordinator.
     fn tunnelled(&mut self) {}
-    /// The TLS session stands, in this version.
-    fn secured(&mut self, _version: Option<ProtocolVersion>) {}
+    /// The TLS session stands, in this version and by this certificate (DER).
+    fn secured(&mut self, _version: Option<ProtocolVersion>, _certificate: &[u8]) {}
     /// The server answered the request to upgrade, whatever it says.
     fn answered(&mut self, _headers: &HeaderMap) {}
 }
@@ -120,7 +124,6 @@ pub struct Dialer {
     proxy: Option<Proxy>,
     roots: ExtraRoots,
     tls: OnceLock<Arc<ClientConfig>>,
-    presented: Option<Presented>,
 }
 
 impl Dialer {
@@ -130,12 +133,7 @@ impl Dialer {
         let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
         let port = uri.port_u16().unwrap_or(if secure { 443 } else { 80 });
         let proxy = proxy.filter(|p| !p.is_no_proxy(&uri));
-        Dialer { uri, host, port, secure, proxy, roots, tls: OnceLock::new(), presented: None }
-    }
-
-    /// Keeps the certificate that the server presents, believed or not.
-    pub fn keep_presented(&mut self) -> Presented {
-        self.presented.get_or_insert_default().clone()
+        Dialer { uri, host, port, secure, proxy, roots, tls: OnceLock::new() }
     }
 
     /// Host and port that the TCP connection goes to: the proxy's, where one is used.
@@ -193,48 +191,80 @@ impl Dialer {
         read_head(&mut stream)?.ok_or_else(|| DialError::Upgrade("the server does not answer as HTTP".into()))
     }
 
+    /// The certificate that the server presents, believed or not, DER; over a connection of its own, which ends there.
+    pub fn presented(&self, time: Duration) -> Option<Vec<u8>> {
+        let deadline = Instant::now() + time;
+        let tcp = self.connect(deadline, &never(), &mut ()).ok()?;
+        self.prepare(&tcp, deadline, &mut ()).ok()?;
+        let onlooker = Arc::new(Onlooker::default());
+        // Fails, as it must.
+        let _ = self.tls_handshake(&tcp, onlooker.clone().config().ok()?, deadline);
+        Some(onlooker.seen()).filter(|der| !der.is_empty())
+    }
+
     /// Name resolution cannot be bounded or interrupted, so it happens in a thread that may be left behind.
     fn connect(&self, deadline: Instant, stop: &Receiver<()>, steps: &mut dyn Steps) -> Result<TcpStream, DialError> {
         let (host, port) = self.peer();
         let host = host.to_owned();
-        let (progress, inbox) = bounded(PROGRESS_MAX);
+        let progress = Arc::new(Mutex::new(Progress { resolved: None, opened: Err(DialError::TimedOut) }));
+        // Rung once there are addresses, and gone at the end, whatever it is.
+        let (bell, rung) = bounded::<()>(1);
+        let of_thread = progress.clone();
         threads::spawn("dial", move || {
-            let opened = open(host, port, deadline, &progress);
-            // Nobody may wait for it any more.
-            let _ = progress.send(opened.map(Progress::Connected));
+            let opened = match (host.as_str(), port).to_socket_addrs() {
+                Ok(addresses) => {
+                    let addresses: Vec<SocketAddr> = addresses.collect();
+                    Progress::of(&of_thread).resolved = Some(addresses.clone());
+                    let _ = bell.send(());
+                    tcp::connect_any(&addresses, Some(deadline)).map_err(|error| DialError::Connect {
+                        host,
+                        port,
+                        error,
+                    })
+                }
+                Err(error) => Err(DialError::Resolve { host, error }),
+            };
+            Progress::of(&of_thread).opened = opened;
         })?;
         loop {
-            select! {
-                recv(inbox) -> progress => match progress {
-                    Ok(Ok(Progress::Resolved(addresses))) => steps.resolved(&addresses),
-                    Ok(Ok(Progress::Connected(tcp))) => {
-                        // One that is closed again already has none; the next step finds out.
-                        if let Ok(address) = tcp.peer_addr() {
-                            steps.connected(address);
-                        }
-                        return Ok(tcp);
-                    }
-                    Ok(Err(e)) => return Err(e),
-                    // The thread panicked.
-                    Err(_) => return Err(DialError::TimedOut),
-                },
+            let ended = select! {
+                recv(rung) -> ring => ring.is_err(),
                 recv(stop) -> _ => return Err(DialError::Stopping),
                 default(deadline.saturating_duration_since(Instant::now())) => return Err(DialError::TimedOut),
+            };
+            let mut progress = Progress::of(&progress);
+            if let Some(addresses) = progress.resolved.take() {
+                steps.resolved(&addresses);
+            }
+            if ended {
+                let opened = std::mem::replace(&mut progress.opened, Err(DialError::TimedOut));
+                // One that is closed again already has no address; the next step finds out.
+                if let Some(address) = opened.as_ref().ok().and_then(|tcp| tcp.peer_addr().ok()) {
+                    steps.connected(address);
+                }
+                return opened;
             }
         }
     }
 
-    /// Through the proxy, and under TLS, where there are to be any.
-    fn link(&self, tcp: TcpStream, deadline: Instant, steps: &mut dyn Steps) -> Result<Arc<Link>, DialError> {
+    /// Through the proxy, where there is to be one.
+    fn prepare(&self, tcp: &TcpStream, deadline: Instant, steps: &mut dyn Steps) -> Result<(), DialError> {
         tcp.set_nodelay(true)?;
         tcp.set_write_timeout(Some(CONNECT_TIMEOUT))?;
         if let Some(proxy) = &self.proxy {
-            self.tunnel(&tcp, proxy, deadline)?;
+            self.tunnel(tcp, proxy, deadline)?;
             steps.tunnelled();
         }
-        let tls = if self.secure { Some(self.tls_handshake(&tcp, deadline)?) } else { None };
+        Ok(())
+    }
+
+    /// Prepared, and under TLS where it is to be.
+    fn link(&self, tcp: TcpStream, deadline: Instant, steps: &mut dyn Steps) -> Result<Arc<Link>, DialError> {
+        self.prepare(&tcp, deadline, steps)?;
+        let tls = if self.secure { Some(self.tls_handshake(&tcp, self.tls_config()?, deadline)?) } else { None };
         if let Some(tls) = &tls {
-            steps.secured(tls.protocol_version());
+            let certificate = tls.peer_certificates().and_then(|chain| chain.first());
+            steps.secured(tls.protocol_version(), certificate.map_or(&[], |certificate| certificate));
         }
         Ok(Arc::new(Link::new(tcp, tls.map(Mutex::new))))
     }
@@ -259,21 +289,35 @@ impl Dialer {
         }
     }
 
-    fn tls_handshake(&self, tcp: &TcpStream, deadline: Instant) -> Result<ClientConnection, DialError> {
-        let tls_error = |e: rustls::Error| DialError::Tls(e.to_string());
-        let name = ServerName::try_from(self.host.clone())
-            .map_err(|_| DialError::Tls(format!("`{}` is not a name that a certificate can have", self.host)))?;
-        let config = match self.tls.get() {
-            Some(config) => config.clone(),
-            None => {
-                let config = client_config(&self.roots, self.presented.as_ref()).map_err(tls_error)?;
-                self.tls.get_or_init(|| config).clone()
-            }
+    fn tls_config(&self) -> Result<Arc<ClientConfig>, DialError> {
+        if let Some(config) = self.tls.get() {
+            return Ok(config.clone());
+        }
+        let config = client_config(&self.roots).map_err(tls_error)?;
+        Ok(self.tls.get_or_init(|| config).clone())
+    }
+
+    fn tls_handshake(
+        &self,
+        tcp: &TcpStream,
+        config: Arc<ClientConfig>,
+        deadline: Instant,
+    ) -> Result<ClientConnection, DialError> {
+        let no_name = |_| DialError::Tls {
+            why: format!("`{}` is not a name that a certificate can have", self.host),
+            fault: Some(CertificateError::NotValidForName),
         };
+        let name = ServerName::try_from(self.host.clone()).map_err(no_name)?;
         let mut connection = ClientConnection::new(config, name).map_err(tls_error)?;
         let mut stream = Bounded { tcp, deadline };
         while connection.is_handshaking() {
-            connection.complete_io(&mut stream).map_err(timed_out_or(|e| DialError::Tls(e.to_string())))?;
+            connection.complete_io(&mut stream).map_err(timed_out_or(|e| {
+                let why = e.to_string();
+                match e.downcast() {
+                    Ok(rustls::Error::InvalidCertificate(fault)) => DialError::Tls { why, fault: Some(fault) },
+                    _ => DialError::Tls { why, fault: None },
+                }
+            }))?;
         }
         Ok(connection)
     }
@@ -319,6 +363,10 @@ fn read_head(stream: &mut impl Read) -> io::Result<Option<String>> {
     Ok(Some(String::from_utf8_lossy(&head).into_owned()))
 }
 
+fn tls_error(e: rustls::Error) -> DialError {
+    DialError::Tls { why: e.to_string(), fault: None }
+}
+
 fn timed_out_or(other: impl Fn(io::Error) -> DialError) -> impl Fn(io::Error) -> DialError {
     move |e| match e.kind() {
         io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => DialError::TimedOut,
@@ -327,46 +375,26 @@ fn timed_out_or(other: impl Fn(io::Error) -> DialError) -> impl Fn(io::Error) ->
 }
 
 /// How far the thread of a dial has come.
-enum Progress {
-    Resolved(Vec<SocketAddr>),
-    Connected(TcpStream),
+struct Progress {
+    resolved: Option<Vec<SocketAddr>>,
+    opened: Result<TcpStream, DialError>,
 }
 
-/// As many as there are, so that the thread never waits to tell.
-const PROGRESS_MAX: usize = 2;
-
-fn open(
-    host: String,
-    port: u16,
-    deadline: Instant,
-    progress: &Sender<Result<Progress, DialError>>,
-) -> Result<TcpStream, DialError> {
-    let addresses: Vec<SocketAddr> = match (host.as_str(), port).to_socket_addrs() {
-        Ok(addresses) => addresses.collect(),
-        Err(error) => return Err(DialError::Resolve { host, error }),
-    };
-    let _ = progress.send(Ok(Progress::Resolved(addresses.clone())));
-    tcp::connect_any(&addresses, Some(deadline)).map_err(|error| DialError::Connect { host, port, error })
+impl Progress {
+    fn of(progress: &Mutex<Progress>) -> MutexGuard<'_, Progress> {
+        progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// The roots of the web and the operator's own, TLS 1.2 and 1.3.
-fn client_config(extra: &ExtraRoots, presented: Option<&Presented>) -> Result<Arc<ClientConfig>, rustls::Error> {
+fn client_config(extra: &ExtraRoots) -> Result<Arc<ClientConfig>, rustls::Error> {
     let mut roots = RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
     for certificate in &extra.0 {
         roots.add(certificate.clone())?;
     }
     let provider = cryptography::provider();
-    let builder = ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions()?;
-    let builder = match presented {
-        None => builder.with_root_certificates(roots),
-        Some(presented) => {
-            let inner = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider).build();
-            let inner = inner.map_err(|e| rustls::Error::General(e.to_string()))?;
-            let recorder = Recorder { inner, presented: presented.clone() };
-            builder.dangerous().with_custom_certificate_verifier(Arc::new(recorder))
-        }
-    };
-    Ok(Arc::new(builder.with_no_client_auth()))
+    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
+    Ok(Arc::new(builder.with_root_certificates(roots).with_no_client_auth()))
 }
 
 /// A socket whose reads and writes must all be over by the deadline.

@@ -6,7 +6,7 @@
 //! No other code handles a TLS session.
 
 mod dial;
-mod presented;
+mod onlooker;
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -18,7 +18,6 @@ use tungstenite::protocol::{Role, WebSocketConfig};
 use tungstenite::{Message, WebSocket};
 
 pub use dial::{CONNECT_TIMEOUT, DialError, Dialer, ExtraRoots, Steps};
-pub use presented::{Certificate, Presented};
 
 /// So long without a byte in, or without progress out, and the link is dead. Three heartbeats' pongs missed.
 pub const STALL_TIMEOUT: Duration = Duration::from_secs(45);

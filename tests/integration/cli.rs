@@ -36,12 +36,13 @@ fn help_names_every_command_and_has_an_example() {
     for arguments in [&["--help"][..], &["help"], &["-h"]] {
         let ran = run(&plain(), arguments, &[]);
         assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""), "{arguments:?}");
-        let words = ["run", "validate", "enroll", "version", "demo", "--config", "--log-level", "--allow-insecure"];
+        let words =
+            ["run", "validate", "enroll", "doctor", "version", "demo", "--config", "--log-level", "--allow-insecure"];
         for word in words.into_iter().chain(["xample", "$ usepod-agent"]) {
             assert!(ran.stdout.contains(word), "{arguments:?}: no `{word}` in {}", ran.stdout);
         }
     }
-    for command in ["run", "validate", "enroll", "version", "demo"] {
+    for command in ["run", "validate", "enroll", "doctor", "version", "demo"] {
         let ran = run(&plain(), &[command, "--help"], &[]);
         assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""), "{command} --help");
         assert!(ran.stdout.contains(command), "{command} --help: {}", ran.stdout);
