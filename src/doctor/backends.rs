@@ -1,15 +1,13 @@
 //! Each backend: its key, its health, what it lists and what of that is offered, the windows it runs, what is not loaded.
 
-use std::fmt::Display;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use super::report::Report;
 use super::trial;
 use crate::backend::{Backend, BackendError, BackendModel, BackendResult, Examination, HttpBackend, Kind};
-use crate::config::{BackendConfig, Config};
+use crate::config::BackendConfig;
 use crate::discovery::{OfferedBackend, ResolvedModel, Terms};
-use crate::logging::shown;
 use crate::threads;
 
 /// So many names are listed, then counted.
@@ -20,28 +18,28 @@ const ALIKE: usize = 3;
 const COMPARED_MAX: usize = 80;
 
 /// A backend that is being examined; all of them side by side, while other layers are.
-pub struct Patient {
-    config: BackendConfig,
+pub struct Patient<'a> {
+    config: &'a BackendConfig,
     server: Arc<HttpBackend>,
     examined: Arc<Mutex<Option<Examination>>>,
     asking: Option<JoinHandle<()>>,
 }
 
-impl Patient {
+impl<'a> Patient<'a> {
     /// Begins to ask.
-    pub fn admit(config: &BackendConfig) -> Patient {
+    pub fn admit(config: &'a BackendConfig) -> Patient<'a> {
         let server = Arc::new(HttpBackend::new(config.kind, config.url.clone(), config.api_key_env.as_deref()));
         let examined = Arc::new(Mutex::new(None));
         let ask = {
             let (server, examined) = (server.clone(), examined.clone());
             move || *examined.lock().unwrap_or_else(PoisonError::into_inner) = Some(server.examine())
         };
-        Patient { config: config.clone(), server, examined, asking: threads::spawn("examine", ask).ok() }
+        Patient { config, server, examined, asking: threads::spawn("examine", ask).ok() }
     }
 
     /// Tells what was found; with `inference` tries a job too. Returns how many models it has to offer.
-    pub fn tell(mut self, report: &mut Report<'_>, config: &Config, inference: bool) -> usize {
-        report.heading(&format_args!("backend {}", shown(self.server.id())));
+    pub fn tell(mut self, report: &mut Report<'_>, terms: &Terms, inference: bool) -> usize {
+        report.heading(&format_args!("backend {}", self.server.id()));
         report.pending("health");
         // Without a thread there is nothing, and so it is when it panicked.
         let asked = self.asking.take().is_some_and(|asking| asking.join().is_ok());
@@ -64,7 +62,7 @@ impl Patient {
                 self.failed(report, "models", &e);
                 Vec::new()
             }
-            (Ok(_), Ok(listed)) => self.models(report, config, listed, &examination.unloaded),
+            (Ok(_), Ok(listed)) => self.models(report, terms, listed, &examination.unloaded),
         };
         // Without its key no job succeeds, and nothing is offered.
         let offered = if key.is_ok() { offered } else { Vec::new() };
@@ -95,98 +93,96 @@ impl Patient {
     }
 
     fn failed(&self, report: &mut Report<'_>, check: &str, e: &BackendError) {
-        report.fail(check, &shown(&e.to_string()), &fix_of(e, self.config.kind));
+        report.fail(check, e, &fix_of(e, self.config.kind));
     }
 
     /// What is listed and what of it is offered.
     fn models(
         &self,
         report: &mut Report<'_>,
-        config: &Config,
+        terms: &Terms,
         listed: Vec<BackendModel>,
         unloaded: &[String],
     ) -> Vec<ResolvedModel> {
-        let terms = Terms { pricing: config.pricing.clone(), max_concurrent: config.limits.max_concurrent };
+        let kind = self.config.kind;
+        let allowed = self.config.models.as_deref();
         let offer = OfferedBackend {
             backend: self.server.clone(),
             allowed_models: self.config.models.clone(),
             max_concurrent: self.config.max_concurrent,
         };
-        let count = listed.len();
-        let ids: Vec<String> = listed.iter().map(|model| model.model_id.clone()).collect();
-        let offered = offer.resolve(listed, &terms).models;
-        let allowed = self.config.models.as_deref();
-        self.unknown(report, allowed.unwrap_or_default(), &ids, unloaded);
-        let is_free = |id: &&String| {
-            let price = config.pricing.of(id);
-            price.input_per_1m == 0 || price.output_per_1m == 0
+        let listed_ids: Vec<String> = listed.iter().map(|model| model.model_id.clone()).collect();
+        let offered = offer.resolve(listed, terms).models;
+        let is_offered = |id: &str| offered.iter().any(|model| model.model_id == id);
+        let is_allowed = |id: &str| allowed.is_none_or(|only| only.iter().any(|allowed| allowed == id));
+        let pick = |from: &'_ [String], is_wanted: &dyn Fn(&str) -> bool| {
+            let wanted: Vec<&str> = from.iter().map(String::as_str).filter(|id| is_wanted(id)).collect();
+            (!wanted.is_empty()).then(|| names(&wanted))
         };
-        let is_allowed = |id: &&String| allowed.is_none_or(|only| only.contains(*id));
-        let free: Vec<&String> = ids.iter().filter(is_allowed).filter(is_free).collect();
-        if !free.is_empty() {
+        for wanted in allowed.unwrap_or_default() {
+            if !listed_ids.contains(wanted) && !unloaded.contains(wanted) {
+                unknown(report, wanted, &listed_ids, unloaded);
+            }
+        }
+        // A listed model that is allowed and not offered has no price.
+        if let Some(free) = pick(&listed_ids, &|id| is_allowed(id) && !is_offered(id)) {
             let fix = "give each a price above 0 in [pricing.models]";
-            report.warn("prices", &format_args!("a price of 0, and so not offered: {}", names(&free)), &fix);
+            report.warn("prices", &format_args!("a price of 0, and so not offered: {free}"), &fix);
         }
-        if offered.is_empty() {
-            let (what, fix) = match (count, allowed) {
-                (0, _) => ("it lists no model".to_owned(), no_model_fix(self.config.kind)),
-                (_, Some([])) => ("`models = []` offers nothing".to_owned(), "leave `models` out to offer all"),
-                _ => (
-                    format!("lists {count}, none of them to offer"),
-                    "see `models` of this backend, and [pricing.models]",
-                ),
-            };
-            report.fail("models", &what, &fix);
-        } else {
-            let ids: Vec<&String> = offered.iter().map(|model| &model.model_id).collect();
+        let count = listed_ids.len();
+        if !offered.is_empty() {
+            let ids: Vec<&str> = offered.iter().map(|model| model.model_id.as_str()).collect();
             report.pass("models", &format_args!("lists {count}, {} to offer: {}", offered.len(), names(&ids)));
-            let window = |model: &ResolvedModel| match model.context_window {
-                Some(tokens) => format!("{} {tokens}", shown(&model.model_id)),
-                None => format!("{} unknown", shown(&model.model_id)),
-            };
-            report.pass("window", &names(&offered.iter().map(window).collect::<Vec<_>>()));
+            let windows: Vec<String> = offered.iter().map(window).collect();
+            report.pass("window", &names(&windows.iter().map(String::as_str).collect::<Vec<_>>()));
+        } else if count == 0 {
+            report.fail("models", &"it lists no model", &no_model_fix(kind));
+        } else {
+            let fix = "leave out `models` of this backend to offer all that it lists, each at a price above 0";
+            report.fail("models", &format_args!("lists {count}, none of them to offer"), &fix);
         }
-        self.waiting(report, &offered, unloaded);
+        if let Some(waiting) = pick(unloaded, &is_offered) {
+            let what = format_args!("not loaded, so that its first job waits and may time out: {waiting}");
+            report.warn("loaded", &what, &load_fix(kind));
+        }
+        // LM Studio and Ollama list what they have not loaded, so that it is offered.
+        if let Some(left_out) = pick(unloaded, &|id| kind == Kind::LlamaCpp && is_allowed(id) && !is_offered(id)) {
+            report.warn("loaded", &format_args!("not loaded, and so not offered: {left_out}"), &load_fix(kind));
+        }
         offered
     }
+}
 
-    /// What the configuration allows and the server does not have.
-    fn unknown(&self, report: &mut Report<'_>, allowed: &[String], listed: &[String], unloaded: &[String]) {
-        for wanted in allowed.iter().filter(|wanted| !listed.contains(wanted) && !unloaded.contains(wanted)) {
-            let what = format_args!("model unknown: the server does not list `{}`", shown(wanted));
-            let nearest = nearest(wanted, listed.iter().chain(unloaded));
-            let fix = match nearest {
-                Some(nearest) => format!("did you mean \"{}\"? Correct `models` of this backend", shown(nearest)),
-                None => format!("take it out of `models`, or have the server load it; it lists: {}", names(listed)),
-            };
+fn window(model: &ResolvedModel) -> String {
+    match model.context_window {
+        Some(tokens) => format!("{} {tokens}", model.model_id),
+        None => format!("{} unknown", model.model_id),
+    }
+}
+
+/// What the configuration allows and the server does not have.
+fn unknown(report: &mut Report<'_>, wanted: &str, listed: &[String], unloaded: &[String]) {
+    let what = format_args!("model unknown: the server does not list `{wanted}`");
+    match nearest(wanted, listed.iter().chain(unloaded)) {
+        Some(nearest) => {
+            let fix = format_args!("did you mean \"{nearest}\"? Correct `models` of this backend");
             report.fail("models", &what, &fix);
         }
-    }
-
-    /// What would have to be loaded first.
-    fn waiting(&self, report: &mut Report<'_>, offered: &[ResolvedModel], unloaded: &[String]) {
-        let is_offered = |id: &&String| offered.iter().any(|model| model.model_id == **id);
-        let first_jobs: Vec<&String> = unloaded.iter().filter(is_offered).collect();
-        if !first_jobs.is_empty() {
-            let what = format_args!("not loaded, so that its first job waits and may time out: {}", names(&first_jobs));
-            report.warn("loaded", &what, &load_fix(self.config.kind));
-        }
-        let is_wanted = |id: &&String| self.config.models.as_ref().is_none_or(|only| only.contains(id));
-        let left_out: Vec<&String> = unloaded.iter().filter(|id| !is_offered(id)).filter(is_wanted).collect();
-        if self.config.kind == Kind::LlamaCpp && !left_out.is_empty() {
-            let what = format_args!("not loaded, and so not offered: {}", names(&left_out));
-            report.warn("loaded", &what, &load_fix(self.config.kind));
+        None => {
+            let ids: Vec<&str> = listed.iter().map(String::as_str).collect();
+            let fix = format_args!("take it out of `models`, or have the server load it; it lists: {}", names(&ids));
+            report.fail("models", &what, &fix);
         }
     }
 }
 
 /// The first few, and how many more there are.
-fn names<N: Display>(all: &[N]) -> String {
-    let mut listed: Vec<String> = all.iter().take(NAMES_MAX).map(|name| shown(&name.to_string())).collect();
+fn names(all: &[&str]) -> String {
+    let mut listed = all[..all.len().min(NAMES_MAX)].join(", ");
     if all.len() > NAMES_MAX {
-        listed.push(format!("and {} more", all.len() - NAMES_MAX));
+        listed.push_str(&format!(", and {} more", all.len() - NAMES_MAX));
     }
-    listed.join(", ")
+    listed
 }
 
 /// What mends it, by cause.

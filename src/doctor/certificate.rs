@@ -2,7 +2,7 @@
 //!
 //! Nothing is decided here; whether a certificate is believed is rustls' affair. Whatever the bytes are, every read is within them.
 
-use super::clock::moment;
+use super::clock::{moment, number};
 
 const SEQUENCE: u8 = 0x30;
 const SET: u8 = 0x31;
@@ -70,19 +70,13 @@ fn issuer(mut name: Der<'_>) -> String {
 fn time(fields: &mut Der<'_>) -> Option<i64> {
     let (tag, text) = fields.next()?;
     let digits: &[u8] = text.strip_suffix(b"Z")?;
-    if !digits.iter().all(u8::is_ascii_digit) {
-        return None;
-    }
-    let number = |range: std::ops::Range<usize>| {
-        digits.get(range).map(|digits| digits.iter().fold(0, |n: u16, digit| n * 10 + u16::from(digit - b'0')))
-    };
     let (year, rest) = match (tag, digits.len()) {
         // A window of years that the standard states.
-        (UTC_TIME, 12) => (number(0..2).map(|year| if year < 50 { 2000 + year } else { 1900 + year })?, 2),
-        (GENERALIZED_TIME, 14) => (number(0..4)?, 4),
+        (UTC_TIME, 12) => (number(digits, 0..2).map(|year| if year < 50 { 2000 + year } else { 1900 + year })?, 2),
+        (GENERALIZED_TIME, 14) => (number(digits, 0..4)?, 4),
         _ => return None,
     };
-    let pair = |n: usize| number(rest + 2 * n..rest + 2 * n + 2).and_then(|n| u8::try_from(n).ok());
+    let pair = |n: usize| number(digits, rest + 2 * n..rest + 2 * n + 2).and_then(|n| u8::try_from(n).ok());
     moment(i32::from(year), pair(0)?, pair(1)?, [pair(2)?, pair(3)?, pair(4)?])
 }
 

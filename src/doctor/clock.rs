@@ -1,5 +1,6 @@
 //! Moments: how others write them, and how far the box's clock is off.
 
+use std::ops::Range;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use time::{Date, Month};
@@ -47,15 +48,19 @@ pub fn day_of(moment: i64) -> String {
 
 /// A `Date` of HTTP in the one form that is still written: `Sun, 06 Nov 1994 08:49:37 GMT`.
 pub fn parse_http_date(text: &str) -> Option<i64> {
-    let words: Vec<&str> = text.split_whitespace().collect();
-    let [_, day, month, year, time, "GMT"] = words.as_slice() else { return None };
-    let month = MONTHS.iter().position(|name| name == month)? + 1;
-    let mut hms = [0; 3];
-    let mut parts = time.split(':');
-    for part in &mut hms {
-        *part = parts.next()?.parse().ok()?;
+    let text = text.trim().as_bytes();
+    let month = MONTHS.iter().position(|name| Some(name.as_bytes()) == text.get(8..11))? + 1;
+    let pair = |at: usize| number(text, at..at + 2).and_then(|n| u8::try_from(n).ok());
+    moment(i32::from(number(text, 12..16)?), u8::try_from(month).ok()?, pair(5)?, [pair(17)?, pair(20)?, pair(23)?])
+}
+
+/// The number that these bytes of a text write, four digits at the most.
+pub fn number(text: &[u8], range: Range<usize>) -> Option<u16> {
+    let mut number = 0;
+    for digit in text.get(range).filter(|digits| digits.len() <= 4)? {
+        number = number * 10 + u16::from(digit.is_ascii_digit().then(|| digit - b'0')?);
     }
-    moment(year.parse().ok()?, u8::try_from(month).ok()?, day.parse().ok()?, hms)
+    Some(number)
 }
 
 /// Compares what the coordinator's `Date` said with the box's clock at the same moment.

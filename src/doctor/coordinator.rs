@@ -14,7 +14,6 @@ use super::report::Report;
 use super::{certificate, clock};
 use crate::backend::proxy_from_env;
 use crate::config::CoordinatorConfig;
-use crate::logging::shown;
 use crate::session;
 use crate::transport::{CONNECT_TIMEOUT, DialError, Dialer, Steps};
 
@@ -45,7 +44,7 @@ pub fn examine(report: &mut Report<'_>, config: &CoordinatorConfig) {
                 Err(e) => {
                     let fix =
                         "is `[coordinator] url` that of a Use Pod coordinator? If it is, it is not well: try later";
-                    way.fail(&shown(&e.to_string()), &fix);
+                    way.fail(&e, &fix);
                 }
             }
             half.close();
@@ -175,16 +174,16 @@ impl Way<'_, '_> {
                 }
             }
             DialError::Proxy(why) => self.fail(
-                &format_args!("the proxy `{host}:{port}` of HTTPS_PROXY refused to connect: {}", shown(why)),
+                &format_args!("the proxy `{host}:{port}` of HTTPS_PROXY refused to connect: {}", why),
                 &"check HTTPS_PROXY, and what it allows; or name the coordinator's host in NO_PROXY",
             ),
             DialError::Tls { why, fault: None } => self.fail(
-                &shown(why),
+                why,
                 &"something that speaks no TLS, or none of ours, answers there: check host and port in `[coordinator] url`",
             ),
             DialError::Tls { why, fault: Some(fault) } => self.explain_certificate(why, fault),
             DialError::Upgrade(why) => self.fail(
-                &shown(why),
+                why,
                 &"a 5xx is the coordinator's own trouble: wait; else check the path of `[coordinator] url`, usually \
                   /provider/connect",
             ),
@@ -200,7 +199,7 @@ impl Way<'_, '_> {
                 }
             }
             DialError::System(_) | DialError::Stopping => {
-                self.fail(&shown(&e.to_string()), &"the box is short of something: ulimit -a; free -m");
+                self.fail(e, &"the box is short of something: ulimit -a; free -m");
             }
         }
     }
@@ -240,7 +239,7 @@ impl Way<'_, '_> {
                 ),
             ),
             _ => self.fail(
-                &format_args!("{} (issuer {issuer})", shown(why)),
+                &format_args!("{} (issuer {issuer})", why),
                 &format_args!("whoever runs the coordinator must mend its certificate, unless {SOMEBODY_ELSE}"),
             ),
         }
@@ -248,5 +247,5 @@ impl Way<'_, '_> {
 }
 
 fn issuer(certificate: &certificate::Certificate) -> String {
-    if certificate.issuer.is_empty() { "without a name".into() } else { format!("\"{}\"", shown(&certificate.issuer)) }
+    if certificate.issuer.is_empty() { "without a name".into() } else { format!("\"{}\"", certificate.issuer) }
 }

@@ -12,7 +12,6 @@ use crate::config::Config;
 use crate::files;
 use crate::identity::{Identity, IdentityError};
 use crate::instance::{Holder, Places};
-use crate::logging::shown;
 
 /// An agent that has shown no sign of life for so long hangs.
 const SILENCE_MAX: Duration = Duration::from_secs(3 * 60);
@@ -27,7 +26,7 @@ pub fn config(report: &mut Report<'_>, named: Option<&Path>, allow_insecure: boo
     let (config, path) = match read {
         Ok(read) => read,
         Err(e) => {
-            report.fail("config", &e.what(), &e.fix());
+            report.fail("config", &e.fault(), &e.fix());
             return None;
         }
     };
@@ -90,7 +89,7 @@ fn enrolment(report: &mut Report<'_>, config: &Config, identity: Result<Identity
         report.pass("identity", &format_args!("`{path}`, public key {}", identity.public_key_base64()));
     }
     match (identity.provider_id(), &config.coordinator.enrollment_code) {
-        (Some(id), _) => report.pass("enrolment", &format_args!("enrolled as {}", shown(id))),
+        (Some(id), _) => report.pass("enrolment", &format_args!("enrolled as {}", id)),
         (None, Some(_)) => {
             report.pass("enrolment", &"with the enrollment code of the configuration, at the first connection")
         }

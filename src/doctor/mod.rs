@@ -20,6 +20,7 @@ use backends::Patient;
 use report::Report;
 
 use crate::config::CoordinatorConfig;
+use crate::discovery::Terms;
 use crate::instance::Places;
 use crate::protocol::AGENT_VERSION;
 
@@ -44,7 +45,7 @@ pub fn examine(question: &Question<'_>, out: &mut dyn Write, live: bool) -> bool
         return report.verdict(&"");
     };
     // They answer, or do not, while the coordinator is examined.
-    let patients: Vec<Patient> = config.backends.iter().map(Patient::admit).collect();
+    let patients: Vec<Patient<'_>> = config.backends.iter().map(Patient::admit).collect();
     let places = Places::beside(&config.key_path);
     local::identity(&mut report, &config);
     let runs = local::lock(&mut report, &places);
@@ -54,9 +55,10 @@ pub fn examine(question: &Question<'_>, out: &mut dyn Write, live: bool) -> bool
     coordinator::examine(&mut report, &config.coordinator);
 
     let servers = patients.len();
+    let terms = Terms { pricing: config.pricing.clone(), max_concurrent: config.limits.max_concurrent };
     let mut models = 0;
     for patient in patients {
-        models += patient.tell(&mut report, &config, question.inference);
+        models += patient.tell(&mut report, &terms, question.inference);
     }
 
     report.heading(&"from now on");

@@ -1,10 +1,12 @@
 //! What the doctor prints: a line for each check as it is done, the fix below it, and the verdict.
 //!
-//! Invariant: whatever a text holds, a line stays one line.
+//! Invariant: whatever a text holds, and wherever it comes from, a line stays one line, bounded, of what can be printed.
 
 use std::fmt::Display;
 use std::io::Write;
 
+/// The longest text that a line shows, in characters: a server's words on why it failed are longer.
+const TEXT_MAX: usize = 600;
 /// The widest name of a check is shorter.
 const NAME_WIDTH: usize = 12;
 
@@ -96,10 +98,16 @@ impl<'a> Report<'a> {
     }
 }
 
-/// Without what would move a terminal's cursor.
+/// Without what would move a terminal's cursor or hide what is there. Quotes and backslashes stand for themselves.
 fn one_line(text: &dyn Display) -> String {
-    let text = text.to_string();
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+    let mut line = String::new();
+    for c in text.to_string().chars().take(TEXT_MAX) {
+        match c {
+            '"' | '\'' | '\\' => line.push(c),
+            _ => line.extend(c.escape_debug()),
+        }
+    }
+    line
 }
 
 #[cfg(test)]
@@ -119,8 +127,8 @@ mod tests {
         report.skip("e", &"not reached");
         assert!(!report.verdict(&"never said"));
         let expected = "\nthe box\n  ✓ a           good\n  ! b           odd\n                fix: mend it\n  \
-            ✗ c           two lines [2J\n                fix: mend that\n  ✗ d           broken too\n                \
-            fix: later\n  - e           not reached\n\n2 of 4 checks failed; begin with c: two lines [2J\n";
+            ✗ c           two\\nlines\\u{1b}[2J\n                fix: mend that\n  ✗ d           broken too\n                \
+            fix: later\n  - e           not reached\n\n2 of 4 checks failed; begin with c: two\\nlines\\u{1b}[2J\n";
         assert_eq!(String::from_utf8(out).expect("text"), expected);
     }
 }

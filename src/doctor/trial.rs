@@ -9,7 +9,6 @@ use super::backends::fix_of;
 use super::report::Report;
 use crate::backend::{Backend, BackendError, BackendResult, Job, JobResult, JobSink, Kind, WireFormat};
 use crate::discovery::ResolvedModel;
-use crate::logging::shown;
 use crate::protocol::DEADLINE_DEFAULT_MS;
 
 /// What the cancelled job asks for: enough for the server to be still at it.
@@ -31,18 +30,18 @@ pub fn run(report: &mut Report<'_>, backend: &dyn Backend, model: &str, kind: Ki
     let first_ms = first_byte.unwrap_or_default().as_millis();
     match outcome {
         Ok(JobResult { duration_ms, .. }) => {
-            let what =
-                format_args!("{}: first byte after {first_ms} ms, the whole after {duration_ms} ms", shown(model));
+            let what = format_args!("{}: first byte after {first_ms} ms, the whole after {duration_ms} ms", model);
             report.pass("completion", &what);
         }
         Err(e) => {
-            let what = match (&e, first_byte) {
-                (BackendError::DeadlinePassed, None) => {
-                    format!("no byte within {} s, the time that a job has", DEADLINE_DEFAULT_MS / 1000)
-                }
-                _ => shown(&e.to_string()),
-            };
-            report.fail("completion", &format_args!("{}: {what}", shown(model)), &fix_of(&e, kind));
+            let fix = fix_of(&e, kind);
+            if first_byte.is_none() && e == BackendError::DeadlinePassed {
+                let seconds = DEADLINE_DEFAULT_MS / 1000;
+                let what = format_args!("{model}: no byte within {seconds} s, the time that a job has");
+                report.fail("completion", &what, &fix);
+            } else {
+                report.fail("completion", &format_args!("{model}: {e}"), &fix);
+            }
             report.skip("cancel", &"rests on completion");
             return;
         }
@@ -51,7 +50,7 @@ pub fn run(report: &mut Report<'_>, backend: &dyn Backend, model: &str, kind: Ki
     match execute(backend, model, CANCELLED_TOKENS, true) {
         (Err(BackendError::Cancelled), _) => cancelled(report, backend, kind),
         (Ok(_), _) => report.warn("cancel", &"the answer was over before it could be cancelled", &"try again"),
-        (Err(e), _) => report.fail("cancel", &shown(&e.to_string()), &fix_of(&e, kind)),
+        (Err(e), _) => report.fail("cancel", &e, &fix_of(&e, kind)),
     }
 }
 
@@ -67,7 +66,7 @@ fn cancelled(report: &mut Report<'_>, backend: &dyn Backend, kind: Kind) {
             );
         }
         Err(e) => {
-            let what = format_args!("after a customer hung up the server is not well: {}", shown(&e.to_string()));
+            let what = format_args!("after a customer hung up the server is not well: {}", e);
             report.fail("cancel", &what, &fix_of(&e, kind));
         }
     }

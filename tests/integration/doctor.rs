@@ -386,7 +386,7 @@ fn a_backend_is_told_by_what_is_wrong_with_it() {
         (failing(), "vllm", "", "completion", "out of memory", "log"),
         (fine(), "vllm", "models = [\"m\", \"N\"]", "models", "model unknown: the server does not list `N`", "\"n\""),
         (fine(), "vllm", "models = [\"other-model\"]\n#", "models", "other-model", "it lists: m, n"),
-        (fine(), "vllm", "models = []", "models", "offers nothing", "leave `models` out"),
+        (fine(), "vllm", "models = []", "models", "none of them to offer", "leave out `models`"),
         (fine(), "vllm", "api_key_env = \"NO_SUCH_KEY\"", "key", "NO_SUCH_KEY", "export NO_SUCH_KEY="),
     ];
     let coordinator = coordinator(Some(0));
