@@ -20,7 +20,7 @@ pub struct Examination {
 }
 
 impl HttpBackend {
-    /// Asks the server for all of it, within twice [`PROBE_TIME`].
+    /// Asks the server for all of it, within twice the time of a probe.
     pub fn examine(&self) -> Examination {
         let kind = self.server_kind();
         let began = Instant::now();

@@ -90,13 +90,13 @@ impl Steps for Way<'_, '_> {
     fn connected(&mut self, address: SocketAddr) {
         self.pass(&format_args!("{address} accepted after {} ms", self.since.elapsed().as_millis()));
         if !self.dialer.uses_proxy() {
-            self.reach(if self.secure { TLS } else { WEBSOCKET });
+            self.reach_coordinator();
         }
     }
 
     fn tunnelled(&mut self) {
         self.pass(&format_args!("it reached the coordinator after {} ms", self.since.elapsed().as_millis()));
-        self.reach(if self.secure { TLS } else { WEBSOCKET });
+        self.reach_coordinator();
     }
 
     fn secured(&mut self, version: Option<ProtocolVersion>, certificate: &[u8]) {
@@ -123,6 +123,13 @@ impl Way<'_, '_> {
     fn pass(&mut self, what: &dyn Display) {
         self.report.pass(LAYERS[self.layer], what);
         self.reach(self.layer + 1);
+    }
+
+    fn reach_coordinator(&mut self) {
+        if !self.secure {
+            self.report.skip(LAYERS[TLS], &"ws:// is not encrypted");
+        }
+        self.reach(if self.secure { TLS } else { WEBSOCKET });
     }
 
     /// The layers below it are passed.

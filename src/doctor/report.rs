@@ -10,6 +10,9 @@ const TEXT_MAX: usize = 600;
 /// The widest name of a check is shorter.
 const NAME_WIDTH: usize = 12;
 
+/// Over whatever is pending.
+const OVER: &str = "\r\x1b[K";
+
 /// Goes to `out` line by line; a broken `out` loses the lines and nothing else.
 pub struct Report<'a> {
     out: &'a mut dyn Write,
@@ -35,7 +38,7 @@ impl<'a> Report<'a> {
     /// Says what is being waited for, until its line comes.
     pub fn pending(&mut self, name: &str) {
         if self.live {
-            let _ = write!(self.out, "  … {name}").and_then(|()| self.out.flush());
+            let _ = write!(self.out, "{OVER}  … {name}").and_then(|()| self.out.flush());
         }
     }
 
@@ -92,8 +95,7 @@ impl<'a> Report<'a> {
     }
 
     fn line(&mut self, text: &dyn Display) {
-        // Over whatever was pending.
-        let start = if self.live { "\r\x1b[K" } else { "" };
+        let start = if self.live { OVER } else { "" };
         let _ = writeln!(self.out, "{start}{text}").and_then(|()| self.out.flush());
     }
 }

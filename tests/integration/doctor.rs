@@ -133,6 +133,7 @@ fn where_all_is_well_each_layer_says_so_and_the_exit_code_is_0() {
     told.assert_passed(&["config", "identity", "enrolment", "lock", "disk", "dns", "tcp", "websocket", "challenge"]);
     told.assert_passed(&["clock", "health", "models", "window", "completion", "cancel"]);
     told.line('✓', "enrolment", &["prov_7"]);
+    told.line('-', "tls", &["ws://"]);
     told.line('✓', "models", &["lists 1, 1 to offer: m"]);
     told.line('✓', "completion", &["first byte after", " ms"]);
     // One to complete, one to cancel, each of the smallest.
