@@ -62,6 +62,7 @@ pub mod backoff;
 pub mod supervisor;
 pub mod shutdown;
 pub mod cryptography;
+pub mod tcp;
 pub mod transport;
 pub mod session;
 pub mod writer;
@@ -82,4 +83,5 @@ pub mod pairing;
 
 pub mod cli;
 pub mod service;
+pub mod doctor;
 pub mod demo;

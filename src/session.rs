@@ -76,6 +76,17 @@ pub enum HandshakeError {
     Connection(String),
 }
 
+/// Waits for the challenge; returns its nonce.
+///
+/// # Errors
+/// None comes.
+pub fn challenge(half: &mut ReadHalf) -> Result<Vec<u8>, HandshakeError> {
+    expect(half, "auth_challenge", |frame| match frame {
+        Inbound::AuthChallenge(nonce) => Some(nonce),
+        _ => None,
+    })
+}
+
 /// Answers the challenge; returns the provider id that `auth_ok` named.
 ///
 /// # Errors
@@ -85,10 +96,7 @@ pub fn authenticate(
     identity: &Identity,
     enrollment_code: Option<&str>,
 ) -> Result<Option<String>, HandshakeError> {
-    let nonce = expect(half, "auth_challenge", |frame| match frame {
-        Inbound::AuthChallenge(nonce) => Some(nonce),
-        _ => None,
-    })?;
+    let nonce = challenge(half)?;
     // The code is for enrolling: one who has an id has enrolled.
     let code = enrollment_code.filter(|_| identity.provider_id().is_none());
     let response = protocol::auth_response(identity.public_key(), &identity.sign(&nonce), code);

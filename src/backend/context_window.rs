@@ -68,7 +68,8 @@ fn num_ctx(parameters: &str) -> Option<u32> {
     value.parse().ok().filter(|n| *n > 0)
 }
 
-fn get(probe: &Probe<'_>, path: &str) -> Value {
+/// One of the server's own answers; null where it has none.
+pub fn get(probe: &Probe<'_>, path: &str) -> Value {
     probe.get_below_root(path).map_or(Value::Null, |answer| parsed(&answer))
 }
 

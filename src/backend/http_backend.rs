@@ -78,7 +78,13 @@ impl HttpBackend {
         relay(&self.client, &url, body, Duration::from_millis(u64::from(deadline_ms)), sink)
     }
 
-    fn probe_for(&self, time: Duration) -> Probe<'_> {
+    /// The kind.
+    pub(super) fn server_kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Questions that share so much time.
+    pub(super) fn probe_for(&self, time: Duration) -> Probe<'_> {
         Probe { backend: self, until: Instant::now() + time, failed: Cell::new(false) }
     }
 }
@@ -93,7 +99,7 @@ pub struct Probe<'a> {
 
 impl Probe<'_> {
     /// Passes where the kind has no health check of its own, or this server lacks it: then the listing is the check.
-    fn health(&self) -> BackendResult<()> {
+    pub(super) fn health(&self) -> BackendResult<()> {
         let Some(path) = self.backend.kind.health_path() else { return Ok(()) };
         match self.get_below_root(path) {
             Ok(_) => Ok(()),
@@ -102,7 +108,8 @@ impl Probe<'_> {
         }
     }
 
-    fn models(&self) -> BackendResult<Vec<BackendModel>> {
+    /// The listing, with its windows.
+    pub(super) fn models(&self) -> BackendResult<Vec<BackendModel>> {
         let listed = listing::parse(self.backend.kind, &self.listing()?)?;
         let models = context_window::fill_in(self.backend.kind, listed, self);
         Ok(self.backend.remember_windows(models, self.failed.get()))

@@ -6,6 +6,7 @@
 mod context_window;
 mod error;
 mod event;
+mod examination;
 mod excerpt;
 mod http;
 mod http_backend;
@@ -22,6 +23,7 @@ mod wire;
 use uuid::Uuid;
 
 pub use error::{BackendError, BackendResult, ERROR_BODY_MAX, ErrorCode, HttpStatus};
+pub use examination::Examination;
 pub use http::{Client, Interrupt, proxy_from_env, read_bounded};
 pub use http_backend::HttpBackend;
 pub use kind::{BaseUrl, Kind};

@@ -19,6 +19,8 @@ use ureq::unversioned::transport::{
 };
 use ureq::{Error, Timeout};
 
+use crate::tcp;
+
 /// Held by a stream that sends a small piece at a time: an event, or a few.
 const INPUT_MIN: usize = 512;
 /// Held by a stream that has more to send than we take: one system call for so much.
@@ -31,8 +33,6 @@ const OUTPUT_BYTES: usize = 16 << 10;
 const EARLINESS: u32 = 8;
 /// It has no steps finer than this.
 const KERNEL_PRECISION: Duration = Duration::from_millis(10);
-/// An address that does not answer has at least so long.
-const ADDRESS_TIME_MIN: Duration = Duration::from_millis(10);
 
 /// Opens [`Tcp`] connections.
 #[derive(Debug)]
@@ -59,28 +59,16 @@ impl<In: Transport> Connector<In> for TcpConnector {
     }
 }
 
-/// Tries the addresses in turn. One that does not answer leaves half of the time to those behind it.
 fn connect(addresses: &[SocketAddr], timeout: NextTimeout) -> Result<TcpStream, Error> {
     let time = Time::starting_now(timeout);
-    let mut failure = None;
-    for (at, address) in addresses.iter().enumerate() {
-        let is_last = at + 1 == addresses.len();
-        let attempt = match time.left()? {
-            Some(left) if is_last => TcpStream::connect_timeout(address, left),
-            Some(left) => TcpStream::connect_timeout(address, (left / 2).max(ADDRESS_TIME_MIN)),
-            None => TcpStream::connect(address),
-        };
-        match attempt {
-            Ok(socket) => return Ok(socket),
-            // The first address is the one that was meant.
-            Err(e) => failure = failure.or(Some(e)),
-        }
-    }
     time.left()?;
-    Err(match failure {
-        Some(e) if is_timeout(&e) => Error::Timeout(Timeout::Connect),
-        Some(e) => e.into(),
-        None => Error::HostNotFound,
+    tcp::connect_any(addresses, time.until).or_else(|e| {
+        time.left()?;
+        Err(match e {
+            _ if addresses.is_empty() => Error::HostNotFound,
+            e if is_timeout(&e) => Error::Timeout(Timeout::Connect),
+            e => e.into(),
+        })
     })
 }
 

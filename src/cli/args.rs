@@ -19,6 +19,7 @@ use crate::config::parse_level;
     example = "See it work, without any set-up:\n$ {command_name} demo",
     example = "Pair this machine, and write agent.toml:\n$ {command_name} setup",
     example = "Check a configuration, and see what would be offered at which prices:\n$ {command_name} validate --config agent.toml",
+    example = "Find out why no jobs come:\n$ {command_name} doctor",
     example = "Serve:\n$ {command_name} run --config agent.toml",
     example = "Have cron keep it running, from now on and after each boot:\n$ {command_name} service install",
     error_code(1, "runtime error"),
@@ -66,6 +67,7 @@ pub enum Command {
     Setup(Setup),
     Validate(Validate),
     Enroll(Enroll),
+    Doctor(Doctor),
     Version(Version),
     Demo(Demo),
     Service(Service),
@@ -121,6 +123,16 @@ pub struct Validate {}
 #[derive(FromArgs, Debug)]
 #[argh(subcommand, name = "enroll")]
 pub struct Enroll {}
+
+/// Examine everything that an agent needs, layer by layer, and say what mends what is broken. Exits 0 only if all that matters
+/// is well.
+#[derive(FromArgs, Debug)]
+#[argh(subcommand, name = "doctor")]
+pub struct Doctor {
+    /// do not have the local backends complete and cancel a tiny request
+    #[argh(switch)]
+    pub no_inference: bool,
+}
 
 /// Print the version.
 #[derive(FromArgs, Debug)]

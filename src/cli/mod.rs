@@ -6,6 +6,7 @@
 mod args;
 mod countdown;
 mod demo;
+mod doctor;
 mod enroll;
 mod pause;
 mod run;
@@ -135,6 +136,7 @@ fn dispatch(args: Args) -> Result<(), Failure> {
             print(&format!("usepod-agent {AGENT_VERSION}\n"));
             Ok(())
         }
+        Command::Doctor(options) => doctor::run(&globals, &options),
         Command::Demo(options) => demo::run(&globals, &options),
         Command::Service(options) => service::run(&globals, &options),
     }

@@ -8,23 +8,46 @@ const QUOTED_MAX: usize = 80;
 
 /// One fault: the file and the line, the key and its value, what is wrong with it, and the fix.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct ConfigError(String);
+#[error("{text}")]
+pub struct ConfigError {
+    text: String,
+    /// Where the fault ends in it.
+    fault_end: usize,
+}
+
+/// Between a fault and its fix.
+const SEPARATOR: &str = "; ";
 
 impl ConfigError {
+    fn new(mut fault: String, fix: &str) -> ConfigError {
+        let fault_end = fault.len();
+        fault.push_str(SEPARATOR);
+        fault.push_str(fix);
+        ConfigError { text: fault, fault_end }
+    }
+
+    /// The fault, with its place.
+    pub fn fault(&self) -> &str {
+        &self.text[..self.fault_end]
+    }
+
+    /// What to do about it.
+    pub fn fix(&self) -> &str {
+        &self.text[self.fault_end + SEPARATOR.len()..]
+    }
+
     /// A fault of the file as a whole.
     pub(super) fn in_file(file: &Path, what: &str, fix: &str) -> ConfigError {
-        ConfigError(format!("{}: {what}; {fix}", file.display()))
+        ConfigError::new(format!("{}: {what}", file.display()), fix)
     }
 
     /// There is no file.
     pub(super) fn not_found(looked_at: &[PathBuf]) -> ConfigError {
         let places: Vec<String> = looked_at.iter().map(|p| format!("`{}`", p.display())).collect();
-        ConfigError(format!(
-            "no agent.toml found; looked at {}; write one there, or name one with --config FILE; to see the agent work \
-             without one: usepod-agent demo",
-            places.join(" and ")
-        ))
+        ConfigError::new(
+            format!("no agent.toml found; looked at {}", places.join(" and ")),
+            "write one there, or name one with --config FILE; to see the agent work without one: usepod-agent demo",
+        )
     }
 }
 
@@ -69,7 +92,7 @@ impl Source<'_> {
 
     fn at(&self, at: Option<usize>, what: &str, fix: &str) -> ConfigError {
         let line = at.map(|at| format!(":{}", self.line_of(at))).unwrap_or_default();
-        ConfigError(format!("{}{line}: {what}; {fix}", self.path.display()))
+        ConfigError::new(format!("{}{line}: {what}", self.path.display()), fix)
     }
 
     fn line_of(&self, at: usize) -> usize {

@@ -6,6 +6,7 @@
 //! No other code handles a TLS session.
 
 mod dial;
+mod onlooker;
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -16,7 +17,7 @@ use rustls::ClientConnection;
 use tungstenite::protocol::{Role, WebSocketConfig};
 use tungstenite::{Message, WebSocket};
 
-pub use dial::{CONNECT_TIMEOUT, DialError, Dialer, ExtraRoots};
+pub use dial::{CONNECT_TIMEOUT, DialError, Dialer, ExtraRoots, Steps};
 
 /// So long without a byte in, or without progress out, and the link is dead. Three heartbeats' pongs missed.
 pub const STALL_TIMEOUT: Duration = Duration::from_secs(45);
@@ -120,6 +121,12 @@ impl ReadHalf {
     /// The link is dead.
     pub fn send(&mut self, text: String) -> tungstenite::Result<()> {
         self.socket.send(Message::text(text))
+    }
+
+    /// Says good-bye, and waits for nothing. Only while there is no writer.
+    pub fn close(mut self) {
+        let _ = self.socket.close(None);
+        self.flush();
     }
 
     /// Hands on a reply that is due (to a close, say) without reading on.

@@ -31,8 +31,8 @@ fn version_prints_the_version() {
     assert!(ran.stdout.trim().ends_with(env!("CARGO_PKG_VERSION")), "{}", ran.stdout);
 }
 
-const COMMANDS: [&str; 10] =
-    ["run", "setup", "service", "status", "pause", "resume", "validate", "enroll", "version", "demo"];
+const COMMANDS: [&str; 11] =
+    ["run", "setup", "service", "status", "pause", "resume", "doctor", "validate", "enroll", "version", "demo"];
 
 #[test]
 fn help_names_every_command_and_has_an_example() {

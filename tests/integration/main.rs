@@ -8,6 +8,7 @@ mod contract; // the library's fixed names and behaviours
 mod cron; // the call of each minute: leave alone, start, take over
 mod crash; // killed at any moment
 mod demo; // the local coordinator and its front door
+mod doctor; // which layer is broken, and what mends it
 mod failures; // broken answers of a backend: what is relayed, and which error code follows
 mod failover; // several backends for one model
 mod faults_backend; // what a broken backend costs: its job, and nothing that lasts

@@ -116,6 +116,13 @@ impl Setup {
         Agent::spawn(self.command(level), Some(Arc::clone(&self.scratch)))
     }
 
+    /// Starts another command than `run`, over the same files.
+    pub fn start_command(&self, words: &[&str]) -> Agent {
+        let mut command = self.command(None);
+        command.args(words);
+        Agent::spawn(command, Some(Arc::clone(&self.scratch)))
+    }
+
     /// Nobody reads what it prints: its pipes are closed before it can write.
     pub fn start_unheard(&self) -> Agent {
         let mut child = self.command(None).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the agent");
@@ -240,6 +247,12 @@ impl Agent {
             assert!(Instant::now() < deadline, "the agent did not exit within {within:?}");
             std::thread::sleep(ms(5));
         }
+    }
+
+    /// Waits for the end of the process; its exit code, and all that it printed.
+    pub fn finish(&mut self, within: Duration) -> (Option<i32>, String) {
+        let status = self.wait(within);
+        (status.code(), self.stdout.whole())
     }
 
     /// Its log's warnings so far.

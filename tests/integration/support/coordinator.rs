@@ -49,6 +49,21 @@ impl Coordinator {
         Self { address, dialled, stopped, acceptor: Some(acceptor) }
     }
 
+    /// One that plays the same part in each connection, on a thread of its own.
+    pub fn played(part: impl Fn(Dialled) + Send + Sync + 'static) -> Self {
+        let mut coordinator = Self::new();
+        let dialled = std::mem::replace(&mut coordinator.dialled, unbounded().1);
+        let part = Arc::new(part);
+        std::thread::spawn(move || {
+            // Until the acceptor is gone.
+            for dialled in dialled {
+                let part = Arc::clone(&part);
+                std::thread::spawn(move || part(dialled));
+            }
+        });
+        coordinator
+    }
+
     pub fn address(&self) -> SocketAddr {
         self.address
     }
@@ -96,6 +111,11 @@ impl Dialled {
     /// Reads the upgrade request.
     pub fn request(&self) -> Request {
         self.try_request().expect("an upgrade request")
+    }
+
+    /// Reads a request, unless the connection ends without one.
+    pub fn request_if_any(&self) -> Option<Request> {
+        self.try_request().ok()
     }
 
     fn try_request(&self) -> io::Result<Request> {

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, date_time_ymd};
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::{ServerConfig, ServerConnection};
+use time::{Duration, OffsetDateTime};
 
 use super::Scratch;
 
@@ -21,6 +22,10 @@ pub enum Flaw {
     /// It is for another host.
     WrongName,
     Expired,
+    /// It holds from a later day on.
+    NotYet,
+    /// It holds for five days and a half.
+    EndsSoon,
 }
 
 impl Authority {
@@ -39,8 +44,13 @@ impl Authority {
     fn server_config(&self, flaw: Flaw) -> ServerConfig {
         let name = if flaw == Flaw::WrongName { "elsewhere.example" } else { "localhost" };
         let mut params = CertificateParams::new(vec![name.to_owned()]).expect("a name");
-        if flaw == Flaw::Expired {
-            (params.not_before, params.not_after) = (date_time_ymd(2020, 1, 1), date_time_ymd(2021, 1, 1));
+        match flaw {
+            Flaw::None | Flaw::WrongName => {}
+            Flaw::Expired => {
+                (params.not_before, params.not_after) = (date_time_ymd(2020, 1, 1), date_time_ymd(2021, 1, 1))
+            }
+            Flaw::NotYet => params.not_before = date_time_ymd(2090, 1, 1),
+            Flaw::EndsSoon => params.not_after = OffsetDateTime::now_utc() + Duration::hours(5 * 24 + 12),
         }
         let key = KeyPair::generate().expect("a key");
         let certificate = params.signed_by(&key, &self.0).expect("a certificate");

@@ -1,0 +1,72 @@
+//! What an operator is told of a server, question by question; the prober's one answer for all says less.
+
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::context_window::get;
+use super::http_backend::{PROBE_TIME, Probe};
+use super::{BackendModel, BackendResult, HttpBackend, Kind};
+
+/// The answers of one server.
+#[derive(Debug)]
+pub struct Examination {
+    /// How long the health check took.
+    pub health: BackendResult<Duration>,
+    /// What it lists; an error too where it is not healthy.
+    pub models: BackendResult<Vec<BackendModel>>,
+    /// What it knows, but would have to load first. A llama.cpp router's are not among the listed.
+    pub unloaded: Vec<String>,
+}
+
+impl HttpBackend {
+    /// Asks the server for all of it, within twice the time of a probe.
+    pub fn examine(&self) -> Examination {
+        let kind = self.server_kind();
+        let began = Instant::now();
+        let probe = self.probe_for(PROBE_TIME);
+        let (health, models) = if kind.health_path().is_some() {
+            let health = probe.health().map(|()| began.elapsed());
+            (health.clone(), health.and_then(|_| probe.models()))
+        } else {
+            // The listing is the check.
+            let models = probe.models();
+            (models.clone().map(|_| began.elapsed()), models)
+        };
+        let unloaded = match &models {
+            Ok(listed) => unloaded(kind, listed, &self.probe_for(PROBE_TIME)),
+            Err(_) => Vec::new(),
+        };
+        Examination { health, models, unloaded }
+    }
+}
+
+fn unloaded(kind: Kind, listed: &[BackendModel], probe: &Probe<'_>) -> Vec<String> {
+    let entries = |answer: &Value, list: &str, keys: &[&str], counts: &dyn Fn(&Value) -> bool| -> Vec<String> {
+        let entries = answer[list].as_array().map(Vec::as_slice).unwrap_or_default();
+        let counted = entries.iter().filter(|entry| counts(entry));
+        counted.filter_map(|entry| keys.iter().find_map(|key| entry[*key].as_str()).map(str::to_owned)).collect()
+    };
+    match kind {
+        Kind::LlamaCpp => {
+            let waits =
+                |entry: &Value| entry["status"]["value"].as_str().is_some_and(|s| s != "loaded" && s != "sleeping");
+            entries(&get(probe, "/v1/models"), "data", &["id"], &waits)
+        }
+        Kind::LmStudio => {
+            let waits = |entry: &Value| entry["state"].as_str().is_some_and(|state| state != "loaded");
+            entries(&get(probe, "/api/v0/models"), "data", &["id"], &waits)
+        }
+        Kind::Ollama => {
+            let answer = get(probe, "/api/ps");
+            // One that does not say has not said that it has none.
+            if !answer["models"].is_array() {
+                return Vec::new();
+            }
+            let running = entries(&answer, "models", &["name", "model"], &|_| true);
+            let ids = listed.iter().map(|model| &model.model_id);
+            ids.filter(|id| !running.contains(id)).cloned().collect()
+        }
+        Kind::Vllm | Kind::OpenAi | Kind::Venice | Kind::OpenRouter => Vec::new(),
+    }
+}

@@ -1,0 +1,290 @@
+//! Each backend: its key, its health, what it lists and what of that is offered, the windows it runs, what is not loaded.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use super::report::Report;
+use super::trial;
+use crate::backend::{Backend, BackendError, BackendModel, BackendResult, Examination, HttpBackend, Kind};
+use crate::config::BackendConfig;
+use crate::discovery::{OfferedBackend, ResolvedModel, Terms};
+use crate::threads;
+
+/// So many names are listed, then counted.
+const NAMES_MAX: usize = 6;
+/// Names that differ in more than a third of their letters are not alike.
+const ALIKE: usize = 3;
+/// The most of two names that is compared, in bytes.
+const COMPARED_MAX: usize = 80;
+
+/// A backend that is being examined; all of them side by side, while other layers are.
+pub struct Patient<'a> {
+    config: &'a BackendConfig,
+    server: Arc<HttpBackend>,
+    examined: Arc<Mutex<Option<Examination>>>,
+    asking: Option<JoinHandle<()>>,
+}
+
+impl<'a> Patient<'a> {
+    /// Begins to ask.
+    pub fn admit(config: &'a BackendConfig) -> Patient<'a> {
+        let server = Arc::new(HttpBackend::new(config.kind, config.url.clone(), config.api_key_env.as_deref()));
+        let examined = Arc::new(Mutex::new(None));
+        let ask = {
+            let (server, examined) = (server.clone(), examined.clone());
+            move || *examined.lock().unwrap_or_else(PoisonError::into_inner) = Some(server.examine())
+        };
+        Patient { config, server, examined, asking: threads::spawn("examine", ask).ok() }
+    }
+
+    /// Tells what was found; with `inference` tries a job too. Returns how many models it has to offer.
+    pub fn tell(mut self, report: &mut Report<'_>, terms: &Terms, inference: bool) -> usize {
+        report.heading(&format_args!("backend {}", self.server.id()));
+        report.pending("health");
+        // Without a thread there is nothing, and so it is when it panicked.
+        let asked = self.asking.take().is_some_and(|asking| asking.join().is_ok());
+        let examination = if asked { self.examined.lock().ok().and_then(|mut e| e.take()) } else { None };
+        let Some(examination) = examination else {
+            report.fail("health", &"not asked: the box has no thread left for it", &"ulimit -u; free -m");
+            return 0;
+        };
+        let key = self.key(report);
+        match (&examination.health, &examination.models) {
+            (Err(e), _) => self.failed(report, "health", e),
+            (Ok(took), _) => report.pass("health", &format_args!("answered within {} ms", took.as_millis())),
+        }
+        let offered = match (examination.health, examination.models) {
+            (Err(_), _) => {
+                report.skip("models", &"rests on health");
+                Vec::new()
+            }
+            (Ok(_), Err(e)) => {
+                self.failed(report, "models", &e);
+                Vec::new()
+            }
+            (Ok(_), Ok(listed)) => self.models(report, terms, listed, &examination.unloaded),
+        };
+        // Without its key no job succeeds, and nothing is offered.
+        let offered = if key.is_ok() { offered } else { Vec::new() };
+        if offered.is_empty() {
+            report.skip("completion", &"there is no model to try it with");
+        } else if self.config.kind.is_hosted() {
+            report.skip("completion", &"not tried: on a hosted backend it costs money");
+        } else if !inference {
+            report.skip("completion", &"not tried: --no-inference");
+        } else {
+            trial::run(report, &*self.server, trial::pick(&offered, &examination.unloaded), self.config.kind);
+        }
+        offered.len()
+    }
+
+    fn key(&self, report: &mut Report<'_>) -> BackendResult<()> {
+        let ready = self.server.ready();
+        match (&ready, &self.config.api_key_env) {
+            (Ok(()), Some(variable)) => report.pass("key", &format_args!("`{variable}` holds one")),
+            (Ok(()), None) => {}
+            (Err(e), variable) => {
+                let name = variable.as_deref().unwrap_or("NAME");
+                let fix = format_args!("export {name}=… here, and in what starts the agent: the crontab, the unit");
+                report.fail("key", e, &fix);
+            }
+        }
+        ready
+    }
+
+    fn failed(&self, report: &mut Report<'_>, check: &str, e: &BackendError) {
+        report.fail(check, e, &fix_of(e, self.config.kind));
+    }
+
+    /// What is listed and what of it is offered.
+    fn models(
+        &self,
+        report: &mut Report<'_>,
+        terms: &Terms,
+        listed: Vec<BackendModel>,
+        unloaded: &[String],
+    ) -> Vec<ResolvedModel> {
+        let kind = self.config.kind;
+        let allowed = self.config.models.as_deref();
+        let offer = OfferedBackend {
+            backend: self.server.clone(),
+            allowed_models: self.config.models.clone(),
+            max_concurrent: self.config.max_concurrent,
+        };
+        let listed_ids: Vec<String> = listed.iter().map(|model| model.model_id.clone()).collect();
+        let offered = offer.resolve(listed, terms).models;
+        let is_offered = |id: &str| offered.iter().any(|model| model.model_id == id);
+        let is_allowed = |id: &str| allowed.is_none_or(|only| only.iter().any(|allowed| allowed == id));
+        let pick = |from: &'_ [String], is_wanted: &dyn Fn(&str) -> bool| {
+            let wanted: Vec<&str> = from.iter().map(String::as_str).filter(|id| is_wanted(id)).collect();
+            (!wanted.is_empty()).then(|| names(&wanted))
+        };
+        for wanted in allowed.unwrap_or_default() {
+            if !listed_ids.contains(wanted) && !unloaded.contains(wanted) {
+                unknown(report, wanted, &listed_ids, unloaded);
+            }
+        }
+        // A listed model that is allowed and not offered has no price.
+        if let Some(free) = pick(&listed_ids, &|id| is_allowed(id) && !is_offered(id)) {
+            let fix = "give each a price above 0 in [pricing.models]";
+            report.warn("prices", &format_args!("a price of 0, and so not offered: {free}"), &fix);
+        }
+        let count = listed_ids.len();
+        if !offered.is_empty() {
+            let ids: Vec<&str> = offered.iter().map(|model| model.model_id.as_str()).collect();
+            report.pass("models", &format_args!("lists {count}, {} to offer: {}", offered.len(), names(&ids)));
+            let windows: Vec<String> = offered.iter().map(window).collect();
+            report.pass("window", &names(&windows.iter().map(String::as_str).collect::<Vec<_>>()));
+        } else if count == 0 {
+            report.fail("models", &"it lists no model", &no_model_fix(kind));
+        } else {
+            let fix = "leave out `models` of this backend to offer all that it lists, each at a price above 0";
+            report.fail("models", &format_args!("lists {count}, none of them to offer"), &fix);
+        }
+        if let Some(waiting) = pick(unloaded, &is_offered) {
+            let what = format_args!("not loaded, so that its first job waits and may time out: {waiting}");
+            report.warn("loaded", &what, &load_fix(kind));
+        }
+        // LM Studio and Ollama list what they have not loaded, so that it is offered.
+        if let Some(left_out) = pick(unloaded, &|id| kind == Kind::LlamaCpp && is_allowed(id) && !is_offered(id)) {
+            report.warn("loaded", &format_args!("not loaded, and so not offered: {left_out}"), &load_fix(kind));
+        }
+        offered
+    }
+}
+
+fn window(model: &ResolvedModel) -> String {
+    match model.context_window {
+        Some(tokens) => format!("{} {tokens}", model.model_id),
+        None => format!("{} unknown", model.model_id),
+    }
+}
+
+/// What the configuration allows and the server does not have.
+fn unknown(report: &mut Report<'_>, wanted: &str, listed: &[String], unloaded: &[String]) {
+    let what = format_args!("model unknown: the server does not list `{wanted}`");
+    match nearest(wanted, listed.iter().chain(unloaded)) {
+        Some(nearest) => {
+            let fix = format_args!("did you mean \"{nearest}\"? Correct `models` of this backend");
+            report.fail("models", &what, &fix);
+        }
+        None => {
+            let ids: Vec<&str> = listed.iter().map(String::as_str).collect();
+            let fix = format_args!("take it out of `models`, or have the server load it; it lists: {}", names(&ids));
+            report.fail("models", &what, &fix);
+        }
+    }
+}
+
+/// The first few, and how many more there are.
+fn names(all: &[&str]) -> String {
+    let mut listed = all[..all.len().min(NAMES_MAX)].join(", ");
+    if all.len() > NAMES_MAX {
+        listed.push_str(&format!(", and {} more", all.len() - NAMES_MAX));
+    }
+    listed
+}
+
+/// What mends it, by cause.
+pub fn fix_of(e: &BackendError, kind: Kind) -> String {
+    let fix = match e {
+        BackendError::Unreachable(_) => {
+            return format!("start it ({}), or correct `url` of this backend", start_of(kind));
+        }
+        BackendError::Loading(_) => "wait until it is through, and look at its log if that takes minutes",
+        BackendError::Unanswered(_) => "it hangs or is overloaded: look at its log, start it again",
+        BackendError::NotHttp(_) => "something else listens there: correct `url` of this backend",
+        BackendError::BadGateway(_) => "start what is behind the gateway at this address",
+        BackendError::AuthRejected(_) => {
+            "the server wants a (nother) key: put it into an environment variable, and that one's name into `api_key_env`"
+        }
+        BackendError::MissingKey(_) => "set that variable where the agent is started",
+        BackendError::ModelNotFound(_) | BackendError::BadAnswer(_) => {
+            "is `url` of this backend the server's own address, and `kind` what it is?"
+        }
+        BackendError::Overloaded(_) => "it is full, or your account is empty: try again when it is quiet",
+        BackendError::DeadlinePassed => {
+            "a job has so long, as a rule: load the model beforehand and keep it loaded, or offer a smaller one"
+        }
+        BackendError::BadRequest(_) => {
+            "if it is no chat model, leave it out: name the others in `models` of this backend"
+        }
+        BackendError::Exhausted(_) => "ulimit -n; ulimit -u; free -m",
+        _ => "look at the server's log",
+    };
+    fix.into()
+}
+
+fn start_of(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Vllm => "vllm serve MODEL --port 8000",
+        Kind::LlamaCpp => "llama-server -m MODEL.gguf --port 8080",
+        Kind::LmStudio => "lms server start",
+        Kind::Ollama => "ollama serve",
+        Kind::OpenAi => "whatever serves it",
+        Kind::Venice | Kind::OpenRouter => "it is hosted: is this box online?",
+    }
+}
+
+fn load_fix(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Ollama => "ollama run MODEL \"\", and OLLAMA_KEEP_ALIVE=-1 for the server; or leave it out of `models`",
+        Kind::LmStudio => "lms load MODEL; or leave it out of `models`",
+        _ => "load it on the server, or leave it out of `models`",
+    }
+}
+
+fn no_model_fix(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Ollama => "ollama pull MODEL",
+        Kind::LmStudio => "lms get MODEL, lms load MODEL",
+        _ => "have the server load one",
+    }
+}
+
+/// The name that it may have been meant to be.
+fn nearest<'a>(wanted: &str, listed: impl Iterator<Item = &'a String>) -> Option<&'a String> {
+    let (distance, nearest) = listed.map(|id| (distance(wanted, id), id)).min_by_key(|(distance, _)| *distance)?;
+    (distance <= wanted.len().max(nearest.len()) / ALIKE).then_some(nearest)
+}
+
+/// Bytes to change, add or take away, upper case being no change; one that begins with the other is meant by it.
+fn distance(a: &str, b: &str) -> usize {
+    let letters = |text: &str| -> Vec<u8> { text.bytes().take(COMPARED_MAX).map(|b| b.to_ascii_lowercase()).collect() };
+    let (a, b) = (letters(a), letters(b));
+    if !a.is_empty() && !b.is_empty() && (a.starts_with(&b) || b.starts_with(&a)) {
+        return 0;
+    }
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, from) in a.iter().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, to) in b.iter().enumerate() {
+            let changed = diagonal + usize::from(from != to);
+            diagonal = row[j + 1];
+            row[j + 1] = changed.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearest_name_is_one_that_could_have_been_meant() {
+        let listed = ["llama3.2:latest", "qwen2.5-coder:7b", "mistral"].map(str::to_owned);
+        for (wanted, expected) in [
+            ("llama3.2", Some("llama3.2:latest")),
+            ("Mistral", Some("mistral")),
+            ("qwen2.5-codr:7b", Some("qwen2.5-coder:7b")),
+            ("gpt-oss-120b", None),
+            ("", None),
+        ] {
+            assert_eq!(nearest(wanted, listed.iter()).map(String::as_str), expected, "{wanted}");
+        }
+        assert_eq!(nearest("x", [].iter()), None);
+        assert_eq!((distance("kitten", "sitting"), distance("", "abc"), distance("a", "A")), (3, 3, 0));
+    }
+}

@@ -1,0 +1,167 @@
+//! Who issued a certificate, and from when to when it holds: as much of X.509 as the operator is told.
+//!
+//! Nothing is decided here; whether a certificate is believed is rustls' affair. Whatever the bytes are, every read is within them.
+
+use super::clock::{moment, number};
+
+const SEQUENCE: u8 = 0x30;
+const SET: u8 = 0x31;
+const INTEGER: u8 = 0x02;
+const OBJECT_IDENTIFIER: u8 = 0x06;
+const UTC_TIME: u8 = 0x17;
+const GENERALIZED_TIME: u8 = 0x18;
+/// `[0]`, where a certificate states its version.
+const VERSION: u8 = 0xa0;
+/// UTF8String, PrintableString, TeletexString, IA5String: near enough to UTF-8 to be shown.
+const TEXTS: [u8; 4] = [0x0c, 0x13, 0x14, 0x16];
+
+const COMMON_NAME: &[u8] = &[0x55, 0x04, 0x03];
+const ORGANISATION: &[u8] = &[0x55, 0x04, 0x0a];
+
+/// What a certificate says of itself.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Certificate {
+    /// The issuer's common name, its organisation, or both; empty when it has neither.
+    pub issuer: String,
+    /// Not valid before, in seconds since 1970.
+    pub not_before: i64,
+    /// Not valid after, likewise.
+    pub not_after: i64,
+}
+
+/// Reads the DER of a certificate; `None` when it is none.
+pub fn parse(der: &[u8]) -> Option<Certificate> {
+    let mut certificate = Der(Der(der).value(SEQUENCE)?);
+    let mut signed = Der(certificate.value(SEQUENCE)?);
+    // Version 1 does not state it.
+    if signed.0.first() == Some(&VERSION) {
+        signed.next()?;
+    }
+    signed.value(INTEGER)?;
+    signed.value(SEQUENCE)?;
+    let issuer = issuer(Der(signed.value(SEQUENCE)?));
+    let mut validity = Der(signed.value(SEQUENCE)?);
+    Some(Certificate { issuer, not_before: time(&mut validity)?, not_after: time(&mut validity)? })
+}
+
+/// A sequence of sets of pairs; what is not understood is passed over.
+fn issuer(mut name: Der<'_>) -> String {
+    let (mut common_name, mut organisation) = (None, None);
+    while let Some(set) = name.value(SET) {
+        let mut set = Der(set);
+        while let Some(pair) = set.value(SEQUENCE) {
+            let mut pair = Der(pair);
+            let Some(key) = pair.value(OBJECT_IDENTIFIER) else { continue };
+            let Some((_, value)) = pair.next().filter(|(tag, _)| TEXTS.contains(tag)) else { continue };
+            let text = String::from_utf8_lossy(value).into_owned();
+            match key {
+                COMMON_NAME => common_name = Some(text),
+                ORGANISATION => organisation = Some(text),
+                _ => {}
+            }
+        }
+    }
+    match (common_name, organisation) {
+        (Some(name), Some(of)) => format!("{name} ({of})"),
+        (name, of) => name.or(of).unwrap_or_default(),
+    }
+}
+
+fn time(fields: &mut Der<'_>) -> Option<i64> {
+    let (tag, text) = fields.next()?;
+    let digits: &[u8] = text.strip_suffix(b"Z")?;
+    let (year, rest) = match (tag, digits.len()) {
+        // A window of years that the standard states.
+        (UTC_TIME, 12) => (number(digits, 0..2).map(|year| if year < 50 { 2000 + year } else { 1900 + year })?, 2),
+        (GENERALIZED_TIME, 14) => (number(digits, 0..4)?, 4),
+        _ => return None,
+    };
+    let pair = |n: usize| number(digits, rest + 2 * n..rest + 2 * n + 2).and_then(|n| u8::try_from(n).ok());
+    moment(i32::from(year), pair(0)?, pair(1)?, [pair(2)?, pair(3)?, pair(4)?])
+}
+
+/// What is left of a run of tagged values.
+struct Der<'a>(&'a [u8]);
+
+impl<'a> Der<'a> {
+    /// The next value, whatever it is, and its tag.
+    fn next(&mut self) -> Option<(u8, &'a [u8])> {
+        let (&tag, rest) = self.0.split_first()?;
+        let (&first, rest) = rest.split_first()?;
+        let (length, rest) = match first {
+            0..=0x7f => (usize::from(first), rest),
+            // In so many bytes; four are more than a certificate can have.
+            0x81..=0x84 => {
+                let (length, rest) = rest.split_at_checked(usize::from(first - 0x80))?;
+                (length.iter().fold(0_usize, |n, byte| (n << 8) | usize::from(*byte)), rest)
+            }
+            _ => return None,
+        };
+        let (value, rest) = rest.split_at_checked(length)?;
+        self.0 = rest;
+        Some((tag, value))
+    }
+
+    /// The next value, if it has this tag.
+    fn value(&mut self, tag: u8) -> Option<&'a [u8]> {
+        self.next().filter(|(found, _)| *found == tag).map(|(_, value)| value)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{CertificateParams, DnType, KeyPair, date_time_ymd};
+
+    use super::*;
+
+    fn made(names: &[(DnType, &str)], years: (i32, i32)) -> Vec<u8> {
+        let mut params = CertificateParams::new(vec!["localhost".to_owned()]).expect("a name");
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        for (kind, name) in names {
+            params.distinguished_name.push(kind.clone(), *name);
+        }
+        (params.not_before, params.not_after) = (date_time_ymd(years.0, 2, 3), date_time_ymd(years.1, 12, 31));
+        params.self_signed(&KeyPair::generate().expect("a key")).expect("a certificate").der().to_vec()
+    }
+
+    fn midnight(year: i32, month: u8, day: u8) -> i64 {
+        moment(year, month, day, [0, 0, 0]).expect("a date")
+    }
+
+    #[test]
+    fn issuer_and_validity_are_read() {
+        let both = [(DnType::CountryName, "NL"), (DnType::OrganizationName, "Ours"), (DnType::CommonName, "Röot 1")];
+        let certificate = parse(&made(&both, (2020, 2049))).expect("a certificate");
+        assert_eq!(certificate.issuer, "Röot 1 (Ours)");
+        assert_eq!(certificate.not_before, midnight(2020, 2, 3));
+        assert_eq!(certificate.not_after, midnight(2049, 12, 31));
+        // From 2050 on dates are written in another form.
+        let certificate = parse(&made(&both[1..2], (1999, 2051))).expect("a certificate");
+        assert_eq!(certificate.issuer, "Ours");
+        assert_eq!((certificate.not_before, certificate.not_after), (midnight(1999, 2, 3), midnight(2051, 12, 31)));
+        assert_eq!(parse(&made(&[], (2020, 2021))).expect("a certificate").issuer, "");
+    }
+
+    #[test]
+    fn no_bytes_make_it_panic() {
+        let good = made(&[(DnType::CommonName, "x"), (DnType::OrganizationName, "y")], (2020, 2060));
+        for cut in 0..good.len() {
+            parse(&good[..cut]);
+        }
+        arbtest::arbtest(|u| {
+            let mut bytes = good.clone();
+            for _ in 0..u.int_in_range(1..=6)? {
+                let at = u.choose_index(200.min(bytes.len()))?;
+                match u.int_in_range(0..=2)? {
+                    0 => bytes[at] = u.arbitrary()?,
+                    1 => bytes.insert(at, u.arbitrary()?),
+                    _ => drop(bytes.remove(at)),
+                }
+            }
+            parse(&bytes);
+            parse(u.arbitrary()?);
+            Ok(())
+        })
+        .budget_ms(300);
+    }
+}

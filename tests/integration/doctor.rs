@@ -1,0 +1,555 @@
+//! `doctor`: the broken layer is named with what mends it, what rests on it is not called broken, and what is well is said to be.
+
+use std::fs;
+use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+
+use serde_json::json;
+use time::OffsetDateTime;
+use tungstenite::handshake::derive_accept_key;
+
+use crate::support::*;
+
+/// With everything dead, and without inference.
+const LONGEST: Duration = secs(32);
+
+/// What it printed, and how it ended.
+struct Told {
+    code: Option<i32>,
+    text: String,
+}
+
+impl Told {
+    /// Runs it to its end.
+    fn by(setup: &Setup, options: &[&str]) -> Self {
+        let words: Vec<&str> = std::iter::once("doctor").chain(options.iter().copied()).collect();
+        let (code, text) = setup.start_command(&words).finish(LONGEST);
+        Self { code, text }
+    }
+
+    /// The text of a check's line, and the fix below it, if there is one.
+    fn line(&self, mark: char, name: &str, words: &[&str]) -> (&str, &str) {
+        let lines: Vec<&str> = self.text.lines().collect();
+        let start = format!("  {mark} {name} ");
+        let is_it = |line: &&str| line.starts_with(&start) && words.iter().all(|word| line.contains(word));
+        let at = lines.iter().position(is_it);
+        let at = at.unwrap_or_else(|| panic!("no `{mark} {name}` with {words:?} in:\n{}", self.text));
+        let below = lines.get(at + 1).copied().unwrap_or_default().trim_start();
+        (lines[at], below.strip_prefix("fix: ").unwrap_or_default())
+    }
+
+    fn assert_passed(&self, names: &[&str]) {
+        for name in names {
+            self.line('✓', name, &[]);
+        }
+    }
+
+    fn assert_skipped(&self, names: &[&str]) {
+        for name in names {
+            self.line('-', name, &[]);
+        }
+    }
+
+    /// This layer is the one that is broken, nothing else is, and the fix says what to do.
+    fn assert_only_broken(&self, name: &str, words: &[&str], fix: &str) {
+        let (_, told) = self.line('✗', name, words);
+        assert!(told.contains(fix), "no `{fix}` in the fix `{told}` of:\n{}", self.text);
+        assert_eq!(self.text.matches("  ✗ ").count(), 1, "{}", self.text);
+        let verdict = self.text.lines().last().unwrap_or_default();
+        assert!(verdict.starts_with("1 of ") && verdict.contains(&format!("begin with {name}: ")), "{verdict}");
+        assert_eq!(self.code, Some(1), "{}", self.text);
+    }
+
+    fn assert_well(&self) {
+        assert!(!self.text.contains('✗'), "{}", self.text);
+        assert!(self.text.lines().last().is_some_and(|verdict| verdict.contains("well: ")), "{}", self.text);
+        assert_eq!(self.code, Some(0), "{}", self.text);
+    }
+}
+
+/// A coordinator whose clock is off by so many seconds; `None` for one that dates its upgrades not at all, and only an ordinary
+/// answer.
+fn coordinator(off: Option<i64>) -> Coordinator {
+    Coordinator::played(move |mut dialled| {
+        let Some(request) = dialled.request_if_any() else { return };
+        if request.method == "HEAD" {
+            let date = http_date(0);
+            return dialled
+                .send(format!("HTTP/1.1 404 Not Found\r\nDate: {date}\r\nContent-Length: 0\r\n\r\n").as_bytes());
+        }
+        let date = off.map(|off| format!("Date: {}\r\n", http_date(off))).unwrap_or_default();
+        let accept = derive_accept_key(request.header("sec-websocket-key").expect("a key").as_bytes());
+        let head = format!(
+            "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n{date}\
+             Sec-WebSocket-Accept: {accept}\r\n\r\n"
+        );
+        let challenge = json!({"type": "auth_challenge", "nonce": base64(b"nonce")}).to_string();
+        dialled.send(&[head.as_bytes(), &encode(TEXT, true, challenge.as_bytes())].concat());
+        let _ = (&dialled.stream).read_to_end(&mut Vec::new());
+    })
+}
+
+fn http_date(off: i64) -> String {
+    let at = OffsetDateTime::now_utc() + time::Duration::seconds(off);
+    let (weekday, month) = (at.weekday().to_string(), at.month().to_string());
+    let (year, day) = (at.year(), at.day());
+    let (hour, minute, second) = at.to_hms();
+    format!("{}, {day:02} {} {year} {hour:02}:{minute:02}:{second:02} GMT", &weekday[..3], &month[..3])
+}
+
+/// Lists one model and serves it.
+fn backend() -> Backend {
+    Backend::vllm_with(&["m"], |_| Answer::Raw(response(200, "text/event-stream", sse(1, 1))))
+}
+
+/// An enrolled identity, a supervisor, and nothing else yet.
+fn setup(coordinator_url: &str) -> Setup {
+    let setup = Setup::new(coordinator_url);
+    let bin = setup.scratch.join("bin");
+    let crontab =
+        "#!/bin/sh\n[ \"$1\" = -l ] && echo '# >>> usepod-agent' && echo '* * * * * x' && echo '# <<< usepod-agent'\n";
+    set_mode(setup.scratch.write("bin/crontab", crontab), 0o755);
+    let setup = setup.env("PATH", &format!("{}:/usr/bin:/bin", bin.display()));
+    assert_eq!(setup.start_command(&["enroll"]).finish(SOON).0, Some(0));
+    let identity = fs::read_to_string(setup.identity()).expect("the identity");
+    fs::write(setup.identity(), identity.replace("-----END", "provider_id: prov_7\n-----END")).expect("written");
+    setup
+}
+
+fn set_mode(path: impl AsRef<std::path::Path>, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("the mode set");
+}
+
+#[test]
+fn where_all_is_well_each_layer_says_so_and_the_exit_code_is_0() {
+    let (coordinator, backend) = (coordinator(Some(0)), backend());
+    let setup = setup(&coordinator.url()).backend(backend.toml());
+    let told = Told::by(&setup, &[]);
+    told.assert_well();
+    told.assert_passed(&["config", "identity", "enrolment", "lock", "disk", "dns", "tcp", "websocket", "challenge"]);
+    told.assert_passed(&["clock", "health", "models", "window", "completion", "cancel"]);
+    told.line('✓', "enrolment", &["prov_7"]);
+    told.line('-', "tls", &["ws://"]);
+    told.line('✓', "models", &["lists 1, 1 to offer: m"]);
+    told.line('✓', "completion", &["first byte after", " ms"]);
+    // One to complete, one to cancel, each of the smallest.
+    let posts: Vec<Request> = backend.seen().into_iter().filter(|request| request.method == "POST").collect();
+    assert_eq!(posts.iter().map(|p| p.json()["max_tokens"].clone()).collect::<Vec<_>>(), [json!(1), json!(64)]);
+    // Nothing is left behind.
+    let left = fs::read_dir(setup.scratch.join(".usepod-agent")).expect("the folder").count();
+    assert_eq!(left, 1, "the identity alone");
+
+    let told = Told::by(&setup, &["--no-inference"]);
+    told.assert_well();
+    told.line('-', "completion", &["--no-inference"]);
+    assert_eq!(backend.posts(), 2);
+}
+
+#[test]
+fn the_config_is_named_with_its_line_and_nothing_else_is_guessed() {
+    let setup = setup("wss://coordinator.example/").limits("max_concurrent = 0");
+    let told = Told::by(&setup, &[]);
+    told.assert_only_broken("config", &["agent.toml:", "`[limits] max_concurrent` = 0", "out of range"], "1 to 256");
+    let (code, text) = Agent::run(Scratch::new().path(), &["doctor"]).finish(SOON);
+    let told = Told { code, text };
+    told.assert_only_broken("config", &["no agent.toml found"], "--config FILE");
+}
+
+#[test]
+fn an_identity_that_others_can_read_is_broken_and_one_that_is_missing_is_not_made() {
+    let (coordinator, backend) = (coordinator(Some(0)), backend());
+    let setup = setup(&coordinator.url()).backend(backend.toml());
+    set_mode(setup.identity(), 0o644);
+    let told = Told::by(&setup, &["--no-inference"]);
+    let fix = format!("chmod 600 '{}'", setup.identity().display());
+    told.assert_only_broken("identity", &["0644"], &fix);
+
+    set_mode(setup.identity(), 0o600);
+    fs::write(setup.identity(), "no identity").expect("written");
+    let told = Told::by(&setup, &["--no-inference"]);
+    told.assert_only_broken("identity", &["is refused"], "backup");
+
+    fs::remove_file(setup.identity()).expect("removed");
+    let told = Told::by(&setup, &["--no-inference"]);
+    told.assert_well();
+    told.line('!', "identity", &["does not exist"]);
+    assert!(!setup.identity().exists(), "the doctor made an identity");
+}
+
+#[test]
+fn an_agent_that_runs_is_named_and_not_disturbed() {
+    let coordinator = Coordinator::new();
+    let backend = Backend::vllm(&["m"]);
+    let setup = setup(&coordinator.url()).backend(backend.toml());
+    let mut agent = setup.start();
+    let session = coordinator.session();
+    let mut doctor = setup.start_command(&["doctor", "--no-inference"]);
+    let second = coordinator.accept();
+    second.send(&json!({"type": "auth_challenge", "nonce": base64(b"nonce")}));
+    let (code, text) = doctor.finish(LONGEST);
+    let told = Told { code, text };
+    told.assert_well();
+    told.line('✓', "lock", &[&format!("pid {}", agent.pid()), "last sign of life"]);
+    second.assert_no_frame("an answer to the challenge", SOON, |_| true);
+    let id = session.job("m", json!({}));
+    backend.next().finish();
+    session.outcome(&id).done();
+    agent.assert_running();
+}
+
+#[test]
+fn an_agent_without_a_sign_of_life_hangs() {
+    let setup = setup("wss://nowhere.invalid/");
+    // This very process, which by its lock was last well when the machine booted.
+    let stat = fs::read_to_string("/proc/self/stat").expect("our own state");
+    let started = stat.rsplit(')').next().and_then(|fields| fields.split_whitespace().nth(19)).expect("a start");
+    let lock = format!("{:<10}\n{started:<20}\n{:<20}\n", std::process::id(), 0);
+    setup.scratch.write(".usepod-agent/identity.key.lock", lock);
+    let told = Told::by(&setup, &["--no-inference"]);
+    let pid = format!("pid {}", std::process::id());
+    let (_, fix) = told.line('✗', "lock", &[&pid, "hangs"]);
+    assert!(fix.contains(&format!("kill -KILL {}", std::process::id())), "{fix}");
+}
+
+#[test]
+fn a_disk_that_takes_nothing_is_broken() {
+    let full = setup("wss://nowhere.invalid/").after("trap '' XFSZ; ulimit -f 0");
+    Told::by(&full, &["--no-inference"]).line('✗', "disk", &["File too large"]);
+    let locked = setup("wss://nowhere.invalid/").bound_by_modes();
+    set_mode(locked.scratch.join(".usepod-agent"), 0o555);
+    let told = Told::by(&locked, &["--no-inference"]);
+    set_mode(locked.scratch.join(".usepod-agent"), 0o755);
+    let (_, fix) = told.line('✗', "disk", &["Permission denied"]);
+    assert!(fix.contains("chown") && fix.contains(".usepod-agent"), "{fix}");
+}
+
+#[test]
+fn a_name_without_an_address_and_a_closed_port_are_told_apart() {
+    let backend = backend();
+    let no_name = setup("wss://coordinator.invalid/").backend(backend.toml());
+    let told = Told::by(&no_name, &["--no-inference"]);
+    told.assert_only_broken("dns", &["coordinator.invalid"], "resolv.conf");
+    told.assert_skipped(&["tcp", "tls", "websocket", "challenge", "clock"]);
+
+    let nobody = nobody_at("127.0.0.73");
+    let closed = setup(&format!("wss://{nobody}/")).backend(backend.toml());
+    let told = Told::by(&closed, &["--no-inference"]);
+    told.assert_only_broken("tcp", &[&nobody, "refused"], "check host and port");
+    told.assert_passed(&["dns"]);
+    told.assert_skipped(&["tls", "websocket", "challenge", "clock"]);
+}
+
+#[test]
+fn a_certificate_is_told_with_its_issuer_and_what_is_wrong_with_it() {
+    let cases = [
+        (Flaw::None, false, "unknown authority", "ca_file"),
+        (Flaw::Expired, true, "expired on 2021-01-01", "timedatectl"),
+        (Flaw::NotYet, true, "holds from 2090-01-01 on", "timedatectl"),
+        (Flaw::WrongName, true, "another name than `localhost`", "check the host"),
+    ];
+    side_by_side(cases, |(flaw, is_trusted, words, fix)| {
+        let (coordinator, backend, authority) = (coordinator(Some(0)), backend(), Authority::new());
+        let proxy = TlsProxy::new(&authority, flaw, coordinator.address());
+        let mut setup = setup(&proxy.url()).backend(backend.toml());
+        if is_trusted {
+            let ca_file = authority.write(&setup.scratch);
+            setup = setup.coordinator(&format!("ca_file = {ca_file:?}"));
+        }
+        let told = Told::by(&setup, &["--no-inference"]);
+        told.assert_only_broken("tls", &[words, "rcgen self signed cert"], fix);
+        told.assert_passed(&["dns", "tcp"]);
+        told.assert_skipped(&["websocket", "challenge", "clock"]);
+    });
+}
+
+#[test]
+fn a_good_certificate_is_told_with_issuer_expiry_and_version() {
+    for (flaw, mark, words) in [(Flaw::None, '✓', "on 4096-01-01"), (Flaw::EndsSoon, '!', "expires in 5 day(s)")] {
+        let (coordinator, backend, authority) = (coordinator(Some(0)), backend(), Authority::new());
+        let proxy = TlsProxy::new(&authority, flaw, coordinator.address());
+        let setup = setup(&proxy.url()).backend(backend.toml());
+        let ca_file = authority.write(&setup.scratch);
+        let setup = setup.coordinator(&format!("ca_file = {ca_file:?}"));
+        let told = Told::by(&setup, &["--no-inference"]);
+        told.assert_well();
+        told.line(mark, "tls", &["TLS 1.3", "rcgen self signed cert", words]);
+        told.assert_passed(&["websocket", "challenge", "clock"]);
+    }
+}
+
+#[test]
+fn who_speaks_no_tls_is_not_taken_for_a_bad_certificate() {
+    let backend = backend();
+    let setup = setup(&format!("wss://{}/", backend.address())).backend(backend.toml());
+    let told = Told::by(&setup, &["--no-inference"]);
+    told.assert_only_broken("tls", &[], "check host and port");
+}
+
+#[test]
+fn the_clock_is_compared_with_the_coordinators() {
+    for (off, mark, words) in
+        [(3600, '✗', "behind"), (-3600, '✗', "ahead of"), (120, '!', "behind"), (-5, '✓', "within")]
+    {
+        let (coordinator, backend) = (coordinator(Some(off)), backend());
+        let setup = setup(&coordinator.url()).backend(backend.toml());
+        let told = Told::by(&setup, &["--no-inference"]);
+        told.line(mark, "clock", &[words]);
+        if mark == '✗' {
+            told.assert_only_broken("clock", &[" min"], "timedatectl set-ntp true");
+        } else {
+            told.assert_well();
+        }
+    }
+}
+
+/// Here it is the box's clock that is off, and the date comes with an answer of its own.
+#[test]
+fn a_coordinator_that_dates_no_upgrade_is_asked_for_the_date() {
+    let (coordinator, backend) = (coordinator(None), backend());
+    let setup = Shim::load(setup(&coordinator.url()).backend(backend.toml()));
+    Told::by(&setup, &["--no-inference"]).assert_well();
+    Shim::of(&setup).set_clock_off_by(-2 * 86400);
+    let told = Told::by(&setup, &["--no-inference"]);
+    told.assert_only_broken("clock", &["behind", "2 d 0 h"], "timedatectl");
+}
+
+#[test]
+fn a_coordinator_that_refuses_says_nothing_or_is_none_is_the_broken_layer() {
+    let refusing = Coordinator::played(|mut dialled| {
+        dialled.request_if_any();
+        dialled.send(format!("HTTP/1.1 502 Bad Gateway\r\nDate: {}\r\n\r\n", http_date(-7200)).as_bytes());
+    });
+    let silent = Coordinator::new();
+    let mute = Coordinator::played(|dialled| {
+        dialled.upgrade().ends_within(LONGEST);
+    });
+    let cases = [
+        (&refusing, "websocket", "HTTP 502", "wait"),
+        (&silent, "websocket", "no answer within 15 s", "says nothing"),
+        (&mute, "challenge", "auth_challenge", "[coordinator] url"),
+    ];
+    side_by_side(cases, |(coordinator, layer, words, fix)| {
+        // A backend that says nothing either does not add to it.
+        let backend = Backend::new(|_| Answer::Hold);
+        let setup = setup(&coordinator.url()).backend(backend.toml());
+        let told = Told::by(&setup, &["--no-inference"]);
+        let (_, told_fix) = told.line('✗', layer, &[words]);
+        assert!(told_fix.contains(fix), "{}", told.text);
+        told.line('✗', "health", &["no answer within 3 s"]);
+        if words == "HTTP 502" {
+            // The answer was dated all the same.
+            told.line('✗', "clock", &["2 h 0 min ahead of"]);
+        }
+    });
+}
+
+#[test]
+fn a_proxy_is_a_layer_of_its_own_and_its_password_is_not_shown() {
+    let backend = backend();
+    let proxy = Coordinator::played(|mut dialled| {
+        dialled.request_if_any();
+        dialled.send(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n");
+    });
+    let url = format!("http://me:s3cret@{}", proxy.address());
+    let setup = setup("wss://coordinator.example/").backend(backend.toml()).env("HTTPS_PROXY", &url);
+    let told = Told::by(&setup, &["--no-inference"]);
+    told.assert_only_broken("proxy", &["407"], "NO_PROXY");
+    told.line('✓', "dns", &["HTTPS_PROXY"]);
+    told.assert_skipped(&["tls", "websocket"]);
+    assert!(!told.text.contains("s3cret"), "{}", told.text);
+}
+
+/// A healthy server that lists `m`, but for what `other` answers.
+fn server(other: impl Fn(&Request) -> Option<Answer> + Send + Sync + 'static) -> Backend {
+    Backend::new(move |request| {
+        other(request).unwrap_or_else(|| match request.line().as_str() {
+            "GET /v1/models" => Answer::Json(200, json!({"data": [{"id": "m"}, {"id": "n"}]})),
+            line if line.starts_with("GET") => Answer::Json(200, json!({})),
+            _ => Answer::Raw(response(200, "text/event-stream", sse(1, 1))),
+        })
+    })
+}
+
+#[test]
+fn a_backend_is_told_by_what_is_wrong_with_it() {
+    let loading = || server(|r| (r.target == "/health").then(|| Answer::Json(503, json!({"error": "Loading model"}))));
+    let failing = || server(|r| (r.method == "POST").then(|| Answer::Json(500, json!({"error": "out of memory"}))));
+    let refusing = || server(|r| (r.target == "/v1/models").then(|| Answer::Json(401, json!({"error": "no key"}))));
+    let empty = || server(|r| (r.target == "/v1/models").then(|| Answer::Json(200, json!({"data": []}))));
+    let garbage = || server(|r| (r.target == "/health").then(|| Answer::RawThenClose(b"220 smtp\r\n".to_vec())));
+    let fine = || server(|_| None);
+    let cases: [(Backend, &str, &str, &str, &str, &str); 9] = [
+        (loading(), "llamacpp", "", "health", "loading its model", "wait"),
+        (garbage(), "vllm", "", "health", "HTTP", "correct `url`"),
+        (refusing(), "llamacpp", "", "models", "refused the API key", "api_key_env"),
+        (empty(), "ollama", "", "models", "lists no model", "ollama pull"),
+        (failing(), "vllm", "", "completion", "out of memory", "log"),
+        (fine(), "vllm", "models = [\"m\", \"N\"]", "models", "model unknown: the server does not list `N`", "\"n\""),
+        (fine(), "vllm", "models = [\"other-model\"]\n#", "models", "other-model", "it lists: m, n"),
+        (fine(), "vllm", "models = []", "models", "none of them to offer", "leave out `models`"),
+        (fine(), "vllm", "api_key_env = \"NO_SUCH_KEY\"", "key", "NO_SUCH_KEY", "export NO_SUCH_KEY="),
+    ];
+    let coordinator = coordinator(Some(0));
+    side_by_side(cases, |(backend, kind, more, layer, words, fix)| {
+        let toml = format!("kind = \"{kind}\"\nurl = \"{}\"\n{more}", backend.url());
+        let told = Told::by(&setup(&coordinator.url()).backend(toml), &[]);
+        let (_, told_fix) = told.line('✗', layer, &[words]);
+        assert!(told_fix.contains(fix), "no `{fix}` for {layer}:\n{}", told.text);
+        assert_eq!(told.code, Some(1));
+        assert!(told.text.lines().last().is_some_and(|verdict| verdict.contains(&format!("begin with {layer}: "))));
+    });
+}
+
+#[test]
+fn a_backend_that_is_down_is_told_with_its_address_and_how_it_is_started() {
+    let coordinator = coordinator(Some(0));
+    let cases =
+        [("vllm", "vllm serve"), ("llamacpp", "llama-server"), ("lmstudio", "lms server"), ("ollama", "ollama serve")];
+    side_by_side(cases, |(kind, start)| {
+        let nobody = nobody_at("127.0.0.74");
+        let toml = format!("kind = \"{kind}\"\nurl = \"http://{nobody}\"");
+        let told = Told::by(&setup(&coordinator.url()).backend(toml), &[]);
+        told.assert_only_broken("health", &["refused"], start);
+        assert!(told.text.contains(&format!("backend {kind} at http://{nobody}")), "{}", told.text);
+        told.assert_skipped(&["models", "completion"]);
+    });
+}
+
+#[test]
+fn a_server_that_dies_of_a_cancel_is_broken() {
+    let is_dead = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let dies = is_dead.clone();
+    let backend = server(move |request| {
+        let is_long = request.method == "POST" && request.json()["max_tokens"] != 1;
+        if is_long {
+            dies.store(true, std::sync::atomic::Ordering::SeqCst);
+        } else if dies.load(std::sync::atomic::Ordering::SeqCst) {
+            return Some(Answer::Json(500, json!({"error": "CUDA error"})));
+        }
+        None
+    });
+    let coordinator = coordinator(Some(0));
+    let told = Told::by(&setup(&coordinator.url()).backend(backend.toml()), &[]);
+    told.assert_only_broken("cancel", &["hung up", "CUDA error"], "log");
+    told.assert_passed(&["completion"]);
+}
+
+#[test]
+fn the_window_is_the_one_that_runs_and_a_model_that_is_not_loaded_is_a_warning() {
+    let ollama = server(|request| {
+        let ps = json!({"models": [{"name": "n", "context_length": 4096}]});
+        (request.target == "/api/ps").then(|| Answer::Json(200, ps))
+    });
+    let lmstudio = server(|request| {
+        let models = json!({"data": [{"id": "m", "state": "not-loaded", "max_context_length": 9},
+            {"id": "n", "state": "loaded", "loaded_context_length": 2048}]});
+        (request.target == "/api/v0/models").then(|| Answer::Json(200, models))
+    });
+    let router = server(|request| {
+        let models =
+            json!({"data": [{"id": "m", "status": {"value": "unloaded"}}, {"id": "n", "status": {"value": "loaded"}}]});
+        let props = json!({"default_generation_settings": {"n_ctx": 512}});
+        match request.target.as_str() {
+            "/v1/models" => Some(Answer::Json(200, models)),
+            target if target.starts_with("/props?model=n") => Some(Answer::Json(200, props)),
+            _ => None,
+        }
+    });
+    let coordinator = coordinator(Some(0));
+    let cases = [
+        (ollama, "ollama", "m unknown, n 4096", "first job", "ollama run"),
+        (lmstudio, "lmstudio", "m 9, n 2048", "first job", "lms load"),
+        (router, "llamacpp", "n 512", "not offered", "load it"),
+    ];
+    side_by_side(cases, |(backend, kind, windows, words, fix)| {
+        let toml = format!("kind = \"{kind}\"\nurl = \"{}\"", backend.url());
+        let told = Told::by(&setup(&coordinator.url()).backend(toml), &[]);
+        told.assert_well();
+        told.line('✓', "window", &[windows]);
+        let (_, told_fix) = told.line('!', "loaded", &[words, ": m"]);
+        assert!(told_fix.contains(fix), "{}", told.text);
+        // The one that is loaded is tried.
+        told.line('✓', "completion", &["n: first byte"]);
+    });
+}
+
+#[test]
+fn a_price_of_0_is_a_warning() {
+    let (coordinator, backend) = (coordinator(Some(0)), server(|_| None));
+    let setup = setup(&coordinator.url()).backend(backend.toml());
+    let setup = setup.pricing("[pricing.models]\nn = { input_per_1m = 0, output_per_1m = 1 }");
+    let told = Told::by(&setup, &["--no-inference"]);
+    told.assert_well();
+    told.line('!', "prices", &["not offered: n"]);
+    told.line('✓', "models", &["lists 2, 1 to offer: m"]);
+}
+
+#[test]
+fn a_hosted_backend_is_not_charged_to_the_operator() {
+    let (coordinator, backend) = (coordinator(Some(0)), server(|_| None));
+    let toml = format!("kind = \"openrouter\"\nurl = \"{}/v1\"\napi_key_env = \"THE_KEY\"", backend.url());
+    let setup = setup(&coordinator.url()).backend(toml).env("THE_KEY", "sk-secret-123");
+    let told = Told::by(&setup, &[]);
+    told.assert_well();
+    told.line('-', "completion", &["costs money"]);
+    told.line('✓', "key", &["`THE_KEY`"]);
+    assert_eq!(backend.posts(), 0);
+}
+
+#[test]
+fn no_supervisor_is_broken_and_what_the_operator_decided_is_a_warning() {
+    let (coordinator, backend) = (coordinator(Some(0)), backend());
+    let setup = setup(&coordinator.url()).backend(backend.toml());
+    setup.scratch.write(".usepod-agent/identity.key.stopped", "");
+    setup.scratch.write(".usepod-agent/identity.key.paused", "");
+    let told = Told::by(&setup, &["--no-inference"]);
+    told.assert_well();
+    assert!(told.line('!', "stopped", &[]).1.contains("usepod-agent service start"));
+    assert!(told.line('!', "paused", &[]).1.contains("usepod-agent resume"));
+
+    // Another's lines are no supervisor of ours.
+    setup.scratch.write("bin/crontab", "#!/bin/sh\necho '@daily usepod-agent-backup'\n");
+    let told = Told::by(&setup, &["--no-inference"]);
+    told.assert_only_broken("supervisor", &["nobody restarts"], "usepod-agent service install");
+
+    setup.scratch.write(".config/systemd/user/usepod-agent.service", "[Service]\n");
+    fs::remove_file(setup.scratch.join(".usepod-agent/identity.key.stopped")).expect("removed");
+    let told = Told::by(&setup, &["--no-inference"]);
+    told.assert_well();
+    told.line('!', "supervisor", &["no agent runs"]);
+}
+
+#[test]
+fn no_secret_is_in_the_output() {
+    let coordinator = coordinator(Some(0));
+    let code = "POD-ENROLL-0123-4567-89ab";
+    let echo = server(|request| {
+        let key = request.header("authorization").unwrap_or_default().to_owned();
+        (request.method == "POST").then(|| Answer::Json(401, json!({"error": format!("bad key {key}")})))
+    });
+    let setup = setup(&coordinator.url())
+        .coordinator(&format!("enrollment_code = \"{code}\""))
+        .backend(format!("{}\napi_key_env = \"THE_KEY\"", echo.toml()))
+        .env("THE_KEY", "sk-secret-123");
+    let told = Told::by(&setup, &["--log-level", "trace"]);
+    told.assert_only_broken("completion", &["refused the API key"], "api_key_env");
+    let identity = fs::read_to_string(setup.identity()).expect("the identity");
+    let seed = identity.lines().find_map(|line| line.strip_prefix("secret: ")).expect("the seed");
+    for secret in [code, "sk-secret-123", seed] {
+        assert!(!told.text.contains(secret), "`{secret}` is in the output:\n{}", told.text);
+    }
+}
+
+#[test]
+fn a_text_from_outside_cannot_move_the_terminals_cursor() {
+    let coordinator = coordinator(Some(0));
+    let backend = server(|request| {
+        let models = json!({"data": [{"id": "a\u{1b}[2Jb\nc"}]});
+        (request.target == "/v1/models").then(|| Answer::Json(200, models))
+    });
+    let told = Told::by(&setup(&coordinator.url()).backend(backend.toml()), &["--no-inference"]);
+    told.assert_well();
+    assert!(!told.text.chars().any(|c| c.is_control() && c != '\n'), "{:?}", told.text);
+    told.line('✓', "models", &["a", "b", "c"]);
+}
