@@ -98,7 +98,7 @@ fn replace(hung: &Holder, places: &Places) -> Result<Option<InstanceLock>, Claim
         while Instant::now() < until {
             if let Some(lock) = try_lock(places)? {
                 log::warn!(
-                    "the agent with pid {pid} was ended with {signal}; pid {} takes its place",
+                    "the agent with pid {pid} has ended, after {signal}; pid {} takes its place",
                     std::process::id()
                 );
                 return Ok(Some(lock));

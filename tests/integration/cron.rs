@@ -96,7 +96,8 @@ fn an_agent_at_work_is_left_alone_without_a_word() {
         let mut agent = if by_cron { setup.start_by_cron() } else { setup.start() };
         let session = coordinator.session();
         if by_cron {
-            wait_line_in(&setup.log(), &["connected as"]);
+            // Its last word for a while.
+            wait_line_in(&setup.log(), &["offering"]);
         }
         for _ in 0..3 {
             assert_leaves_alone(&setup, &coordinator, "an agent at work");
@@ -138,10 +139,11 @@ fn one_that_hangs_is_killed_and_replaced_by_one_call_of_several() {
     let serves = 1 - left;
     assert_eq!(calls[left].wait(SOON).code(), Some(0));
     calls[serves].assert_running();
+    wait_line_in(&setup.log(), &["offering"]);
     assert_leaves_alone(&setup, &coordinator, "the new one");
     let (old, new) = (hung.pid().to_string(), calls[serves].pid().to_string());
     wait_line_in(&setup.log(), &["WARN", &old, "hangs", "it has not shown for 20"]);
-    wait_line_in(&setup.log(), &["WARN", &old, "SIGKILL", &new]);
+    wait_line_in(&setup.log(), &["WARN", &old, "has ended", &new]);
 }
 
 /// As after the thaw of a frozen box: the silence was nobody's fault.
@@ -178,7 +180,7 @@ fn one_that_hangs_and_still_heeds_a_signal_ends_in_order() {
     assert_eq!(hung.wait(SOON).code(), Some(0));
     let _next = coordinator.session();
     call.assert_running();
-    wait_line_in(&setup.log(), &["WARN", &hung.pid().to_string(), "SIGTERM"]);
+    wait_line_in(&setup.log(), &["WARN", &hung.pid().to_string(), "has ended, after SIGTERM"]);
 }
 
 /// Ended with the test.

@@ -1,7 +1,7 @@
 //! `[observability] log_file`: where the lines go, and that no disk can stop the agent.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::support::*;
@@ -21,6 +21,15 @@ fn limit_file_size(pid: u32, limit: &str) {
 
 fn warnings_in(log: &Path) -> usize {
     fs::read_to_string(log).unwrap_or_default().lines().filter(|line| line.contains("WARN")).count()
+}
+
+/// An agent that has its log file open, and that file.
+fn patient() -> (Patient, PathBuf) {
+    let mut patient = Patient::with(|setup| setup.more(LOG_FILE));
+    let log = patient.rig.setup.scratch.join("logs/agent.log");
+    wait_line_in(&log, &["connected as"]);
+    patient.before = Vitals::after_a_job(&patient.rig.agent, &patient.rig.session, &patient.backend);
+    (patient, log)
 }
 
 #[test]
@@ -60,9 +69,7 @@ fn a_log_file_that_can_be_none_is_an_error_that_names_the_key() {
 
 #[test]
 fn a_log_that_others_rotate_goes_on_in_the_file_of_that_name() {
-    let patient = Patient::with(|setup| setup.more(LOG_FILE));
-    let log = patient.rig.setup.scratch.join("logs/agent.log");
-    wait_line_in(&log, &["connected as"]);
+    let (patient, log) = patient();
     let rotations: [fn(&Path); 3] = [
         |log| fs::rename(log, log.with_file_name("agent.log.old")).expect("renamed"),
         |log| fs::remove_file(log).expect("removed"),
@@ -119,9 +126,7 @@ fn a_log_file_that_cannot_be_used_is_warned_of_and_the_agent_serves() {
 /// The limit of file sizes is a disk that is full, and on which there is room again. Its signal ends no agent.
 #[test]
 fn lines_that_found_no_room_are_counted_and_told_of_once_there_is_some() {
-    let patient = Patient::with(|setup| setup.more(LOG_FILE));
-    let log = patient.rig.setup.scratch.join("logs/agent.log");
-    wait_line_in(&log, &["connected as"]);
+    let (patient, log) = patient();
     let room = fs::metadata(&log).expect("the log").len() + 10;
     limit_file_size(patient.rig.agent.pid(), &room.to_string());
     provoke(&patient.rig.session);

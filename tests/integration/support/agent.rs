@@ -99,8 +99,12 @@ impl Setup {
         )
     }
 
-    /// Writes the config file.
+    /// Writes the config file; not again where it is as it should be, for somebody may be reading it.
     pub fn write(&self) -> PathBuf {
+        let path = self.scratch.join("agent.toml");
+        if std::fs::read_to_string(&path).is_ok_and(|text| text == self.toml()) {
+            return path;
+        }
         self.scratch.write("agent.toml", self.toml())
     }
 
