@@ -37,8 +37,8 @@ struct Recent {
 struct Ended {
     at: Instant,
     latency_ms: u32,
-    /// `None` for jobs that emitted no tokens, which have no speed.
-    tokens_per_sec: Option<f32>,
+    /// In thousandths; `None` for jobs that emitted no tokens, which have no speed.
+    tokens_per_sec: Option<u32>,
     failed: bool,
 }
 
@@ -55,11 +55,12 @@ impl Statistics {
     }
 
     fn ended(&self, at: Instant, latency: Duration, output_tokens: u32, failed: bool) {
-        let seconds = latency.as_secs_f32().max(0.001);
+        let latency_ms = u32::try_from(latency.as_millis()).unwrap_or(u32::MAX);
+        let thousandths = u64::from(output_tokens) * 1_000_000 / u64::from(latency_ms.max(1));
         let job = Ended {
             at,
-            latency_ms: u32::try_from(latency.as_millis()).unwrap_or(u32::MAX),
-            tokens_per_sec: (output_tokens > 0).then(|| output_tokens as f32 / seconds),
+            latency_ms,
+            tokens_per_sec: (output_tokens > 0).then(|| u32::try_from(thousandths).unwrap_or(u32::MAX)),
             failed,
         };
         let mut recent = self.lock();
@@ -82,13 +83,13 @@ impl Statistics {
         }
         let mut latencies: Vec<u32> = recent.ended.iter().map(|j| j.latency_ms).collect();
         latencies.sort_unstable();
-        let mut speeds: Vec<f32> = recent.ended.iter().filter_map(|j| j.tokens_per_sec).collect();
-        speeds.sort_unstable_by(f32::total_cmp);
+        let mut speeds: Vec<u32> = recent.ended.iter().filter_map(|j| j.tokens_per_sec).collect();
+        speeds.sort_unstable();
         let lately = || recent.ended.iter().filter(|job| age(job) <= ERROR_WINDOW);
         let (ended, failed) = (lately().count(), lately().filter(|j| j.failed).count());
         Heartbeat {
             queue_depth,
-            tokens_per_sec_p50: percentile(&speeds, 50).map_or(0.0, |s| (f64::from(s) * 1000.0).round() / 1000.0),
+            tokens_per_sec_p50: percentile(&speeds, 50).map_or(0.0, |s| f64::from(s) / 1000.0),
             p50_latency_ms: percentile(&latencies, 50).unwrap_or(0),
             p95_latency_ms: percentile(&latencies, 95).unwrap_or(0),
             error_rate_60s: if ended == 0 { 0.0 } else { failed as f64 / ended as f64 },
@@ -103,7 +104,7 @@ impl Statistics {
 }
 
 /// Nearest rank: the smallest value that at least `percent` of them do not exceed.
-fn percentile<T: Copy>(sorted: &[T], percent: usize) -> Option<T> {
+fn percentile(sorted: &[u32], percent: usize) -> Option<u32> {
     let rank = (sorted.len() * percent).div_ceil(100);
     sorted.get(rank.saturating_sub(1)).copied()
 }

@@ -11,18 +11,46 @@ mod recorder;
 mod tally;
 
 use std::io;
+use std::time::SystemTime;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
+use tungstenite::http::Uri;
 
 pub use board::{Board, Connection};
 pub use recorder::Recorder;
 pub use tally::Tally;
 
 use crate::files;
+use crate::heartbeat::rfc3339;
+use crate::identity::Identity;
 use crate::instance::Places;
 
 /// The most of a state file that is read, in bytes: some 200 for each model.
 const STATE_BYTES_MAX: u64 = 16 << 20;
+
+/// What never changes while the agent runs; it starts now.
+pub fn fixed(identity: &Identity, coordinator: &Uri) -> Map<String, Value> {
+    collect(
+        &mut [
+            ("started_at", rfc3339(SystemTime::now()).into()),
+            ("public_key", identity.public_key_base64().into()),
+            ("coordinator", without_userinfo(coordinator).into()),
+        ]
+        .into_iter(),
+    )
+}
+
+/// Who put a password into the address did not mean everybody to read it.
+fn without_userinfo(url: &Uri) -> String {
+    let url = url.to_string();
+    match url.split_once("://") {
+        Some((scheme, rest)) => {
+            let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+            format!("{scheme}://{}{path}", authority.rsplit('@').next().unwrap_or_default())
+        }
+        None => url,
+    }
+}
 
 /// Reads the state file.
 ///
@@ -31,4 +59,14 @@ const STATE_BYTES_MAX: u64 = 16 << 20;
 pub fn read(places: &Places) -> io::Result<Value> {
     let content = files::read_bounded(&places.state(), STATE_BYTES_MAX)?;
     Ok(serde_json::from_slice(&content)?)
+}
+
+/// An object of these keys, in their order.
+fn object<const N: usize>(fields: [(&str, Value); N]) -> Value {
+    Value::Object(collect(&mut fields.into_iter()))
+}
+
+/// Once for all lengths.
+fn collect(fields: &mut dyn Iterator<Item = (&str, Value)>) -> Map<String, Value> {
+    fields.map(|(key, value)| (key.to_owned(), value)).collect()
 }

@@ -6,20 +6,18 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use serde_json::json;
-
 use crate::backoff::{Backoff, Ended};
 use crate::bell::Bell;
 use crate::config::CoordinatorConfig;
 use crate::discovery::{Housekeeping, OfferedBackend, Offers, Prober, Terms};
-use crate::heartbeat::{Statistics, rfc3339};
+use crate::heartbeat::Statistics;
 use crate::identity::Identity;
 use crate::instance::{InstanceLock, Places};
 use crate::logging::shown;
 use crate::protocol::OfferLimits;
 use crate::session::{self, HandshakeError, SessionEnd};
 use crate::shutdown::{Live, Stop};
-use crate::status::{Board, Connection, Recorder, Tally};
+use crate::status::{self, Board, Connection, Recorder, Tally};
 use crate::token_limit::TokenLimit;
 use crate::transport::Dialer;
 use crate::{backend, discovery};
@@ -78,11 +76,7 @@ impl Agent {
                 let mut recorder = Recorder {
                     places,
                     lock,
-                    fixed: json!({
-                        "started_at": rfc3339(SystemTime::now()),
-                        "public_key": self.identity.public_key_base64(),
-                        "coordinator": self.coordinator.url.to_string(),
-                    }),
+                    fixed: status::fixed(&self.identity, &self.coordinator.url),
                     board: board.clone(),
                     offers: offers.clone(),
                     statistics: statistics.clone(),

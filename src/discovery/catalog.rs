@@ -1,7 +1,6 @@
 //! The catalog: which models are offered, and which backend a job for one goes to.
 
-use std::cmp::Reverse;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
@@ -16,7 +15,7 @@ pub struct Catalog {
     /// What is offered, by `model_id`.
     pub offer: Vec<ResolvedModel>,
     /// In order of preference.
-    routes: HashMap<String, Vec<Tier>>,
+    routes: BTreeMap<String, Vec<Tier>>,
 }
 
 /// Members of equal rank, in the order of the file.
@@ -52,32 +51,30 @@ impl Catalog {
             let slots = members.fold(0, |sum: u32, member| sum.saturating_add(member.slots_max));
             model.max_concurrent = model.max_concurrent.min(slots);
         }
-        catalog.offer.sort_unstable_by(|a, b| a.model_id.cmp(&b.model_id));
         catalog.route(standby);
         catalog
     }
 
-    /// Adds the members for the models that have none yet; returns those models.
-    fn route(&mut self, mut listings: Vec<Listing>) -> Vec<ResolvedModel> {
+    /// Adds the members for the models that have none yet; returns those models, by their names.
+    fn route(&mut self, listings: Vec<Listing>) -> Vec<ResolvedModel> {
         let rank_of = |member: &Member| Kind::rank_of(member.backend.kind());
-        listings.sort_by_key(|listing| rank_of(&listing.member));
-        let mut added: HashMap<String, Vec<Tier>> = HashMap::new();
-        let mut first_listed = Vec::new();
-        for Listing { member, models } in listings {
-            let rank = rank_of(&member);
-            for model in models {
-                let tiers = added.entry(model.model_id.clone()).or_default();
-                if tiers.is_empty() && !self.routes.contains_key(&model.model_id) {
-                    first_listed.push(model);
-                }
-                match tiers.last_mut() {
-                    Some(tier) if tier.rank == rank => tier.members.push(member.clone()),
-                    _ => tiers.push(Tier { rank, members: vec![member.clone()] }),
+        let mut added: BTreeMap<String, (ResolvedModel, Vec<Tier>)> = BTreeMap::new();
+        let ranks: Vec<usize> = listings.iter().map(|listing| rank_of(&listing.member)).collect();
+        for rank in 0..=ranks.iter().copied().max().unwrap_or(0) {
+            for (Listing { member, models }, _) in listings.iter().zip(&ranks).filter(|(_, of)| **of == rank) {
+                for model in models.iter().filter(|model| !self.routes.contains_key(&model.model_id)) {
+                    let (_, tiers) = added.entry(model.model_id.clone()).or_insert_with(|| (model.clone(), Vec::new()));
+                    match tiers.last_mut() {
+                        Some(tier) if tier.rank == rank => tier.members.push(member.clone()),
+                        _ => tiers.push(Tier { rank, members: vec![member.clone()] }),
+                    }
                 }
             }
         }
-        for (model_id, tiers) in added {
-            self.routes.entry(model_id).or_insert(tiers);
+        let mut first_listed = Vec::new();
+        for (model_id, (model, tiers)) in added {
+            self.routes.insert(model_id, tiers);
+            first_listed.push(model);
         }
         first_listed
     }
@@ -87,10 +84,14 @@ impl Catalog {
     pub fn route_of(&self, model_id: &str) -> Vec<Arc<Member>> {
         let mut route = Vec::new();
         for tier in self.routes.get(model_id).into_iter().flatten() {
-            let mut equals = tier.members.clone();
-            // Each is asked once: slots come and go meanwhile, and a sort whose keys change may panic.
-            equals.sort_by_cached_key(|member| Reverse(member.slots_free()));
-            route.append(&mut equals);
+            // Each is asked once, as slots come and go meanwhile; and behind those that have as many, in the order of the file.
+            let mut equals: Vec<(u32, &Arc<Member>)> = Vec::new();
+            for member in &tier.members {
+                let free = member.slots_free();
+                let at = equals.iter().take_while(|(other, _)| *other >= free).count();
+                equals.insert(at, (free, member));
+            }
+            route.extend(equals.into_iter().map(|(_, member)| member.clone()));
         }
         route
     }

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value};
 
-use super::{Board, Connection, Tally};
-use crate::discovery::{Offers, Probed};
+use super::{Board, Connection, Tally, object};
+use crate::discovery::{Offers, Probed, ResolvedModel};
 use crate::files;
 use crate::heartbeat::{Statistics, rfc3339};
 use crate::instance::{InstanceLock, Places};
@@ -20,7 +20,7 @@ pub struct Recorder {
     /// Shown alive while the agent is.
     pub lock: InstanceLock,
     /// What never changes: `coordinator`, `public_key`, …
-    pub fixed: Value,
+    pub fixed: Map<String, Value>,
     /// What the threads noted.
     pub board: Arc<Board>,
     /// The offer, which a pause empties.
@@ -85,40 +85,31 @@ impl Recorder {
             self.condition = (condition.name, now);
         }
         let figures = self.statistics.heartbeat(noted.in_flight);
-        let mut state = self.fixed.clone();
-        state["agent_version"] = AGENT_VERSION.into();
-        state["pid"] = std::process::id().into();
         self.written += 1;
-        state["written"] = self.written.into();
-        state["written_at"] = rfc3339(now).into();
-        state["state"] = condition.name.into();
-        state["since"] = rfc3339(self.condition.1).into();
-        state["reason"] = condition.why.into();
-        state["serving"] = (condition.name == SERVING).into();
-        state["paused"] = self.offers.is_paused().into();
-        state["connected"] = (noted.connection == Connection::Connected).into();
-        state["connection_since"] = rfc3339(noted.connection_since).into();
-        state["provider_id"] = noted.provider_id.into();
-        state["backends"] = backends.iter().map(describe).collect();
-        let offered = self.offers.offered(&catalog);
-        state["models"] = offered
-            .iter()
-            .map(|model| {
-                json!({
-                    "model_id": model.model_id,
-                    "input_per_1m": model.input_per_1m,
-                    "output_per_1m": model.output_per_1m,
-                    "max_concurrent": model.max_concurrent,
-                    "backend": model.backend,
-                    "context_window": model.context_window,
-                })
-            })
-            .collect();
-        self.tally.describe(noted.in_flight, &mut state);
-        state["p50_latency_ms"] = figures.p50_latency_ms.into();
-        state["p95_latency_ms"] = figures.p95_latency_ms.into();
-        state["tokens_per_sec_p50"] = figures.tokens_per_sec_p50.into();
-        state
+        let date = |at| Value::from(rfc3339(at));
+        let mut state = self.fixed.clone();
+        let mut set = |key: &str, value: Value| {
+            state.insert(key.to_owned(), value);
+        };
+        set("agent_version", AGENT_VERSION.into());
+        set("pid", std::process::id().into());
+        set("written", self.written.into());
+        set("written_at", date(now));
+        set("state", condition.name.into());
+        set("since", date(self.condition.1));
+        set("reason", condition.why.into());
+        set("serving", (condition.name == SERVING).into());
+        set("paused", self.offers.is_paused().into());
+        set("connected", (noted.connection == Connection::Connected).into());
+        set("connection_since", date(noted.connection_since));
+        set("provider_id", noted.provider_id.into());
+        set("backends", backends.iter().map(of_backend).collect());
+        set("models", self.offers.offered(&catalog).iter().map(of_model).collect());
+        set("p50_latency_ms", figures.p50_latency_ms.into());
+        set("p95_latency_ms", figures.p95_latency_ms.into());
+        set("tokens_per_sec_p50", figures.tokens_per_sec_p50.into());
+        self.tally.describe(noted.in_flight, &mut set);
+        Value::Object(state)
     }
 
     /// The first thing that keeps it from serving.
@@ -165,14 +156,27 @@ impl Recorder {
 /// The condition that all is well.
 const SERVING: &str = "serving";
 
-fn describe(backend: &Probed) -> Value {
-    json!({
-        "id": backend.id(),
-        "kind": backend.offered().backend.kind(),
-        "offered": backend.is_offered(),
-        "since": backend.since().and_then(rfc3339),
-        "models": backend.models(),
-        "error": backend.away(),
-        "last_error": backend.last_error().map(|(at, why)| json!({"at": rfc3339(*at), "message": why})),
-    })
+fn of_backend(backend: &Probed) -> Value {
+    let last_error =
+        backend.last_error().map(|(at, why)| object([("at", rfc3339(*at).into()), ("message", why.as_str().into())]));
+    object([
+        ("id", backend.id().into()),
+        ("kind", backend.offered().backend.kind().into()),
+        ("offered", backend.is_offered().into()),
+        ("since", backend.since().and_then(rfc3339).into()),
+        ("models", backend.models().into()),
+        ("error", backend.away().into()),
+        ("last_error", last_error.into()),
+    ])
+}
+
+fn of_model(model: &ResolvedModel) -> Value {
+    object([
+        ("model_id", model.model_id.as_str().into()),
+        ("input_per_1m", model.input_per_1m.into()),
+        ("output_per_1m", model.output_per_1m.into()),
+        ("max_concurrent", model.max_concurrent.into()),
+        ("backend", model.backend.as_str().into()),
+        ("context_window", model.context_window.into()),
+    ])
 }

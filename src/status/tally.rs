@@ -2,11 +2,12 @@
 //!
 //! Unlike the heartbeat's figures these count everything: cancelled jobs, and those that were the requester's own fault.
 
-use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use serde_json::{Value, json};
+use serde_json::Value;
+
+use super::object;
 
 use crate::heartbeat::rfc3339;
 use crate::protocol::ErrorCode;
@@ -24,7 +25,7 @@ struct Sums {
     cancelled: u64,
     lost: u64,
     /// By cause.
-    refused: BTreeMap<&'static str, u64>,
+    refused: Vec<(&'static str, u64)>,
     input_tokens: u64,
     output_tokens: u64,
     last_job: Option<LastJob>,
@@ -82,34 +83,45 @@ impl Tally {
 
     /// A job that was not taken, for this cause.
     pub fn refused(&self, cause: &'static str) {
-        *self.lock().refused.entry(cause).or_default() += 1;
+        let refused = &mut self.lock().refused;
+        match refused.iter_mut().find(|(known, _)| *known == cause) {
+            Some((_, count)) => *count += 1,
+            None => refused.push((cause, 1)),
+        }
     }
 
     /// `jobs`, `tokens`, `last_job` and `last_error` of the state file, with the jobs in flight now.
-    pub fn describe(&self, in_flight: u32, state: &mut Value) {
+    pub fn describe(&self, in_flight: u32, set: &mut dyn FnMut(&str, Value)) {
         let sums = self.lock();
-        state["jobs"] = json!({
-            "in_flight": in_flight,
-            "done": sums.done,
-            "failed": sums.failed,
-            "cancelled": sums.cancelled,
-            "lost": sums.lost,
-            "refused": sums.refused.values().sum::<u64>(),
-            "refused_by_cause": sums.refused,
+        let by_cause = sums.refused.iter().map(|(cause, count)| ((*cause).to_owned(), Value::from(*count)));
+        let jobs = object([
+            ("in_flight", in_flight.into()),
+            ("done", sums.done.into()),
+            ("failed", sums.failed.into()),
+            ("cancelled", sums.cancelled.into()),
+            ("lost", sums.lost.into()),
+            ("refused", sums.refused.iter().map(|(_, count)| count).sum::<u64>().into()),
+            ("refused_by_cause", Value::Object(by_cause.collect())),
+        ]);
+        set("jobs", jobs);
+        set("tokens", object([("input", sums.input_tokens.into()), ("output", sums.output_tokens.into())]));
+        let last_job = sums.last_job.as_ref().map(|job| {
+            object([
+                ("at", rfc3339(job.at).into()),
+                ("model_id", job.model_id.as_deref().into()),
+                ("outcome", job.outcome.into()),
+                ("duration_ms", u64::try_from(job.duration.as_millis()).unwrap_or(u64::MAX).into()),
+            ])
         });
-        state["tokens"] = json!({"input": sums.input_tokens, "output": sums.output_tokens});
-        state["last_job"] = sums.last_job.as_ref().map_or(Value::Null, |job| {
-            json!({
-                "at": rfc3339(job.at),
-                "model_id": job.model_id,
-                "outcome": job.outcome,
-                "duration_ms": u64::try_from(job.duration.as_millis()).unwrap_or(u64::MAX),
-            })
+        set("last_job", last_job.into());
+        let last_error = sums.last_error.as_ref().map(|error| {
+            object([
+                ("at", rfc3339(error.at).into()),
+                ("code", error.code.into()),
+                ("message", error.why.as_str().into()),
+            ])
         });
-        state["last_error"] = sums
-            .last_error
-            .as_ref()
-            .map_or(Value::Null, |error| json!({"at": rfc3339(error.at), "code": error.code, "message": error.why}));
+        set("last_error", last_error.into());
     }
 
     fn lock(&self) -> MutexGuard<'_, Sums> {
