@@ -26,15 +26,24 @@ pub fn read_bounded(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
 /// # Errors
 /// The first thing that failed; nothing is left behind.
 pub fn write_atomic(path: &Path, content: &[u8]) -> io::Result<()> {
-    put(path, content, Durable::Yes, |temporary, target| fs::rename(temporary, target))
+    put(path, content, &|temporary, target| fs::rename(temporary, target))
 }
 
-/// As [`write_atomic`], for what need not survive a power cut: it waits for no disk.
+/// Replaces the content of `path` as a whole, by what need not survive a power cut: it waits for no disk. For files of one
+/// writer; a symlink is replaced.
 ///
 /// # Errors
-/// As [`write_atomic`].
+/// The first thing that failed; `path` is as it was.
 pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
-    put(path, content, Durable::No, |temporary, target| fs::rename(temporary, target))
+    let mut temporary = path.to_owned().into_os_string();
+    temporary.push(".new");
+    let written = private(OpenOptions::new().write(true).create(true).truncate(true))
+        .open(&temporary)
+        .and_then(|mut file| file.write_all(content))
+        .and_then(|()| fs::rename(&temporary, path));
+    written.inspect_err(|_| {
+        let _ = fs::remove_file(&temporary);
+    })
 }
 
 /// Makes the file `path` with its whole content, unless there is one.
@@ -42,7 +51,7 @@ pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
 /// # Errors
 /// `AlreadyExists`, or the first thing that failed; nothing is left behind.
 pub fn create_atomic(path: &Path, content: &[u8]) -> io::Result<()> {
-    put(path, content, Durable::Yes, |temporary, target| match fs::hard_link(temporary, target) {
+    put(path, content, &|temporary, target| match fs::hard_link(temporary, target) {
         Ok(()) => {
             // What matters is there; the other name goes with the leftovers if it must.
             let _ = fs::remove_file(temporary);
@@ -55,29 +64,14 @@ pub fn create_atomic(path: &Path, content: &[u8]) -> io::Result<()> {
     })
 }
 
-/// Whether a file is to be on the disk before its writer goes on.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Durable {
-    Yes,
-    No,
-}
-
-fn put(
-    path: &Path,
-    content: &[u8],
-    durable: Durable,
-    move_in: impl Fn(&Path, &Path) -> io::Result<()>,
-) -> io::Result<()> {
+fn put(path: &Path, content: &[u8], move_in: &dyn Fn(&Path, &Path) -> io::Result<()>) -> io::Result<()> {
     let (target, prefix) = places_of(path)?;
     // Unique, so that two writers cannot spoil each other's.
     let temporary = target.with_file_name(format!("{prefix}{}", uuid::Uuid::new_v4().simple()));
-    let written = write_new(&temporary, content, durable).and_then(|()| move_in(&temporary, &target));
+    let written = write_new(&temporary, content).and_then(|()| move_in(&temporary, &target));
     if written.is_err() {
         let _ = fs::remove_file(&temporary);
         return written;
-    }
-    if durable == Durable::No {
-        return Ok(());
     }
     // The new name is on the disk only once the folder is. Not every file system can do it; the content is there.
     if let Some(folder) = target.parent().and_then(|folder| File::open(folder).ok()) {
@@ -91,7 +85,7 @@ fn put(
 /// # Errors
 /// Why it could not.
 pub fn check_writable(path: &Path) -> io::Result<()> {
-    put(path, b"", Durable::No, |temporary, _| fs::remove_file(temporary))
+    put(path, b"", &|temporary, _| fs::remove_file(temporary))
 }
 
 /// Removes what crashes in the middle of writing `path` left behind, but not what somebody may be writing right now.
@@ -115,10 +109,10 @@ fn places_of(path: &Path) -> io::Result<(PathBuf, String)> {
     Ok((target, prefix))
 }
 
-fn write_new(path: &Path, content: &[u8], durable: Durable) -> io::Result<()> {
+fn write_new(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut file = private(OpenOptions::new().write(true).create_new(true)).open(path)?;
     file.write_all(content)?;
-    if durable == Durable::Yes { file.sync_all() } else { Ok(()) }
+    file.sync_all()
 }
 
 /// Files that are made with these options are their owner's alone (0600).

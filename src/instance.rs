@@ -7,7 +7,8 @@
 //! Invariant: the file is never deleted, because that would let two processes lock two files of one name.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, Seek, Write};
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -70,6 +71,8 @@ impl Places {
 /// two attempts to connect, and every 45 s while it is connected.
 pub const SILENCE_MAX: Duration = Duration::from_secs(180);
 
+/// What stands in a lock file, in bytes.
+const TEXT_BYTES: u64 = 53;
 /// The most of a lock file that is read, in bytes.
 const LOCK_BYTES_MAX: u64 = 256;
 
@@ -114,6 +117,8 @@ impl InstanceLock {
             Err(TryLockError::Error(e)) => return Err(io_error(e)),
         }
         let started = start_of("self").unwrap_or(0);
+        // What an older program left behind may be longer.
+        let _ = file.set_len(TEXT_BYTES);
         let lock = InstanceLock { file: Some(file), is_exclusive, started };
         lock.beat();
         Ok(lock)
@@ -131,12 +136,9 @@ impl InstanceLock {
 
     /// Notes that this process works, as of now. Where that cannot be written, whoever reads it sees an older time.
     pub fn beat(&self) {
-        let Some(mut file) = self.file.as_ref() else { return };
+        let Some(file) = &self.file else { return };
         let holder = Holder { pid: std::process::id(), started: self.started, beat: monotonic() };
-        let text = holder.to_text();
-        let written = file.rewind().and_then(|()| file.write_all(text.as_bytes()));
-        // What an older program left behind may be longer.
-        let _ = written.and_then(|()| file.set_len(text.len() as u64));
+        let _ = file.write_all_at(holder.to_text().as_bytes(), 0);
     }
 }
 
@@ -208,7 +210,7 @@ mod tests {
     fn a_holder_is_read_as_it_was_written_and_always_in_the_same_space() {
         let short = Holder { pid: 7, started: 0, beat: Duration::ZERO };
         let long = Holder { pid: u32::MAX, started: u64::MAX, beat: Duration::from_millis(u64::MAX) };
-        assert_eq!(short.to_text().len(), long.to_text().len());
+        assert_eq!([&short, &long].map(|holder| holder.to_text().len() as u64), [TEXT_BYTES; 2]);
         let path = std::env::temp_dir().join(format!("usepod-holder-{}", std::process::id()));
         for holder in [short, long] {
             fs::write(&path, holder.to_text()).expect("written");

@@ -96,7 +96,6 @@ fn serve(config: Config, lock: InstanceLock) -> Result<(), Failure> {
     let places = Places::beside(&config.key_path);
     if lock.is_exclusive() {
         files::remove_leftovers(&config.key_path);
-        files::remove_leftovers(&places.state());
     }
     let identity = Identity::load_or_create(&config.key_path)?;
     if config.backends.is_empty() {
