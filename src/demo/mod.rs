@@ -312,13 +312,14 @@ fn show_overhead(meter: &Meter<'_>, backend: &dyn Backend, page: &mut Page<'_>) 
         Ok(figures) => {
             let [direct, through] =
                 [&figures.direct, &figures.through].map(|column| percentile(&column.first_byte, 50));
-            let signed = (through.as_secs_f64() - direct.as_secs_f64()) * 1e3;
+            let sign = if through < direct { "-" } else { "" };
+            let apart = page::millis(through.abs_diff(direct), 2);
             let note = format!(
                 "first byte: {} through the agent, {} directly (medians of {OVERHEAD_PAIRS})",
                 ms(through),
                 ms(direct)
             );
-            page.row("overhead", &format!("{signed:.2} ms"), &note);
+            page.row("overhead", &format!("{sign}{apart} ms"), &note);
         }
         Err(error) => page.row("overhead", "-", &format!("not measured: {error}")),
     }
