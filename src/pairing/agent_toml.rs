@@ -194,8 +194,11 @@ impl Writer<'_> {
 
     fn observability(&mut self, root: &DeTable<'_>) {
         self.line("\n[observability]");
-        let hint = "# log_level = \"info\"                  # off, error, warn, info, debug or trace";
-        self.rest_of("observability", section(root, "observability"), &[], &[("log_level", hint)]);
+        let level = "# log_level = \"info\"                  # off, error, warn, info, debug or trace";
+        let file =
+            "# log_file = \"~/.usepod-agent/agent.log\"    # in place of stderr; 8 MB, and one older of that size";
+        let hints = [("log_level", level), ("log_file", file)];
+        self.rest_of("observability", section(root, "observability"), &[], &hints);
     }
 
     /// What stands in a table, but for the keys that are decided, and how one would write those that are not there.
