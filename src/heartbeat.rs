@@ -82,13 +82,15 @@ impl Statistics {
         }
         let mut latencies: Vec<u32> = recent.ended.iter().map(|j| j.latency_ms).collect();
         latencies.sort_unstable();
-        let mut speeds: Vec<f32> = recent.ended.iter().filter_map(|j| j.tokens_per_sec).collect();
-        speeds.sort_unstable_by(f32::total_cmp);
+        // Their bits are in the order of the numbers, for none is negative; and sorted by the same code.
+        let mut speeds: Vec<u32> = recent.ended.iter().filter_map(|j| j.tokens_per_sec).map(f32::to_bits).collect();
+        speeds.sort_unstable();
+        let speed = percentile(&speeds, 50).map_or(0.0, |bits| f64::from(f32::from_bits(bits)));
         let lately = || recent.ended.iter().filter(|job| age(job) <= ERROR_WINDOW);
         let (ended, failed) = (lately().count(), lately().filter(|j| j.failed).count());
         Heartbeat {
             queue_depth,
-            tokens_per_sec_p50: percentile(&speeds, 50).map_or(0.0, |s| (f64::from(s) * 1000.0).round() / 1000.0),
+            tokens_per_sec_p50: (speed * 1000.0).round() / 1000.0,
             p50_latency_ms: percentile(&latencies, 50).unwrap_or(0),
             p95_latency_ms: percentile(&latencies, 95).unwrap_or(0),
             error_rate_60s: if ended == 0 { 0.0 } else { failed as f64 / ended as f64 },
@@ -103,7 +105,7 @@ impl Statistics {
 }
 
 /// Nearest rank: the smallest value that at least `percent` of them do not exceed.
-fn percentile<T: Copy>(sorted: &[T], percent: usize) -> Option<T> {
+fn percentile(sorted: &[u32], percent: usize) -> Option<u32> {
     let rank = (sorted.len() * percent).div_ceil(100);
     sorted.get(rank.saturating_sub(1)).copied()
 }

@@ -58,13 +58,12 @@ impl Catalog {
     }
 
     /// Adds the members for the models that have none yet; returns those models.
-    fn route(&mut self, mut listings: Vec<Listing>) -> Vec<ResolvedModel> {
+    fn route(&mut self, listings: Vec<Listing>) -> Vec<ResolvedModel> {
         let rank_of = |member: &Member| Kind::rank_of(member.backend.kind());
-        listings.sort_by_key(|listing| rank_of(&listing.member));
+        let listings = in_order(listings.into_iter().map(|listing| (rank_of(&listing.member), listing)));
         let mut added: HashMap<String, Vec<Tier>> = HashMap::new();
         let mut first_listed = Vec::new();
-        for Listing { member, models } in listings {
-            let rank = rank_of(&member);
+        for (rank, Listing { member, models }) in listings {
             for model in models {
                 let tiers = added.entry(model.model_id.clone()).or_default();
                 if tiers.is_empty() && !self.routes.contains_key(&model.model_id) {
@@ -87,13 +86,22 @@ impl Catalog {
     pub fn route_of(&self, model_id: &str) -> Vec<Arc<Member>> {
         let mut route = Vec::new();
         for tier in self.routes.get(model_id).into_iter().flatten() {
-            let mut equals = tier.members.clone();
-            // Each is asked once: slots come and go meanwhile, and a sort whose keys change may panic.
-            equals.sort_by_cached_key(|member| Reverse(member.slots_free()));
-            route.append(&mut equals);
+            let equals = in_order(tier.members.iter().map(|member| (Reverse(member.slots_free()), member)));
+            route.extend(equals.into_iter().map(|(_, member)| member.clone()));
         }
         route
     }
+}
+
+/// By their keys; of equal ones the first stays the first. For the backends of one agent: the library's sorts would be 15 KB of
+/// the binary.
+fn in_order<K: Ord, T>(all: impl Iterator<Item = (K, T)>) -> Vec<(K, T)> {
+    let mut ordered: Vec<(K, T)> = Vec::new();
+    for (key, item) in all {
+        let place = ordered.iter().position(|(other, _)| *other > key).unwrap_or(ordered.len());
+        ordered.insert(place, (key, item));
+    }
+    ordered
 }
 
 /// The newest catalog, and whoever wants to know when the offer changes.
