@@ -437,7 +437,8 @@ name = "y"
         arbtest::arbtest(|u| {
             let texts: [String; 5] = u.arbitrary()?;
             let [id, provider_id, host_token, name, odd] = &texts;
-            let models = vec![model(id, u.arbitrary::<u32>()?.into(), 2, u.arbitrary()?), model("m", 3, 4, 5)];
+            let other = format!("{id}+");
+            let models = vec![model(id, u.arbitrary::<u32>()?.into(), 2, u.arbitrary()?), model(&other, 3, 4, 5)];
             let prices = models.clone();
             let paired =
                 Paired { host_token: Some(host_token.clone()), provider_id: Some(provider_id.clone()), models };
