@@ -210,8 +210,8 @@ fn spread(times: &[Duration]) -> String {
 fn figure(time: Duration) -> String {
     let digits = match time.as_millis() {
         0 => 3,
-        ..10 => 2,
-        ..100 => 1,
+        1..10 => 2,
+        10..100 => 1,
         _ => 0,
     };
     millis(time, digits)

@@ -35,7 +35,6 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
 use thiserror::Error;
 
 use crate::backend::Backend;
@@ -345,9 +344,9 @@ fn compare(arrived: &[u8], given: &[u8], expected: Option<&[u8]>) -> Result<(), 
 }
 
 fn curl(door: &FrontDoor, model_id: &str) -> String {
-    let body =
-        json!({"model": model_id, "stream": true, "messages": [{"role": "user", "content": "Hello, who are you?"}]});
-    let data = shell::word(&body.to_string());
+    let messages = r#"[{"role":"user","content":"Hello, who are you?"}]"#;
+    let model = exchange::quoted(model_id);
+    let data = shell::word(&format!("{{\"model\":{model},\"stream\":true,\"messages\":{messages}}}"));
     format!("curl -N http://{}/v1/chat/completions -H 'Content-Type: application/json' -d {data}", door.address())
 }
 
