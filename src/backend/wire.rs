@@ -1,5 +1,6 @@
 //! ureq's transport, watched: what happened on a connection.
 
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use super::tls::TlsConnector;
 use crate::cryptography::ExtraRoots;
 
 /// What one agent's connection was seen to do since it was leased.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Wire {
     opened: AtomicBool,
     received: AtomicBool,
@@ -51,6 +52,12 @@ impl Wire {
 
     fn limit(&self) -> MutexGuard<'_, Option<Instant>> {
         self.limit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Wire {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Wire")
     }
 }
 

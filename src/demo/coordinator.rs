@@ -116,7 +116,7 @@ pub enum CoordinatorError {
     #[error("failed to start the local coordinator: {0}")]
     Start(#[from] io::Error),
     /// The agent did not get to its offer in time; the second part is the last thing seen.
-    #[error("no agent has made an offer within {0:?} ({1})")]
+    #[error("no agent has made an offer within {limit} s ({1})", limit = .0.as_secs())]
     NoOffer(Duration, String),
     /// A job was submitted without an agent.
     #[error("no agent is connected; wait for it to reconnect, or start it anew")]
