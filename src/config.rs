@@ -19,8 +19,8 @@ use tungstenite::http::Uri;
 pub use error::ConfigError;
 
 use crate::backend::{BaseUrl, Kind};
+use crate::cryptography::ExtraRoots;
 use crate::files;
-use crate::transport::ExtraRoots;
 
 /// Jobs at a time.
 pub const MAX_CONCURRENT_RANGE: RangeInclusive<u32> = 1..=256;

@@ -119,7 +119,7 @@ impl Agent {
             }
             let ended = report(&attempt, &board);
             let delay = backoff.delay_after(ended, discovery::dice());
-            log::info!("connecting again in {:.1} s", delay.as_secs_f64());
+            log::info!("connecting again in {} ms", delay.as_millis());
             let _ = stop.signal().recv_timeout(delay);
         }
         log::info!("stopped");
@@ -186,7 +186,7 @@ fn report(attempt: &Attempt, board: &Board) -> Ended {
                     Some(format!("the coordinator ended the session: {how}"))
                 }
                 SessionEnd::Unexpected(why) => {
-                    log::warn!("the session ended after {:.0} s: {why}", lasted.as_secs_f64());
+                    log::warn!("the session ended after {} s: {why}", lasted.as_secs());
                     Some(format!("the session ended: {why}"))
                 }
                 SessionEnd::Stopped => None,

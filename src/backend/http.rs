@@ -11,14 +11,12 @@ use std::time::{Duration, Instant};
 use ureq::config::Config;
 use ureq::http::uri::Scheme;
 use ureq::http::{HeaderMap, HeaderValue, Method, Request, Response, Uri, header};
-use ureq::tls::{Certificate, RootCerts, TlsConfig};
 use ureq::{Agent, AsSendBody, Body, Proxy};
 
 use super::resolver::LocalFirstResolver;
 use super::secret::ApiKey;
 use super::wire::{SharedConnector, WatchedConnector, Wire, connector, plain_connector};
-use crate::cryptography;
-use crate::transport::ExtraRoots;
+use crate::cryptography::ExtraRoots;
 
 /// Agents kept for the next request, each with at most one open connection and its buffers.
 const IDLE_AGENTS_MAX: usize = 8;
@@ -83,24 +81,17 @@ struct Idle {
 impl Client {
     /// For a backend at `url`, on the operator's own machines, or a `hosted` one; only the latter may go through a proxy.
     pub fn new(url: &str, hosted: bool, key: ApiKey) -> Client {
-        Client::with_roots(url, hosted, key, RootCerts::WebPki)
-    }
-
-    /// A hosted server whose certificate is signed by one of these authorities, and no other.
-    pub fn trusting(url: &str, authorities: &ExtraRoots) -> Client {
-        let certificates = authorities.certificates().iter().map(|der| Certificate::from_der(der).to_owned());
-        Client::with_roots(url, true, ApiKey::NotNeeded, certificates.into())
-    }
-
-    fn with_roots(url: &str, hosted: bool, key: ApiKey, roots: RootCerts) -> Client {
         let is_plain = !hosted && Uri::try_from(url).is_ok_and(|url| url.scheme() == Some(&Scheme::HTTP));
-        let (connector, tls) = match is_plain {
-            true => (plain_connector(), TlsConfig::default()),
-            false => {
-                let tls = TlsConfig::builder().unversioned_rustls_crypto_provider(cryptography::provider());
-                (connector(), tls.root_certs(roots).build())
-            }
-        };
+        let connector = if is_plain { plain_connector() } else { connector(ExtraRoots::default()) };
+        Client::over(connector, hosted, key)
+    }
+
+    /// A hosted server that needs no key, and whose certificate one of these authorities may have signed, too.
+    pub fn trusting(roots: &ExtraRoots) -> Client {
+        Client::over(connector(roots.clone()), true, ApiKey::NotNeeded)
+    }
+
+    fn over(connector: SharedConnector, hosted: bool, key: ApiKey) -> Client {
         let config = Agent::config_builder()
             .http_status_as_error(false)
             // A redirect would carry the prompt to an address that the operator never named.
@@ -112,7 +103,6 @@ impl Client {
             .max_idle_connections(1)
             .max_idle_connections_per_host(1)
             .max_idle_age(if hosted { IDLE_AGE_HOSTED } else { IDLE_AGE_LOCAL })
-            .tls_config(tls)
             .user_agent(concat!("usepod-agent/", env!("CARGO_PKG_VERSION")))
             // Bodies are relayed verbatim, so they had better not be compressed.
             .accept_encoding("identity")

@@ -18,6 +18,7 @@ mod resolver;
 mod secret;
 mod sse;
 mod tcp;
+mod tls;
 mod wire;
 
 use uuid::Uuid;

@@ -45,18 +45,18 @@ impl<In: Transport> Connector<In> for TcpConnector {
         if let Some(through_proxy) = chained {
             return Ok(Some(Either::A(through_proxy)));
         }
-        let socket = Arc::new(connect(&details.addrs, details.timeout)?);
-        socket.set_nodelay(true)?;
-        let handle: Weak<dyn ShutdownHandle> = Arc::<TcpStream>::downgrade(&socket);
-        (details.register_shutdown)(handle)?;
-        Ok(Some(Either::B(Tcp {
-            socket,
-            buffers: StreamBuffers::default(),
-            read_time: None,
-            write_time: None,
-            write_failed: false,
-        })))
+        open(details).map(|tcp| Some(Either::B(tcp)))
     }
+}
+
+/// Once for all types of chains.
+fn open(details: &ConnectionDetails) -> Result<Tcp, Error> {
+    let socket = Arc::new(connect(&details.addrs, details.timeout)?);
+    socket.set_nodelay(true)?;
+    let handle: Weak<dyn ShutdownHandle> = Arc::<TcpStream>::downgrade(&socket);
+    (details.register_shutdown)(handle)?;
+    let buffers = StreamBuffers::default();
+    Ok(Tcp { socket, buffers, read_time: None, write_time: None, write_failed: false })
 }
 
 fn connect(addresses: &[SocketAddr], timeout: NextTimeout) -> Result<TcpStream, Error> {

@@ -1,18 +1,21 @@
 //! ureq's transport, watched: what happened on a connection.
 
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ureq::Error;
 use ureq::unversioned::transport::{
-    Buffers, ConnectProxyConnector, ConnectionDetails, Connector, NextTimeout, RustlsConnector, Transport,
+    Buffers, ConnectProxyConnector, ConnectionDetails, Connector, NextTimeout, Transport,
 };
 
 use super::tcp::TcpConnector;
+use super::tls::TlsConnector;
+use crate::cryptography::ExtraRoots;
 
 /// What one agent's connection was seen to do since it was leased.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Wire {
     opened: AtomicBool,
     received: AtomicBool,
@@ -52,6 +55,12 @@ impl Wire {
     }
 }
 
+impl fmt::Debug for Wire {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Wire")
+    }
+}
+
 /// The way to a backend, for all of its agents.
 pub type SharedConnector = Arc<dyn Connector<(), Out = Box<dyn Transport>>>;
 
@@ -61,31 +70,9 @@ pub fn plain_connector() -> SharedConnector {
     Arc::new(().chain(TcpConnector).chain(Boxing))
 }
 
-/// With TLS where the URL says so, and through a proxy where there is one.
-pub fn connector() -> SharedConnector {
-    let chain = ().chain(ConnectProxyConnector::default()).chain(TcpConnector).chain(RustlsConnector::default());
-    Arc::new(AgentLevel(chain.chain(Boxing)))
-}
-
-/// Keeps the TLS configuration, and with it the sessions that can be resumed, from one connection to the next: ureq makes a new
-/// one for each request that has settings of its own. Those of ours have only a time.
-#[derive(Debug)]
-struct AgentLevel<C>(C);
-
-impl<C: Connector<()>> Connector<()> for AgentLevel<C> {
-    type Out = C::Out;
-
-    fn connect(&self, details: &ConnectionDetails, chained: Option<()>) -> Result<Option<C::Out>, Error> {
-        let details = ConnectionDetails {
-            request_level: false,
-            addrs: details.addrs.clone(),
-            current_time: details.current_time.clone(),
-            run_connector: details.run_connector.clone(),
-            register_shutdown: details.register_shutdown.clone(),
-            ..*details
-        };
-        self.0.connect(&details, chained)
-    }
+/// With TLS where the URL says so, and through a proxy where there is one. Trusts these roots beside those of the web.
+pub fn connector(roots: ExtraRoots) -> SharedConnector {
+    Arc::new(().chain(ConnectProxyConnector::default()).chain(TcpConnector).chain(TlsConnector::new(roots)))
 }
 
 /// The end of a chain, which has a type of its own for each of its links.
@@ -171,12 +158,9 @@ mod tests {
     use rustls::version::{TLS12, TLS13};
     use rustls::{HandshakeKind, ServerConfig, ServerConnection, StreamOwned, SupportedProtocolVersion};
     use ureq::Agent;
-    use ureq::config::Config;
-    use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
     use super::super::resolver::LocalFirstResolver;
     use super::*;
-    use crate::cryptography;
 
     /// Sends each request's body back, in chunks of `chunk` bytes, until the client leaves.
     fn echo(stream: impl Read + Write, chunk: usize) -> io::Result<()> {
@@ -242,19 +226,17 @@ mod tests {
         for chunk in [1000, 100_000] {
             let address = serve(move |socket| echo(socket, chunk));
             let wire = Arc::new(Wire::default());
-            let config = Agent::config_builder().build();
-            let connector = WatchedConnector::new(plain_connector(), wire.clone());
-            let agent = Agent::with_parts(config, connector, LocalFirstResolver);
+            let agent = agent(WatchedConnector::new(plain_connector(), wire.clone()));
             assert_echoed(&agent, &wire, &format!("http://localhost:{}/", address.port()));
         }
     }
 
-    /// A server with a certificate, and the configuration of a client that trusts it.
+    /// A server with a certificate, and a connector that trusts it.
     fn serve_tls(
         version: &'static SupportedProtocolVersion,
         algorithm: &'static rcgen::SignatureAlgorithm,
         each: impl Fn(StreamOwned<ServerConnection, TcpStream>) -> io::Result<()> + Send + 'static,
-    ) -> (String, Config) {
+    ) -> (String, SharedConnector) {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().expect("a key")).expect("an authority");
@@ -273,21 +255,17 @@ mod tests {
             let session = ServerConnection::new(server.clone()).expect("a session");
             each(StreamOwned::new(session, socket))
         });
-        let roots = RootCerts::new_with_certs(&[Certificate::from_der(issuer.der()).to_owned()]);
-        let tls =
-            TlsConfig::builder().unversioned_rustls_crypto_provider(cryptography::provider()).root_certs(roots).build();
-        let url = format!("https://localhost:{}/", address.port());
-        (url, Agent::config_builder().tls_config(tls).build())
+        let connector = connector(issuer.der().clone().into());
+        (format!("https://localhost:{}/", address.port()), connector)
     }
 
     #[test]
     fn so_they_do_over_tls_of_either_version() {
         for algorithm in [&rcgen::PKCS_ECDSA_P256_SHA256, &rcgen::PKCS_ECDSA_P384_SHA384, &rcgen::PKCS_ED25519] {
             for version in [&TLS12, &TLS13] {
-                let (url, config) = serve_tls(version, algorithm, |stream| echo(stream, 5000));
+                let (url, connector) = serve_tls(version, algorithm, |stream| echo(stream, 5000));
                 let wire = Arc::new(Wire::default());
-                let connector = WatchedConnector::new(connector(), wire.clone());
-                assert_echoed(&Agent::with_parts(config, connector, LocalFirstResolver), &wire, &url);
+                assert_echoed(&agent(WatchedConnector::new(connector, wire.clone())), &wire, &url);
             }
         }
     }
@@ -296,15 +274,13 @@ mod tests {
     fn agents_of_one_backend_resume_each_others_tls_sessions() {
         for version in [&TLS12, &TLS13] {
             let (seen, kinds) = crossbeam_channel::unbounded();
-            let (url, config) = serve_tls(version, &rcgen::PKCS_ECDSA_P256_SHA256, move |mut stream| {
+            let (url, shared) = serve_tls(version, &rcgen::PKCS_ECDSA_P256_SHA256, move |mut stream| {
                 let end = echo(&mut stream, 5000);
                 let _ = seen.send(stream.conn.handshake_kind());
                 end
             });
-            let shared = connector();
             for kind in [HandshakeKind::Full, HandshakeKind::Resumed] {
-                let connector = WatchedConnector::new(shared.clone(), Arc::default());
-                let agent = Agent::with_parts(config.clone(), connector, LocalFirstResolver);
+                let agent = agent(WatchedConnector::new(shared.clone(), Arc::default()));
                 let request = ureq::http::Request::post(&url).body("x").expect("a request");
                 let request = agent.configure_request(request).timeout_global(Some(Duration::from_secs(60))).build();
                 let answer = agent.run(request).expect("an answer").into_body().read_to_string();
@@ -317,14 +293,14 @@ mod tests {
 
     #[test]
     fn an_answer_before_the_request_was_read_is_heard_over_tls_too() {
-        let (url, config) = serve_tls(&TLS13, &rcgen::PKCS_ECDSA_P256_SHA256, |mut stream| {
+        let (url, connector) = serve_tls(&TLS13, &rcgen::PKCS_ECDSA_P256_SHA256, |mut stream| {
             stream.sock.set_nodelay(true)?;
             stream.read_exact(&mut [0; 1000])?;
             stream.write_all(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nbig")?;
             // Closing with so much unread resets the connection.
             stream.flush()
         });
-        let agent = Agent::with_parts(config, WatchedConnector::new(connector(), Arc::default()), LocalFirstResolver);
+        let agent = agent(WatchedConnector::new(connector, Arc::default()));
         let answer = agent.post(url).send(&body(20 << 20)[..]);
         assert!(matches!(answer, Err(Error::StatusCode(413))), "{answer:?}");
     }
@@ -337,13 +313,12 @@ mod tests {
                 socket.write_all(&[b'x'; 1000])?;
             }
         });
-        let agent =
-            Agent::with_parts(Agent::config_builder().build(), plain_connector_of_its_own(), LocalFirstResolver);
+        let agent = agent(WatchedConnector::new(plain_connector(), Arc::default()));
         let answer = agent.get(format!("http://{address}/")).call();
         assert!(matches!(answer, Err(Error::LargeResponseHeader(..))), "{answer:?}");
     }
 
-    fn plain_connector_of_its_own() -> WatchedConnector {
-        WatchedConnector::new(plain_connector(), Arc::default())
+    fn agent(connector: WatchedConnector) -> Agent {
+        Agent::with_parts(Agent::config_builder().build(), connector, LocalFirstResolver)
     }
 }

@@ -346,7 +346,7 @@ fn end_running(site: &Site) -> Result<(), Failure> {
     ));
     let is_killed = end(&holder, patience)?;
     let how = if is_killed { "did not leave, so it was killed" } else { "has left" };
-    tell(format_args!("pid {} {how}, after {:.1} s\n", holder.pid, began.elapsed().as_secs_f64()));
+    tell(format_args!("pid {} {how}, after {} ms\n", holder.pid, began.elapsed().as_millis()));
     Ok(())
 }
 

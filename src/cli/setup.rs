@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, select};
+use crossbeam_channel::select;
 use log::LevelFilter;
 
 use super::args::{Globals, Setup};
@@ -23,7 +23,7 @@ use crate::discovery::{Found, find_local, probe_all};
 use crate::identity::{Identity, IdentityError};
 use crate::instance::{Holder, Places};
 use crate::logging::{shortened, shown};
-use crate::pairing::{self, Advertised, BASE_DEFAULT, Event, Paired, Server, Site, agent_toml};
+use crate::pairing::{self, Advertised, BASE_DEFAULT, Event, Hearing, Paired, Server, Site, agent_toml};
 use crate::shutdown::Stop;
 use crate::{files, logging, shell};
 
@@ -63,9 +63,9 @@ pub fn run(globals: &Globals, options: &Setup) -> Result<(), Failure> {
     let (found, advertised) = look(target.old.as_ref().map(|(_, config)| config));
     let roots = target.old.as_ref().map(|(_, config)| config.coordinator.roots.clone()).unwrap_or_default();
     let server = Server::new(site.clone(), &roots);
-    let events = pairing::start(server, identity.public_key_base64(), advertised)
+    let hearing = pairing::start(server, identity.public_key_base64(), advertised)
         .map_err(|e| Failure::Runtime(format!("failed to start a thread: {e}")))?;
-    let paired = wait(&events, &stop, &site)?;
+    let paired = wait(&hearing, &stop, &site)?;
 
     let config = write(&target, &site, &paired, &found)?;
     tell_offer(&paired, &config);
@@ -179,45 +179,51 @@ fn is_same_server(one: &BackendConfig, other: &BackendConfig) -> bool {
 }
 
 /// Shows what is heard, until the end.
-fn wait(events: &Receiver<Event>, stop: &Stop, site: &Site) -> Result<Paired, Failure> {
+fn wait(hearing: &Hearing, stop: &Stop, site: &Site) -> Result<Paired, Failure> {
     let mut countdown: Option<Countdown> = None;
-    let failed = |why: String| Err(Failure::Runtime(why));
     loop {
         let holds = countdown.as_mut().map_or(LONG, Countdown::show);
-        let event = select! {
-            recv(events) -> event => event,
+        let is_over = select! {
+            recv(hearing.bell()) -> ring => ring.is_err(),
             recv(stop.signal()) -> _ => {
                 clear(&mut countdown);
-                return failed("stopped before the pairing was done; agent.toml is as it was".into());
+                return Err(failed("stopped before the pairing was done; agent.toml is as it was"));
             }
-            default(holds) => continue,
+            default(holds) => false,
         };
-        clear(&mut countdown);
-        match event {
-            Ok(Event::Issued(issued)) => {
-                tell_code(&issued.code, site);
-                countdown = Some(Countdown::new(issued.lifetime));
+        for event in hearing.take() {
+            clear(&mut countdown);
+            match event {
+                Event::Issued(issued) => {
+                    tell_code(&issued.code, site);
+                    countdown = Some(Countdown::new(issued.lifetime));
+                }
+                Event::Trouble(why) => say(format_args!("  {why}\n  trying again\n")),
+                Event::TroubleOver => print("  it answers again\n"),
+                Event::Paired(paired) => return Ok(paired),
+                Event::Expired => {
+                    return Err(failed(
+                        "the code has expired before it was entered; run `usepod-agent setup` again, and enter the new code \
+                         within 10 minutes",
+                    ));
+                }
+                Event::Failed(why) => {
+                    let base = site.base();
+                    return Err(Failure::Runtime(format!(
+                        "{why}; check the network, and that {base} is the coordinator that you mean (--coordinator URL), then \
+                         run setup again"
+                    )));
+                }
             }
-            Ok(Event::Trouble(why)) => say(format_args!("  {why}\n  trying again\n")),
-            Ok(Event::TroubleOver) => print("  it answers again\n"),
-            Ok(Event::Paired(paired)) => return Ok(paired),
-            Ok(Event::Expired) => {
-                return failed(
-                    "the code has expired before it was entered; run `usepod-agent setup` again, and enter the new code within \
-                     10 minutes"
-                        .into(),
-                );
-            }
-            Ok(Event::Failed(why)) => {
-                let base = site.base();
-                return failed(format!(
-                    "{why}; check the network, and that {base} is the coordinator that you mean (--coordinator URL), then run \
-                     setup again"
-                ));
-            }
-            Err(_) => return failed("the pairing ended by itself, which is a bug; run setup again".into()),
+        }
+        if is_over {
+            return Err(failed("the pairing ended by itself, which is a bug; run setup again"));
         }
     }
+}
+
+fn failed(why: &str) -> Failure {
+    Failure::Runtime(why.to_owned())
 }
 
 fn clear(countdown: &mut Option<Countdown>) {
@@ -308,19 +314,17 @@ fn tell_offer(paired: &Paired, config: &Config) {
 }
 
 fn tell_next(target: &Target, site: &Site, key_path: &Path) {
-    let mut options = String::new();
-    if target.is_named {
-        options.push_str(&format!(" --config {}", shell::word(&absolute(&target.path))));
-    }
-    if !site.is_encrypted() {
-        options.push_str(" --allow-insecure");
-    }
+    let named =
+        if target.is_named { format!(" --config {}", shell::word(&absolute(&target.path))) } else { String::new() };
+    let insecure = if site.is_encrypted() { "" } else { " --allow-insecure" };
     print("\nNext:\n");
     if let Some(running) = Holder::running(&Places::beside(key_path)) {
         say(format_args!("  An agent runs as pid {} and has not read the new file: stop it first.\n", running.pid));
     }
-    say(format_args!("  usepod-agent service install{options}\n"));
-    say(format_args!("  usepod-agent status --watch{options}\n"));
+    // What is installed knows its file.
+    say(format_args!(
+        "  usepod-agent service install{named}{insecure}\n  usepod-agent service start\n  usepod-agent status --watch{named}\n"
+    ));
 }
 
 /// For a command that may be typed elsewhere.

@@ -1,6 +1,6 @@
 //! The rules of `agent.toml`, each with its fix.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,7 +17,7 @@ use super::{
 };
 use crate::backend::{BaseUrl, Kind};
 use crate::config::error::Source;
-use crate::transport::ExtraRoots;
+use crate::cryptography::ExtraRoots;
 
 /// How a price is written.
 const PRICE_FIX: &str = "write a price in USDC micro-units per million tokens: 500_000 is 0.50 USDC";
@@ -97,7 +97,7 @@ fn key_path(section: &Section<'_>) -> Result<PathBuf, ConfigError> {
 }
 
 fn backends(root: &Section<'_>) -> Result<Vec<BackendConfig>, ConfigError> {
-    let mut seen = HashSet::new();
+    let mut seen: Vec<(Kind, String)> = Vec::new();
     let mut checked = Vec::new();
     for section in root.sections("backends")? {
         let entry = backend(&section)?;
@@ -107,11 +107,13 @@ fn backends(root: &Section<'_>) -> Result<Vec<BackendConfig>, ConfigError> {
             Some(url) => url.to_string(),
             None => entry.api_key_env.clone().unwrap_or_default(),
         };
-        if !seen.insert((entry.kind, place)) {
+        let place = (entry.kind, place);
+        if seen.contains(&place) {
             let key = if entry.url.is_some() { "url" } else { "kind" };
             let what = format!("this {} backend is listed twice", entry.kind);
             return Err(section.fault(key, &what, "remove one of the two entries"));
         }
+        seen.push(place);
         checked.push(entry);
     }
     Ok(checked)

@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::assemble;
+use super::exchange::quoted;
 use super::link::JobEnd;
 use super::meter::{Meter, Through};
 use super::sse::EventSplitter;
@@ -18,10 +19,12 @@ const PATIENCE: Duration = Duration::from_secs(3);
 
 /// A request of the demo.
 pub(super) fn request(model_id: &str, prompt: &str, tokens_max: u32) -> Value {
-    json!({
-        "model": model_id, "messages": [{"role": "user", "content": prompt}], "max_tokens": tokens_max,
-        "stream": true, "stream_options": {"include_usage": true},
-    })
+    let (model, prompt) = (quoted(model_id), quoted(prompt));
+    let text = format!(
+        "{{\"model\":{model},\"messages\":[{{\"role\":\"user\",\"content\":{prompt}}}],\"max_tokens\":{tokens_max},\
+         \"stream\":true,\"stream_options\":{{\"include_usage\":true}}}}"
+    );
+    serde_json::from_str(&text).unwrap_or_default()
 }
 
 /// Waits for the answer and prints its text as it comes.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::meter::{Meter, Through};
-use super::page::Page;
+use super::page::{Page, millis};
 use super::timed::{Timed, percentile};
 use super::{DemoError, ask};
 use crate::backend::Backend;
@@ -208,14 +208,13 @@ fn spread(times: &[Duration]) -> String {
 
 /// Milliseconds, with about three digits that count.
 fn figure(time: Duration) -> String {
-    let ms = time.as_secs_f64() * 1e3;
-    let digits = match ms {
-        ..1.0 => 3,
-        ..10.0 => 2,
-        ..100.0 => 1,
+    let digits = match time.as_millis() {
+        0 => 3,
+        1..10 => 2,
+        10..100 => 1,
         _ => 0,
     };
-    format!("{ms:.digits$}")
+    millis(time, digits)
 }
 
 #[cfg(test)]

@@ -12,11 +12,11 @@ use std::net::TcpListener;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::exchange::Exchange;
+use super::exchange::{Exchange, quoted};
 use super::http::{self, HttpServer};
 use super::inbox::{self, Inbox, Received};
 use super::link::{JobEnd, OfferedModel};
@@ -116,7 +116,7 @@ pub enum CoordinatorError {
     #[error("failed to start the local coordinator: {0}")]
     Start(#[from] io::Error),
     /// The agent did not get to its offer in time; the second part is the last thing seen.
-    #[error("no agent has made an offer within {0:?} ({1})")]
+    #[error("no agent has made an offer within {limit} s ({1})", limit = .0.as_secs())]
     NoOffer(Duration, String),
     /// A job was submitted without an agent.
     #[error("no agent is connected; wait for it to reconnect, or start it anew")]
@@ -240,10 +240,13 @@ impl Coordinator {
             state.jobs.push(Waiting { job_id, connection, events });
             sender
         };
-        let frame = json!({
-            "type": "job", "job_id": job_id.to_string(), "model_id": model_id, "request": request,
-            "format": format.as_str(), "deadline_ms": u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX),
-        });
+        let frame = format!(
+            "{{\"type\":\"job\",\"job_id\":\"{job_id}\",\"model_id\":{},\"request\":{request},\"format\":\"{}\",\
+             \"deadline_ms\":{}}}",
+            quoted(&model_id),
+            format.as_str(),
+            deadline.as_millis(),
+        );
         let give_up = Instant::now() + deadline + DEADLINE_GRACE;
         let job = Job {
             job_id,
@@ -254,7 +257,7 @@ impl Coordinator {
             sender,
             shared: self.shared.clone(),
         };
-        job.sender.send(&frame.to_string()).map_err(CoordinatorError::Send)?;
+        job.sender.send(&frame).map_err(CoordinatorError::Send)?;
         Ok(job)
     }
 }

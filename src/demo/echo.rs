@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::coordinator::Format;
-use super::exchange::Exchange;
+use super::exchange::{Exchange, quoted, refusal};
 use super::http::{self, HttpServer};
 
 /// The only model that the echo backend lists.
@@ -56,9 +56,7 @@ fn handle(exchange: &mut Exchange<'_>) {
     };
     match exchange.read_json() {
         Ok(body) => stream(exchange, &answer_pieces(&body, format)),
-        Err(bad) => {
-            exchange.respond_text(bad.status, &format!("{{\"error\":{{\"message\":{}}}}}", quoted(&bad.message)))
-        }
+        Err(bad) => exchange.respond_text(bad.status, &refusal(&bad.message)),
     }
 }
 
@@ -100,11 +98,6 @@ struct Answer<'a> {
     words: &'a [&'a str],
     cut: bool,
     input_tokens: usize,
-}
-
-/// `text` as JSON. The events are written as text, not as trees of values: that is a fifth of the machine code.
-fn quoted(text: &str) -> String {
-    Value::from(text).to_string()
 }
 
 fn openai_pieces(answer: &Answer, with_usage: bool) -> Vec<String> {

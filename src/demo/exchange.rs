@@ -83,7 +83,7 @@ pub(super) fn read_head(input: &mut BufReader<TcpStream>) -> io::Result<Option<E
         Err(Bad { status, message }) => {
             let head = Head { close: true, ..Head::default() };
             let mut refused = Exchange { input, head, body_left: Body::Read, answered: false };
-            refused.respond_json(status, &serde_json::json!({"error": {"message": message}}));
+            refused.respond_text(status, &refusal(&message));
             Ok(None)
         }
     }
@@ -299,6 +299,16 @@ fn client_is_gone(tcp: &TcpStream) -> bool {
         Ok(read) => read == 0 || restored.is_err(),
         Err(error) => !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted),
     }
+}
+
+/// `text` as JSON has it. Most documents here are written as text: as trees of values they are five times the machine code.
+pub(super) fn quoted(text: &str) -> String {
+    Value::from(text).to_string()
+}
+
+/// The document that says why there is no other.
+pub(super) fn refusal(message: &str) -> String {
+    format!("{{\"error\":{{\"message\":{}}}}}", quoted(message))
 }
 
 /// Takes the escapes of a URL away: clients write the slash in a model's name as `%2F`. What is no escape stays as it is.

@@ -10,10 +10,11 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use ring::rand::{SecureRandom, SystemRandom};
 use ring::signature::{ED25519, UnparsedPublicKey};
-use serde_json::{Value, json};
+use serde_json::Value;
 use thiserror::Error;
 use uuid::Uuid;
 
+use super::exchange::quoted;
 use super::websocket::{Reader, Sender};
 
 /// How long the agent may take for each step of the handshake, as long as the agent itself allows the coordinator.
@@ -47,16 +48,18 @@ pub(super) fn authenticate(reader: &mut Reader<'_>, sender: &Sender) -> Result<V
     let mut nonce = [0_u8; NONCE_BYTES];
     SystemRandom::new().fill(&mut nonce).map_err(|_| std::io::Error::other("the system has no random numbers"))?;
     reader.set_timeout(Some(HANDSHAKE_STEP_TIMEOUT))?;
-    let say = |frame: Value| sender.send(&frame.to_string());
-    say(json!({"type": "auth_challenge", "nonce": STANDARD.encode(nonce)}))?;
+    let say = |kind: &str, key: &str, value: &str| {
+        sender.send(&format!("{{\"type\":\"{kind}\",\"{key}\":{}}}", quoted(value)))
+    };
+    say("auth_challenge", "nonce", &STANDARD.encode(nonce))?;
     match read_auth_response(reader).and_then(|answer| verify(&nonce, &answer)) {
         Ok(verified) => {
-            say(json!({"type": "auth_ok", "provider_id": verified.provider_id}))?;
+            say("auth_ok", "provider_id", &verified.provider_id)?;
             reader.set_timeout(None)?; // from here on the agent may be silent for as long as it likes
             Ok(verified)
         }
         Err(error) => {
-            say(json!({"type": "auth_failed", "reason": error.to_string()}))?;
+            say("auth_failed", "reason", &error.to_string())?;
             Err(error)
         }
     }
@@ -180,6 +183,8 @@ fn parse_json(text: &str) -> Result<Value, String> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     const ID: &str = "00000000-0000-4000-8000-000000000001";

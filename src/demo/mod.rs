@@ -35,7 +35,6 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
 use thiserror::Error;
 
 use crate::backend::Backend;
@@ -312,13 +311,14 @@ fn show_overhead(meter: &Meter<'_>, backend: &dyn Backend, page: &mut Page<'_>) 
         Ok(figures) => {
             let [direct, through] =
                 [&figures.direct, &figures.through].map(|column| percentile(&column.first_byte, 50));
-            let signed = (through.as_secs_f64() - direct.as_secs_f64()) * 1e3;
+            let sign = if through < direct { "-" } else { "" };
+            let apart = page::millis(through.abs_diff(direct), 2);
             let note = format!(
                 "first byte: {} through the agent, {} directly (medians of {OVERHEAD_PAIRS})",
                 ms(through),
                 ms(direct)
             );
-            page.row("overhead", &format!("{signed:.2} ms"), &note);
+            page.row("overhead", &format!("{sign}{apart} ms"), &note);
         }
         Err(error) => page.row("overhead", "-", &format!("not measured: {error}")),
     }
@@ -344,9 +344,9 @@ fn compare(arrived: &[u8], given: &[u8], expected: Option<&[u8]>) -> Result<(), 
 }
 
 fn curl(door: &FrontDoor, model_id: &str) -> String {
-    let body =
-        json!({"model": model_id, "stream": true, "messages": [{"role": "user", "content": "Hello, who are you?"}]});
-    let data = shell::word(&body.to_string());
+    let messages = r#"[{"role":"user","content":"Hello, who are you?"}]"#;
+    let model = exchange::quoted(model_id);
+    let data = shell::word(&format!("{{\"model\":{model},\"stream\":true,\"messages\":{messages}}}"));
     format!("curl -N http://{}/v1/chat/completions -H 'Content-Type: application/json' -d {data}", door.address())
 }
 

@@ -45,8 +45,17 @@ impl<'a> Page<'a> {
 
 /// A duration in milliseconds, as exact as a person needs it.
 pub(super) fn ms(duration: Duration) -> String {
-    let ms = duration.as_secs_f64() * 1e3;
-    if ms < 10.0 { format!("{ms:.2} ms") } else { format!("{ms:.0} ms") }
+    let digits = if duration < Duration::from_millis(10) { 2 } else { 0 };
+    format!("{} ms", millis(duration, digits))
+}
+
+/// Milliseconds with so many digits, six at the most; floating point would cost 15 KB of the binary.
+pub(super) fn millis(duration: Duration, digits: usize) -> String {
+    let scale = 10_u64.pow(digits as u32);
+    let unit = 1_000_000 / scale;
+    let rounded = (duration.as_nanos() as u64 + unit / 2) / unit;
+    let whole = rounded / scale;
+    if digits == 0 { whole.to_string() } else { format!("{whole}.{:0digits$}", rounded % scale) }
 }
 
 #[cfg(test)]
@@ -81,5 +90,6 @@ mod tests {
     fn durations_are_as_exact_as_a_person_needs() {
         assert_eq!(ms(Duration::from_micros(1234)), "1.23 ms");
         assert_eq!(ms(Duration::from_micros(61_700)), "62 ms");
+        assert_eq!(millis(Duration::from_nanos(1_999_600), 3), "2.000");
     }
 }

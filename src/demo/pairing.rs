@@ -13,7 +13,7 @@ use ring::rand::{SecureRandom, SystemRandom};
 use serde_json::Value;
 
 use super::DEMO_PRICE_PER_1M;
-use super::exchange::{Exchange, percent_decoded};
+use super::exchange::{Exchange, percent_decoded, refusal};
 use super::link::provider_id;
 use crate::heartbeat::rfc3339;
 
@@ -140,10 +140,6 @@ fn answer(exchange: &mut Exchange<'_>, of: impl FnOnce(&Value) -> Answer) {
         Err(bad) => (bad.status, refusal(&bad.message)),
     };
     exchange.respond_text(status, &document);
-}
-
-fn refusal(message: &str) -> String {
-    format!("{{\"error\":{{\"message\":{}}}}}", Value::from(message))
 }
 
 fn status(status: &str) -> Answer {

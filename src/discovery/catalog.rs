@@ -1,5 +1,6 @@
 //! The catalog: which models are offered, and which backend a job for one goes to.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -59,15 +60,12 @@ impl Catalog {
     fn route(&mut self, listings: Vec<Listing>) -> Vec<ResolvedModel> {
         let rank_of = |member: &Member| Kind::rank_of(member.backend.kind());
         let mut added: BTreeMap<String, (ResolvedModel, Vec<Tier>)> = BTreeMap::new();
-        let ranks: Vec<usize> = listings.iter().map(|listing| rank_of(&listing.member)).collect();
-        for rank in 0..=ranks.iter().copied().max().unwrap_or(0) {
-            for (Listing { member, models }, _) in listings.iter().zip(&ranks).filter(|(_, of)| **of == rank) {
-                for model in models.iter().filter(|model| !self.routes.contains_key(&model.model_id)) {
-                    let (_, tiers) = added.entry(model.model_id.clone()).or_insert_with(|| (model.clone(), Vec::new()));
-                    match tiers.last_mut() {
-                        Some(tier) if tier.rank == rank => tier.members.push(member.clone()),
-                        _ => tiers.push(Tier { rank, members: vec![member.clone()] }),
-                    }
+        for (rank, Listing { member, models }) in in_order(listings.iter().map(|of| (rank_of(&of.member), of))) {
+            for model in models.iter().filter(|model| !self.routes.contains_key(&model.model_id)) {
+                let (_, tiers) = added.entry(model.model_id.clone()).or_insert_with(|| (model.clone(), Vec::new()));
+                match tiers.last_mut() {
+                    Some(tier) if tier.rank == rank => tier.members.push(member.clone()),
+                    _ => tiers.push(Tier { rank, members: vec![member.clone()] }),
                 }
             }
         }
@@ -84,17 +82,23 @@ impl Catalog {
     pub fn route_of(&self, model_id: &str) -> Vec<Arc<Member>> {
         let mut route = Vec::new();
         for tier in self.routes.get(model_id).into_iter().flatten() {
-            // Each is asked once, as slots come and go meanwhile; and behind those that have as many, in the order of the file.
-            let mut equals: Vec<(u32, &Arc<Member>)> = Vec::new();
-            for member in &tier.members {
-                let free = member.slots_free();
-                let at = equals.iter().take_while(|(other, _)| *other >= free).count();
-                equals.insert(at, (free, member));
-            }
+            // Each is asked once, as slots come and go meanwhile.
+            let equals = in_order(tier.members.iter().map(|member| (Reverse(member.slots_free()), member)));
             route.extend(equals.into_iter().map(|(_, member)| member.clone()));
         }
         route
     }
+}
+
+/// By their keys; of equal ones the first stays the first. For the backends of one agent: the library's sorts would be 15 KB of
+/// the binary.
+fn in_order<K: Ord, T>(all: impl Iterator<Item = (K, T)>) -> Vec<(K, T)> {
+    let mut ordered: Vec<(K, T)> = Vec::new();
+    for (key, item) in all {
+        let place = ordered.iter().position(|(other, _)| *other > key).unwrap_or(ordered.len());
+        ordered.insert(place, (key, item));
+    }
+    ordered
 }
 
 /// The newest catalog, and whoever wants to know when the offer changes.

@@ -254,7 +254,8 @@ impl Actor {
         self.round = Some(round);
         let backends: Vec<_> = self.backends.iter().map(|probed| probed.offered().backend.clone()).collect();
         let inbox = self.inbox.clone();
-        ask_all(&backends, move |index, answer| inbox.note(|notes| notes.answers.push((index, answer))));
+        let tell = move |index, answer| inbox.note(|notes| notes.answers.push((index, answer)));
+        ask_all(&backends, Arc::new(tell));
     }
 
     fn publish(&self) -> bool {
@@ -267,17 +268,28 @@ impl Actor {
 
 /// Probes all of them side by side; the answers are in their order.
 pub fn probe_all(backends: &[Arc<dyn Backend>]) -> Vec<Answer> {
-    let (sender, receiver) = bounded(backends.len());
-    ask_all(backends, move |index, answer| drop(sender.send((index, answer))));
-    let mut answers: Vec<Option<Answer>> = backends.iter().map(|_| None).collect();
-    for (index, answer) in receiver {
-        answers[index] = Some(answer);
-    }
-    answers.into_iter().flatten().collect()
+    probe_within(backends, Duration::MAX).into_iter().flatten().collect()
+}
+
+/// Likewise, but nobody waits longer than `limit`: `None` for those that have not answered by then.
+pub fn probe_within(backends: &[Arc<dyn Backend>], limit: Duration) -> Vec<Option<Answer>> {
+    let answers: Vec<Option<Answer>> = backends.iter().map(|_| None).collect();
+    let answers = Arc::new(Mutex::new(answers));
+    // Gone with the last one who tells.
+    let (asked, all_told) = bounded::<()>(0);
+    let slots = answers.clone();
+    let tell = move |index: usize, answer| {
+        let _ = &asked;
+        slots.lock().unwrap_or_else(PoisonError::into_inner)[index] = Some(answer);
+    };
+    ask_all(backends, Arc::new(tell));
+    let _ = all_told.recv_timeout(limit);
+    let mut answers = answers.lock().unwrap_or_else(PoisonError::into_inner);
+    answers.iter_mut().map(Option::take).collect()
 }
 
 /// `tell` is given one answer for each backend, in the order in which they come.
-fn ask_all(backends: &[Arc<dyn Backend>], tell: impl Fn(usize, Answer) + Clone + Send + 'static) {
+fn ask_all(backends: &[Arc<dyn Backend>], tell: Arc<dyn Fn(usize, Answer) + Send + Sync>) {
     for (index, backend) in backends.iter().enumerate() {
         let ask = {
             let (backend, tell) = (backend.clone(), tell.clone());

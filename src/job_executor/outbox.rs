@@ -177,7 +177,8 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::transport::{Dialer, ExtraRoots};
+    use crate::cryptography::ExtraRoots;
+    use crate::transport::Dialer;
     use crate::writer::Writer;
 
     /// Writes to the socket until `frames` frames of `length` bytes that wait in the lane are with the coordinator.

@@ -194,8 +194,11 @@ impl Writer<'_> {
 
     fn observability(&mut self, root: &DeTable<'_>) {
         self.line("\n[observability]");
-        let hint = "# log_level = \"info\"                  # off, error, warn, info, debug or trace";
-        self.rest_of("observability", section(root, "observability"), &[], &[("log_level", hint)]);
+        let level = "# log_level = \"info\"                  # off, error, warn, info, debug or trace";
+        let file =
+            "# log_file = \"~/.usepod-agent/agent.log\"    # in place of stderr; 8 MB, and one older of that size";
+        let hints = [("log_level", level), ("log_file", file)];
+        self.rest_of("observability", section(root, "observability"), &[], &hints);
     }
 
     /// What stands in a table, but for the keys that are decided, and how one would write those that are not there.
@@ -434,7 +437,8 @@ name = "y"
         arbtest::arbtest(|u| {
             let texts: [String; 5] = u.arbitrary()?;
             let [id, provider_id, host_token, name, odd] = &texts;
-            let models = vec![model(id, u.arbitrary::<u32>()?.into(), 2, u.arbitrary()?), model("m", 3, 4, 5)];
+            let other = format!("{id}+");
+            let models = vec![model(id, u.arbitrary::<u32>()?.into(), 2, u.arbitrary()?), model(&other, 3, 4, 5)];
             let prices = models.clone();
             let paired =
                 Paired { host_token: Some(host_token.clone()), provider_id: Some(provider_id.clone()), models };

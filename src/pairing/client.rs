@@ -8,11 +8,11 @@ use ureq::http::{Response, header};
 use ureq::{Body, Error};
 
 use super::{Advertised, Issued, ModelTerms, Paired, Site};
-use crate::backend::{ApiKey, Client, read_bounded};
+use crate::backend::{Client, read_bounded};
+use crate::cryptography::ExtraRoots;
 use crate::http_date;
 use crate::logging::shown;
 use crate::protocol::AGENT_VERSION;
-use crate::transport::ExtraRoots;
 
 /// How long a code is good when the server does not say.
 pub const LIFETIME: Duration = Duration::from_secs(600);
@@ -45,19 +45,13 @@ pub enum Polled {
 /// The way to one coordinator's pairing.
 pub struct Server {
     site: Site,
-    /// With the roots of the web first, then with the operator's own. One that meets a server which it does not trust gives way
-    /// to the next: together they trust what the agent's connection trusts.
-    clients: Vec<Client>,
+    client: Client,
 }
 
 impl Server {
-    /// Also trusts `roots`. Heeds the proxy of the environment, as the agent's connection does.
+    /// Also trusts `roots`, and heeds the proxy of the environment, as the agent's connection does.
     pub fn new(site: Site, roots: &ExtraRoots) -> Server {
-        let mut clients = vec![Client::new(site.base(), true, ApiKey::NotNeeded)];
-        if !roots.certificates().is_empty() {
-            clients.push(Client::trusting(site.base(), roots));
-        }
-        Server { site, clients }
+        Server { site, client: Client::trusting(roots) }
     }
 
     /// Asks for a code.
@@ -94,15 +88,8 @@ impl Server {
 
     /// The document that was answered, and when by the server's clock.
     fn post(&self, url: &str, body: &str) -> Result<(Value, Option<i64>), Fault> {
-        let mut answer = Err(Error::ConnectionFailed);
-        for client in &self.clients {
-            answer = exchange(client, url, body.as_bytes());
-            if !answer.as_ref().is_err_and(|e| e.to_string().contains("certificate")) {
-                break;
-            }
-        }
-        let failed = |error: &dyn std::fmt::Display| Fault::Passing(format!("no answer from {url}: {error}"));
-        let (status, location, date, body) = answer.map_err(|error| failed(&error))?;
+        let (status, location, date, body) = exchange(&self.client, url, body.as_bytes())
+            .map_err(|error| Fault::Passing(format!("no answer from {url}: {error}")))?;
         let place = || format!("{url} answers HTTP {status}");
         match status {
             200..=299 if body.len() > ANSWER_MAX => {

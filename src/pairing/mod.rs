@@ -1,8 +1,8 @@
 //! The pairing of `setup`: the coordinator gives a code, a person enters it on a page, and the coordinator then says who this
 //! agent is and on which terms its models are offered.
 //!
-//! Who runs here: one thread, `pairing`, asks the coordinator and tells what it hears through a channel; whoever started it
-//! shows it. It leaves when the pairing has ended, or when nobody listens any more.
+//! Who runs here: one thread, `pairing`, asks the coordinator, notes what it hears and rings; whoever started it shows it. It
+//! leaves when the pairing has ended, which is within the life of the code.
 //!
 //! Invariants: every wait has a bound, and so has the whole, by the life of the code; what may pass is tried again until then.
 //! A host token is never shown or kept.
@@ -12,10 +12,11 @@ mod client;
 mod site;
 
 use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, SendError, Sender, unbounded};
+use crossbeam_channel::{Receiver, Sender, bounded};
 
 pub use client::{Fault, LIFETIME, Polled, Server};
 pub use site::{BASE_DEFAULT, Site};
@@ -92,76 +93,98 @@ pub enum Event {
     Failed(String),
 }
 
+/// What is heard of a pairing, by whoever shows it.
+pub struct Hearing {
+    events: Arc<Mutex<Vec<Event>>>,
+    rung: Receiver<()>,
+}
+
+impl Hearing {
+    /// Rings when there is something new, and is gone when there will be nothing any more.
+    pub fn bell(&self) -> &Receiver<()> {
+        &self.rung
+    }
+
+    /// What has been heard since the last look, in order.
+    pub fn take(&self) -> Vec<Event> {
+        std::mem::take(&mut self.events.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
 /// Pairs the identity with this public key.
 ///
 /// # Errors
 /// The system refused a thread.
-pub fn start(server: Server, public_key_base64: String, backends: Vec<Advertised>) -> io::Result<Receiver<Event>> {
-    let (events, receiver) = unbounded();
+pub fn start(server: Server, public_key_base64: String, backends: Vec<Advertised>) -> io::Result<Hearing> {
+    let events = Arc::new(Mutex::default());
+    let (bell, rung) = bounded(1);
+    let mut teller = Teller { events: events.clone(), bell, in_trouble: false };
     threads::spawn("pairing", move || {
-        let teller = Teller { events, in_trouble: false };
-        // Nobody listens any more: then there is nobody to pair for.
-        let _ = pair(&server, &public_key_base64, &backends, teller);
+        let end = pair(&server, &public_key_base64, &backends, &mut teller);
+        teller.tell(end);
     })?;
-    Ok(receiver)
+    Ok(Hearing { events, rung })
 }
 
 /// Tells of trouble once, however often it is met.
 struct Teller {
-    events: Sender<Event>,
+    events: Arc<Mutex<Vec<Event>>>,
+    bell: Sender<()>,
     in_trouble: bool,
 }
 
 impl Teller {
-    fn tell(&self, event: Event) -> Result<(), SendError<Event>> {
-        self.events.send(event)
+    fn tell(&self, event: Event) {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner).push(event);
+        // It has rung already, or nobody listens any more.
+        let _ = self.bell.try_send(());
     }
 
-    fn trouble(&mut self, why: String) -> Result<(), SendError<Event>> {
-        if std::mem::replace(&mut self.in_trouble, true) { Ok(()) } else { self.tell(Event::Trouble(why)) }
+    fn trouble(&mut self, why: String) {
+        if !std::mem::replace(&mut self.in_trouble, true) {
+            self.tell(Event::Trouble(why));
+        }
     }
 
-    fn no_trouble(&mut self) -> Result<(), SendError<Event>> {
-        if std::mem::take(&mut self.in_trouble) { self.tell(Event::TroubleOver) } else { Ok(()) }
+    fn no_trouble(&mut self) {
+        if std::mem::take(&mut self.in_trouble) {
+            self.tell(Event::TroubleOver);
+        }
     }
 }
 
-fn pair(
-    server: &Server,
-    public_key_base64: &str,
-    backends: &[Advertised],
-    mut teller: Teller,
-) -> Result<(), SendError<Event>> {
+/// Tells how it goes; returns the end.
+fn pair(server: &Server, public_key_base64: &str, backends: &[Advertised], teller: &mut Teller) -> Event {
     let mut delay = ISSUE_DELAY;
     let mut issues = 1;
     let issued = loop {
         match server.issue(public_key_base64) {
             Ok(issued) => break issued,
-            Err(Fault::Refused(why)) => return teller.tell(Event::Failed(why)),
+            Err(Fault::Refused(why)) => return Event::Failed(why),
             Err(Fault::Passing(why)) if issues == ISSUES_MAX => {
-                return teller.tell(Event::Failed(format!("{why} (tried {ISSUES_MAX} times)")));
+                return Event::Failed(format!("{why} (tried {ISSUES_MAX} times)"));
             }
-            Err(Fault::Passing(why)) => teller.trouble(why)?,
+            Err(Fault::Passing(why)) => teller.trouble(why),
         }
         sleep(delay);
         delay *= 2;
         issues += 1;
     };
     let until = Instant::now() + issued.lifetime;
-    teller.no_trouble()?;
-    teller.tell(Event::Issued(issued.clone()))?;
+    teller.no_trouble();
+    teller.tell(Event::Issued(issued.clone()));
     loop {
         let asked_at = Instant::now();
         match server.poll(&issued.poll_token, backends) {
-            Ok(Polled::Active(paired)) => return teller.tell(Event::Paired(paired)),
-            Ok(Polled::Expired) => return teller.tell(Event::Expired),
-            Ok(Polled::Pending) => teller.no_trouble()?,
-            Err(Fault::Refused(why)) => return teller.tell(Event::Failed(why)),
-            Err(Fault::Passing(why)) => teller.trouble(why)?,
+            Ok(Polled::Active(paired)) => return Event::Paired(paired),
+            Ok(Polled::Expired) => return Event::Expired,
+            Ok(Polled::Pending) => teller.no_trouble(),
+            Err(Fault::Refused(why)) => return Event::Failed(why),
+            Err(Fault::Passing(why)) => teller.trouble(why),
         }
         // Asked once more after its end, for it may have been entered in the last moment.
         if asked_at >= until {
-            return teller.tell(Event::Expired);
+            return Event::Expired;
         }
         sleep((asked_at + POLL_INTERVAL).saturating_duration_since(Instant::now()));
     }

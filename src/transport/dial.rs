@@ -2,16 +2,14 @@
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
-use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use crossbeam_channel::{Receiver, bounded, never, select};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{CertificateError, ClientConfig, ClientConnection, ProtocolVersion, RootCertStore};
+use rustls::pki_types::ServerName;
+use rustls::{CertificateError, ClientConfig, ClientConnection, ProtocolVersion};
 use tungstenite::HandshakeError;
 use tungstenite::http::{HeaderMap, Uri};
 use tungstenite::protocol::WebSocketConfig;
@@ -19,14 +17,12 @@ use ureq::Proxy;
 
 use super::onlooker::Onlooker;
 use super::{Link, LinkReader, MESSAGE_BYTES_MAX, READ_BUFFER_BYTES, ReadHalf, STALL_TIMEOUT, uninterrupted};
+use crate::cryptography::ExtraRoots;
 use crate::logging::shown;
-use crate::{cryptography, files, tcp, threads};
+use crate::{cryptography, tcp, threads};
 
 /// For all steps together.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
-
-/// The largest file of extra roots, in bytes; a whole distribution's bundle has a quarter of it.
-const PEM_BYTES_MAX: u64 = 1 << 20;
 
 /// The longest head of an answer of HTTP that we read ourselves, in bytes.
 const HEAD_BYTES_MAX: usize = 8 << 10;
@@ -75,32 +71,6 @@ pub enum DialError {
     /// The system refused something.
     #[error(transparent)]
     System(#[from] io::Error),
-}
-
-/// Certificates that are trusted beside those of the web: an operator's own authority, for instance.
-#[derive(Debug, Clone, Default)]
-pub struct ExtraRoots(Vec<CertificateDer<'static>>);
-
-impl ExtraRoots {
-    /// The certificates, in the order of the file.
-    pub fn certificates(&self) -> &[CertificateDer<'static>] {
-        &self.0
-    }
-
-    /// Reads a PEM file.
-    ///
-    /// # Errors
-    /// What is wrong with it, in words.
-    pub fn from_file(path: &Path) -> Result<ExtraRoots, String> {
-        let pem = files::read_bounded(path, PEM_BYTES_MAX).map_err(|e| format!("failed to read it: {e}"))?;
-        let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
-        let certificates = certificates.map_err(|e| format!("it is not a PEM file: {e}"))?;
-        let mut store = RootCertStore::empty();
-        for certificate in &certificates {
-            store.add(certificate.clone()).map_err(|e| format!("a certificate in it cannot be a root: {e}"))?;
-        }
-        if certificates.is_empty() { Err("no certificate is in it".into()) } else { Ok(ExtraRoots(certificates)) }
-    }
 }
 
 /// Is told of each step of a dial as it is done: what fails is the one after the last.
@@ -298,7 +268,7 @@ impl Dialer {
         if let Some(config) = self.tls.get() {
             return Ok(config.clone());
         }
-        let config = client_config(&self.roots).map_err(tls_error)?;
+        let config = cryptography::client_config(&self.roots).map_err(tls_error)?;
         Ok(self.tls.get_or_init(|| config).clone())
     }
 
@@ -389,17 +359,6 @@ impl Progress {
     fn of(progress: &Mutex<Progress>) -> MutexGuard<'_, Progress> {
         progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// The roots of the web and the operator's own, TLS 1.2 and 1.3.
-fn client_config(extra: &ExtraRoots) -> Result<Arc<ClientConfig>, rustls::Error> {
-    let mut roots = RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
-    for certificate in &extra.0 {
-        roots.add(certificate.clone())?;
-    }
-    let provider = cryptography::provider();
-    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
-    Ok(Arc::new(builder.with_root_certificates(roots).with_no_client_auth()))
 }
 
 /// A socket whose reads and writes must all be over by the deadline.

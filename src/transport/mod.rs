@@ -17,7 +17,7 @@ use rustls::ClientConnection;
 use tungstenite::protocol::{Role, WebSocketConfig};
 use tungstenite::{Message, WebSocket};
 
-pub use dial::{CONNECT_TIMEOUT, DialError, Dialer, ExtraRoots, Steps};
+pub use dial::{CONNECT_TIMEOUT, DialError, Dialer, Steps};
 
 /// So long without a byte in, or without progress out, and the link is dead. Three heartbeats' pongs missed.
 pub const STALL_TIMEOUT: Duration = Duration::from_secs(45);

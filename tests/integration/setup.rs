@@ -351,7 +351,8 @@ fn the_operators_own_authority_counts_for_the_pairing_too() {
     let output = cli_within(secs(30), home.path(), &["setup", "--coordinator", &proxy.url()], &[]);
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{stdout}\n{}", String::from_utf8_lossy(&output.stderr));
-    assert!(stdout.contains("usepod-agent service install\n"), "{stdout}");
+    let next = "  usepod-agent service install\n  usepod-agent service start\n  usepod-agent status --watch\n";
+    assert!(stdout.ends_with(next), "{stdout}");
     let new = text(home.join(USUAL));
     assert!(new.contains(&format!("url = \"{}\"", proxy.url())) && new.contains("ca_file = "), "{new}");
 }
