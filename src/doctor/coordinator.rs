@@ -5,7 +5,7 @@
 use std::fmt::Display;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustls::{CertificateError, ProtocolVersion};
 use tungstenite::http::HeaderMap;
@@ -14,6 +14,7 @@ use super::report::Report;
 use super::{certificate, clock};
 use crate::backend::proxy_from_env;
 use crate::config::CoordinatorConfig;
+use crate::date;
 use crate::session;
 use crate::transport::{CONNECT_TIMEOUT, DialError, Dialer, Steps};
 
@@ -54,9 +55,10 @@ pub fn examine(report: &mut Report<'_>, config: &CoordinatorConfig) {
     let date = way.date.or_else(|| if way.layer > WEBSOCKET { ask_date(&dialer) } else { None });
     match date {
         Some((theirs, ours)) => clock::compare(report, theirs, ours),
-        None => {
-            report.skip("clock", &format_args!("the coordinator told no date; this box says {}", clock::now_shown()))
-        }
+        None => report.skip(
+            "clock",
+            &format_args!("the coordinator told no date; this box says {}", date::rfc3339(SystemTime::now())),
+        ),
     }
 }
 
@@ -65,7 +67,7 @@ fn ask_date(dialer: &Dialer) -> Option<(i64, i64)> {
     let head = dialer.head(LOOK_TIME).ok()?;
     let fields = head.lines().filter_map(|line| line.split_once(':'));
     let date = fields.into_iter().find(|(name, _)| name.eq_ignore_ascii_case("date"))?.1;
-    Some((clock::parse_http_date(date)?, clock::now()))
+    Some((date::parse_http(date)?, date::now()))
 }
 
 /// The dial under way.
@@ -102,8 +104,8 @@ impl Steps for Way<'_, '_> {
     fn secured(&mut self, version: Option<ProtocolVersion>, certificate: &[u8]) {
         let version = if version == Some(ProtocolVersion::TLSv1_2) { "TLS 1.2" } else { "TLS 1.3" };
         let Some(certificate) = certificate::parse(certificate) else { return self.pass(&version) };
-        let days = certificate.not_after.saturating_sub(clock::now()) / 86400;
-        let (issuer, until) = (issuer(&certificate), clock::day_of(certificate.not_after));
+        let days = certificate.not_after.saturating_sub(date::now()) / 86400;
+        let (issuer, until) = (issuer(&certificate), date::day(certificate.not_after));
         let what = format_args!("{version}, issuer {issuer}, expires in {days} day(s), on {until}");
         if days < EXPIRY_DAYS_MIN {
             self.report.warn(LAYERS[TLS], &what, &"whoever runs the coordinator must renew its certificate: tell them");
@@ -114,8 +116,8 @@ impl Steps for Way<'_, '_> {
     }
 
     fn answered(&mut self, headers: &HeaderMap) {
-        let date = headers.get("date").and_then(|date| date.to_str().ok()).and_then(clock::parse_http_date);
-        self.date = date.map(|theirs| (theirs, clock::now()));
+        let date = headers.get("date").and_then(|date| date.to_str().ok()).and_then(date::parse_http);
+        self.date = date.map(|theirs| (theirs, date::now()));
     }
 }
 
@@ -217,10 +219,10 @@ impl Way<'_, '_> {
         let host = self.dialer.host();
         let certificate = self.dialer.presented(LOOK_TIME).and_then(|der| certificate::parse(&der));
         let (issuer, from, until) = match &certificate {
-            Some(c) => (issuer(c), clock::day_of(c.not_before), clock::day_of(c.not_after)),
+            Some(c) => (issuer(c), date::day(c.not_before), date::day(c.not_after)),
             None => ("unknown".to_owned(), "later".to_owned(), "an earlier day".to_owned()),
         };
-        let today = clock::now_shown();
+        let today = date::rfc3339(SystemTime::now());
         let clock_first = format_args!(
             "if this box's date is wrong, that is the reason: {}; if it is right, whoever runs the coordinator must renew its \
              certificate",

@@ -6,9 +6,10 @@ use std::time::SystemTime;
 use serde_json::{Value, json};
 
 use super::{Board, Connection, Tally};
+use crate::date::rfc3339;
 use crate::discovery::{Offers, Probed};
 use crate::files;
-use crate::heartbeat::{Statistics, rfc3339};
+use crate::heartbeat::Statistics;
 use crate::instance::{InstanceLock, Places};
 use crate::protocol::AGENT_VERSION;
 use crate::token_limit::TokenLimit;
@@ -170,7 +171,7 @@ fn describe(backend: &Probed) -> Value {
         "id": backend.id(),
         "kind": backend.offered().backend.kind(),
         "offered": backend.is_offered(),
-        "since": backend.since().and_then(rfc3339),
+        "since": backend.since().map(rfc3339),
         "models": backend.models(),
         "error": backend.away(),
         "last_error": backend.last_error().map(|(at, why)| json!({"at": rfc3339(*at), "message": why})),

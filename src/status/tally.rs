@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
 
-use crate::heartbeat::rfc3339;
+use crate::date::rfc3339;
 use crate::protocol::ErrorCode;
 
 /// The sums.
