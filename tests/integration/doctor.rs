@@ -108,7 +108,7 @@ fn setup(coordinator_url: &str) -> Setup {
     let setup = Setup::new(coordinator_url);
     let bin = setup.scratch.join("bin");
     let crontab =
-        "#!/bin/sh\n[ \"$1\" = -l ] && echo '# >>> usepod-agent' && echo '* * * * * x' && echo '# <<< usepod-agent'\n";
+        "#!/bin/sh\ncat <<'.'\n# >>> usepod-agent\n* * * * * exec 'x' run --cron --config 'y'\n# <<< usepod-agent\n.\n";
     set_mode(setup.scratch.write("bin/crontab", crontab), 0o755);
     let setup = setup.env("PATH", &format!("{}:/usr/bin:/bin", bin.display()));
     assert_eq!(setup.start_command(&["enroll"]).finish(SOON).0, Some(0));
@@ -513,8 +513,22 @@ fn no_supervisor_is_broken_and_what_the_operator_decided_is_a_warning() {
     let told = Told::by(&setup, &["--no-inference"]);
     told.assert_only_broken("supervisor", &["nobody restarts"], "usepod-agent service install");
 
+    for (crontab, words) in [
+        ("echo 'not allowed' >&2; exit 1", "not allowed"),
+        ("exec sleep 60", "does not answer"),
+        ("printf '# >>> usepod-agent\\n0 3 * * * mine\\n'", "line 2"),
+    ] {
+        setup.scratch.write("bin/crontab", format!("#!/bin/sh\n{crontab}\n"));
+        let told = Told::by(&setup, &["--no-inference"]);
+        told.assert_only_broken("supervisor", &["crontab", words], "service status");
+    }
+
     setup.scratch.write(".config/systemd/user/usepod-agent.service", "[Service]\n");
     fs::remove_file(setup.scratch.join(".usepod-agent/identity.key.stopped")).expect("removed");
+    // Root has no unit of its own kind.
+    let setup = setup.after(
+        "[ \"$(id -u)\" != 0 ] || { chown -R 65534 \"$HOME\"; exec setpriv --reuid=65534 --regid=65534 --clear-groups \"$0\" \"$@\"; }",
+    );
     let told = Told::by(&setup, &["--no-inference"]);
     told.assert_well();
     told.line('!', "supervisor", &["no agent runs"]);
