@@ -39,23 +39,27 @@ impl<'a> Patient<'a> {
 
     /// Tells what was found; with `inference` tries a job too. Returns how many models it has to offer.
     pub fn tell(mut self, report: &mut Report<'_>, terms: &Terms, inference: bool) -> usize {
-        report.heading(&format_args!("backend {}", self.server.id()));
+        report.heading(format_args!("backend {}", self.server.id()));
         report.pending("health");
         // Without a thread there is nothing, and so it is when it panicked.
         let asked = self.asking.take().is_some_and(|asking| asking.join().is_ok());
         let examination = if asked { self.examined.lock().ok().and_then(|mut e| e.take()) } else { None };
         let Some(examination) = examination else {
-            report.fail("health", &"not asked: the box has no thread left for it", &"ulimit -u; free -m");
+            report.fail(
+                "health",
+                format_args!("not asked: the box has no thread left for it"),
+                format_args!("ulimit -u; free -m"),
+            );
             return 0;
         };
         let key = self.key(report);
         match (&examination.health, &examination.models) {
             (Err(e), _) => self.failed(report, "health", e),
-            (Ok(took), _) => report.pass("health", &format_args!("answered within {} ms", took.as_millis())),
+            (Ok(took), _) => report.pass("health", format_args!("answered within {} ms", took.as_millis())),
         }
         let offered = match (examination.health, examination.models) {
             (Err(_), _) => {
-                report.skip("models", &"rests on health");
+                report.skip("models", format_args!("rests on health"));
                 Vec::new()
             }
             (Ok(_), Err(e)) => {
@@ -67,11 +71,11 @@ impl<'a> Patient<'a> {
         // Without its key no job succeeds, and nothing is offered.
         let offered = if key.is_ok() { offered } else { Vec::new() };
         if offered.is_empty() {
-            report.skip("completion", &"there is no model to try it with");
+            report.skip("completion", format_args!("there is no model to try it with"));
         } else if self.config.kind.is_hosted() {
-            report.skip("completion", &"not tried: on a hosted backend it costs money");
+            report.skip("completion", format_args!("not tried: on a hosted backend it costs money"));
         } else if !inference {
-            report.skip("completion", &"not tried: --no-inference");
+            report.skip("completion", format_args!("not tried: --no-inference"));
         } else {
             trial::run(report, &*self.server, trial::pick(&offered, &examination.unloaded), self.config.kind);
         }
@@ -81,19 +85,19 @@ impl<'a> Patient<'a> {
     fn key(&self, report: &mut Report<'_>) -> BackendResult<()> {
         let ready = self.server.ready();
         match (&ready, &self.config.api_key_env) {
-            (Ok(()), Some(variable)) => report.pass("key", &format_args!("`{variable}` holds one")),
+            (Ok(()), Some(variable)) => report.pass("key", format_args!("`{variable}` holds one")),
             (Ok(()), None) => {}
             (Err(e), variable) => {
                 let name = variable.as_deref().unwrap_or("NAME");
                 let fix = format_args!("export {name}=… here, and in what starts the agent: the crontab, the unit");
-                report.fail("key", e, &fix);
+                report.fail("key", format_args!("{e}"), fix);
             }
         }
         ready
     }
 
     fn failed(&self, report: &mut Report<'_>, check: &str, e: &BackendError) {
-        report.fail(check, e, &fix_of(e, self.config.kind));
+        report.fail(check, format_args!("{e}"), format_args!("{}", fix_of(e, self.config.kind)));
     }
 
     /// What is listed and what of it is offered.
@@ -126,28 +130,33 @@ impl<'a> Patient<'a> {
         }
         // A listed model that is allowed and not offered has no price.
         if let Some(free) = pick(&listed_ids, &|id| is_allowed(id) && !is_offered(id)) {
-            let fix = "give each a price above 0 in [pricing.models]";
-            report.warn("prices", &format_args!("a price of 0, and so not offered: {free}"), &fix);
+            let fix = format_args!("give each a price above 0 in [pricing.models]");
+            report.warn("prices", format_args!("a price of 0, and so not offered: {free}"), fix);
         }
         let count = listed_ids.len();
         if !offered.is_empty() {
             let ids: Vec<&str> = offered.iter().map(|model| model.model_id.as_str()).collect();
-            report.pass("models", &format_args!("lists {count}, {} to offer: {}", offered.len(), names(&ids)));
+            report.pass("models", format_args!("lists {count}, {} to offer: {}", offered.len(), names(&ids)));
             let windows: Vec<String> = offered.iter().map(window).collect();
-            report.pass("window", &names(&windows.iter().map(String::as_str).collect::<Vec<_>>()));
+            report.pass("window", format_args!("{}", names(&windows.iter().map(String::as_str).collect::<Vec<_>>())));
         } else if count == 0 {
-            report.fail("models", &"it lists no model", &no_model_fix(kind));
+            report.fail("models", format_args!("it lists no model"), format_args!("{}", no_model_fix(kind)));
         } else {
-            let fix = "leave out `models` of this backend to offer all that it lists, each at a price above 0";
-            report.fail("models", &format_args!("lists {count}, none of them to offer"), &fix);
+            let fix =
+                format_args!("leave out `models` of this backend to offer all that it lists, each at a price above 0");
+            report.fail("models", format_args!("lists {count}, none of them to offer"), fix);
         }
         if let Some(waiting) = pick(unloaded, &is_offered) {
             let what = format_args!("not loaded, so that its first job waits and may time out: {waiting}");
-            report.warn("loaded", &what, &load_fix(kind));
+            report.warn("loaded", what, format_args!("{}", load_fix(kind)));
         }
         // LM Studio and Ollama list what they have not loaded, so that it is offered.
         if let Some(left_out) = pick(unloaded, &|id| kind == Kind::LlamaCpp && is_allowed(id) && !is_offered(id)) {
-            report.warn("loaded", &format_args!("not loaded, and so not offered: {left_out}"), &load_fix(kind));
+            report.warn(
+                "loaded",
+                format_args!("not loaded, and so not offered: {left_out}"),
+                format_args!("{}", load_fix(kind)),
+            );
         }
         offered
     }
@@ -166,12 +175,12 @@ fn unknown(report: &mut Report<'_>, wanted: &str, listed: &[String], unloaded: &
     match nearest(wanted, listed.iter().chain(unloaded)) {
         Some(nearest) => {
             let fix = format_args!("did you mean \"{nearest}\"? Correct `models` of this backend");
-            report.fail("models", &what, &fix);
+            report.fail("models", what, fix);
         }
         None => {
             let ids: Vec<&str> = listed.iter().map(String::as_str).collect();
             let fix = format_args!("take it out of `models`, or have the server load it; it lists: {}", names(&ids));
-            report.fail("models", &what, &fix);
+            report.fail("models", what, fix);
         }
     }
 }

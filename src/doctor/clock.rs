@@ -18,9 +18,9 @@ pub fn compare(report: &mut Report<'_>, theirs: i64, ours: i64) {
     let span = date::span(off.unsigned_abs());
     let what = format_args!("{span} {way} the coordinator's");
     match i64::try_from(off.unsigned_abs()).unwrap_or(i64::MAX) {
-        0..=OFF_SEEN_SECONDS => report.pass("clock", &"that of the coordinator, within 30 s"),
-        seconds if seconds <= OFF_MAX_SECONDS => report.warn("clock", &what, &FIX),
-        _ => report.fail("clock", &what, &FIX),
+        0..=OFF_SEEN_SECONDS => report.pass("clock", format_args!("that of the coordinator, within 30 s")),
+        seconds if seconds <= OFF_MAX_SECONDS => report.warn("clock", what, format_args!("{FIX}")),
+        _ => report.fail("clock", what, format_args!("{FIX}")),
     }
 }
 

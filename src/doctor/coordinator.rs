@@ -2,7 +2,7 @@
 //!
 //! Invariant: the challenge is not answered, so that the session of an agent that runs is not displaced.
 
-use std::fmt::Display;
+use std::fmt;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime};
@@ -39,13 +39,14 @@ pub fn examine(report: &mut Report<'_>, config: &CoordinatorConfig) {
     way.report.pending(LAYERS[DNS]);
     match dialer.dial_by_steps(&mut way) {
         Ok(mut half) => {
-            way.pass(&format_args!("upgraded after {} ms", way.since.elapsed().as_millis()));
+            way.pass(format_args!("upgraded after {} ms", way.since.elapsed().as_millis()));
             match session::challenge(&mut half) {
-                Ok(_) => way.pass(&"received; not answered, for that could displace the agent that runs"),
+                Ok(_) => way.pass(format_args!("received; not answered, for that could displace the agent that runs")),
                 Err(e) => {
-                    let fix =
-                        "is `[coordinator] url` that of a Use Pod coordinator? If it is, it is not well: try later";
-                    way.fail(&e, &fix);
+                    let fix = format_args!(
+                        "is `[coordinator] url` that of a Use Pod coordinator? If it is, it is not well: try later"
+                    );
+                    way.fail(format_args!("{e}"), fix);
                 }
             }
             half.close();
@@ -57,7 +58,7 @@ pub fn examine(report: &mut Report<'_>, config: &CoordinatorConfig) {
         Some((theirs, ours)) => clock::compare(report, theirs, ours),
         None => report.skip(
             "clock",
-            &format_args!("the coordinator told no date; this box says {}", date::rfc3339(SystemTime::now())),
+            format_args!("the coordinator told no date; this box says {}", date::rfc3339(SystemTime::now())),
         ),
     }
 }
@@ -86,32 +87,36 @@ impl Steps for Way<'_, '_> {
         let mut listed: Vec<String> = addresses.iter().map(|address| address.ip().to_string()).collect();
         listed.dedup();
         let whose = if self.dialer.uses_proxy() { " (the proxy of HTTPS_PROXY)" } else { "" };
-        self.pass(&format_args!("`{}`{whose}: {}", self.dialer.peer().0, listed.join(", ")));
+        self.pass(format_args!("`{}`{whose}: {}", self.dialer.peer().0, listed.join(", ")));
     }
 
     fn connected(&mut self, address: SocketAddr) {
-        self.pass(&format_args!("{address} accepted after {} ms", self.since.elapsed().as_millis()));
+        self.pass(format_args!("{address} accepted after {} ms", self.since.elapsed().as_millis()));
         if !self.dialer.uses_proxy() {
             self.reach_coordinator();
         }
     }
 
     fn tunnelled(&mut self) {
-        self.pass(&format_args!("it reached the coordinator after {} ms", self.since.elapsed().as_millis()));
+        self.pass(format_args!("it reached the coordinator after {} ms", self.since.elapsed().as_millis()));
         self.reach_coordinator();
     }
 
     fn secured(&mut self, version: Option<ProtocolVersion>, certificate: &[u8]) {
         let version = if version == Some(ProtocolVersion::TLSv1_2) { "TLS 1.2" } else { "TLS 1.3" };
-        let Some(certificate) = certificate::parse(certificate) else { return self.pass(&version) };
+        let Some(certificate) = certificate::parse(certificate) else { return self.pass(format_args!("{version}")) };
         let days = certificate.not_after.saturating_sub(date::now()) / 86400;
         let (issuer, until) = (issuer(&certificate), date::day(certificate.not_after));
         let what = format_args!("{version}, issuer {issuer}, expires in {days} day(s), on {until}");
         if days < EXPIRY_DAYS_MIN {
-            self.report.warn(LAYERS[TLS], &what, &"whoever runs the coordinator must renew its certificate: tell them");
+            self.report.warn(
+                LAYERS[TLS],
+                what,
+                format_args!("whoever runs the coordinator must renew its certificate: tell them"),
+            );
             self.reach(WEBSOCKET);
         } else {
-            self.pass(&what);
+            self.pass(what);
         }
     }
 
@@ -122,14 +127,14 @@ impl Steps for Way<'_, '_> {
 }
 
 impl Way<'_, '_> {
-    fn pass(&mut self, what: &dyn Display) {
+    fn pass(&mut self, what: fmt::Arguments<'_>) {
         self.report.pass(LAYERS[self.layer], what);
         self.reach(self.layer + 1);
     }
 
     fn reach_coordinator(&mut self) {
         if !self.secure {
-            self.report.skip(LAYERS[TLS], &"ws:// is not encrypted");
+            self.report.skip(LAYERS[TLS], format_args!("ws:// is not encrypted"));
         }
         self.reach(if self.secure { TLS } else { WEBSOCKET });
     }
@@ -143,7 +148,7 @@ impl Way<'_, '_> {
         }
     }
 
-    fn fail(&mut self, what: &dyn Display, fix: &dyn Display) {
+    fn fail(&mut self, what: fmt::Arguments<'_>, fix: fmt::Arguments<'_>) {
         self.report.fail(LAYERS[self.layer], what, fix);
     }
 
@@ -157,7 +162,7 @@ impl Way<'_, '_> {
                 _ => true,
             };
             if is_on_the_way {
-                self.report.skip(name, &format_args!("rests on {}", LAYERS[self.layer]));
+                self.report.skip(name, format_args!("rests on {}", LAYERS[self.layer]));
             }
         }
     }
@@ -169,46 +174,46 @@ impl Way<'_, '_> {
             format_args!("something swallows the packets: let the firewall allow outgoing TCP to port {port}");
         match e {
             DialError::Resolve { error, .. } => self.fail(
-                &format_args!("`{host}` has no address: {error}"),
-                &format_args!("is the name in {key} right? If so: getent hosts {host}, and the servers in /etc/resolv.conf"),
+                format_args!("`{host}` has no address: {error}"),
+                format_args!("is the name in {key} right? If so: getent hosts {host}, and the servers in /etc/resolv.conf"),
             ),
             DialError::Connect { error, .. } => {
                 let what = format_args!("`{host}:{port}`: {error}");
                 match error.kind() {
                     ErrorKind::ConnectionRefused => {
-                        self.fail(&what, &format_args!("nothing listens there: check host and port in {key}"));
+                        self.fail(what, format_args!("nothing listens there: check host and port in {key}"));
                     }
-                    ErrorKind::TimedOut | ErrorKind::WouldBlock => self.fail(&what, &firewall),
-                    _ => self.fail(&what, &"is this box online? ip route; ping -c 1 1.1.1.1"),
+                    ErrorKind::TimedOut | ErrorKind::WouldBlock => self.fail(what, firewall),
+                    _ => self.fail(what, format_args!("is this box online? ip route; ping -c 1 1.1.1.1")),
                 }
             }
             DialError::Proxy(why) => self.fail(
-                &format_args!("the proxy `{host}:{port}` of HTTPS_PROXY refused to connect: {}", why),
-                &"check HTTPS_PROXY, and what it allows; or name the coordinator's host in NO_PROXY",
+                format_args!("the proxy `{host}:{port}` of HTTPS_PROXY refused to connect: {}", why),
+                format_args!("check HTTPS_PROXY, and what it allows; or name the coordinator's host in NO_PROXY"),
             ),
             DialError::Tls { why, fault: None } => self.fail(
-                why,
-                &"something that speaks no TLS, or none of ours, answers there: check host and port in `[coordinator] url`",
+                format_args!("{why}"),
+                format_args!("something that speaks no TLS, or none of ours, answers there: check host and port in `[coordinator] url`"),
             ),
             DialError::Tls { why, fault: Some(fault) } => self.explain_certificate(why, fault),
             DialError::Upgrade(why) => self.fail(
-                why,
-                &"a 5xx is the coordinator's own trouble: wait; else check the path of `[coordinator] url`, usually \
-                  /provider/connect",
+                format_args!("{why}"),
+                format_args!("a 5xx is the coordinator's own trouble: wait; else check the path of `[coordinator] url`, usually \
+                  /provider/connect"),
             ),
             DialError::TimedOut => {
                 let what = format_args!("no answer within {} s of the dial", CONNECT_TIMEOUT.as_secs());
                 match self.layer {
-                    DNS => self.fail(&what, &"the name server does not answer: check /etc/resolv.conf"),
-                    TCP => self.fail(&what, &firewall),
+                    DNS => self.fail(what, format_args!("the name server does not answer: check /etc/resolv.conf")),
+                    TCP => self.fail(what, firewall),
                     _ => self.fail(
-                        &what,
-                        &format_args!("`{host}:{port}` accepts and says nothing: check {key}; if it is right, try later"),
+                        what,
+                        format_args!("`{host}:{port}` accepts and says nothing: check {key}; if it is right, try later"),
                     ),
                 }
             }
             DialError::System(_) | DialError::Stopping => {
-                self.fail(e, &"the box is short of something: ulimit -a; free -m");
+                self.fail(format_args!("{e}"), format_args!("the box is short of something: ulimit -a; free -m"));
             }
         }
     }
@@ -230,26 +235,26 @@ impl Way<'_, '_> {
         );
         match fault {
             CertificateError::Expired | CertificateError::ExpiredContext { .. } => self.fail(
-                &format_args!("the certificate (issuer {issuer}) expired on {until}; this box says it is {today}"),
-                &clock_first,
+                format_args!("the certificate (issuer {issuer}) expired on {until}; this box says it is {today}"),
+                clock_first,
             ),
             CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => self.fail(
-                &format_args!("the certificate (issuer {issuer}) holds from {from} on; this box says it is {today}"),
-                &clock_first,
+                format_args!("the certificate (issuer {issuer}) holds from {from} on; this box says it is {today}"),
+                clock_first,
             ),
             CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => self.fail(
-                &format_args!("the certificate (issuer {issuer}) is for another name than `{host}`"),
-                &format_args!("check the host in `[coordinator] url`; if it is right, {SOMEBODY_ELSE}"),
+                format_args!("the certificate (issuer {issuer}) is for another name than `{host}`"),
+                format_args!("check the host in `[coordinator] url`; if it is right, {SOMEBODY_ELSE}"),
             ),
             CertificateError::UnknownIssuer => self.fail(
-                &format_args!("the certificate is of an unknown authority (issuer {issuer})"),
-                &format_args!(
+                format_args!("the certificate is of an unknown authority (issuer {issuer})"),
+                format_args!(
                     "if that authority is yours: [coordinator] ca_file = \"/path/to/its.pem\"; if not, {SOMEBODY_ELSE}"
                 ),
             ),
             _ => self.fail(
-                &format_args!("{} (issuer {issuer})", why),
-                &format_args!("whoever runs the coordinator must mend its certificate, unless {SOMEBODY_ELSE}"),
+                format_args!("{} (issuer {issuer})", why),
+                format_args!("whoever runs the coordinator must mend its certificate, unless {SOMEBODY_ELSE}"),
             ),
         }
     }

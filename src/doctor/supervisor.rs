@@ -17,30 +17,44 @@ pub fn examine(report: &mut Report<'_>, places: &Places, runs: bool) {
     report.pending(NAME);
     let stopped = places.stopped().exists();
     match installed() {
-        Err(why) => report.fail(NAME, &why, &"usepod-agent service status, once that is mended"),
+        Err(why) => {
+            report.fail(NAME, format_args!("{why}"), format_args!("usepod-agent service status, once that is mended"))
+        }
         Ok(None) => {
-            report.fail(NAME, &"nobody restarts the agent after a crash or a reboot", &"usepod-agent service install");
+            report.fail(
+                NAME,
+                format_args!("nobody restarts the agent after a crash or a reboot"),
+                format_args!("usepod-agent service install"),
+            );
         }
         // Where processes are hidden the daemon may be, too.
         Ok(Some(Supervisor::Cron(_))) if cron_runs() == Some(false) => report.warn(
             NAME,
-            &"the crontab has the agent, but no cron daemon is to be seen",
-            &"as root: service cron start (Debian), systemctl enable --now cron or crond",
+            format_args!("the crontab has the agent, but no cron daemon is to be seen"),
+            format_args!("as root: service cron start (Debian), systemctl enable --now cron or crond"),
         ),
         Ok(Some(_)) if !runs && !stopped => {
             report.warn(
                 NAME,
-                &"installed, but no agent runs",
-                &"wait a minute; then see why: usepod-agent service logs",
+                format_args!("installed, but no agent runs"),
+                format_args!("wait a minute; then see why: usepod-agent service logs"),
             );
         }
-        Ok(Some(supervisor)) => report.pass(NAME, &supervisor.place()),
+        Ok(Some(supervisor)) => report.pass(NAME, format_args!("{}", supervisor.place())),
     }
     if stopped {
-        report.warn("stopped", &"the operator stopped the agent, and nothing starts it", &"usepod-agent service start");
+        report.warn(
+            "stopped",
+            format_args!("the operator stopped the agent, and nothing starts it"),
+            format_args!("usepod-agent service start"),
+        );
     }
     if places.paused().exists() {
-        report.warn("paused", &"the operator paused the agent: it offers nothing", &"usepod-agent resume");
+        report.warn(
+            "paused",
+            format_args!("the operator paused the agent: it offers nothing"),
+            format_args!("usepod-agent resume"),
+        );
     }
 }
 
