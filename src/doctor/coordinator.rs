@@ -16,12 +16,14 @@ use crate::backend::proxy_from_env;
 use crate::config::CoordinatorConfig;
 use crate::date;
 use crate::session;
-use crate::transport::{CONNECT_TIMEOUT, DialError, Dialer, Steps};
+use crate::transport::{DialError, Dialer, Steps};
 
 /// For another look: at the certificate that was refused, or for a date where the answer to the upgrade has none.
 const LOOK_TIME: Duration = Duration::from_secs(3);
 /// A certificate that is not renewed so long before its end may not be renewed at all.
 const EXPIRY_DAYS_MIN: i64 = 14;
+
+const SWALLOWED: &str = "something swallows the packets: let the firewall allow outgoing TCP to that port";
 
 /// In the order in which a dial takes them.
 const LAYERS: [&str; 6] = ["dns", "tcp", "proxy", "tls", "websocket", "challenge"];
@@ -168,95 +170,62 @@ impl Way<'_, '_> {
     }
 
     fn explain(&mut self, e: &DialError) {
-        let (host, port) = self.dialer.peer();
+        let fix = match e {
+            DialError::Tls { fault: Some(fault), .. } => return self.explain_certificate(e, fault),
+            DialError::Resolve { .. } => {
+                "is the name right? If so: getent hosts NAME, and the servers in /etc/resolv.conf"
+            }
+            DialError::Connect { error, .. } => match error.kind() {
+                ErrorKind::ConnectionRefused => "nothing listens there: check host and port",
+                ErrorKind::TimedOut | ErrorKind::WouldBlock => SWALLOWED,
+                _ => "is this box online? ip route; ping -c 1 1.1.1.1",
+            },
+            DialError::Proxy(_) => "check the proxy, and what it allows; or name the coordinator's host in NO_PROXY",
+            DialError::Tls { .. } => {
+                "something that speaks no TLS, or none of ours, answers there: check host and port"
+            }
+            DialError::Upgrade(_) => {
+                "a 5xx is the coordinator's own trouble: wait; else check the path, usually /provider/connect"
+            }
+            DialError::TimedOut => match self.layer {
+                DNS => "the name server does not answer: check /etc/resolv.conf",
+                TCP => SWALLOWED,
+                _ => "it accepts and says nothing: check host and port; if they are right, try later",
+            },
+            DialError::System(_) | DialError::Stopping => "the box is short of something: ulimit -a; free -m",
+        };
         let key = if self.dialer.uses_proxy() { "HTTPS_PROXY" } else { "`[coordinator] url`" };
-        let firewall =
-            format_args!("something swallows the packets: let the firewall allow outgoing TCP to port {port}");
-        match e {
-            DialError::Resolve { error, .. } => self.fail(
-                format_args!("`{host}` has no address: {error}"),
-                format_args!("is the name in {key} right? If so: getent hosts {host}, and the servers in /etc/resolv.conf"),
-            ),
-            DialError::Connect { error, .. } => {
-                let what = format_args!("`{host}:{port}`: {error}");
-                match error.kind() {
-                    ErrorKind::ConnectionRefused => {
-                        self.fail(what, format_args!("nothing listens there: check host and port in {key}"));
-                    }
-                    ErrorKind::TimedOut | ErrorKind::WouldBlock => self.fail(what, firewall),
-                    _ => self.fail(what, format_args!("is this box online? ip route; ping -c 1 1.1.1.1")),
-                }
-            }
-            DialError::Proxy(why) => self.fail(
-                format_args!("the proxy `{host}:{port}` of HTTPS_PROXY refused to connect: {}", why),
-                format_args!("check HTTPS_PROXY, and what it allows; or name the coordinator's host in NO_PROXY"),
-            ),
-            DialError::Tls { why, fault: None } => self.fail(
-                format_args!("{why}"),
-                format_args!("something that speaks no TLS, or none of ours, answers there: check host and port in `[coordinator] url`"),
-            ),
-            DialError::Tls { why, fault: Some(fault) } => self.explain_certificate(why, fault),
-            DialError::Upgrade(why) => self.fail(
-                format_args!("{why}"),
-                format_args!("a 5xx is the coordinator's own trouble: wait; else check the path of `[coordinator] url`, usually \
-                  /provider/connect"),
-            ),
-            DialError::TimedOut => {
-                let what = format_args!("no answer within {} s of the dial", CONNECT_TIMEOUT.as_secs());
-                match self.layer {
-                    DNS => self.fail(what, format_args!("the name server does not answer: check /etc/resolv.conf")),
-                    TCP => self.fail(what, firewall),
-                    _ => self.fail(
-                        what,
-                        format_args!("`{host}:{port}` accepts and says nothing: check {key}; if it is right, try later"),
-                    ),
-                }
-            }
-            DialError::System(_) | DialError::Stopping => {
-                self.fail(format_args!("{e}"), format_args!("the box is short of something: ulimit -a; free -m"));
-            }
-        }
+        self.fail(format_args!("{e}"), format_args!("{fix}; the address is that of {key}"));
     }
 
-    fn explain_certificate(&mut self, why: &str, fault: &CertificateError) {
-        const SOMEBODY_ELSE: &str =
-            "something between here and there answers in the coordinator's place: a filter, a portal, a proxy";
-        let host = self.dialer.host();
+    fn explain_certificate(&mut self, e: &DialError, fault: &CertificateError) {
         let certificate = self.dialer.presented(LOOK_TIME).and_then(|der| certificate::parse(&der));
-        let (issuer, from, until) = match &certificate {
-            Some(c) => (issuer(c), date::day(c.not_before), date::day(c.not_after)),
-            None => ("unknown".to_owned(), "later".to_owned(), "an earlier day".to_owned()),
+        let shown = certificate.map_or_else(String::new, |c| {
+            format!("; issuer {}, holds from {} to {}", issuer(&c), date::day(c.not_before), date::day(c.not_after))
+        });
+        let (what, fix) = match fault {
+            CertificateError::Expired
+            | CertificateError::ExpiredContext { .. }
+            | CertificateError::NotValidYet
+            | CertificateError::NotValidYetContext { .. } => (
+                "it does not hold today",
+                "if this box's date is right, whoever runs the coordinator must renew its certificate; if not: timedatectl \
+                 set-ntp true",
+            ),
+            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
+                ("it is for another name", "check the host in `[coordinator] url`")
+            }
+            CertificateError::UnknownIssuer => (
+                "it is of an unknown authority",
+                "if that authority is yours: [coordinator] ca_file = \"/path/to/its.pem\"",
+            ),
+            _ => ("it is no good", "whoever runs the coordinator must mend it"),
         };
-        let today = date::rfc3339(SystemTime::now());
-        let clock_first = format_args!(
-            "if this box's date is wrong, that is the reason: {}; if it is right, whoever runs the coordinator must renew its \
-             certificate",
-            clock::FIX
+        let today = date::day(date::now());
+        self.fail(
+            format_args!("the certificate for `{}`: {what} ({today}){shown}; {e}", self.dialer.host()),
+            format_args!("{fix}; or something between here and there answers in the coordinator's place"),
         );
-        match fault {
-            CertificateError::Expired | CertificateError::ExpiredContext { .. } => self.fail(
-                format_args!("the certificate (issuer {issuer}) expired on {until}; this box says it is {today}"),
-                clock_first,
-            ),
-            CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => self.fail(
-                format_args!("the certificate (issuer {issuer}) holds from {from} on; this box says it is {today}"),
-                clock_first,
-            ),
-            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => self.fail(
-                format_args!("the certificate (issuer {issuer}) is for another name than `{host}`"),
-                format_args!("check the host in `[coordinator] url`; if it is right, {SOMEBODY_ELSE}"),
-            ),
-            CertificateError::UnknownIssuer => self.fail(
-                format_args!("the certificate is of an unknown authority (issuer {issuer})"),
-                format_args!(
-                    "if that authority is yours: [coordinator] ca_file = \"/path/to/its.pem\"; if not, {SOMEBODY_ELSE}"
-                ),
-            ),
-            _ => self.fail(
-                format_args!("{} (issuer {issuer})", why),
-                format_args!("whoever runs the coordinator must mend its certificate, unless {SOMEBODY_ELSE}"),
-            ),
-        }
     }
 }
 

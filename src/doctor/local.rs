@@ -41,8 +41,7 @@ pub fn config(report: &mut Report<'_>, named: Option<&Path>, allow_insecure: boo
         report.pass("config", format_args!("`{}`, {} backend(s)", path.display(), config.backends.len()));
     }
     for warning in &config.warnings {
-        let (what, fix) = warning.rsplit_once("; ").unwrap_or((warning, "correct it"));
-        report.warn("config", format_args!("{what}"), format_args!("{fix}"));
+        report.warn("config", format_args!("{}", warning.fault()), format_args!("{}", warning.fix()));
     }
     Some(config)
 }

@@ -18,7 +18,7 @@ const CANCELLED_TOKENS: u32 = 64;
 pub fn pick<'a>(offered: &'a [ResolvedModel], unloaded: &[String]) -> &'a str {
     let doubts = |model: &&ResolvedModel| {
         let id = &model.model_id;
-        (id.to_ascii_lowercase().contains("embed"), unloaded.contains(id))
+        2 * u8::from(id.to_ascii_lowercase().contains("embed")) + u8::from(unloaded.contains(id))
     };
     offered.iter().min_by_key(doubts).map_or("", |model| &model.model_id)
 }
