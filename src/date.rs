@@ -149,7 +149,7 @@ mod tests {
         let at = after(784_111_777);
         assert_eq!(http(at), "Sun, 06 Nov 1994 08:49:37 GMT");
         assert_eq!(rfc3339(at), "1994-11-06T08:49:37Z");
-        assert_eq!((http(UNIX_EPOCH), rfc3339(UNIX_EPOCH)).1, "1970-01-01T00:00:00Z");
+        assert_eq!(rfc3339(UNIX_EPOCH), "1970-01-01T00:00:00Z");
         assert_eq!(http(UNIX_EPOCH), "Thu, 01 Jan 1970 00:00:00 GMT");
         assert_eq!(day(-1), "1969-12-31");
         for same in ["1994-11-06T08:49:37Z", "1994-11-06T08:49:37.999+00:00", "1994-11-06 10:19:37+01:30"] {
@@ -212,7 +212,8 @@ mod tests {
         }
         arbtest::arbtest(|u| {
             let text: &str = u.arbitrary()?;
-            (parse_rfc3339(text), parse_http(text));
+            parse_rfc3339(text);
+            parse_http(text);
             Ok(())
         });
     }

@@ -9,7 +9,7 @@ const OFF_MAX_SECONDS: i64 = 5 * 60;
 const OFF_SEEN_SECONDS: i64 = 30;
 
 /// How a clock is set right.
-pub const FIX: &str = "timedatectl set-ntp true (as root), or whatever keeps this box's clock";
+const FIX: &str = "timedatectl set-ntp true (as root), or whatever keeps this box's clock";
 
 /// Compares what the coordinator's `Date` said with the box's clock at the same moment.
 pub fn compare(report: &mut Report<'_>, theirs: i64, ours: i64) {
