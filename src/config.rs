@@ -55,7 +55,7 @@ pub struct Config {
     /// `[observability] log_file`.
     pub log_file: Option<PathBuf>,
     /// What is odd but no error, for the log.
-    pub warnings: Vec<String>,
+    pub warnings: Vec<ConfigError>,
 }
 
 /// `[coordinator]`.
@@ -276,7 +276,7 @@ mod tests {
             let whole = if case.contains("[coordinator]") { case.to_owned() } else { format!("{REST}{case}") };
             for text in [case.to_owned(), whole] {
                 let told = match Config::parse(&text, Path::new("x"), false) {
-                    Ok(config) => config.warnings,
+                    Ok(config) => config.warnings.iter().map(ConfigError::to_string).collect(),
                     Err(e) => vec![e.to_string()],
                 };
                 for told in told {

@@ -6,9 +6,7 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
-
+use crate::date::rfc3339;
 use crate::protocol::{ErrorCode, Heartbeat};
 
 /// Latency and speed are taken over the jobs that ended in this time.
@@ -93,7 +91,7 @@ impl Statistics {
             p50_latency_ms: percentile(&latencies, 50).unwrap_or(0),
             p95_latency_ms: percentile(&latencies, 95).unwrap_or(0),
             error_rate_60s: if ended == 0 { 0.0 } else { failed as f64 / ended as f64 },
-            last_error_at: recent.last_error.and_then(|(at, _)| rfc3339(at)),
+            last_error_at: recent.last_error.map(|(at, _)| rfc3339(at)),
             last_error_code: recent.last_error.map(|(_, code)| code.as_str()),
         }
     }
@@ -107,12 +105,6 @@ impl Statistics {
 fn percentile(sorted: &[u32], percent: usize) -> Option<u32> {
     let rank = (sorted.len() * percent).div_ceil(100);
     sorted.get(rank.saturating_sub(1)).copied()
-}
-
-/// In whole seconds, UTC.
-pub fn rfc3339(at: SystemTime) -> Option<String> {
-    let at = OffsetDateTime::from(at).replace_nanosecond(0).ok()?;
-    at.format(&Rfc3339).ok()
 }
 
 #[cfg(test)]
@@ -161,7 +153,6 @@ mod tests {
         s.failed(MS, 0, ErrorCode::BackendTimeout);
         let h = s.heartbeat(0);
         assert_eq!(h.last_error_code, Some("backend_timeout"));
-        assert_eq!(rfc3339(SystemTime::UNIX_EPOCH).as_deref(), Some("1970-01-01T00:00:00Z"));
         assert!(h.last_error_at.is_some_and(|at| at.ends_with('Z') && at.len() == 20));
     }
 

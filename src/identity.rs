@@ -13,8 +13,8 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use ring::rand::{SecureRandom, SystemRandom};
 use ring::signature::{Ed25519KeyPair, KeyPair};
 
+use crate::date::rfc3339;
 use crate::files;
-use crate::heartbeat::rfc3339;
 
 const BEGIN: &str = "-----BEGIN USEPOD AGENT KEY-----";
 const END: &str = "-----END USEPOD AGENT KEY-----";
@@ -97,7 +97,7 @@ impl Identity {
         let io_error = |error| IdentityError::Io { action: "create", path: path.to_owned(), error };
         files::create_folder_of(path).map_err(io_error)?;
         let (seed, key) = new_key()?;
-        let created = rfc3339(SystemTime::now()).unwrap_or_default().replace('Z', "+00:00");
+        let created = rfc3339(SystemTime::now()).replace('Z', "+00:00");
         let (secret, public) = (BASE64.encode(seed), BASE64.encode(key.public_key()));
         let text =
             format!("{BEGIN}\nversion: {VERSION}\ncreated: {created}\nsecret: {secret}\npublic: {public}\n{END}\n");

@@ -54,7 +54,7 @@ pub mod files;
 pub mod instance;
 pub mod takeover;
 pub mod logging;
-pub mod http_date;
+pub mod date;
 pub mod shell;
 
 pub mod protocol;

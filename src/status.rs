@@ -20,8 +20,8 @@ pub use board::{Board, Connection};
 pub use recorder::Recorder;
 pub use tally::Tally;
 
+use crate::date::rfc3339;
 use crate::files;
-use crate::heartbeat::rfc3339;
 use crate::identity::Identity;
 use crate::instance::Places;
 

@@ -8,12 +8,12 @@ use super::context_window::get;
 use super::http_backend::{PROBE_TIME, Probe};
 use super::{BackendModel, BackendResult, HttpBackend, Kind};
 
-/// The answers of one server.
+/// The answers of a server that is healthy.
 #[derive(Debug)]
 pub struct Examination {
     /// How long the health check took.
-    pub health: BackendResult<Duration>,
-    /// What it lists; an error too where it is not healthy.
+    pub took: Duration,
+    /// What it lists.
     pub models: BackendResult<Vec<BackendModel>>,
     /// What it knows, but would have to load first. A llama.cpp router's are not among the listed.
     pub unloaded: Vec<String>,
@@ -21,23 +21,26 @@ pub struct Examination {
 
 impl HttpBackend {
     /// Asks the server for all of it, within twice the time of a probe.
-    pub fn examine(&self) -> Examination {
+    ///
+    /// # Errors
+    /// It is not healthy.
+    pub fn examine(&self) -> BackendResult<Examination> {
         let kind = self.server_kind();
         let began = Instant::now();
         let probe = self.probe_for(PROBE_TIME);
-        let (health, models) = if kind.health_path().is_some() {
-            let health = probe.health().map(|()| began.elapsed());
-            (health.clone(), health.and_then(|_| probe.models()))
-        } else {
+        probe.health()?;
+        let mut took = began.elapsed();
+        let mut models = probe.models();
+        if kind.health_path().is_none() {
             // The listing is the check.
-            let models = probe.models();
-            (models.clone().map(|_| began.elapsed()), models)
-        };
+            models = Ok(models?);
+            took = began.elapsed();
+        }
         let unloaded = match &models {
             Ok(listed) => unloaded(kind, listed, &self.probe_for(PROBE_TIME)),
             Err(_) => Vec::new(),
         };
-        Examination { health, models, unloaded }
+        Ok(Examination { took, models, unloaded })
     }
 }
 

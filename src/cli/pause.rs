@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::args::Globals;
 use super::{Failure, places_of, print};
-use crate::heartbeat::rfc3339;
+use crate::date::rfc3339;
 use crate::instance::{Holder, Places};
 use crate::{bell, files, status};
 
@@ -18,7 +18,7 @@ const GLANCE: Duration = Duration::from_millis(20);
 /// Has the offer emptied, now and at every start, until [`resume`].
 pub fn pause(globals: &Globals) -> Result<(), Failure> {
     let places = places_of(globals)?;
-    let since = rfc3339(SystemTime::now()).unwrap_or_default();
+    let since = rfc3339(SystemTime::now());
     let fail = |e: io::Error| {
         Failure::Runtime(format!("failed to write `{}`: {e}; nothing is paused", places.paused().display()))
     };

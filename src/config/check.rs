@@ -191,12 +191,12 @@ fn price(section: &Section<'_>, key: &'static str) -> Result<Option<u64>, Config
     u64::try_from(found.value).map(Some).map_err(|_| found.fault("a price cannot be negative", PRICE_FIX))
 }
 
-fn limits(section: &Section<'_>, warnings: &mut Vec<String>) -> Result<Limits, ConfigError> {
+fn limits(section: &Section<'_>, warnings: &mut Vec<ConfigError>) -> Result<Limits, ConfigError> {
     let drain_seconds = within(section, "drain_seconds", DRAIN_SECONDS_RANGE)?.unwrap_or(DRAIN_SECONDS_DEFAULT);
     const TOKENS_FIX: &str = "write a whole number, or leave it out for no limit";
     let tokens = section.integer("max_tokens_per_minute", TOKENS_FIX)?;
     if let Some(none) = tokens.as_ref().filter(|found| found.value == 0) {
-        warnings.push(none.fault("every job will be refused", TOKENS_FIX).to_string());
+        warnings.push(none.fault("every job will be refused", TOKENS_FIX));
     }
     let non_negative = |found: Found<'_, i64>| {
         u64::try_from(found.value).map_err(|_| found.fault("it cannot be negative", TOKENS_FIX))
@@ -232,12 +232,12 @@ fn log_file(section: &Section<'_>, key_path: &Path) -> Result<Option<PathBuf>, C
 }
 
 /// 0.3.5 takes any text here (filters such as `info,hyper=warn`), so a level that we do not know is no error.
-fn log_level(section: &Section<'_>, warnings: &mut Vec<String>) -> Result<Option<LevelFilter>, ConfigError> {
+fn log_level(section: &Section<'_>, warnings: &mut Vec<ConfigError>) -> Result<Option<LevelFilter>, ConfigError> {
     const FIX: &str = "use one of: off, error, warn, info, debug, trace";
     let Some(level) = section.string("log_level", FIX)? else { return Ok(None) };
     let known = level.value.split(',').find_map(parse_level);
     if known.is_none() {
-        warnings.push(level.fault("unknown level, so `info` it is", FIX).to_string());
+        warnings.push(level.fault("unknown level, so `info` it is", FIX));
     }
     Ok(known)
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 const QUOTED_MAX: usize = 80;
 
 /// One fault: the file and the line, the key and its value, what is wrong with it, and the fix.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 #[error("{text}")]
 pub struct ConfigError {
     text: String,

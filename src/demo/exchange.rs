@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
 
-use crate::http_date;
+use crate::date;
 
 /// The largest request body taken. Requests carry pictures; the agent itself takes messages of this size.
 pub(super) const BODY_BYTES_MAX: u64 = 64 * 1024 * 1024;
@@ -232,7 +232,7 @@ impl Exchange<'_> {
         // An unread body stands between us and the next request.
         self.head.close |= !matches!(self.body_left, Body::Read);
         let connection = if self.head.close { "close" } else { "keep-alive" };
-        let (reason, date) = (reason(status), http_date::format(SystemTime::now()));
+        let (reason, date) = (reason(status), date::http(SystemTime::now()));
         format!(
             "HTTP/1.1 {status} {reason}\r\nContent-Type: {content}\r\nDate: {date}\r\nConnection: {connection}\r\n\r\n"
         )

@@ -15,7 +15,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
 use super::exchange::{self, Exchange};
-use crate::http_date;
+use crate::date;
 use crate::threads::spawn;
 
 /// Connections served at a time; each costs a thread. One more is answered 503.
@@ -117,7 +117,7 @@ fn start_connection(mut tcp: TcpStream, shared: &Arc<Shared>, handle: &Handler) 
     open.threads.retain(|thread| !thread.is_finished());
     if open.connections.len() >= CONNECTIONS_MAX {
         drop(open);
-        let date = http_date::format(SystemTime::now());
+        let date = date::http(SystemTime::now());
         let head = format!(
             "HTTP/1.1 503 Service Unavailable\r\nDate: {date}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
         );

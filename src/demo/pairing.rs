@@ -15,7 +15,7 @@ use serde_json::Value;
 use super::DEMO_PRICE_PER_1M;
 use super::exchange::{Exchange, percent_decoded, refusal};
 use super::link::provider_id;
-use crate::heartbeat::rfc3339;
+use crate::date::rfc3339;
 
 /// How long a code is good.
 const LIFETIME: Duration = Duration::from_secs(600);
@@ -82,7 +82,7 @@ impl Pairings {
             return (429, refusal("too many pairings are open; try again in a few minutes"));
         }
         // None of these needs an escape.
-        let expires_at = rfc3339(SystemTime::now() + LIFETIME).unwrap_or_default();
+        let expires_at = rfc3339(SystemTime::now() + LIFETIME);
         let given = format!(r#"{{"pair_code":"{code}","poll_token":"{poll_token}","expires_at":"{expires_at}"}}"#);
         open.push(Pairing { code, poll_token, key, issued_at: Instant::now(), host_token: None });
         (200, given)

@@ -1,5 +1,6 @@
 //! Each backend: its key, its health, what it lists and what of that is offered, the windows it runs, what is not loaded.
 
+use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -21,7 +22,7 @@ const COMPARED_MAX: usize = 80;
 pub struct Patient<'a> {
     config: &'a BackendConfig,
     server: Arc<HttpBackend>,
-    examined: Arc<Mutex<Option<Examination>>>,
+    examined: Arc<Mutex<Option<BackendResult<Examination>>>>,
     asking: Option<JoinHandle<()>>,
 }
 
@@ -39,41 +40,48 @@ impl<'a> Patient<'a> {
 
     /// Tells what was found; with `inference` tries a job too. Returns how many models it has to offer.
     pub fn tell(mut self, report: &mut Report<'_>, terms: &Terms, inference: bool) -> usize {
-        report.heading(&format_args!("backend {}", self.server.id()));
+        report.heading(format_args!("backend {}", self.server.id()));
         report.pending("health");
         // Without a thread there is nothing, and so it is when it panicked.
         let asked = self.asking.take().is_some_and(|asking| asking.join().is_ok());
         let examination = if asked { self.examined.lock().ok().and_then(|mut e| e.take()) } else { None };
         let Some(examination) = examination else {
-            report.fail("health", &"not asked: the box has no thread left for it", &"ulimit -u; free -m");
+            report.fail(
+                "health",
+                format_args!("not asked: the box has no thread left for it"),
+                format_args!("ulimit -u; free -m"),
+            );
             return 0;
         };
         let key = self.key(report);
-        match (&examination.health, &examination.models) {
-            (Err(e), _) => self.failed(report, "health", e),
-            (Ok(took), _) => report.pass("health", &format_args!("answered within {} ms", took.as_millis())),
-        }
-        let offered = match (examination.health, examination.models) {
-            (Err(_), _) => {
-                report.skip("models", &"rests on health");
-                Vec::new()
+        let (offered, unloaded) = match examination {
+            Err(e) => {
+                self.failed(report, "health", &e);
+                report.skip("models", format_args!("rests on health"));
+                (Vec::new(), Vec::new())
             }
-            (Ok(_), Err(e)) => {
-                self.failed(report, "models", &e);
-                Vec::new()
+            Ok(Examination { took, models, unloaded }) => {
+                report.pass("health", format_args!("answered within {} ms", took.as_millis()));
+                let offered = match models {
+                    Err(e) => {
+                        self.failed(report, "models", &e);
+                        Vec::new()
+                    }
+                    Ok(listed) => self.models(report, terms, listed, &unloaded),
+                };
+                (offered, unloaded)
             }
-            (Ok(_), Ok(listed)) => self.models(report, terms, listed, &examination.unloaded),
         };
         // Without its key no job succeeds, and nothing is offered.
         let offered = if key.is_ok() { offered } else { Vec::new() };
         if offered.is_empty() {
-            report.skip("completion", &"there is no model to try it with");
+            report.skip("completion", format_args!("there is no model to try it with"));
         } else if self.config.kind.is_hosted() {
-            report.skip("completion", &"not tried: on a hosted backend it costs money");
+            report.skip("completion", format_args!("not tried: on a hosted backend it costs money"));
         } else if !inference {
-            report.skip("completion", &"not tried: --no-inference");
+            report.skip("completion", format_args!("not tried: --no-inference"));
         } else {
-            trial::run(report, &*self.server, trial::pick(&offered, &examination.unloaded), self.config.kind);
+            trial::run(report, &*self.server, trial::pick(&offered, &unloaded), self.config.kind);
         }
         offered.len()
     }
@@ -81,19 +89,19 @@ impl<'a> Patient<'a> {
     fn key(&self, report: &mut Report<'_>) -> BackendResult<()> {
         let ready = self.server.ready();
         match (&ready, &self.config.api_key_env) {
-            (Ok(()), Some(variable)) => report.pass("key", &format_args!("`{variable}` holds one")),
+            (Ok(()), Some(variable)) => report.pass("key", format_args!("`{variable}` holds one")),
             (Ok(()), None) => {}
             (Err(e), variable) => {
                 let name = variable.as_deref().unwrap_or("NAME");
                 let fix = format_args!("export {name}=… here, and in what starts the agent: the crontab, the unit");
-                report.fail("key", e, &fix);
+                report.fail("key", format_args!("{e}"), fix);
             }
         }
         ready
     }
 
     fn failed(&self, report: &mut Report<'_>, check: &str, e: &BackendError) {
-        report.fail(check, e, &fix_of(e, self.config.kind));
+        report.fail(check, format_args!("{e}"), format_args!("{}", fix_of(e, self.config.kind)));
     }
 
     /// What is listed and what of it is offered.
@@ -113,41 +121,55 @@ impl<'a> Patient<'a> {
         };
         let listed_ids: Vec<String> = listed.iter().map(|model| model.model_id.clone()).collect();
         let offered = offer.resolve(listed, terms).models;
-        let is_offered = |id: &str| offered.iter().any(|model| model.model_id == id);
-        let is_allowed = |id: &str| allowed.is_none_or(|only| only.iter().any(|allowed| allowed == id));
-        let pick = |from: &'_ [String], is_wanted: &dyn Fn(&str) -> bool| {
-            let wanted: Vec<&str> = from.iter().map(String::as_str).filter(|id| is_wanted(id)).collect();
-            (!wanted.is_empty()).then(|| names(&wanted))
-        };
+        let is_offered = |id: &String| offered.iter().any(|model| model.model_id == *id);
+        let is_allowed = |id: &String| allowed.is_none_or(|only| only.contains(id));
         for wanted in allowed.unwrap_or_default() {
             if !listed_ids.contains(wanted) && !unloaded.contains(wanted) {
                 unknown(report, wanted, &listed_ids, unloaded);
             }
         }
-        // A listed model that is allowed and not offered has no price.
-        if let Some(free) = pick(&listed_ids, &|id| is_allowed(id) && !is_offered(id)) {
-            let fix = "give each a price above 0 in [pricing.models]";
-            report.warn("prices", &format_args!("a price of 0, and so not offered: {free}"), &fix);
+        let [mut free, mut ids, mut windows, mut waiting, mut left_out] = [const { Names::new() }; 5];
+        for id in &listed_ids {
+            // A listed model that is allowed and not offered has no price.
+            if is_allowed(id) && !is_offered(id) {
+                free.add(id);
+            }
+        }
+        for model in &offered {
+            ids.add(&model.model_id);
+            windows.add(&window(model));
+        }
+        for id in unloaded {
+            if is_offered(id) {
+                waiting.add(id);
+            } else if kind == Kind::LlamaCpp && is_allowed(id) {
+                // LM Studio and Ollama list what they have not loaded, so that it is offered.
+                left_out.add(id);
+            }
+        }
+        if free.count > 0 {
+            let fix = format_args!("give each a price above 0 in [pricing.models]");
+            report.warn("prices", format_args!("a price of 0, and so not offered: {free}"), fix);
         }
         let count = listed_ids.len();
-        if !offered.is_empty() {
-            let ids: Vec<&str> = offered.iter().map(|model| model.model_id.as_str()).collect();
-            report.pass("models", &format_args!("lists {count}, {} to offer: {}", offered.len(), names(&ids)));
-            let windows: Vec<String> = offered.iter().map(window).collect();
-            report.pass("window", &names(&windows.iter().map(String::as_str).collect::<Vec<_>>()));
-        } else if count == 0 {
-            report.fail("models", &"it lists no model", &no_model_fix(kind));
+        if ids.count > 0 {
+            report.pass("models", format_args!("lists {count}, {} to offer: {ids}", ids.count));
+            report.pass("window", format_args!("{windows}"));
         } else {
-            let fix = "leave out `models` of this backend to offer all that it lists, each at a price above 0";
-            report.fail("models", &format_args!("lists {count}, none of them to offer"), &fix);
+            let fix = if count == 0 {
+                no_model_fix(kind)
+            } else {
+                "leave out `models` of this backend to offer all that it lists, each at a price above 0"
+            };
+            report.fail("models", format_args!("lists {count} model(s), none of them to offer"), format_args!("{fix}"));
         }
-        if let Some(waiting) = pick(unloaded, &is_offered) {
-            let what = format_args!("not loaded, so that its first job waits and may time out: {waiting}");
-            report.warn("loaded", &what, &load_fix(kind));
-        }
-        // LM Studio and Ollama list what they have not loaded, so that it is offered.
-        if let Some(left_out) = pick(unloaded, &|id| kind == Kind::LlamaCpp && is_allowed(id) && !is_offered(id)) {
-            report.warn("loaded", &format_args!("not loaded, and so not offered: {left_out}"), &load_fix(kind));
+        let fix = load_fix(kind);
+        for (names, outcome) in
+            [(waiting, "that its first job waits and may time out"), (left_out, "it is not offered")]
+        {
+            if names.count > 0 {
+                report.warn("loaded", format_args!("not loaded, so {outcome}: {names}"), format_args!("{fix}"));
+            }
         }
         offered
     }
@@ -162,27 +184,43 @@ fn window(model: &ResolvedModel) -> String {
 
 /// What the configuration allows and the server does not have.
 fn unknown(report: &mut Report<'_>, wanted: &str, listed: &[String], unloaded: &[String]) {
-    let what = format_args!("model unknown: the server does not list `{wanted}`");
-    match nearest(wanted, listed.iter().chain(unloaded)) {
-        Some(nearest) => {
-            let fix = format_args!("did you mean \"{nearest}\"? Correct `models` of this backend");
-            report.fail("models", &what, &fix);
-        }
+    let fix = match nearest(wanted, [listed, unloaded]) {
+        Some(nearest) => format!("did you mean \"{nearest}\"? Correct `models` of this backend"),
         None => {
-            let ids: Vec<&str> = listed.iter().map(String::as_str).collect();
-            let fix = format_args!("take it out of `models`, or have the server load it; it lists: {}", names(&ids));
-            report.fail("models", &what, &fix);
+            let mut ids = Names::new();
+            listed.iter().for_each(|id| ids.add(id));
+            format!("take it out of `models`, or have the server load it; it lists: {ids}")
         }
-    }
+    };
+    let what = format_args!("model unknown: the server does not list `{wanted}`");
+    report.fail("models", what, format_args!("{fix}"));
 }
 
 /// The first few, and how many more there are.
-fn names(all: &[&str]) -> String {
-    let mut listed = all[..all.len().min(NAMES_MAX)].join(", ");
-    if all.len() > NAMES_MAX {
-        listed.push_str(&format!(", and {} more", all.len() - NAMES_MAX));
+struct Names {
+    text: String,
+    count: usize,
+}
+
+impl Names {
+    const fn new() -> Names {
+        Names { text: String::new(), count: 0 }
     }
-    listed
+
+    fn add(&mut self, name: &str) {
+        if self.count < NAMES_MAX {
+            self.text.push_str(if self.count > 0 { ", " } else { "" });
+            self.text.push_str(name);
+        }
+        self.count += 1;
+    }
+}
+
+impl fmt::Display for Names {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)?;
+        if self.count > NAMES_MAX { write!(f, ", and {} more", self.count - NAMES_MAX) } else { Ok(()) }
+    }
 }
 
 /// What mends it, by cause.
@@ -243,9 +281,15 @@ fn no_model_fix(kind: Kind) -> &'static str {
 }
 
 /// The name that it may have been meant to be.
-fn nearest<'a>(wanted: &str, listed: impl Iterator<Item = &'a String>) -> Option<&'a String> {
-    let (distance, nearest) = listed.map(|id| (distance(wanted, id), id)).min_by_key(|(distance, _)| *distance)?;
-    (distance <= wanted.len().max(nearest.len()) / ALIKE).then_some(nearest)
+fn nearest<'a>(wanted: &str, lists: [&'a [String]; 2]) -> Option<&'a str> {
+    let mut nearest: Option<(usize, &str)> = None;
+    for id in lists.into_iter().flatten() {
+        let distance = distance(wanted, id);
+        if distance <= wanted.len().max(id.len()) / ALIKE && nearest.is_none_or(|(least, _)| distance < least) {
+            nearest = Some((distance, id));
+        }
+    }
+    nearest.map(|(_, id)| id)
 }
 
 /// Bytes to change, add or take away, upper case being no change; one that begins with the other is meant by it.
@@ -282,9 +326,9 @@ mod tests {
             ("gpt-oss-120b", None),
             ("", None),
         ] {
-            assert_eq!(nearest(wanted, listed.iter()).map(String::as_str), expected, "{wanted}");
+            assert_eq!(nearest(wanted, [&listed, &[]]), expected, "{wanted}");
         }
-        assert_eq!(nearest("x", [].iter()), None);
+        assert_eq!(nearest("x", [&[], &[]]), None);
         assert_eq!((distance("kitten", "sitting"), distance("", "abc"), distance("a", "A")), (3, 3, 0));
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Nothing is decided here; whether a certificate is believed is rustls' affair. Whatever the bytes are, every read is within them.
 
-use super::clock::{moment, number};
+use crate::date::{moment, number};
 
 const SEQUENCE: u8 = 0x30;
 const SET: u8 = 0x31;
@@ -76,8 +76,7 @@ fn time(fields: &mut Der<'_>) -> Option<i64> {
         (GENERALIZED_TIME, 14) => (number(digits, 0..4)?, 4),
         _ => return None,
     };
-    let pair = |n: usize| number(digits, rest + 2 * n..rest + 2 * n + 2).and_then(|n| u8::try_from(n).ok());
-    moment(i32::from(year), pair(0)?, pair(1)?, [pair(2)?, pair(3)?, pair(4)?])
+    moment(year, [0, 2, 4, 6, 8].map(|at| number(digits, rest + at..rest + at + 2)))
 }
 
 /// What is left of a run of tagged values.
@@ -124,8 +123,8 @@ mod tests {
         params.self_signed(&KeyPair::generate().expect("a key")).expect("a certificate").der().to_vec()
     }
 
-    fn midnight(year: i32, month: u8, day: u8) -> i64 {
-        moment(year, month, day, [0, 0, 0]).expect("a date")
+    fn midnight(year: i64, month: i64, day: i64) -> i64 {
+        moment(year, [month, day, 0, 0, 0].map(Some)).expect("a date")
     }
 
     #[test]

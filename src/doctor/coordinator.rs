@@ -2,10 +2,10 @@
 //!
 //! Invariant: the challenge is not answered, so that the session of an agent that runs is not displaced.
 
-use std::fmt::Display;
+use std::fmt;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustls::{CertificateError, ProtocolVersion};
 use tungstenite::http::HeaderMap;
@@ -14,13 +14,16 @@ use super::report::Report;
 use super::{certificate, clock};
 use crate::backend::proxy_from_env;
 use crate::config::CoordinatorConfig;
+use crate::date;
 use crate::session;
-use crate::transport::{CONNECT_TIMEOUT, DialError, Dialer, Steps};
+use crate::transport::{DialError, Dialer, Steps};
 
 /// For another look: at the certificate that was refused, or for a date where the answer to the upgrade has none.
 const LOOK_TIME: Duration = Duration::from_secs(3);
 /// A certificate that is not renewed so long before its end may not be renewed at all.
 const EXPIRY_DAYS_MIN: i64 = 14;
+
+const SWALLOWED: &str = "something swallows the packets: let the firewall allow outgoing TCP to that port";
 
 /// In the order in which a dial takes them.
 const LAYERS: [&str; 6] = ["dns", "tcp", "proxy", "tls", "websocket", "challenge"];
@@ -38,13 +41,14 @@ pub fn examine(report: &mut Report<'_>, config: &CoordinatorConfig) {
     way.report.pending(LAYERS[DNS]);
     match dialer.dial_by_steps(&mut way) {
         Ok(mut half) => {
-            way.pass(&format_args!("upgraded after {} ms", way.since.elapsed().as_millis()));
+            way.pass(format_args!("upgraded after {} ms", way.since.elapsed().as_millis()));
             match session::challenge(&mut half) {
-                Ok(_) => way.pass(&"received; not answered, for that could displace the agent that runs"),
+                Ok(_) => way.pass(format_args!("received; not answered, for that could displace the agent that runs")),
                 Err(e) => {
-                    let fix =
-                        "is `[coordinator] url` that of a Use Pod coordinator? If it is, it is not well: try later";
-                    way.fail(&e, &fix);
+                    let fix = format_args!(
+                        "is `[coordinator] url` that of a Use Pod coordinator? If it is, it is not well: try later"
+                    );
+                    way.fail(format_args!("{e}"), fix);
                 }
             }
             half.close();
@@ -54,9 +58,10 @@ pub fn examine(report: &mut Report<'_>, config: &CoordinatorConfig) {
     let date = way.date.or_else(|| if way.layer > WEBSOCKET { ask_date(&dialer) } else { None });
     match date {
         Some((theirs, ours)) => clock::compare(report, theirs, ours),
-        None => {
-            report.skip("clock", &format_args!("the coordinator told no date; this box says {}", clock::now_shown()))
-        }
+        None => report.skip(
+            "clock",
+            format_args!("the coordinator told no date; this box says {}", date::rfc3339(SystemTime::now())),
+        ),
     }
 }
 
@@ -65,7 +70,7 @@ fn ask_date(dialer: &Dialer) -> Option<(i64, i64)> {
     let head = dialer.head(LOOK_TIME).ok()?;
     let fields = head.lines().filter_map(|line| line.split_once(':'));
     let date = fields.into_iter().find(|(name, _)| name.eq_ignore_ascii_case("date"))?.1;
-    Some((clock::parse_http_date(date)?, clock::now()))
+    Some((date::parse_http(date)?, date::now()))
 }
 
 /// The dial under way.
@@ -84,50 +89,54 @@ impl Steps for Way<'_, '_> {
         let mut listed: Vec<String> = addresses.iter().map(|address| address.ip().to_string()).collect();
         listed.dedup();
         let whose = if self.dialer.uses_proxy() { " (the proxy of HTTPS_PROXY)" } else { "" };
-        self.pass(&format_args!("`{}`{whose}: {}", self.dialer.peer().0, listed.join(", ")));
+        self.pass(format_args!("`{}`{whose}: {}", self.dialer.peer().0, listed.join(", ")));
     }
 
     fn connected(&mut self, address: SocketAddr) {
-        self.pass(&format_args!("{address} accepted after {} ms", self.since.elapsed().as_millis()));
+        self.pass(format_args!("{address} accepted after {} ms", self.since.elapsed().as_millis()));
         if !self.dialer.uses_proxy() {
             self.reach_coordinator();
         }
     }
 
     fn tunnelled(&mut self) {
-        self.pass(&format_args!("it reached the coordinator after {} ms", self.since.elapsed().as_millis()));
+        self.pass(format_args!("it reached the coordinator after {} ms", self.since.elapsed().as_millis()));
         self.reach_coordinator();
     }
 
     fn secured(&mut self, version: Option<ProtocolVersion>, certificate: &[u8]) {
         let version = if version == Some(ProtocolVersion::TLSv1_2) { "TLS 1.2" } else { "TLS 1.3" };
-        let Some(certificate) = certificate::parse(certificate) else { return self.pass(&version) };
-        let days = certificate.not_after.saturating_sub(clock::now()) / 86400;
-        let (issuer, until) = (issuer(&certificate), clock::day_of(certificate.not_after));
+        let Some(certificate) = certificate::parse(certificate) else { return self.pass(format_args!("{version}")) };
+        let days = certificate.not_after.saturating_sub(date::now()) / 86400;
+        let (issuer, until) = (issuer(&certificate), date::day(certificate.not_after));
         let what = format_args!("{version}, issuer {issuer}, expires in {days} day(s), on {until}");
         if days < EXPIRY_DAYS_MIN {
-            self.report.warn(LAYERS[TLS], &what, &"whoever runs the coordinator must renew its certificate: tell them");
+            self.report.warn(
+                LAYERS[TLS],
+                what,
+                format_args!("whoever runs the coordinator must renew its certificate: tell them"),
+            );
             self.reach(WEBSOCKET);
         } else {
-            self.pass(&what);
+            self.pass(what);
         }
     }
 
     fn answered(&mut self, headers: &HeaderMap) {
-        let date = headers.get("date").and_then(|date| date.to_str().ok()).and_then(clock::parse_http_date);
-        self.date = date.map(|theirs| (theirs, clock::now()));
+        let date = headers.get("date").and_then(|date| date.to_str().ok()).and_then(date::parse_http);
+        self.date = date.map(|theirs| (theirs, date::now()));
     }
 }
 
 impl Way<'_, '_> {
-    fn pass(&mut self, what: &dyn Display) {
+    fn pass(&mut self, what: fmt::Arguments<'_>) {
         self.report.pass(LAYERS[self.layer], what);
         self.reach(self.layer + 1);
     }
 
     fn reach_coordinator(&mut self) {
         if !self.secure {
-            self.report.skip(LAYERS[TLS], &"ws:// is not encrypted");
+            self.report.skip(LAYERS[TLS], format_args!("ws:// is not encrypted"));
         }
         self.reach(if self.secure { TLS } else { WEBSOCKET });
     }
@@ -141,7 +150,7 @@ impl Way<'_, '_> {
         }
     }
 
-    fn fail(&mut self, what: &dyn Display, fix: &dyn Display) {
+    fn fail(&mut self, what: fmt::Arguments<'_>, fix: fmt::Arguments<'_>) {
         self.report.fail(LAYERS[self.layer], what, fix);
     }
 
@@ -155,101 +164,68 @@ impl Way<'_, '_> {
                 _ => true,
             };
             if is_on_the_way {
-                self.report.skip(name, &format_args!("rests on {}", LAYERS[self.layer]));
+                self.report.skip(name, format_args!("rests on {}", LAYERS[self.layer]));
             }
         }
     }
 
     fn explain(&mut self, e: &DialError) {
-        let (host, port) = self.dialer.peer();
+        let fix = match e {
+            DialError::Tls { fault: Some(fault), .. } => return self.explain_certificate(e, fault),
+            DialError::Resolve { .. } => {
+                "is the name right? If so: getent hosts NAME, and the servers in /etc/resolv.conf"
+            }
+            DialError::Connect { error, .. } => match error.kind() {
+                ErrorKind::ConnectionRefused => "nothing listens there: check host and port",
+                ErrorKind::TimedOut | ErrorKind::WouldBlock => SWALLOWED,
+                _ => "is this box online? ip route; ping -c 1 1.1.1.1",
+            },
+            DialError::Proxy(_) => "check the proxy, and what it allows; or name the coordinator's host in NO_PROXY",
+            DialError::Tls { .. } => {
+                "something that speaks no TLS, or none of ours, answers there: check host and port"
+            }
+            DialError::Upgrade(_) => {
+                "a 5xx is the coordinator's own trouble: wait; else check the path, usually /provider/connect"
+            }
+            DialError::TimedOut => match self.layer {
+                DNS => "the name server does not answer: check /etc/resolv.conf",
+                TCP => SWALLOWED,
+                _ => "it accepts and says nothing: check host and port; if they are right, try later",
+            },
+            DialError::System(_) | DialError::Stopping => "the box is short of something: ulimit -a; free -m",
+        };
         let key = if self.dialer.uses_proxy() { "HTTPS_PROXY" } else { "`[coordinator] url`" };
-        let firewall =
-            format_args!("something swallows the packets: let the firewall allow outgoing TCP to port {port}");
-        match e {
-            DialError::Resolve { error, .. } => self.fail(
-                &format_args!("`{host}` has no address: {error}"),
-                &format_args!("is the name in {key} right? If so: getent hosts {host}, and the servers in /etc/resolv.conf"),
-            ),
-            DialError::Connect { error, .. } => {
-                let what = format_args!("`{host}:{port}`: {error}");
-                match error.kind() {
-                    ErrorKind::ConnectionRefused => {
-                        self.fail(&what, &format_args!("nothing listens there: check host and port in {key}"));
-                    }
-                    ErrorKind::TimedOut | ErrorKind::WouldBlock => self.fail(&what, &firewall),
-                    _ => self.fail(&what, &"is this box online? ip route; ping -c 1 1.1.1.1"),
-                }
-            }
-            DialError::Proxy(why) => self.fail(
-                &format_args!("the proxy `{host}:{port}` of HTTPS_PROXY refused to connect: {}", why),
-                &"check HTTPS_PROXY, and what it allows; or name the coordinator's host in NO_PROXY",
-            ),
-            DialError::Tls { why, fault: None } => self.fail(
-                why,
-                &"something that speaks no TLS, or none of ours, answers there: check host and port in `[coordinator] url`",
-            ),
-            DialError::Tls { why, fault: Some(fault) } => self.explain_certificate(why, fault),
-            DialError::Upgrade(why) => self.fail(
-                why,
-                &"a 5xx is the coordinator's own trouble: wait; else check the path of `[coordinator] url`, usually \
-                  /provider/connect",
-            ),
-            DialError::TimedOut => {
-                let what = format_args!("no answer within {} s of the dial", CONNECT_TIMEOUT.as_secs());
-                match self.layer {
-                    DNS => self.fail(&what, &"the name server does not answer: check /etc/resolv.conf"),
-                    TCP => self.fail(&what, &firewall),
-                    _ => self.fail(
-                        &what,
-                        &format_args!("`{host}:{port}` accepts and says nothing: check {key}; if it is right, try later"),
-                    ),
-                }
-            }
-            DialError::System(_) | DialError::Stopping => {
-                self.fail(e, &"the box is short of something: ulimit -a; free -m");
-            }
-        }
+        self.fail(format_args!("{e}"), format_args!("{fix}; the address is that of {key}"));
     }
 
-    fn explain_certificate(&mut self, why: &str, fault: &CertificateError) {
-        const SOMEBODY_ELSE: &str =
-            "something between here and there answers in the coordinator's place: a filter, a portal, a proxy";
-        let host = self.dialer.host();
+    fn explain_certificate(&mut self, e: &DialError, fault: &CertificateError) {
         let certificate = self.dialer.presented(LOOK_TIME).and_then(|der| certificate::parse(&der));
-        let (issuer, from, until) = match &certificate {
-            Some(c) => (issuer(c), clock::day_of(c.not_before), clock::day_of(c.not_after)),
-            None => ("unknown".to_owned(), "later".to_owned(), "an earlier day".to_owned()),
+        let shown = certificate.map_or_else(String::new, |c| {
+            format!("; issuer {}, holds from {} to {}", issuer(&c), date::day(c.not_before), date::day(c.not_after))
+        });
+        let (what, fix) = match fault {
+            CertificateError::Expired
+            | CertificateError::ExpiredContext { .. }
+            | CertificateError::NotValidYet
+            | CertificateError::NotValidYetContext { .. } => (
+                "it does not hold today",
+                "if this box's date is right, whoever runs the coordinator must renew its certificate; if not: timedatectl \
+                 set-ntp true",
+            ),
+            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
+                ("it is for another name", "check the host in `[coordinator] url`")
+            }
+            CertificateError::UnknownIssuer => (
+                "it is of an unknown authority",
+                "if that authority is yours: [coordinator] ca_file = \"/path/to/its.pem\"",
+            ),
+            _ => ("it is no good", "whoever runs the coordinator must mend it"),
         };
-        let today = clock::now_shown();
-        let clock_first = format_args!(
-            "if this box's date is wrong, that is the reason: {}; if it is right, whoever runs the coordinator must renew its \
-             certificate",
-            clock::FIX
+        let today = date::day(date::now());
+        self.fail(
+            format_args!("the certificate for `{}`: {what} ({today}){shown}; {e}", self.dialer.host()),
+            format_args!("{fix}; or something between here and there answers in the coordinator's place"),
         );
-        match fault {
-            CertificateError::Expired | CertificateError::ExpiredContext { .. } => self.fail(
-                &format_args!("the certificate (issuer {issuer}) expired on {until}; this box says it is {today}"),
-                &clock_first,
-            ),
-            CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => self.fail(
-                &format_args!("the certificate (issuer {issuer}) holds from {from} on; this box says it is {today}"),
-                &clock_first,
-            ),
-            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => self.fail(
-                &format_args!("the certificate (issuer {issuer}) is for another name than `{host}`"),
-                &format_args!("check the host in `[coordinator] url`; if it is right, {SOMEBODY_ELSE}"),
-            ),
-            CertificateError::UnknownIssuer => self.fail(
-                &format_args!("the certificate is of an unknown authority (issuer {issuer})"),
-                &format_args!(
-                    "if that authority is yours: [coordinator] ca_file = \"/path/to/its.pem\"; if not, {SOMEBODY_ELSE}"
-                ),
-            ),
-            _ => self.fail(
-                &format_args!("{} (issuer {issuer})", why),
-                &format_args!("whoever runs the coordinator must mend its certificate, unless {SOMEBODY_ELSE}"),
-            ),
-        }
     }
 }
 

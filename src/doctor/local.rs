@@ -26,19 +26,22 @@ pub fn config(report: &mut Report<'_>, named: Option<&Path>, allow_insecure: boo
     let (config, path) = match read {
         Ok(read) => read,
         Err(e) => {
-            report.fail("config", &e.fault(), &e.fix());
+            report.fail("config", format_args!("{}", e.fault()), format_args!("{}", e.fix()));
             return None;
         }
     };
     if config.backends.is_empty() {
         let what = format_args!("`{}` has no [[backends]]: there is nothing to offer", path.display());
-        report.fail("config", &what, &"add one for your server: usepod-agent setup, or the example in the README");
+        report.fail(
+            "config",
+            what,
+            format_args!("add one for your server: usepod-agent setup, or the example in the README"),
+        );
     } else {
-        report.pass("config", &format_args!("`{}`, {} backend(s)", path.display(), config.backends.len()));
+        report.pass("config", format_args!("`{}`, {} backend(s)", path.display(), config.backends.len()));
     }
     for warning in &config.warnings {
-        let (what, fix) = warning.rsplit_once("; ").unwrap_or((warning, "correct it"));
-        report.warn("config", &what, &fix);
+        report.warn("config", format_args!("{}", warning.fault()), format_args!("{}", warning.fix()));
     }
     Some(config)
 }
@@ -52,19 +55,19 @@ pub fn identity(report: &mut Report<'_>, config: &Config) {
             let what = format_args!("`{shown_path}` does not exist: it is made at the first start");
             report.warn(
                 "identity",
-                &what,
-                &"usepod-agent setup makes it and pairs it; a lost one comes from your backup",
+                what,
+                format_args!("usepod-agent setup makes it and pairs it; a lost one comes from your backup"),
             );
         }
         Err(e) => {
             let fix =
                 format_args!("let the user that the agent runs as own it and its folder: chown USER `{shown_path}`");
-            report.fail("identity", &format_args!("`{shown_path}` cannot be looked at: {e}"), &fix);
+            report.fail("identity", format_args!("`{shown_path}` cannot be looked at: {e}"), fix);
         }
         Ok(metadata) => {
             if let Some(mode) = open_to_others(&metadata) {
                 let what = format_args!("`{shown_path}` has mode {mode:04o}: others on this box can use your key");
-                report.fail("identity", &what, &format_args!("chmod 600 '{shown_path}'"));
+                report.fail("identity", what, format_args!("chmod 600 '{shown_path}'"));
             }
             enrolment(report, config, Identity::load(path), open_to_others(&metadata).is_none());
         }
@@ -77,26 +80,31 @@ fn enrolment(report: &mut Report<'_>, config: &Config, identity: Result<Identity
         Ok(identity) => identity,
         Err(IdentityError::Invalid { reason, .. }) => {
             let fix = "restore it from a backup, or move it away to start as a new agent";
-            report.fail("identity", &format_args!("`{path}` is refused: {reason}"), &fix);
+            report.fail("identity", format_args!("`{path}` is refused: {reason}"), format_args!("{fix}"));
             return;
         }
         Err(e) => {
-            report.fail("identity", &e, &format_args!("chown USER '{path}', the user that the agent runs as"));
+            report.fail(
+                "identity",
+                format_args!("{e}"),
+                format_args!("chown USER '{path}', the user that the agent runs as"),
+            );
             return;
         }
     };
     if is_private {
-        report.pass("identity", &format_args!("`{path}`, public key {}", identity.public_key_base64()));
+        report.pass("identity", format_args!("`{path}`, public key {}", identity.public_key_base64()));
     }
     match (identity.provider_id(), &config.coordinator.enrollment_code) {
-        (Some(id), _) => report.pass("enrolment", &format_args!("enrolled as {}", id)),
-        (None, Some(_)) => {
-            report.pass("enrolment", &"with the enrollment code of the configuration, at the first connection")
-        }
+        (Some(id), _) => report.pass("enrolment", format_args!("enrolled as {}", id)),
+        (None, Some(_)) => report
+            .pass("enrolment", format_args!("with the enrollment code of the configuration, at the first connection")),
         (None, None) => report.warn(
             "enrolment",
-            &"no provider id yet, and no enrollment code: only a coordinator that knows the public key lets it in",
-            &"usepod-agent setup, unless it is paired already: then the first connection brings the id",
+            format_args!(
+                "no provider id yet, and no enrollment code: only a coordinator that knows the public key lets it in"
+            ),
+            format_args!("usepod-agent setup, unless it is paired already: then the first connection brings the id"),
         ),
     }
 }
@@ -117,7 +125,7 @@ fn open_to_others(_: &fs::Metadata) -> Option<u32> {
 /// Who runs on this identity. Returns whether anybody does.
 pub fn lock(report: &mut Report<'_>, places: &Places) -> bool {
     let Some(holder) = Holder::running(places) else {
-        report.pass("lock", &"free: no agent runs on this identity");
+        report.pass("lock", format_args!("free: no agent runs on this identity"));
         return false;
     };
     let (pid, silence) = (holder.pid, holder.silence());
@@ -128,13 +136,13 @@ pub fn lock(report: &mut Report<'_>, places: &Places) -> bool {
         );
         report.fail(
             "lock",
-            &what,
-            &format_args!("kill -KILL {pid}; under cron it is replaced by itself within a minute"),
+            what,
+            format_args!("kill -KILL {pid}; under cron it is replaced by itself within a minute"),
         );
     } else {
         let what =
             format_args!("held by the agent that runs, pid {pid}; last sign of life {} s ago", silence.as_secs());
-        report.pass("lock", &what);
+        report.pass("lock", what);
     }
     true
 }
@@ -142,7 +150,11 @@ pub fn lock(report: &mut Report<'_>, places: &Places) -> bool {
 /// Whether the agent could write beside its identity.
 pub fn disk(report: &mut Report<'_>, config: &Config) {
     let Some(folder) = existing_folder(&config.key_path) else {
-        report.fail("disk", &"the identity has no folder", &"write an absolute path as [identity] key_path");
+        report.fail(
+            "disk",
+            format_args!("the identity has no folder"),
+            format_args!("write an absolute path as [identity] key_path"),
+        );
         return;
     };
     let place = folder.display();
@@ -152,16 +164,20 @@ pub fn disk(report: &mut Report<'_>, config: &Config) {
     #[allow(clippy::useless_conversion, clippy::unnecessary_cast)]
     let free = free.map(|disk| (disk.blocks_available() as u64).saturating_mul(disk.fragment_size() as u64));
     if read_only {
-        report.fail("disk", &format_args!("`{place}` is mounted read-only"), &READ_ONLY_FIX);
+        report.fail("disk", format_args!("`{place}` is mounted read-only"), format_args!("{READ_ONLY_FIX}"));
     } else if let Err(e) = write_probe(&folder) {
-        report.fail("disk", &format_args!("nothing can be written to `{place}`: {e}"), &write_fix(&e, &folder));
+        report.fail(
+            "disk",
+            format_args!("nothing can be written to `{place}`: {e}"),
+            format_args!("{}", write_fix(&e, &folder)),
+        );
     } else if let Some(free) = free.filter(|free| *free < FREE_BYTES_MIN) {
         let what = format_args!("{} MiB are free at `{place}`: too little for state and log", free >> 20);
-        report.fail("disk", &what, &FULL_FIX);
+        report.fail("disk", what, format_args!("{FULL_FIX}"));
     } else {
         // Unknown only where the system does not say.
         let free = free.unwrap_or(0) >> 20;
-        report.pass("disk", &format_args!("`{place}` is writable, {free} MiB free"));
+        report.pass("disk", format_args!("`{place}` is writable, {free} MiB free"));
     }
 }
 

@@ -39,10 +39,10 @@ pub struct Question<'a> {
 pub fn examine(question: &Question<'_>, out: &mut dyn Write, live: bool) -> bool {
     let _ = writeln!(out, "usepod-agent {AGENT_VERSION} doctor");
     let mut report = Report::new(out, live);
-    report.heading(&"this box");
+    report.heading(format_args!("this box"));
     let Some(config) = local::config(&mut report, question.config, question.allow_insecure) else {
-        report.skip("all else", &"rests on config");
-        return report.verdict(&"");
+        report.skip("all else", format_args!("rests on config"));
+        return report.verdict(format_args!(""));
     };
     // They answer, or do not, while the coordinator is examined.
     let patients: Vec<Patient<'_>> = config.backends.iter().map(Patient::admit).collect();
@@ -51,7 +51,7 @@ pub fn examine(question: &Question<'_>, out: &mut dyn Write, live: bool) -> bool
     let runs = local::lock(&mut report, &places);
     local::disk(&mut report, &config);
 
-    report.heading(&format_args!("coordinator {}", address_of(&config.coordinator)));
+    report.heading(format_args!("coordinator {}", address_of(&config.coordinator)));
     coordinator::examine(&mut report, &config.coordinator);
 
     let servers = patients.len();
@@ -61,9 +61,9 @@ pub fn examine(question: &Question<'_>, out: &mut dyn Write, live: bool) -> bool
         models += patient.tell(&mut report, &terms, question.inference);
     }
 
-    report.heading(&"from now on");
+    report.heading(format_args!("from now on"));
     supervisor::examine(&mut report, &places, runs);
-    report.verdict(&format_args!("{models} model(s) to offer, of {servers} backend(s)"))
+    report.verdict(format_args!("{models} model(s) to offer, of {servers} backend(s)"))
 }
 
 /// Without what may be a password.

@@ -18,7 +18,7 @@ const CANCELLED_TOKENS: u32 = 64;
 pub fn pick<'a>(offered: &'a [ResolvedModel], unloaded: &[String]) -> &'a str {
     let doubts = |model: &&ResolvedModel| {
         let id = &model.model_id;
-        (id.to_ascii_lowercase().contains("embed"), unloaded.contains(id))
+        2 * u8::from(id.to_ascii_lowercase().contains("embed")) + u8::from(unloaded.contains(id))
     };
     offered.iter().min_by_key(doubts).map_or("", |model| &model.model_id)
 }
@@ -31,26 +31,30 @@ pub fn run(report: &mut Report<'_>, backend: &dyn Backend, model: &str, kind: Ki
     match outcome {
         Ok(JobResult { duration_ms, .. }) => {
             let what = format_args!("{}: first byte after {first_ms} ms, the whole after {duration_ms} ms", model);
-            report.pass("completion", &what);
+            report.pass("completion", what);
         }
         Err(e) => {
             let fix = fix_of(&e, kind);
             if first_byte.is_none() && e == BackendError::DeadlinePassed {
                 let seconds = DEADLINE_DEFAULT_MS / 1000;
                 let what = format_args!("{model}: no byte within {seconds} s, the time that a job has");
-                report.fail("completion", &what, &fix);
+                report.fail("completion", what, format_args!("{fix}"));
             } else {
-                report.fail("completion", &format_args!("{model}: {e}"), &fix);
+                report.fail("completion", format_args!("{model}: {e}"), format_args!("{fix}"));
             }
-            report.skip("cancel", &"rests on completion");
+            report.skip("cancel", format_args!("rests on completion"));
             return;
         }
     }
     report.pending("cancel");
     match execute(backend, model, CANCELLED_TOKENS, true) {
         (Err(BackendError::Cancelled), _) => cancelled(report, backend, kind),
-        (Ok(_), _) => report.warn("cancel", &"the answer was over before it could be cancelled", &"try again"),
-        (Err(e), _) => report.fail("cancel", &e, &fix_of(&e, kind)),
+        (Ok(_), _) => report.warn(
+            "cancel",
+            format_args!("the answer was over before it could be cancelled"),
+            format_args!("try again"),
+        ),
+        (Err(e), _) => report.fail("cancel", format_args!("{e}"), format_args!("{}", fix_of(&e, kind))),
     }
 }
 
@@ -62,12 +66,12 @@ fn cancelled(report: &mut Report<'_>, backend: &dyn Backend, kind: Kind) {
             let took = began.elapsed().as_millis();
             report.pass(
                 "cancel",
-                &format_args!("hung up at the first byte; the server answered its probe {took} ms later"),
+                format_args!("hung up at the first byte; the server answered its probe {took} ms later"),
             );
         }
         Err(e) => {
             let what = format_args!("after a customer hung up the server is not well: {}", e);
-            report.fail("cancel", &what, &fix_of(&e, kind));
+            report.fail("cancel", what, format_args!("{}", fix_of(&e, kind)));
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The two requests of a pairing, and what the answers to them mean. Nothing that the server says is trusted with memory, or
 //! shown as it is.
 
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use serde_json::Value;
 use ureq::http::{Response, header};
@@ -10,7 +10,7 @@ use ureq::{Body, Error};
 use super::{Advertised, Issued, ModelTerms, Paired, Site};
 use crate::backend::{Client, read_bounded};
 use crate::cryptography::ExtraRoots;
-use crate::http_date;
+use crate::date;
 use crate::logging::shown;
 use crate::protocol::AGENT_VERSION;
 
@@ -66,7 +66,7 @@ impl Server {
         Ok(Issued {
             code: text("pair_code").ok_or_else(|| missing("pair_code"))?,
             poll_token: text("poll_token").ok_or_else(|| missing("poll_token"))?,
-            lifetime: lifetime(&answer["expires_at"], date.unwrap_or_else(unix_now)),
+            lifetime: lifetime(&answer["expires_at"], date.unwrap_or_else(date::now)),
         })
     }
 
@@ -136,7 +136,7 @@ fn exchange(client: &Client, url: &str, body: &[u8]) -> Result<Answer, Error> {
     }
     let response = answer?;
     let (status, location) = (response.status().as_u16(), text_of(&response, header::LOCATION));
-    let date = text_of(&response, header::DATE).and_then(|date| http_date::parse(&date));
+    let date = text_of(&response, header::DATE).and_then(|date| date::parse_http(&date));
     let (body, end) = read_bounded(response.into_body(), ANSWER_MAX + 1);
     if body.len() <= ANSWER_MAX {
         end?;
@@ -163,18 +163,13 @@ fn message_in(body: &[u8]) -> String {
 /// sense, be it for a clock that is wrong, it is the protocol's ten minutes.
 fn lifetime(expires_at: &Value, now: i64) -> Duration {
     let at = match expires_at {
-        Value::String(text) => http_date::parse_rfc3339(text).or_else(|| text.trim().parse().ok()),
+        Value::String(text) => date::parse_rfc3339(text).or_else(|| text.trim().parse().ok()),
         // Whatever is behind a point is less than a second.
         number => number.to_string().split('.').next().and_then(|seconds| seconds.parse().ok()),
     };
     let at = at.map(|at| if at > SECONDS_MAX { at / 1000 } else { at });
     let left = at.and_then(|at| u64::try_from(at.checked_sub(now)?).ok()).map(Duration::from_secs);
     left.filter(|left| !left.is_zero() && *left <= LIFETIME).unwrap_or(LIFETIME)
-}
-
-fn unix_now() -> i64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }
 
 fn paired(answer: &Value) -> Paired {

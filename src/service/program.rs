@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawnp};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -54,6 +55,8 @@ pub fn output(words: &[&str], input: &[u8]) -> io::Result<Output> {
     let (stdin, mut to_child) = pipe()?;
     let (mut stdout, out) = pipe()?;
     let (mut stderr, err) = pipe()?;
+    // What a pipe does not hold of its complaints is lost, so that neither waits for the other.
+    fcntl(&err, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
     let pid =
         spawn(words, &our_environment(), &[(stdin.as_raw_fd(), 0), (out.as_raw_fd(), 1), (err.as_raw_fd(), 2)], false)?;
     drop((stdin, out, err));
@@ -61,7 +64,6 @@ pub fn output(words: &[&str], input: &[u8]) -> io::Result<Output> {
     let _ = to_child.write_all(input);
     drop::<PipeWriter>(to_child);
     let (mut written, mut said) = (Vec::new(), Vec::new());
-    // Complaints are shorter than what a pipe holds, so that nobody waits for the other here.
     stdout.read_to_end(&mut written)?;
     stderr.read_to_end(&mut said)?;
     Ok(Output { failure: failure_of(waitpid(pid, None)), stdout: written, stderr: said })
@@ -126,5 +128,18 @@ fn failure_of(status: Result<WaitStatus, Errno>) -> Option<String> {
         Ok(WaitStatus::Exited(_, code)) => Some(format!("exit code {code}")),
         Ok(WaitStatus::Signaled(_, signal, _)) => Some(signal.as_str().to_owned()),
         _ => Some("its end was missed".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_complains_at_length_comes_to_an_end() {
+        let output =
+            output(&["sh", "-c", "cat; head -c 300000 /dev/zero >&2; echo out; exit 3"], b"in ").expect("a shell");
+        assert_eq!((&output.stdout[..], output.failure.as_deref()), (&b"in out\n"[..], Some("exit code 3")));
+        assert!(output.stderr.len() < 300_000);
     }
 }

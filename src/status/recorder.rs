@@ -6,9 +6,10 @@ use std::time::SystemTime;
 use serde_json::{Map, Value};
 
 use super::{Board, Connection, Tally, object};
+use crate::date::rfc3339;
 use crate::discovery::{Offers, Probed, ResolvedModel};
 use crate::files;
-use crate::heartbeat::{Statistics, rfc3339};
+use crate::heartbeat::Statistics;
 use crate::instance::{InstanceLock, Places};
 use crate::protocol::AGENT_VERSION;
 use crate::token_limit::TokenLimit;
@@ -163,7 +164,7 @@ fn of_backend(backend: &Probed) -> Value {
         ("id", backend.id().into()),
         ("kind", backend.offered().backend.kind().into()),
         ("offered", backend.is_offered().into()),
-        ("since", backend.since().and_then(rfc3339).into()),
+        ("since", backend.since().map(rfc3339).into()),
         ("models", backend.models().into()),
         ("error", backend.away().into()),
         ("last_error", last_error.into()),

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::object;
 
-use crate::heartbeat::rfc3339;
+use crate::date::rfc3339;
 use crate::protocol::ErrorCode;
 
 /// The sums.

@@ -108,7 +108,7 @@ fn setup(coordinator_url: &str) -> Setup {
     let setup = Setup::new(coordinator_url);
     let bin = setup.scratch.join("bin");
     let crontab =
-        "#!/bin/sh\n[ \"$1\" = -l ] && echo '# >>> usepod-agent' && echo '* * * * * x' && echo '# <<< usepod-agent'\n";
+        "#!/bin/sh\ncat <<'.'\n# >>> usepod-agent\n* * * * * exec 'x' run --cron --config 'y'\n# <<< usepod-agent\n.\n";
     set_mode(setup.scratch.write("bin/crontab", crontab), 0o755);
     let setup = setup.env("PATH", &format!("{}:/usr/bin:/bin", bin.display()));
     assert_eq!(setup.start_command(&["enroll"]).finish(SOON).0, Some(0));
@@ -244,9 +244,9 @@ fn a_name_without_an_address_and_a_closed_port_are_told_apart() {
 fn a_certificate_is_told_with_its_issuer_and_what_is_wrong_with_it() {
     let cases = [
         (Flaw::None, false, "unknown authority", "ca_file"),
-        (Flaw::Expired, true, "expired on 2021-01-01", "timedatectl"),
-        (Flaw::NotYet, true, "holds from 2090-01-01 on", "timedatectl"),
-        (Flaw::WrongName, true, "another name than `localhost`", "check the host"),
+        (Flaw::Expired, true, "to 2021-01-01", "timedatectl"),
+        (Flaw::NotYet, true, "from 2090-01-01", "timedatectl"),
+        (Flaw::WrongName, true, "`localhost`: it is for another name", "check the host"),
     ];
     side_by_side(cases, |(flaw, is_trusted, words, fix)| {
         let (coordinator, backend, authority) = (coordinator(Some(0)), backend(), Authority::new());
@@ -326,7 +326,7 @@ fn a_coordinator_that_refuses_says_nothing_or_is_none_is_the_broken_layer() {
     });
     let cases = [
         (&refusing, "websocket", "HTTP 502", "wait"),
-        (&silent, "websocket", "no answer within 15 s", "says nothing"),
+        (&silent, "websocket", "no connection within 15 s", "says nothing"),
         (&mute, "challenge", "auth_challenge", "[coordinator] url"),
     ];
     side_by_side(cases, |(coordinator, layer, words, fix)| {
@@ -383,7 +383,7 @@ fn a_backend_is_told_by_what_is_wrong_with_it() {
         (loading(), "llamacpp", "", "health", "loading its model", "wait"),
         (garbage(), "vllm", "", "health", "HTTP", "correct `url`"),
         (refusing(), "llamacpp", "", "models", "refused the API key", "api_key_env"),
-        (empty(), "ollama", "", "models", "lists no model", "ollama pull"),
+        (empty(), "ollama", "", "models", "lists 0 model", "ollama pull"),
         (failing(), "vllm", "", "completion", "out of memory", "log"),
         (fine(), "vllm", "models = [\"m\", \"N\"]", "models", "model unknown: the server does not list `N`", "\"n\""),
         (fine(), "vllm", "models = [\"other-model\"]\n#", "models", "other-model", "it lists: m, n"),
@@ -513,8 +513,22 @@ fn no_supervisor_is_broken_and_what_the_operator_decided_is_a_warning() {
     let told = Told::by(&setup, &["--no-inference"]);
     told.assert_only_broken("supervisor", &["nobody restarts"], "usepod-agent service install");
 
+    for (crontab, words) in [
+        ("echo 'not allowed' >&2; exit 1", "not allowed"),
+        ("exec sleep 60", "does not answer"),
+        ("printf '# >>> usepod-agent\\n0 3 * * * mine\\n'", "line 2"),
+    ] {
+        setup.scratch.write("bin/crontab", format!("#!/bin/sh\n{crontab}\n"));
+        let told = Told::by(&setup, &["--no-inference"]);
+        told.assert_only_broken("supervisor", &["crontab", words], "service status");
+    }
+
     setup.scratch.write(".config/systemd/user/usepod-agent.service", "[Service]\n");
     fs::remove_file(setup.scratch.join(".usepod-agent/identity.key.stopped")).expect("removed");
+    // Root has no unit of its own kind.
+    let setup = setup.after(
+        "[ \"$(id -u)\" != 0 ] || { chown -R 65534 \"$HOME\"; exec setpriv --reuid=65534 --regid=65534 --clear-groups \"$0\" \"$@\"; }",
+    );
     let told = Told::by(&setup, &["--no-inference"]);
     told.assert_well();
     told.line('!', "supervisor", &["no agent runs"]);

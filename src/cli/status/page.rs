@@ -1,12 +1,11 @@
 //! The state of an agent, for people. It is read as it comes, key by key: the agent that wrote it may be older or newer.
 
 use std::fmt::Write as _;
-use std::time::SystemTime;
 
 use serde_json::Value;
-use time::{Date, Month, OffsetDateTime, Time};
 
 use crate::cli::usdc;
+use crate::date;
 use crate::logging::shown;
 
 /// Models that are listed by name; an agent may have hundreds.
@@ -178,52 +177,13 @@ fn text(value: &Value) -> String {
 
 /// How long ago a date was; nothing for what is none, or still to come.
 fn ago(date: &Value) -> Option<String> {
-    let then = unix_seconds(date.as_str()?)?;
-    let now = OffsetDateTime::from(SystemTime::now()).unix_timestamp();
-    Some(span(u64::try_from(now.saturating_sub(then)).unwrap_or(0)))
-}
-
-/// In the two largest units.
-fn span(seconds: u64) -> String {
-    match seconds {
-        0..60 => format!("{seconds} s"),
-        60..3_600 => format!("{} min {} s", seconds / 60, seconds % 60),
-        3_600..86_400 => format!("{} h {} min", seconds / 3_600, seconds / 60 % 60),
-        _ => format!("{} d {} h", seconds / 86_400, seconds / 3_600 % 24),
-    }
-}
-
-/// Of a date as the agent writes it: `2026-05-02T12:00:00Z`.
-fn unix_seconds(date: &str) -> Option<i64> {
-    let number = |from: usize, to: usize| date.get(from..to)?.parse::<u16>().ok();
-    let byte = |from: usize| u8::try_from(number(from, from + 2)?).ok();
-    let month = Month::try_from(byte(5)?).ok()?;
-    let day = Date::from_calendar_date(i32::from(number(0, 4)?), month, byte(8)?).ok()?;
-    let time = Time::from_hms(byte(11)?, byte(14)?, byte(17)?).ok()?;
-    Some(OffsetDateTime::new_utc(day, time).unix_timestamp())
+    let passed = date::now() - date::parse_rfc3339(date.as_str()?)?;
+    Some(date::span(u64::try_from(passed).unwrap_or(0)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn dates_are_read_as_they_are_written() {
-        assert_eq!(unix_seconds("1970-01-02T00:00:01Z"), Some(86_401));
-        let now = SystemTime::now();
-        let written = crate::heartbeat::rfc3339(now).expect("a date");
-        let expected = now.duration_since(SystemTime::UNIX_EPOCH).expect("now").as_secs();
-        assert_eq!(unix_seconds(&written), i64::try_from(expected).ok());
-        for none in ["", "2026", "2026-13-02T12:00:00Z", "2026-05-02T25:00:00Z", "äääääääääääääää"] {
-            assert_eq!(unix_seconds(none), None, "{none}");
-        }
-    }
-
-    #[test]
-    fn spans_have_two_units() {
-        let shown = [(59, "59 s"), (61, "1 min 1 s"), (7_260, "2 h 1 min"), (90_000, "1 d 1 h")];
-        shown.iter().for_each(|(seconds, text)| assert_eq!(span(*seconds), *text));
-    }
 
     #[test]
     fn any_state_makes_a_page_without_escapes_or_a_panic() {
