@@ -294,6 +294,22 @@ fn what_was_made_by_hand_survives_and_is_what_the_coordinator_is_told_of() {
 }
 
 #[test]
+fn an_edit_that_is_made_while_the_code_is_waited_for_is_not_lost() {
+    let home = Scratch::new();
+    let pricing = "[coordinator]\nurl = \"wss://h/\"\n[pricing]\ndefault_input_per_1m = 1\ndefault_output_per_1m = ";
+    let (old, edited) = (format!("{pricing}2\n"), format!("{pricing}3\n# mine\n"));
+    let file = home.write(USUAL, &old);
+    let (edit, place) = (edited.clone(), file.clone());
+    let server = coordinator(move |_| {
+        fs::write(&place, &edit).expect("an edit");
+        active()
+    });
+    assert_done(&set_up(&home, &server.url(), &[]));
+    assert!(text(&file).contains("default_output_per_1m = 3\n"), "{}", text(&file));
+    assert_eq!(text(file.with_file_name("agent.toml.bak")), edited);
+}
+
+#[test]
 fn a_broken_file_is_named_and_left_as_it_is() {
     let server = coordinator(|_| active());
     let home = Scratch::new();
