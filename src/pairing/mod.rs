@@ -152,7 +152,7 @@ fn pair(
     teller.tell(Event::Issued(issued.clone()))?;
     loop {
         let asked_at = Instant::now();
-        match server.poll(&issued.poll_token, backends) {
+        match server.poll(&issued.poll_token, backends).map_err(|fault| fault.without(&issued.poll_token)) {
             Ok(Polled::Active(paired)) => return teller.tell(Event::Paired(paired)),
             Ok(Polled::Expired) => return teller.tell(Event::Expired),
             Ok(Polled::Pending) => teller.no_trouble()?,

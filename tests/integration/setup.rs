@@ -185,12 +185,14 @@ fn what_will_not_pass_ends_it_with_the_reason_and_leaves_the_file_alone() {
     let elsewhere = Backend::new(|request| panic!("followed to {}", request.line()));
     let target = format!("{}/v1/host/pair/issue", elsewhere.url());
     let redirect = format!("HTTP/1.1 307 Moved\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n").into_bytes();
-    let refusal = || Answer::Json(403, json!({"error": {"message": "this key is banned"}}));
+    let refusal = |more: &str| Answer::Json(403, json!({"error": {"message": format!("this key is banned{more}")}}));
+    // Not to be shown, even where the coordinator does.
+    let quoting = move || refusal(&format!(": {POLL_TOKEN}"));
     let soon = json!({"pair_code": CODE, "poll_token": POLL_TOKEN, "expires_at": now() + 2});
     type Play = Box<dyn Fn(&str) -> Answer + Send + Sync>;
     let cases: Vec<(&str, Play)> = vec![
-        ("403: this key is banned", Box::new(move |_| refusal())),
-        ("403: this key is banned", Box::new(move |line| if line == ISSUE { issued() } else { refusal() })),
+        ("403: this key is banned", Box::new(move |_| refusal(""))),
+        ("403: this key is banned", Box::new(move |line| if line == ISSUE { issued() } else { quoting() })),
         ("redirect", Box::new(move |_| Answer::Raw(redirect.clone()))),
         (
             "expired",
