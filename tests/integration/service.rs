@@ -206,6 +206,9 @@ fn what_cannot_be_installed_is_told_with_the_fix_and_changes_nothing() {
         operator.setup.scratch.write("refuses--l", "You (operator) are not allowed to use this program (crontab)\n");
     unchanged(operator.service(&install), 1, &["not allowed to use this program", "left as it is"]);
     fs::remove_file(refuses).expect("removed");
+    let refuses = operator.setup.scratch.write("refuses--l", "pam: no crontab access\n");
+    unchanged(operator.service(&install), 1, &["no crontab access", "left as it is"]);
+    fs::remove_file(refuses).expect("removed");
     let refuses = operator.setup.scratch.write("refuses--", "\"-\":9: bad minute\n");
     unchanged(operator.service(&install), 1, &["bad minute"]);
     fs::remove_file(refuses).expect("removed");
