@@ -421,6 +421,17 @@ fn as_user(operator: &Operator, arguments: &[&str]) -> Ran {
     ran(command.output().expect("the agent"))
 }
 
+/// A system unit that names a folder which is not there does not start, and under it the agent could not make one.
+#[test]
+fn install_makes_the_folder_of_the_log() {
+    let operator = Operator::new();
+    let log = operator.file("logs/of/agent.log");
+    let toml = format!("{}\n[observability]\nlog_file = {log:?}\n", operator.setup.toml());
+    operator.setup.scratch.write("agent.toml", toml);
+    operator.install();
+    assert!(operator.file("logs/of").is_dir());
+}
+
 #[test]
 fn a_user_unit_is_written_enabled_and_taken_away_by_systemctl() {
     let operator = Operator::new();
@@ -434,7 +445,10 @@ fn a_user_unit_is_written_enabled_and_taken_away_by_systemctl() {
     fs::remove_file(refuses).expect("removed");
     operator.calls();
 
+    // Neither is anybody kept from it who may have no crontab.
+    let refuses = operator.setup.scratch.write("refuses--l", "You (operator) are not allowed to use this program\n");
     let told = as_user(&operator, &install).ok();
+    fs::remove_file(refuses).expect("removed");
     assert!(told.contains("enable-linger"), "{told}");
     let text = fs::read_to_string(&unit).expect("a unit");
     let exec = format!(" run --config \"{}\" --allow-insecure\n", operator.file("agent.toml").display());
@@ -448,6 +462,13 @@ fn a_user_unit_is_written_enabled_and_taken_away_by_systemctl() {
     assert_eq!(operator.calls(), calls);
 
     assert!(as_user(&operator, &install).ok().contains("nothing was changed"));
+    // A change that systemd does not take is none, and may be tried again.
+    let refuses = operator.setup.scratch.write("refuses-systemctl", "Failed to connect to bus\n");
+    let other = [&install[..], &["--log-level", "debug"]].concat();
+    as_user(&operator, &other).fails(1, &["Failed to connect to bus"]);
+    assert_eq!(fs::read_to_string(&unit).expect("a unit"), text);
+    fs::remove_file(refuses).expect("removed");
+    operator.calls();
     let told = as_user(&operator, &["install", "--allow-insecure"]).fails(1, &["service uninstall"]);
     assert!(told.contains(unit.to_str().expect("UTF-8")), "it says which supervisor is there: {told}");
     assert_eq!(operator.calls(), [""; 0]);
