@@ -3,10 +3,12 @@
 //! What is installed says which configuration it is about, unless `--config` names one.
 
 use std::io::{ErrorKind, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use log::LevelFilter;
+use nix::unistd::Uid;
 
 use super::args::{Action, Globals, Service};
 use super::{Failure, print};
@@ -348,6 +350,16 @@ fn end_running(site: &Site) -> Result<(), Failure> {
         print("no agent runs\n");
         return Ok(());
     };
+    // Who owns the lock file says who holds it, and must not have root end what belongs to others.
+    let owner = |path: &Path| std::fs::metadata(path).map(|found| found.uid()).ok();
+    let process = PathBuf::from(format!("/proc/{}", holder.pid));
+    if Uid::effective().is_root() && owner(&process) != owner(&site.places.lock()) {
+        let (pid, lock) = (holder.pid, site.places.lock());
+        return Err(Failure::Runtime(format!(
+            "`{}` names pid {pid}, of another user than its own; if that is the agent, end it by hand: kill {pid}",
+            lock.display()
+        )));
+    }
     let (began, patience) = (Instant::now(), site.drain + STOP_MARGIN);
     tell(format_args!(
         "asked pid {} to finish its jobs and leave; waiting up to {} s\n",
@@ -395,15 +407,16 @@ fn start_by(supervisor: &Supervisor, site: &Site, verb: &str) -> Result<(), Fail
         }
     }
     let mut ending = None;
-    let mut has_ended = || {
+    let mut has_failed = || {
         ending = ending.take().or_else(|| child.as_ref().and_then(Running::ended));
-        ending.is_some()
+        // One that ended well found another at work, whom cron started at this very moment.
+        ending.as_ref().is_some_and(|ending| !ending.is_empty())
     };
     let runs = || Holder::running(&site.places).is_some();
-    let is_up = wait_until(START_TIMEOUT, || has_ended() || runs()) && runs();
+    let is_up = wait_until(START_TIMEOUT, || has_failed() || runs()) && runs();
     // It has the lock before it has read its identity.
     if is_up
-        && !wait_until(SETTLE_TIME, || has_ended() || !runs())
+        && !wait_until(SETTLE_TIME, || has_failed() || !runs())
         && let Some(holder) = Holder::running(&site.places)
     {
         tell(format_args!("the agent runs, as pid {}\n", holder.pid));
@@ -475,7 +488,7 @@ fn show_logs(globals: &Globals, options: &Service) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::os::unix::fs::{MetadataExt, lchown};
+    use std::os::unix::fs::lchown;
 
     use super::*;
 

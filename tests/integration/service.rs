@@ -303,6 +303,38 @@ fn start_runs_the_line_of_the_crontab_and_stop_ends_that_agent_until_it_is_start
     assert_eq!(operator.crontab().as_deref(), Some(&b"# NOT=1\nFROM_CRONTAB = \"a b\"\n"[..]));
 }
 
+/// The minute comes while `start` is typed: what it started itself finds another at work, and leaves.
+#[test]
+fn start_is_done_when_cron_was_faster() {
+    let coordinator = Coordinator::new();
+    let operator = Operator::of(Setup::new(&coordinator.url()));
+    let lock = operator.file(".usepod-agent/identity.key.lock");
+    let faster = format!("#!/bin/sh\n/bin/sh \"$@\" &\nuntil [ -s '{}' ]; do sleep 0.01; done\n", lock.display());
+    operator.program("faster", &faster);
+    operator.setup.scratch.write("tab", format!("SHELL={}\n", operator.file("bin/faster").display()));
+    operator.install();
+    let told = operator.service(&["start"]).ok();
+    assert!(told.contains("the agent runs, as pid"), "{told}");
+}
+
+/// Only root could end it: where the tests are not root's, there is nothing to try.
+#[test]
+fn root_does_not_end_whatever_a_users_lock_file_names() {
+    let operator = Operator::new();
+    operator.install();
+    let mut bystander = Command::new("sleep").arg("600").spawn().expect("a bystander");
+    let stat = fs::read_to_string(format!("/proc/{}/stat", bystander.id())).expect("its stat");
+    let started = stat.rsplit_once(')').and_then(|(_, fields)| fields.split_whitespace().nth(19)).expect("a start");
+    let holder = format!("{:<10}\n{started:<20}\n{:<20}\n", bystander.id(), 0);
+    let lock = operator.setup.scratch.write(".usepod-agent/identity.key.lock", holder);
+    if std::os::unix::fs::chown(&lock, Some(65534), None).is_ok() {
+        operator.service(&["stop"]).fails(1, &["of another user", &format!("kill {}", bystander.id())]);
+        assert!(bystander.try_wait().expect("its state").is_none());
+    }
+    bystander.kill().expect("killed");
+    bystander.wait().expect("ended");
+}
+
 #[test]
 fn stop_waits_for_the_jobs_in_flight() {
     let (backend, coordinator) = (Backend::vllm(&["m"]), Coordinator::new());
