@@ -64,7 +64,9 @@ pub fn examine(report: &mut Report<'_>, places: &Places, runs: bool) {
 }
 
 fn installed() -> Option<Supervisor> {
-    if crontab().is_some_and(|text| text.lines().any(|line| line.starts_with(BLOCK))) {
+    // The README has the lines for whoever writes them by hand.
+    let is_by_hand = |line: &str| !line.trim_start().starts_with('#') && line.contains(" run --cron");
+    if crontab().is_some_and(|text| text.lines().any(|line| line.starts_with(BLOCK) || is_by_hand(line))) {
         return Some(Supervisor::Cron);
     }
     let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);

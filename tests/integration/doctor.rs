@@ -513,6 +513,13 @@ fn no_supervisor_is_broken_and_what_the_operator_decided_is_a_warning() {
     let told = Told::by(&setup, &["--no-inference"]);
     told.assert_only_broken("supervisor", &["nobody restarts"], "usepod-agent service install");
 
+    // Ours are, also where they were written by hand; but not in a comment.
+    let by_hand = "* * * * * /usr/local/bin/usepod-agent --config /a.toml run --cron >/dev/null 2>&1";
+    for (crontab, supervised) in [(by_hand.to_owned(), true), (format!("# {by_hand}"), false)] {
+        setup.scratch.write("bin/crontab", format!("#!/bin/sh\necho '{crontab}'\n"));
+        assert_eq!(Told::by(&setup, &["--no-inference"]).code == Some(0), supervised, "{crontab}");
+    }
+
     setup.scratch.write(".config/systemd/user/usepod-agent.service", "[Service]\n");
     fs::remove_file(setup.scratch.join(".usepod-agent/identity.key.stopped")).expect("removed");
     let told = Told::by(&setup, &["--no-inference"]);
