@@ -70,6 +70,10 @@ fn claim(globals: &Globals) -> Result<Option<(Config, InstanceLock)>, Failure> {
     }
     create_folder(&config)?;
     let Some(lock) = takeover::claim(&places)? else { return Ok(None) };
+    // Again: to take over may take many seconds, and whoever stops the agent sees the one before alone.
+    if places.stopped().exists() {
+        return Ok(None);
+    }
     show_where(&log);
     Ok(Some((config, lock)))
 }

@@ -3,10 +3,12 @@
 //! What is installed says which configuration it is about, unless `--config` names one.
 
 use std::io::{ErrorKind, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use log::LevelFilter;
+use nix::unistd::Uid;
 
 use super::args::{Action, Globals, Service};
 use super::{Failure, print};
@@ -140,7 +142,9 @@ fn install(globals: &Globals, systemd: bool) -> Result<(), Failure> {
     let unit = if systemd { Some(Unit::of_this_user()?) } else { None };
     let site = Site::load(&Config::find(globals.config.as_deref())?, globals.allow_insecure, unit.as_ref())?;
     let launch = launch_of(&site, globals)?;
-    let installed = Supervisor::installed()?;
+    // Who may have no crontab has none.
+    let may_have_none = |e: &String| systemd && e.contains("not allowed");
+    let installed = Supervisor::installed().or_else(|e| if may_have_none(&e) { Ok(None) } else { Err(e) })?;
     if let Some(installed) = &installed {
         let is_other = matches!(installed, Supervisor::Systemd(_)) != systemd;
         let config = installed.config().unwrap_or_default();
@@ -151,8 +155,9 @@ fn install(globals: &Globals, systemd: bool) -> Result<(), Failure> {
             )));
         }
     }
-    make_folder(&site, unit.as_ref()).map_err(|e| {
-        Failure::Runtime(format!("failed to make the folder of `{}`: {e}; check the rights", site.key_path.display()))
+    make_folders(&site, unit.as_ref()).map_err(|e| {
+        let (key, log) = (site.key_path.display(), site.log.display());
+        Failure::Runtime(format!("failed to make the folder of `{key}` or `{log}`: {e}; check the rights"))
     })?;
     let (report, known) = match unit {
         Some(unit) => (install_unit(&unit, &launch, &site)?, Vec::new()),
@@ -163,12 +168,19 @@ fn install(globals: &Globals, systemd: bool) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Makes the folder of the identity, which belongs to whom the agent runs as.
-fn make_folder(site: &Site, unit: Option<&Unit>) -> std::io::Result<()> {
-    let Some(folder) = site.key_path.parent().filter(|folder| !folder.exists()) else { return Ok(()) };
-    files::create_folder_of(&site.key_path)?;
+/// Makes the folders of the identity and the log, which belong to whom the agent runs as: under a system unit it cannot, and one
+/// that is not there keeps the unit from starting.
+fn make_folders(site: &Site, unit: Option<&Unit>) -> std::io::Result<()> {
     let owner = unit.filter(|unit| !unit.is_users).and_then(|_| systemd::owner_of(&site.path));
-    owner.map_or(Ok(()), |(uid, _)| std::os::unix::fs::lchown(folder, Some(uid), None))
+    for file in [&site.key_path, &site.log] {
+        let is_missing = |folder: &&Path| !folder.as_os_str().is_empty() && !folder.exists();
+        let missing: Vec<&Path> = file.ancestors().skip(1).take_while(is_missing).collect();
+        files::create_folder_of(file)?;
+        if let Some((uid, _)) = owner {
+            missing.into_iter().try_for_each(|folder| std::os::unix::fs::lchown(folder, Some(uid), None))?;
+        }
+    }
+    Ok(())
 }
 
 fn launch_of(site: &Site, globals: &Globals) -> Result<Launch, String> {
@@ -338,6 +350,16 @@ fn end_running(site: &Site) -> Result<(), Failure> {
         print("no agent runs\n");
         return Ok(());
     };
+    // Who owns the lock file says who holds it, and must not have root end what belongs to others.
+    let owner = |path: &Path| std::fs::metadata(path).map(|found| found.uid()).ok();
+    let process = PathBuf::from(format!("/proc/{}", holder.pid));
+    if Uid::effective().is_root() && owner(&process) != owner(&site.places.lock()) {
+        let (pid, lock) = (holder.pid, site.places.lock());
+        return Err(Failure::Runtime(format!(
+            "`{}` names pid {pid}, of another user than its own; if that is the agent, end it by hand: kill {pid}",
+            lock.display()
+        )));
+    }
     let (began, patience) = (Instant::now(), site.drain + STOP_MARGIN);
     tell(format_args!(
         "asked pid {} to finish its jobs and leave; waiting up to {} s\n",
@@ -385,15 +407,16 @@ fn start_by(supervisor: &Supervisor, site: &Site, verb: &str) -> Result<(), Fail
         }
     }
     let mut ending = None;
-    let mut has_ended = || {
+    let mut has_failed = || {
         ending = ending.take().or_else(|| child.as_ref().and_then(Running::ended));
-        ending.is_some()
+        // One that ended well found another at work, whom cron started at this very moment.
+        ending.as_ref().is_some_and(|ending| !ending.is_empty())
     };
     let runs = || Holder::running(&site.places).is_some();
-    let is_up = wait_until(START_TIMEOUT, || has_ended() || runs()) && runs();
+    let is_up = wait_until(START_TIMEOUT, || has_failed() || runs()) && runs();
     // It has the lock before it has read its identity.
     if is_up
-        && !wait_until(SETTLE_TIME, || has_ended() || !runs())
+        && !wait_until(SETTLE_TIME, || has_failed() || !runs())
         && let Some(holder) = Holder::running(&site.places)
     {
         tell(format_args!("the agent runs, as pid {}\n", holder.pid));
@@ -460,4 +483,32 @@ fn show_logs(globals: &Globals, options: &Service) -> Result<(), Failure> {
         })
     };
     shown.map_err(|e| Failure::Runtime(format!("failed to read `{}`: {e}", log.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::lchown;
+
+    use super::*;
+
+    /// Root alone can give a folder away.
+    #[test]
+    fn every_folder_that_is_made_for_a_system_unit_belongs_to_whom_the_agent_runs_as() {
+        const UID: u32 = 65534;
+        let folder = std::env::temp_dir().join(format!("usepod-folders-{}", std::process::id()));
+        fs::create_dir_all(&folder).expect("a folder");
+        let (path, key_path, log) = (folder.join("agent.toml"), folder.join("a/b/key"), folder.join("c/log"));
+        fs::write(&path, "").expect("a file");
+        if lchown(&path, Some(UID), None).is_ok() {
+            let places = Places::beside(&key_path);
+            let drain = Duration::ZERO;
+            let site = Site { path, key_path, places, log, is_log_named: true, drain, keys: Vec::new() };
+            make_folders(&site, Some(&Unit { path: UNIT.into(), is_users: false })).expect("folders");
+            for made in ["a", "a/b", "c"] {
+                assert_eq!(fs::metadata(folder.join(made)).expect(made).uid(), UID, "{made}");
+            }
+        }
+        fs::remove_dir_all(folder).expect("removed");
+    }
 }

@@ -60,13 +60,17 @@ pub fn run(globals: &Globals, options: &Setup) -> Result<(), Failure> {
 
     say(format_args!("usepod-agent setup: pairs this machine with {}\n\n", site.base()));
     say(format_args!("  identity     {}{}\n", key_path.display(), if is_new { " (new)" } else { "" }));
-    let (found, advertised) = look(target.old.as_ref().map(|(_, config)| config));
+    let (mut found, advertised) = look(target.old.as_ref().map(|(_, config)| config));
     let roots = target.old.as_ref().map(|(_, config)| config.coordinator.roots.clone()).unwrap_or_default();
     let server = Server::new(site.clone(), &roots);
     let hearing = pairing::start(server, identity.public_key_base64(), advertised)
         .map_err(|e| Failure::Runtime(format!("failed to start a thread: {e}")))?;
     let paired = wait(&hearing, &stop, &site)?;
 
+    // As it is by now: the file may have been edited while the code was waited for.
+    let target = self::target(globals)?;
+    let named = target.old.as_ref().map_or(&[][..], |(_, config)| &config.backends);
+    found.retain(|found| !named.iter().any(|named| is_same_server(named, found)));
     let config = write(&target, &site, &paired, &found)?;
     tell_offer(&paired, &config);
     tell_next(&target, &site, &key_path);

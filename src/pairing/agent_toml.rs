@@ -161,10 +161,21 @@ impl Writer<'_> {
             "\n[pricing.models]                      # those of single models; one whose price is 0 is not offered",
         );
         for ModelTerms { model_id, input_per_1m, output_per_1m, .. } in models {
-            let prices = [("input_per_1m", input_per_1m), ("output_per_1m", output_per_1m)];
-            let prices: Vec<String> =
-                prices.iter().filter_map(|(key, price)| Some(format!("{key} = {}", (**price)?))).collect();
-            self.put(format_args!("{} = {{ {} }}", quoted(model_id), prices.join(", ")));
+            let own = own.and_then(|own| section(own, model_id));
+            let mut terms = Vec::new();
+            for (key, price) in [("input_per_1m", input_per_1m), ("output_per_1m", output_per_1m)] {
+                // What the pairing does not say of it stays as it was.
+                let kept = || own.and_then(|own| own.get(key)).map(|value| self.verbatim(value));
+                terms
+                    .extend(price.map(|price| price.to_string()).or_else(kept).map(|price| format!("{key} = {price}")));
+            }
+            let others = own.map_or_else(Vec::new, |own| ordered(own, &["input_per_1m", "output_per_1m"]));
+            for (key, value) in others.into_iter().filter(|(_, value)| !self.is_section(value)) {
+                terms.push(format!("{} = {}", plain_or_quoted(key.get_ref()), self.verbatim(value)));
+            }
+            if !terms.is_empty() {
+                self.put(format_args!("{} = {{ {} }}", quoted(model_id), terms.join(", ")));
+            }
         }
         if let Some(own) = own {
             let decided: Vec<&str> = models.iter().map(|model| model.model_id.as_str()).collect();
@@ -418,6 +429,19 @@ name = "y"
         assert_eq!(written(&text, &paired(vec![model("paired", 3, 4, 5)]), &[]).0, text);
         // Without models the pairing decides no limit.
         assert_eq!(written(OLD, &Paired::default(), &[]).1.limits.max_concurrent, 200);
+    }
+
+    #[test]
+    fn what_the_pairing_does_not_say_of_a_model_stays() {
+        let old = "[coordinator]\nurl = \"wss://c\"\n[pricing]\ndefault_input_per_1m = 1\ndefault_output_per_1m = 2\n\
+                   [pricing.models]\nm = { input_per_1m = 7, output_per_1m = 0x8, \"my note\" = \"}\" }\nn = {}\n";
+        let terms = |id: &str, input| {
+            let model_id = id.to_owned();
+            ModelTerms { model_id, input_per_1m: input, output_per_1m: None, max_concurrent: None }
+        };
+        let (text, config) = written(old, &paired(vec![terms("m", Some(5)), terms("n", None)]), &[]);
+        assert!(text.contains("\n\"m\" = { input_per_1m = 5, output_per_1m = 0x8, \"my note\" = \"}\" }\n"), "{text}");
+        assert_eq!((config.pricing.of("m").output_per_1m, config.pricing.of("n").input_per_1m), (8, 1));
     }
 
     /// A value without its place.

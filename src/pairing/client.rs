@@ -32,6 +32,16 @@ pub enum Fault {
     Passing(String),
 }
 
+impl Fault {
+    /// The same, for a server that quotes this secret in it.
+    pub fn without(self, secret: &str) -> Fault {
+        match self {
+            Fault::Refused(why) => Fault::Refused(why.replace(secret, "…")),
+            Fault::Passing(why) => Fault::Passing(why.replace(secret, "…")),
+        }
+    }
+}
+
 /// What has become of a code.
 pub enum Polled {
     /// Nobody has entered it yet.
@@ -174,8 +184,12 @@ fn lifetime(expires_at: &Value, now: i64) -> Duration {
 
 fn paired(answer: &Value) -> Paired {
     let text = |key: &str| answer[key].as_str().filter(|text| !text.is_empty()).map(str::to_owned);
-    // TOML has no larger numbers.
-    let number = |value: &Value| value.as_u64().filter(|number| i64::try_from(*number).is_ok());
+    // TOML has no larger numbers. Some servers write a whole number as a float, or as a text.
+    let number = |value: &Value| {
+        let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        let number = text.strip_suffix(".0").unwrap_or(&text).parse::<i64>();
+        number.ok().and_then(|number| u64::try_from(number).ok())
+    };
     let mut models: Vec<ModelTerms> = Vec::new();
     for entry in answer["model_config"].as_array().into_iter().flatten() {
         match entry["model_id"].as_str() {
@@ -225,6 +239,25 @@ mod tests {
             (Value::Null, 600),
         ] {
             assert_eq!(lifetime(&expires_at, now), Duration::from_secs(seconds), "{expires_at}");
+        }
+    }
+
+    #[test]
+    fn a_number_is_read_however_it_is_written_and_nothing_else_is() {
+        for (written, number) in [
+            (json!(300_000), Some(300_000)),
+            (json!(300_000.0), Some(300_000)),
+            (json!("300000"), Some(300_000)),
+            (json!(0), Some(0)),
+            (json!(u64::MAX), None),
+            (json!(-1), None),
+            (json!(0.5), None),
+            (json!("much"), None),
+            (json!([1]), None),
+            (Value::Null, None),
+        ] {
+            let answer = json!({"model_config": [{"model_id": "m", "input_per_1m": written}]});
+            assert_eq!(paired(&answer).models[0].input_per_1m, number, "{written}");
         }
     }
 

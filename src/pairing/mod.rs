@@ -175,7 +175,7 @@ fn pair(server: &Server, public_key_base64: &str, backends: &[Advertised], telle
     teller.tell(Event::Issued(issued.clone()));
     loop {
         let asked_at = Instant::now();
-        match server.poll(&issued.poll_token, backends) {
+        match server.poll(&issued.poll_token, backends).map_err(|fault| fault.without(&issued.poll_token)) {
             Ok(Polled::Active(paired)) => return Event::Paired(paired),
             Ok(Polled::Expired) => return Event::Expired,
             Ok(Polled::Pending) => teller.no_trouble(),

@@ -43,8 +43,8 @@ impl Table {
         }
         let said = output.complaint();
         // The words of cron, cronie and dcron; those of busybox.
-        let is_none = said.contains("no crontab") || (said.contains("can't open") && said.contains("No such file"));
-        match is_none {
+        let is_none = said.contains("no crontab for") || (said.contains("can't open") && said.contains("No such file"));
+        match is_none && output.stdout.is_empty() {
             true => Table::parse(Vec::new()).map(Some),
             false => Err(format!("`crontab -l` failed, so the crontab is left as it is: {said}")),
         }
@@ -130,10 +130,10 @@ impl Table {
         [before, &self.text[block.end..]].concat()
     }
 
-    /// What cron gives to the shell each minute; none without a block.
+    /// What cron gives to the shell each minute, or at the boot alone where somebody took the other line out; none without a block.
     pub fn command(&self) -> Option<String> {
         let block = String::from_utf8_lossy(&self.text[self.block.clone()?]);
-        let command = block.lines().find_map(|line| line.strip_prefix(TIMES[1]))?;
+        let command = TIMES.iter().rev().find_map(|times| block.lines().find_map(|line| line.strip_prefix(times)))?;
         Some(command.trim_end().replace("\\%", "%"))
     }
 
@@ -280,6 +280,17 @@ mod tests {
             let expected =
                 if before.is_empty() || before.ends_with('\n') { before.to_owned() } else { format!("{before}\n") };
             assert_eq!(after, format!("{expected}0 3 * * * backup\n"));
+        }
+    }
+
+    #[test]
+    fn one_line_that_is_left_of_a_block_is_still_installed() {
+        let ours = String::from_utf8(table(b"").with(&launch())).expect("UTF-8");
+        for times in TIMES {
+            let left: String = ours.split_inclusive('\n').filter(|line| !line.starts_with(times)).collect();
+            let left = table(left.as_bytes());
+            assert_eq!((left.command(), left.config()), (table(ours.as_bytes()).command(), Some(launch().config)));
+            assert_eq!((left.with(&launch()), left.without()), (ours.clone().into_bytes(), Vec::new()));
         }
     }
 

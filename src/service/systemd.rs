@@ -144,7 +144,7 @@ impl Unit {
     /// Has the unit say `text`, and starts it now and at each boot. Whether anything had to be changed.
     ///
     /// # Errors
-    /// The file cannot be written, or systemd does not take it; a new one is gone again then.
+    /// The file cannot be written, or systemd does not take it; what was there is back then.
     pub fn install(&self, text: &str) -> Result<bool, String> {
         let before = fs::read(&self.path).ok();
         if before.as_deref() == Some(text.as_bytes()) {
@@ -155,8 +155,8 @@ impl Unit {
         // Not with the owner's rights alone: whoever manages the box reads its units.
         fs::write(&self.path, text).map_err(failed)?;
         let taken = self.systemctl(&["daemon-reload"]).and_then(|()| self.systemctl(&["enable", "--now", UNIT]));
-        if taken.is_err() && before.is_none() {
-            let _ = fs::remove_file(&self.path);
+        if taken.is_err() {
+            let _ = before.map_or_else(|| fs::remove_file(&self.path), |before| fs::write(&self.path, before));
         }
         taken.map(|()| true)
     }

@@ -119,6 +119,22 @@ fn what_was_stopped_stays_stopped_for_cron_and_not_for_who_starts_it_by_hand() {
 }
 
 #[test]
+fn what_is_stopped_while_one_that_hangs_is_replaced_stays_stopped() {
+    let coordinator = Coordinator::new();
+    let setup = Setup::new(&coordinator.url());
+    let (mut hung, _session) = serving(&setup, &coordinator);
+    hung.signal("STOP");
+    make_silent(&setup);
+    let mut call = setup.start_by_cron();
+    wait_line_in(&setup.log(), &["WARN", "hangs"]);
+    setup.scratch.write(".usepod-agent/identity.key.stopped", "");
+    hung.signal("KILL");
+    hung.wait(SOON);
+    assert_eq!(call.wait(TAKEOVER).code(), Some(0));
+    coordinator.assert_not_dialled(Duration::ZERO);
+}
+
+#[test]
 fn one_that_hangs_is_killed_and_replaced_by_one_call_of_several() {
     let coordinator = Coordinator::new();
     let setup = Setup::new(&coordinator.url());

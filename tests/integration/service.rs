@@ -206,6 +206,9 @@ fn what_cannot_be_installed_is_told_with_the_fix_and_changes_nothing() {
         operator.setup.scratch.write("refuses--l", "You (operator) are not allowed to use this program (crontab)\n");
     unchanged(operator.service(&install), 1, &["not allowed to use this program", "left as it is"]);
     fs::remove_file(refuses).expect("removed");
+    let refuses = operator.setup.scratch.write("refuses--l", "pam: no crontab access\n");
+    unchanged(operator.service(&install), 1, &["no crontab access", "left as it is"]);
+    fs::remove_file(refuses).expect("removed");
     let refuses = operator.setup.scratch.write("refuses--", "\"-\":9: bad minute\n");
     unchanged(operator.service(&install), 1, &["bad minute"]);
     fs::remove_file(refuses).expect("removed");
@@ -298,6 +301,38 @@ fn start_runs_the_line_of_the_crontab_and_stop_ends_that_agent_until_it_is_start
     assert_eq!(operator.pid(), None);
     assert!(!operator.file(".usepod-agent/identity.key.stopped").exists());
     assert_eq!(operator.crontab().as_deref(), Some(&b"# NOT=1\nFROM_CRONTAB = \"a b\"\n"[..]));
+}
+
+/// The minute comes while `start` is typed: what it started itself finds another at work, and leaves.
+#[test]
+fn start_is_done_when_cron_was_faster() {
+    let coordinator = Coordinator::new();
+    let operator = Operator::of(Setup::new(&coordinator.url()));
+    let lock = operator.file(".usepod-agent/identity.key.lock");
+    let faster = format!("#!/bin/sh\n/bin/sh \"$@\" &\nuntil [ -s '{}' ]; do sleep 0.01; done\n", lock.display());
+    operator.program("faster", &faster);
+    operator.setup.scratch.write("tab", format!("SHELL={}\n", operator.file("bin/faster").display()));
+    operator.install();
+    let told = operator.service(&["start"]).ok();
+    assert!(told.contains("the agent runs, as pid"), "{told}");
+}
+
+/// Only root could end it: where the tests are not root's, there is nothing to try.
+#[test]
+fn root_does_not_end_whatever_a_users_lock_file_names() {
+    let operator = Operator::new();
+    operator.install();
+    let mut bystander = Command::new("sleep").arg("600").spawn().expect("a bystander");
+    let stat = fs::read_to_string(format!("/proc/{}/stat", bystander.id())).expect("its stat");
+    let started = stat.rsplit_once(')').and_then(|(_, fields)| fields.split_whitespace().nth(19)).expect("a start");
+    let holder = format!("{:<10}\n{started:<20}\n{:<20}\n", bystander.id(), 0);
+    let lock = operator.setup.scratch.write(".usepod-agent/identity.key.lock", holder);
+    if std::os::unix::fs::chown(&lock, Some(65534), None).is_ok() {
+        operator.service(&["stop"]).fails(1, &["of another user", &format!("kill {}", bystander.id())]);
+        assert!(bystander.try_wait().expect("its state").is_none());
+    }
+    bystander.kill().expect("killed");
+    bystander.wait().expect("ended");
 }
 
 #[test]
@@ -418,6 +453,17 @@ fn as_user(operator: &Operator, arguments: &[&str]) -> Ran {
     ran(command.output().expect("the agent"))
 }
 
+/// A system unit that names a folder which is not there does not start, and under it the agent could not make one.
+#[test]
+fn install_makes_the_folder_of_the_log() {
+    let operator = Operator::new();
+    let log = operator.file("logs/of/agent.log");
+    let toml = format!("{}\n[observability]\nlog_file = {log:?}\n", operator.setup.toml());
+    operator.setup.scratch.write("agent.toml", toml);
+    operator.install();
+    assert!(operator.file("logs/of").is_dir());
+}
+
 #[test]
 fn a_user_unit_is_written_enabled_and_taken_away_by_systemctl() {
     let operator = Operator::new();
@@ -431,7 +477,10 @@ fn a_user_unit_is_written_enabled_and_taken_away_by_systemctl() {
     fs::remove_file(refuses).expect("removed");
     operator.calls();
 
+    // Neither is anybody kept from it who may have no crontab.
+    let refuses = operator.setup.scratch.write("refuses--l", "You (operator) are not allowed to use this program\n");
     let told = as_user(&operator, &install).ok();
+    fs::remove_file(refuses).expect("removed");
     assert!(told.contains("enable-linger"), "{told}");
     let text = fs::read_to_string(&unit).expect("a unit");
     let exec = format!(" run --config \"{}\" --allow-insecure\n", operator.file("agent.toml").display());
@@ -445,6 +494,13 @@ fn a_user_unit_is_written_enabled_and_taken_away_by_systemctl() {
     assert_eq!(operator.calls(), calls);
 
     assert!(as_user(&operator, &install).ok().contains("nothing was changed"));
+    // A change that systemd does not take is none, and may be tried again.
+    let refuses = operator.setup.scratch.write("refuses-systemctl", "Failed to connect to bus\n");
+    let other = [&install[..], &["--log-level", "debug"]].concat();
+    as_user(&operator, &other).fails(1, &["Failed to connect to bus"]);
+    assert_eq!(fs::read_to_string(&unit).expect("a unit"), text);
+    fs::remove_file(refuses).expect("removed");
+    operator.calls();
     let told = as_user(&operator, &["install", "--allow-insecure"]).fails(1, &["service uninstall"]);
     assert!(told.contains(unit.to_str().expect("UTF-8")), "it says which supervisor is there: {told}");
     assert_eq!(operator.calls(), [""; 0]);

@@ -185,12 +185,14 @@ fn what_will_not_pass_ends_it_with_the_reason_and_leaves_the_file_alone() {
     let elsewhere = Backend::new(|request| panic!("followed to {}", request.line()));
     let target = format!("{}/v1/host/pair/issue", elsewhere.url());
     let redirect = format!("HTTP/1.1 307 Moved\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n").into_bytes();
-    let refusal = || Answer::Json(403, json!({"error": {"message": "this key is banned"}}));
+    let refusal = |more: &str| Answer::Json(403, json!({"error": {"message": format!("this key is banned{more}")}}));
+    // Not to be shown, even where the coordinator does.
+    let quoting = move || refusal(&format!(": {POLL_TOKEN}"));
     let soon = json!({"pair_code": CODE, "poll_token": POLL_TOKEN, "expires_at": now() + 2});
     type Play = Box<dyn Fn(&str) -> Answer + Send + Sync>;
     let cases: Vec<(&str, Play)> = vec![
-        ("403: this key is banned", Box::new(move |_| refusal())),
-        ("403: this key is banned", Box::new(move |line| if line == ISSUE { issued() } else { refusal() })),
+        ("403: this key is banned", Box::new(move |_| refusal(""))),
+        ("403: this key is banned", Box::new(move |line| if line == ISSUE { issued() } else { quoting() })),
         ("redirect", Box::new(move |_| Answer::Raw(redirect.clone()))),
         (
             "expired",
@@ -291,6 +293,22 @@ fn what_was_made_by_hand_survives_and_is_what_the_coordinator_is_told_of() {
     fs::write(&file, &edited).expect("an edit");
     assert_done(&set_up(&home, &server.url(), &["--config", named]));
     assert_eq!((text(&bak), text(home.join("conf/agent.toml.bak.1"))), (edited, old));
+}
+
+#[test]
+fn an_edit_that_is_made_while_the_code_is_waited_for_is_not_lost() {
+    let home = Scratch::new();
+    let pricing = "[coordinator]\nurl = \"wss://h/\"\n[pricing]\ndefault_input_per_1m = 1\ndefault_output_per_1m = ";
+    let (old, edited) = (format!("{pricing}2\n"), format!("{pricing}3\n# mine\n"));
+    let file = home.write(USUAL, &old);
+    let (edit, place) = (edited.clone(), file.clone());
+    let server = coordinator(move |_| {
+        fs::write(&place, &edit).expect("an edit");
+        active()
+    });
+    assert_done(&set_up(&home, &server.url(), &[]));
+    assert!(text(&file).contains("default_output_per_1m = 3\n"), "{}", text(&file));
+    assert_eq!(text(file.with_file_name("agent.toml.bak")), edited);
 }
 
 #[test]
