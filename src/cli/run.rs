@@ -70,6 +70,10 @@ fn claim(globals: &Globals) -> Result<Option<(Config, InstanceLock)>, Failure> {
     }
     create_folder(&config)?;
     let Some(lock) = takeover::claim(&places)? else { return Ok(None) };
+    // Said meanwhile, to the agent that had the lock. From here on it is said to us.
+    if places.stopped().exists() {
+        return Ok(None);
+    }
     show_where(&log);
     Ok(Some((config, lock)))
 }
