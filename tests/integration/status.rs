@@ -228,6 +228,14 @@ fn a_beat_needs_both_directions_of_the_link() {
     rig.session.frame("heartbeat", secs(20));
     std::thread::sleep(QUIET);
     assert_eq!(beat(), before, "a heartbeat without anything heard is no sign of life");
+    // A message may take minutes to come: the beginning of one of 60 KiB.
+    rig.session.send_raw(&[0x81, 126, 0xf0, 0x00, b' ']);
+    rig.session.frame("heartbeat", secs(20));
+    let began = Instant::now();
+    while beat() == before {
+        assert!(began.elapsed() < SOON, "no beat while a message comes");
+        std::thread::sleep(ms(10));
+    }
 }
 
 #[test]
