@@ -81,7 +81,7 @@ impl Agent {
                     fixed: json!({
                         "started_at": rfc3339(SystemTime::now()),
                         "public_key": self.identity.public_key_base64(),
-                        "coordinator": self.coordinator.url.to_string(),
+                        "coordinator": self.coordinator.address(),
                     }),
                     board: board.clone(),
                     offers: offers.clone(),

@@ -95,7 +95,8 @@ fn a_serving_agent_says_what_it_offers_and_what_it_has_done() {
 
 #[test]
 fn without_a_coordinator_it_is_connecting_and_says_since_when_and_why() {
-    let setup = Setup::new(&format!("ws://{}/x", nobody_at("127.0.0.61")));
+    let coordinator = nobody_at("127.0.0.61");
+    let setup = Setup::new(&format!("ws://user:password@{coordinator}/x?token=token"));
     setup.write();
     let mut agent = setup.start();
     let state = assert_state(&setup, "connecting", 1);
@@ -103,6 +104,7 @@ fn without_a_coordinator_it_is_connecting_and_says_since_when_and_why() {
     agent.stderr.wait_line(&["not connected"]);
     let (state, _) = status(&setup);
     assert!(state["reason"].as_str().is_some_and(|why| why.contains("Connection refused")), "{state}");
+    assert_eq!(state["coordinator"], format!("ws://{coordinator}/x"), "no secrets");
     assert_page(&setup, &["not serving: connecting", "Connection refused"]);
     agent.signal("TERM");
     agent.wait(SOON);
@@ -150,6 +152,15 @@ fn each_backend_that_is_down_or_loading_is_named_with_its_error() {
         state["backends"][1]["last_error"]["message"].as_str().is_some_and(|why| why.contains("loading")),
         "{state}"
     );
+}
+
+#[test]
+fn a_backend_that_repeats_a_key_it_refuses_tells_nobody_else() {
+    let backend = Backend::new(|_| Answer::Json(401, json!({"error": "no such key: sk-secret"})));
+    let rig = Rig::new(&backend);
+    let state = assert_state(&rig.setup, "no_healthy_backend", 1);
+    assert!(!state.to_string().contains("secret"), "{state}");
+    assert_page(&rig.setup, &["the backend refused the API key: HTTP 401"]);
 }
 
 #[test]
