@@ -59,9 +59,9 @@ impl Recorder {
         }
     }
 
-    /// Makes the offer as empty as the operator wants it.
+    /// Makes the offer as empty as the operator wants it. Where that cannot be read, it stays as it is.
     pub fn heed_pause(&self) {
-        let paused = self.places.paused().exists();
+        let Ok(paused) = self.places.paused().try_exists() else { return };
         if self.offers.set_paused(paused) {
             log::info!("{}", if paused { "paused by the operator" } else { "no longer paused" });
         }

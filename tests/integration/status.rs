@@ -1,5 +1,6 @@
 //! `status` names each reason for not serving, and the state file behind it is always whole; `pause` and `resume`.
 
+use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -279,6 +280,24 @@ fn a_pause_empties_the_offer_at_once_lets_jobs_finish_and_survives_a_restart() {
     assert_eq!(session.frame("capabilities", SOON)["models"][0]["model_id"], "m");
     assert_state(&rig.setup, "serving", 0);
     session.assert_no_frame("another offer", Duration::ZERO, |frame| frame["type"] == "capabilities");
+}
+
+#[test]
+fn a_pause_that_cannot_be_read_any_more_goes_on() {
+    let backend = Backend::vllm(&["m"]);
+    let mut rig = Rig::with(|setup| setup.backend(backend.toml()).bound_by_modes());
+    command(&rig.setup, "pause");
+    let folder = rig.setup.scratch.join(".usepod-agent");
+    let set_mode = |mode| {
+        std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(mode)).expect("the mode set");
+    };
+    set_mode(0o000);
+    // A new session has the agent look.
+    rig.session.close(1001, "drain:deploy");
+    rig.session = rig.coordinator.session();
+    set_mode(0o700);
+    assert_eq!(rig.session.capabilities["models"], json!([]));
+    rig.session.assert_no_frame("an offer", QUIET, |frame| frame["type"] == "capabilities");
 }
 
 #[test]
