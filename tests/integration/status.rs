@@ -356,6 +356,25 @@ fn whoever_reads_the_state_file_reads_a_whole_one() {
 }
 
 #[test]
+fn a_state_file_that_is_not_renewed_any_more_is_not_believed() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::with(|setup| setup.backend(backend.toml()).bound_by_modes());
+    assert_state(&rig.setup, "serving", 0);
+    let folder = rig.setup.scratch.join(".usepod-agent");
+    let set_mode = |mode| {
+        std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(mode)).expect("the mode set");
+    };
+    set_mode(0o500);
+    assert_state(&rig.setup, "serving", 0);
+    let state = std::fs::File::options().write(true).open(folder.join("identity.key.state")).expect("the file");
+    state.set_modified(std::time::SystemTime::now() - secs(200)).expect("an older date");
+    assert_state(&rig.setup, "unknown", 1);
+    assert_page(&rig.setup, &["whether it serves is unknown", "is the disk full?"]);
+    set_mode(0o700);
+    assert_state(&rig.setup, "serving", 0);
+}
+
+#[test]
 fn a_state_file_that_cannot_be_written_costs_a_warning_and_nothing_else() {
     let backend = Backend::vllm(&["m"]);
     let coordinator = Coordinator::new();
