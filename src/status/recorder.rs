@@ -18,7 +18,7 @@ pub struct Recorder {
     /// Where the files are.
     pub places: Places,
     /// Shown alive while the agent is.
-    pub lock: InstanceLock,
+    pub lock: Arc<InstanceLock>,
     /// What never changes: `coordinator`, `public_key`, …
     pub fixed: Value,
     /// What the threads noted.
