@@ -129,14 +129,15 @@ impl InstanceLock {
         self.is_exclusive
     }
 
-    /// Notes that this process works, as of now. Where that cannot be written, whoever reads it sees an older time.
+    /// Notes that this process works, as of now. Where that cannot be written (a full disk whose file system overwrites nothing in
+    /// place) nothing is left: an older time would have an agent at work ended.
     pub fn beat(&self) {
         let Some(mut file) = self.file.as_ref() else { return };
         let holder = Holder { pid: std::process::id(), started: self.started, beat: monotonic() };
         let text = holder.to_text();
         let written = file.rewind().and_then(|()| file.write_all(text.as_bytes()));
         // What an older program left behind may be longer.
-        let _ = written.and_then(|()| file.set_len(text.len() as u64));
+        let _ = file.set_len(if written.is_ok() { text.len() as u64 } else { 0 });
     }
 }
 

@@ -203,6 +203,21 @@ fn one_that_hangs_and_still_heeds_a_signal_ends_in_order() {
     wait_line_in(&setup.log(), &["WARN", &hung.pid().to_string(), "has ended, after SIGTERM"]);
 }
 
+#[test]
+fn one_that_cannot_write_down_that_it_works_is_left_alone() {
+    let coordinator = Coordinator::new();
+    let setup = Setup::new(&coordinator.url());
+    let (mut agent, session) = serving(&setup, &coordinator);
+    agent.limit_files();
+    make_silent(&setup);
+    // It shows life by connecting anew.
+    session.close(1001, "drain:deploy");
+    let _next = coordinator.session();
+    wait_until("nothing is left", || fs::read(lock_of(&setup)).is_ok_and(|content| content.is_empty()));
+    assert_leaves_alone(&setup, &coordinator, "one at work");
+    agent.assert_running();
+}
+
 /// Ended with the test.
 struct Bystander(Child);
 
