@@ -282,6 +282,17 @@ fn a_pause_empties_the_offer_at_once_lets_jobs_finish_and_survives_a_restart() {
     session.assert_no_frame("another offer", Duration::ZERO, |frame| frame["type"] == "capabilities");
 }
 
+/// As where the path of the socket is longer than the system allows.
+#[test]
+fn a_pause_without_a_socket_takes_a_heartbeat_and_does_not_fail() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    std::fs::remove_file(rig.setup.identity().with_file_name("identity.key.wake")).expect("a socket");
+    let output = cli_within(secs(30), rig.setup.scratch.path(), &["pause", "--config", "agent.toml"], &[]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(rig.session.frame("capabilities", SOON)["models"], json!([]));
+}
+
 #[test]
 fn a_pause_that_cannot_be_read_any_more_goes_on() {
     let backend = Backend::vllm(&["m"]);
