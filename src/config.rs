@@ -69,6 +69,15 @@ pub struct CoordinatorConfig {
     pub roots: ExtraRoots,
 }
 
+impl CoordinatorConfig {
+    /// The URL, without what may be a password or a token.
+    pub fn address(&self) -> String {
+        let authority = self.url.authority().map_or("", |authority| authority.as_str());
+        let host = authority.rsplit('@').next().unwrap_or_default();
+        format!("{}://{host}{}", self.url.scheme_str().unwrap_or_default(), self.url.path())
+    }
+}
+
 impl fmt::Debug for CoordinatorConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "CoordinatorConfig({})", self.url.host().unwrap_or_default())

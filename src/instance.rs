@@ -134,11 +134,14 @@ impl InstanceLock {
         self.is_exclusive
     }
 
-    /// Notes that this process works, as of now. Where that cannot be written, whoever reads it sees an older time.
+    /// Notes that this process works, as of now. Where that cannot be written (a full disk whose file system overwrites nothing in
+    /// place) nothing is left: an older time would have an agent at work ended.
     pub fn beat(&self) {
         let Some(file) = &self.file else { return };
         let holder = Holder { pid: std::process::id(), started: self.started, beat: monotonic() };
-        let _ = file.write_all_at(holder.to_text().as_bytes(), 0);
+        if file.write_all_at(holder.to_text().as_bytes(), 0).is_err() {
+            let _ = file.set_len(0);
+        }
     }
 }
 

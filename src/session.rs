@@ -5,7 +5,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, select};
@@ -191,8 +190,7 @@ pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) 
     ));
     let link = half.link();
     let write_half = half.split(outlet_to(lanes.control.clone()));
-    let heard = Arc::new(AtomicBool::new(true));
-    let heartbeat = heartbeat_of(&executor, context, heard.clone());
+    let heartbeat = heartbeat_of(&executor, context, link.clone());
     let writer = match Writer::spawn(write_half, lanes, heartbeat) {
         Ok(writer) => writer,
         Err(e) => return SessionEnd::Unexpected(format!("failed to start the writer thread: {e}")),
@@ -210,7 +208,7 @@ pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) 
     };
     announce(context, &writer.control);
     context.stop.set_live(Live::Session(Arc::new(handle)));
-    let end = read_loop(&mut half, &executor, &heard);
+    let end = read_loop(&mut half, &executor);
     context.offers.stop_listening();
     executor.cancel_all();
     let _ = writer.control.send(Control::Finish);
@@ -242,11 +240,11 @@ fn announce(context: &Context<'_>, control: &Inlet<Control>) {
     });
 }
 
-/// `heard` is set by the reader for each message: with it the heartbeat shows that both threads work.
+/// What the reader has heard shows with the heartbeat that both threads work. Each byte counts: a large message may take minutes.
 fn heartbeat_of(
     executor: &Arc<JobExecutor>,
     context: &Context<'_>,
-    heard: Arc<AtomicBool>,
+    link: Arc<Link>,
 ) -> impl Fn() -> String + Send + use<> {
     // Weak: the writer is not to keep the jobs of a session alive.
     let executor = Arc::downgrade(executor);
@@ -254,7 +252,7 @@ fn heartbeat_of(
     context.board.count_jobs_by(in_flight.clone());
     let (statistics, board) = (context.statistics.clone(), context.board.clone());
     move || {
-        if heard.swap(false, Ordering::Relaxed) {
+        if link.take_heard() {
             board.shows_life();
         } else {
             board.remind();
@@ -263,11 +261,9 @@ fn heartbeat_of(
     }
 }
 
-fn read_loop(half: &mut ReadHalf, executor: &JobExecutor, heard: &AtomicBool) -> SessionEnd {
+fn read_loop(half: &mut ReadHalf, executor: &JobExecutor) -> SessionEnd {
     loop {
-        let message = half.read();
-        heard.store(true, Ordering::Relaxed);
-        match message {
+        match half.read() {
             Ok(Message::Text(text)) => {
                 if let Err(Overflow) = handle_frame(&text, executor) {
                     return SessionEnd::Unexpected(Overflow.to_string());

@@ -14,7 +14,6 @@ use std::io;
 use std::time::SystemTime;
 
 use serde_json::{Map, Value};
-use tungstenite::http::Uri;
 
 pub use board::{Board, Connection};
 pub use recorder::Recorder;
@@ -29,27 +28,15 @@ use crate::instance::Places;
 const STATE_BYTES_MAX: u64 = 16 << 20;
 
 /// What never changes while the agent runs; it starts now.
-pub fn fixed(identity: &Identity, coordinator: &Uri) -> Map<String, Value> {
+pub fn fixed(identity: &Identity, coordinator: String) -> Map<String, Value> {
     collect(
         &mut [
             ("started_at", rfc3339(SystemTime::now()).into()),
             ("public_key", identity.public_key_base64().into()),
-            ("coordinator", without_userinfo(coordinator).into()),
+            ("coordinator", coordinator.into()),
         ]
         .into_iter(),
     )
-}
-
-/// Who put a password into the address did not mean everybody to read it.
-fn without_userinfo(url: &Uri) -> String {
-    let url = url.to_string();
-    match url.split_once("://") {
-        Some((scheme, rest)) => {
-            let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-            format!("{scheme}://{}{path}", authority.rsplit('@').next().unwrap_or_default())
-        }
-        None => url,
-    }
 }
 
 /// Reads the state file.

@@ -70,13 +70,17 @@ impl Agent {
         let tally = Arc::new(Tally::default());
         let bell = self.bell()?;
         let board = Arc::new(Board::new(self.identity.provider_id(), bell.ringer()));
+        let mut _held = None;
         let housekeeping: Housekeeping = match self.presence.take() {
             None => Box::new(|_, _| ()),
             Some(Presence { places, lock }) => {
+                // Also here: should a bug end the housekeeping, the agent is one that hangs, and no second one comes beside it.
+                let lock = Arc::new(lock);
+                _held = Some(lock.clone());
                 let mut recorder = Recorder {
                     places,
                     lock,
-                    fixed: status::fixed(&self.identity, &self.coordinator.url),
+                    fixed: status::fixed(&self.identity, self.coordinator.address()),
                     board: board.clone(),
                     offers: offers.clone(),
                     statistics: statistics.clone(),
@@ -194,5 +198,90 @@ fn report(attempt: &Attempt, board: &Board) -> Ended {
             board.not_connected(Connection::Connecting(why));
             if matches!(end, SessionEnd::Planned(_)) { Ended::Planned } else { Ended::After(*lasted) }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+    use crate::backend::{Backend, BackendHealth, BackendModel, BackendResult, Job, JobResult, JobSink};
+    use crate::config::{Price, Pricing};
+    use crate::cryptography::ExtraRoots;
+    use crate::instance::LockError;
+
+    /// Has a bug that the housekeeping meets, and says when.
+    #[derive(Default)]
+    struct Nameless(AtomicBool);
+
+    impl Backend for Nameless {
+        fn kind(&self) -> &'static str {
+            "vllm"
+        }
+
+        fn id(&self) -> &str {
+            self.0.store(true, Ordering::SeqCst);
+            panic!("a bug")
+        }
+
+        fn list_models(&self) -> BackendResult<Vec<BackendModel>> {
+            Ok(Vec::new())
+        }
+
+        fn health(&self) -> BackendResult<BackendHealth> {
+            Ok(BackendHealth::default())
+        }
+
+        fn execute(&self, _: &Job, _: &mut dyn JobSink) -> BackendResult<JobResult> {
+            Ok(JobResult::default())
+        }
+    }
+
+    #[test]
+    fn an_agent_whose_housekeeping_has_ended_keeps_its_lock() {
+        let folder = std::env::temp_dir().join(format!("usepod-supervisor-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).expect("a folder");
+        let places = Places::beside(&folder.join("identity.key"));
+        let lock = InstanceLock::acquire(&places).expect("the lock");
+        let price = Price { input_per_1m: 1, output_per_1m: 1 };
+        let backend = Arc::new(Nameless::default());
+        let agent = Agent {
+            coordinator: CoordinatorConfig {
+                url: "ws://127.0.0.72:9/".parse().expect("a URL"),
+                enrollment_code: None,
+                roots: ExtraRoots::default(),
+            },
+            use_proxy: false,
+            identity: Identity::load_or_create(&folder.join("identity.key")).expect("an identity"),
+            backends: vec![OfferedBackend { backend: backend.clone(), allowed_models: None, max_concurrent: None }],
+            terms: Terms { pricing: Pricing { default: price, models: Default::default() }, max_concurrent: 1 },
+            max_tokens_per_minute: None,
+            drain: Duration::ZERO,
+            presence: Some(Presence { places: places.clone(), lock }),
+        };
+        let stop = Arc::new(Stop::default());
+        let running = std::thread::spawn({
+            let stop = stop.clone();
+            move || agent.run(&stop)
+        });
+        let wait_until = |what: &str, is_so: &dyn Fn() -> bool| {
+            let until = Instant::now() + Duration::from_secs(10);
+            while !is_so() {
+                assert!(Instant::now() < until, "{what}");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        wait_until("the bug is met", &|| backend.0.load(Ordering::SeqCst));
+        // It goes last but for the lock.
+        wait_until("the socket goes", &|| !places.wake().exists());
+        let watched = Instant::now();
+        while watched.elapsed() < Duration::from_millis(100) {
+            assert!(matches!(InstanceLock::acquire(&places), Err(LockError::Held(_))));
+        }
+        stop.request();
+        running.join().expect("no panic").expect("no error");
+        assert!(InstanceLock::acquire(&places).is_ok());
+        std::fs::remove_dir_all(&folder).expect("removed");
     }
 }

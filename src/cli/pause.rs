@@ -12,6 +12,8 @@ use crate::{bell, files, status};
 
 /// A running agent heeds the wish in milliseconds.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// One that has no socket to be woken by heeds it with its next heartbeat.
+const PATIENCE_UNHEARD: Duration = Duration::from_secs(20);
 /// How often its state file is looked at meanwhile.
 const GLANCE: Duration = Duration::from_millis(20);
 
@@ -56,7 +58,8 @@ pub fn resume(globals: &Globals) -> Result<(), Failure> {
 
 /// Waits until the running agent, if there is one, has heeded the wish; returns its jobs in flight.
 fn heeded(places: &Places, paused: bool) -> Result<Option<u64>, Failure> {
-    let until = Instant::now() + PATIENCE;
+    let patience = if bell::ring_at(&places.wake()) { PATIENCE } else { PATIENCE_UNHEARD };
+    let until = Instant::now() + patience;
     while let Some(holder) = Holder::running(places) {
         bell::ring_at(&places.wake());
         let state = status::read(places).ok().filter(|state| state["pid"] == holder.pid);
@@ -67,7 +70,7 @@ fn heeded(places: &Places, paused: bool) -> Result<Option<u64>, Failure> {
             return Err(Failure::Runtime(format!(
                 "the agent (pid {}) has not answered within {} s; the wish is noted, and it will heed it when it can: see `usepod-agent status`",
                 holder.pid,
-                PATIENCE.as_secs()
+                patience.as_secs()
             )));
         }
         thread::sleep(GLANCE);

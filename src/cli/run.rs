@@ -70,7 +70,7 @@ fn claim(globals: &Globals) -> Result<Option<(Config, InstanceLock)>, Failure> {
     }
     create_folder(&config)?;
     let Some(lock) = takeover::claim(&places)? else { return Ok(None) };
-    // Again: to take over may take many seconds, and whoever stops the agent sees the one before alone.
+    // Said meanwhile, to the agent that had the lock. From here on it is said to us.
     if places.stopped().exists() {
         return Ok(None);
     }

@@ -3,6 +3,7 @@
 
 mod page;
 
+use std::fs;
 use std::io::IsTerminal;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -84,21 +85,30 @@ fn look(places: &Places) -> Value {
     state
 }
 
-/// Asks for a new state and waits for it; a hung agent's old one is better than none.
+/// Asks for a new state and waits for it; a hung agent's old one is better than none. One that an agent at work has not renewed
+/// for long says nothing any more of whether it serves.
 fn renewed(places: &Places, holder: &Holder) -> Option<Value> {
     let read = || status::read(places).ok().filter(|state| state["pid"] == holder.pid);
     let before = read();
-    if !bell::ring_at(&places.wake()) {
-        return before;
-    }
+    let is_rung = bell::ring_at(&places.wake());
     let count = |state: &Option<Value>| state.as_ref().and_then(|state| state["written"].as_u64());
     let until = Instant::now() + PATIENCE;
-    while Instant::now() < until {
+    while is_rung && Instant::now() < until {
         let now = read();
         if count(&now) > count(&before) {
             return now;
         }
         thread::sleep(GLANCE);
     }
-    read().or(before)
+    let mut state = read().or(before)?;
+    let age =
+        fs::metadata(places.state()).and_then(|found| found.modified()).map(|at| at.elapsed().unwrap_or_default());
+    if let Some(age) = age.ok().filter(|age| *age >= SILENCE_MAX) {
+        (state["last_state"], state["since"]) = (state["state"].take(), Value::Null);
+        state["state"] = "unknown".into();
+        state["serving"] = false.into();
+        let what = "it has not been able to write its state file for";
+        state["reason"] = format!("{what} {} s; its log says why (is the disk full?)", age.as_secs()).into();
+    }
+    Some(state)
 }

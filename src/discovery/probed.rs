@@ -53,7 +53,7 @@ impl Probed {
 
     /// Why it is not offered, once it was asked.
     pub fn away(&self) -> Option<String> {
-        self.away.as_ref().map(|e| shown(&e.to_string()))
+        self.away.as_ref().map(told)
     }
 
     /// How many models it offers, or would; `None` before its first listing.
@@ -136,9 +136,17 @@ impl Probed {
             self.since = Some(now);
         }
         if let Some(e) = &away {
-            self.last_error = Some((now, shown(&e.to_string())));
+            self.last_error = Some((now, told(e)));
         }
         self.away = away;
         is_news
+    }
+}
+
+/// In words for the operator: what a backend says to a question of ours quotes no prompt, but of a key it may.
+fn told(e: &BackendError) -> String {
+    match e {
+        BackendError::AuthRejected(_) => format!("the backend refused the API key: {}", e.for_log()),
+        _ => shown(&e.to_string()),
     }
 }

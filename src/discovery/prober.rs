@@ -101,7 +101,7 @@ impl Prober {
             due: None,
             last_round: Instant::now(),
         };
-        threads::spawn("prober", move || actor.run(&bell))?;
+        threads::spawn("prober", move || actor.run(bell))?;
         Ok(Prober(Arc::new(Handle { inbox })))
     }
 
@@ -155,7 +155,8 @@ struct Round {
 }
 
 impl Actor {
-    fn run(mut self, bell: &Bell) {
+    /// The bell goes before the housekeeping, whose lock keeps others from hanging up one of their own in its place.
+    fn run(mut self, bell: Bell) {
         loop {
             let woken = bell.wait(self.wakes_at());
             let notes = std::mem::take(&mut *self.inbox.notes());
@@ -314,6 +315,8 @@ pub fn dice() -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
     use crate::backend::{BackendHealth, BackendModel, BackendResult, Job, JobResult, JobSink};
     use crate::config::{Price, Pricing};
@@ -353,6 +356,31 @@ mod tests {
         }
     }
 
+    fn terms() -> Terms {
+        let price = Price { input_per_1m: 1, output_per_1m: 1 };
+        Terms { pricing: Pricing { default: price, models: Default::default() }, max_concurrent: 8 }
+    }
+
+    /// Says, when it is dropped, whether the socket was still there.
+    struct Lock(PathBuf, Sender<bool>);
+
+    impl Drop for Lock {
+        fn drop(&mut self) {
+            let _ = self.1.send(self.0.exists());
+        }
+    }
+
+    #[test]
+    fn the_bell_is_gone_before_the_lock_is_free_for_the_next_agent() {
+        let path = std::env::temp_dir().join(format!("usepod-prober-{}", std::process::id()));
+        let bell = Bell::at(&path).expect("a socket");
+        let (sender, was_there) = bounded(1);
+        let lock = Lock(path, sender);
+        let housekeeping: Housekeeping = Box::new(move |_, _| assert!(lock.0.exists()));
+        drop(Prober::spawn(Vec::new(), terms(), Arc::default(), bell, housekeeping).expect("a thread"));
+        assert_eq!(was_there.recv_timeout(PATIENCE), Ok(false));
+    }
+
     #[test]
     fn who_fails_its_jobs_is_withdrawn_at_once_also_while_another_hangs_in_its_probe() {
         let offered = |models, asked: &Sender<()>, gate: &Receiver<()>| {
@@ -363,8 +391,6 @@ mod tests {
         let (release, gate) = bounded(0);
         let open = bounded(0).1;
         let backends = vec![offered(&["m"], &bounded(0).0, &open), offered(&["n"], &asked, &gate)];
-        let price = Price { input_per_1m: 1, output_per_1m: 1 };
-        let terms = Terms { pricing: Pricing { default: price, models: Default::default() }, max_concurrent: 8 };
         let offers = Arc::new(Offers::default());
         let (sizes_tx, sizes) = crossbeam_channel::unbounded();
         offers.listen(move |offer| sizes_tx.send(offer.len()).expect("the test listens"));
@@ -376,7 +402,7 @@ mod tests {
             let _ = news_tx.send((is_news, away));
         });
         let bell = Bell::private().expect("sockets");
-        let prober = Prober::spawn(backends, terms, offers.clone(), bell, housekeeping).expect("a thread");
+        let prober = Prober::spawn(backends, terms(), offers.clone(), bell, housekeeping).expect("a thread");
         let settled = prober.refresh();
         questions.recv_timeout(PATIENCE).expect("the second is asked");
         assert_offered(1);

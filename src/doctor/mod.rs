@@ -19,7 +19,6 @@ use std::path::Path;
 use backends::Patient;
 use report::Report;
 
-use crate::config::CoordinatorConfig;
 use crate::discovery::Terms;
 use crate::instance::Places;
 use crate::protocol::AGENT_VERSION;
@@ -51,7 +50,7 @@ pub fn examine(question: &Question<'_>, out: &mut dyn Write, live: bool) -> bool
     let runs = local::lock(&mut report, &places);
     local::disk(&mut report, &config);
 
-    report.heading(format_args!("coordinator {}", address_of(&config.coordinator)));
+    report.heading(format_args!("coordinator {}", config.coordinator.address()));
     coordinator::examine(&mut report, &config.coordinator);
 
     let servers = patients.len();
@@ -64,12 +63,4 @@ pub fn examine(question: &Question<'_>, out: &mut dyn Write, live: bool) -> bool
     report.heading(format_args!("from now on"));
     supervisor::examine(&mut report, &places, runs);
     report.verdict(format_args!("{models} model(s) to offer, of {servers} backend(s)"))
-}
-
-/// Without what may be a password.
-fn address_of(coordinator: &CoordinatorConfig) -> String {
-    let url = &coordinator.url;
-    let port = url.port_u16().map(|port| format!(":{port}")).unwrap_or_default();
-    let (scheme, host) = (url.scheme_str().unwrap_or_default(), url.host().unwrap_or_default());
-    format!("{scheme}://{host}{port}{}", url.path())
 }

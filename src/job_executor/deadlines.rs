@@ -6,8 +6,8 @@
 
 use std::sync::Arc;
 
-use super::Shared;
 use super::ticket::Ticket;
+use super::{Shared, Surroundings};
 use crate::backend::BackendError;
 use crate::protocol;
 
@@ -28,10 +28,13 @@ fn end(shared: &Shared, ticket: &Arc<Ticket>) {
         log::warn!("job {} failed in the queue: {error}", ticket.job_id);
         if let Some(code) = error.code() {
             let frame = protocol::job_error(ticket.job_id, code, &error.to_string(), 0);
+            let (latency, why) = (ticket.accepted.elapsed(), error.for_log());
+            let Surroundings { statistics, tally, .. } = &shared.surroundings;
             if shared.outbox.control(frame).is_ok() {
-                let (latency, why) = (ticket.accepted.elapsed(), error.for_log());
-                shared.surroundings.statistics.failed(latency, 0, code);
-                shared.surroundings.tally.failed(None, latency, 0, code, why);
+                statistics.failed(latency, 0, code);
+                tally.failed(None, latency, 0, code, why);
+            } else {
+                tally.lost(1);
             }
         }
     }

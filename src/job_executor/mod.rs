@@ -287,6 +287,77 @@ impl Drop for JobExecutor {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::{Backend, BackendHealth, BackendModel, JobSink, WireFormat};
+    use crate::discovery::ResolvedModel;
+
+    /// Its jobs end in the middle of an answer.
+    struct Answering;
+
+    impl Backend for Answering {
+        fn kind(&self) -> &'static str {
+            "vllm"
+        }
+
+        fn id(&self) -> &str {
+            "answering"
+        }
+
+        fn list_models(&self) -> BackendResult<Vec<BackendModel>> {
+            Ok(Vec::new())
+        }
+
+        fn health(&self) -> BackendResult<BackendHealth> {
+            Ok(BackendHealth::default())
+        }
+
+        fn execute(&self, job: &Job, sink: &mut dyn JobSink) -> BackendResult<JobResult> {
+            match job.model_id.as_str() {
+                "silent" => Ok(JobResult::default()),
+                _ => sink.send_chunk(b"a").map(|()| JobResult::default()),
+            }
+        }
+    }
+
+    #[test]
+    fn an_answer_that_nobody_can_be_sent_counts_as_lost() {
+        let model = |id: &str| ResolvedModel {
+            model_id: id.to_owned(),
+            input_per_1m: 1,
+            output_per_1m: 1,
+            max_concurrent: 1,
+            backend: "vllm".to_owned(),
+            context_window: None,
+        };
+        let models = vec![model("silent"), model("chatty")];
+        let out = crossbeam_channel::unbounded().0;
+        let executor = JobExecutor::new(vec![DiscoveredBackend { backend: Arc::new(Answering), models }], 1, out);
+        for model_id in ["silent", "chatty"] {
+            executor.dispatch(Job {
+                job_id: Uuid::nil(),
+                model_id: model_id.to_owned(),
+                request: serde_json::Value::Null,
+                format: WireFormat::Openai,
+                deadline_ms: 60_000,
+            });
+            assert!(executor.wait_idle(Instant::now() + Duration::from_secs(10), || false));
+        }
+        let shared = executor.shared.clone();
+        drop(executor);
+        let until = Instant::now() + Duration::from_secs(10);
+        let lost = || {
+            let mut lost = None;
+            shared.surroundings.tally.describe(0, &mut |key, value| {
+                if key == "jobs" {
+                    lost = value["lost"].as_u64();
+                }
+            });
+            lost == Some(2)
+        };
+        while !lost() {
+            assert!(Instant::now() < until, "not counted");
+            std::thread::yield_now();
+        }
+    }
 
     #[test]
     fn a_job_that_has_had_its_end_is_not_turned_away_as_well() {

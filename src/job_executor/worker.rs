@@ -116,8 +116,11 @@ impl Drop for Ending<'_> {
             None => false,
         };
         self.shared.table.finish(self.ticket);
-        if sent && !self.ticket.is_cancelled() {
-            self.record();
+        match sent {
+            // Whoever took it out counts it.
+            _ if self.ticket.is_cancelled() => {}
+            true => self.record(),
+            false => self.shared.surroundings.tally.lost(1),
         }
     }
 }

@@ -77,6 +77,7 @@ impl Board {
                 notes.in_flight = Box::new(|| 0);
             }
             notes.connection = why;
+            notes.shows_life = true;
         });
     }
 
@@ -99,7 +100,7 @@ impl Board {
         self.note(|notes| notes.is_draining = true);
     }
 
-    /// The agent does its work: it has heard from the coordinator, or tries to reach it.
+    /// The agent does its work: it has heard from the coordinator, or tries to reach it. So it does when it fails to.
     pub fn shows_life(&self) {
         self.note(|notes| notes.shows_life = true);
     }
@@ -149,5 +150,22 @@ impl Board {
 
     fn notes(&self) -> MutexGuard<'_, Notes> {
         self.notes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bell::Bell;
+
+    /// The longest delay between two attempts comes after one that may have taken half a minute.
+    #[test]
+    fn an_attempt_that_fails_is_a_sign_of_life() {
+        let board = Board::new(None, Bell::private().expect("sockets").ringer());
+        assert_eq!(board.take_news(), (true, true));
+        board.remind();
+        assert_eq!(board.take_news(), (true, false));
+        board.not_connected(Connection::Connecting(None));
+        assert_eq!(board.take_news(), (true, true));
     }
 }

@@ -19,7 +19,7 @@ pub struct Recorder {
     /// Where the files are.
     pub places: Places,
     /// Shown alive while the agent is.
-    pub lock: InstanceLock,
+    pub lock: Arc<InstanceLock>,
     /// What never changes: `coordinator`, `public_key`, …
     pub fixed: Map<String, Value>,
     /// What the threads noted.
@@ -60,9 +60,9 @@ impl Recorder {
         }
     }
 
-    /// Makes the offer as empty as the operator wants it.
+    /// Makes the offer as empty as the operator wants it. Where that cannot be read, it stays as it is.
     pub fn heed_pause(&self) {
-        let paused = self.places.paused().exists();
+        let Ok(paused) = self.places.paused().try_exists() else { return };
         if self.offers.set_paused(paused) {
             log::info!("{}", if paused { "paused by the operator" } else { "no longer paused" });
         }

@@ -10,6 +10,7 @@ mod onlooker;
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -35,6 +36,8 @@ const WRITE_BUFFER_BYTES: usize = 64 << 10;
 pub struct Link {
     tcp: TcpStream,
     tls: Option<Mutex<ClientConnection>>,
+    /// Something has come since this was asked last.
+    heard: AtomicBool,
     /// Writes to the socket of a link without TLS.
     #[cfg(test)]
     writes: std::sync::atomic::AtomicUsize,
@@ -45,15 +48,21 @@ impl Link {
         Link {
             tcp,
             tls,
+            heard: AtomicBool::new(false),
             #[cfg(test)]
             writes: std::sync::atomic::AtomicUsize::new(0),
         }
     }
 
+    /// Whether the reading side has heard anything since it was asked last.
+    pub fn take_heard(&self) -> bool {
+        self.heard.swap(false, Ordering::Relaxed)
+    }
+
     /// So many were made.
     #[cfg(test)]
     pub fn writes(&self) -> usize {
-        self.writes.load(std::sync::atomic::Ordering::SeqCst)
+        self.writes.load(Ordering::SeqCst)
     }
 
     /// Ends both directions at once; blocked reads and writes return.
@@ -69,7 +78,7 @@ impl Link {
     fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         let Some(mut tls) = self.tls() else {
             #[cfg(test)]
-            self.writes.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            self.writes.fetch_add(1, Ordering::SeqCst);
             return uninterrupted(|| (&self.tcp).write(bytes));
         };
         let taken = tls.writer().write(bytes)?;
@@ -311,7 +320,11 @@ impl Read for LinkReader {
         match read {
             // What a timed-out socket says; the WebSocket would take `WouldBlock` for a reason to come again.
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(io::ErrorKind::TimedOut.into()),
-            other => other,
+            Err(e) => Err(e),
+            Ok(read) => {
+                self.link.heard.store(true, Ordering::Relaxed);
+                Ok(read)
+            }
         }
     }
 }

@@ -51,6 +51,11 @@ fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
     }
 }
 
+/// Whether a call has looked once at an agent that hangs.
+fn waits(call: &Agent) -> bool {
+    fs::read_to_string(format!("/proc/{}/wchan", call.pid())).is_ok_and(|at| at.contains("nanosleep"))
+}
+
 /// Whether SIGTERM waits for a stopped process.
 fn has_pending_term(pid: u32) -> bool {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("its status");
@@ -162,6 +167,23 @@ fn one_that_hangs_is_killed_and_replaced_by_one_call_of_several() {
     wait_line_in(&setup.log(), &["WARN", &old, "has ended", &new]);
 }
 
+/// `service stop` came while the call waited for the agent that hung, which then ended.
+#[test]
+fn a_stop_that_was_said_meanwhile_is_heeded() {
+    let coordinator = Coordinator::new();
+    let setup = Setup::new(&coordinator.url());
+    let (mut hung, _session) = serving(&setup, &coordinator);
+    hung.signal("STOP");
+    make_silent(&setup);
+    let mut call = setup.start_by_cron();
+    wait_until("the call waits", || waits(&call));
+    setup.scratch.write(".usepod-agent/identity.key.stopped", "");
+    hung.signal("KILL");
+    hung.wait(SOON);
+    assert_eq!(call.wait(SOON).code(), Some(0));
+    coordinator.assert_not_dialled(Duration::ZERO);
+}
+
 /// As after the thaw of a frozen box: the silence was nobody's fault.
 #[test]
 fn one_that_shows_a_moment_later_that_it_works_is_left_alone() {
@@ -172,9 +194,7 @@ fn one_that_shows_a_moment_later_that_it_works_is_left_alone() {
     make_silent(&setup);
     let mut call = setup.start_by_cron();
     // It has looked once when it waits.
-    wait_until("the call waits", || {
-        fs::read_to_string(format!("/proc/{}/wchan", call.pid())).is_ok_and(|at| at.contains("nanosleep"))
-    });
+    wait_until("the call waits", || waits(&call));
     fs::write(lock_of(&setup), fresh).expect("the lock file");
     assert_eq!(call.wait(SOON).code(), Some(0));
     assert_eq!(call.stderr.whole(), "");
@@ -197,6 +217,21 @@ fn one_that_hangs_and_still_heeds_a_signal_ends_in_order() {
     let _next = coordinator.session();
     call.assert_running();
     wait_line_in(&setup.log(), &["WARN", &hung.pid().to_string(), "has ended, after SIGTERM"]);
+}
+
+#[test]
+fn one_that_cannot_write_down_that_it_works_is_left_alone() {
+    let coordinator = Coordinator::new();
+    let setup = Setup::new(&coordinator.url());
+    let (mut agent, session) = serving(&setup, &coordinator);
+    agent.limit_files();
+    make_silent(&setup);
+    // It shows life by connecting anew.
+    session.close(1001, "drain:deploy");
+    let _next = coordinator.session();
+    wait_until("nothing is left", || fs::read(lock_of(&setup)).is_ok_and(|content| content.is_empty()));
+    assert_leaves_alone(&setup, &coordinator, "one at work");
+    agent.assert_running();
 }
 
 /// Ended with the test.

@@ -1,5 +1,6 @@
 //! `status` names each reason for not serving, and the state file behind it is always whole; `pause` and `resume`.
 
+use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -95,7 +96,8 @@ fn a_serving_agent_says_what_it_offers_and_what_it_has_done() {
 
 #[test]
 fn without_a_coordinator_it_is_connecting_and_says_since_when_and_why() {
-    let setup = Setup::new(&format!("ws://{}/x", nobody_at("127.0.0.61")));
+    let coordinator = nobody_at("127.0.0.61");
+    let setup = Setup::new(&format!("ws://user:password@{coordinator}/x?token=token"));
     setup.write();
     let mut agent = setup.start();
     let state = assert_state(&setup, "connecting", 1);
@@ -103,6 +105,7 @@ fn without_a_coordinator_it_is_connecting_and_says_since_when_and_why() {
     agent.stderr.wait_line(&["not connected"]);
     let (state, _) = status(&setup);
     assert!(state["reason"].as_str().is_some_and(|why| why.contains("Connection refused")), "{state}");
+    assert_eq!(state["coordinator"], format!("ws://{coordinator}/x"), "no secrets");
     assert_page(&setup, &["not serving: connecting", "Connection refused"]);
     agent.signal("TERM");
     agent.wait(SOON);
@@ -150,6 +153,15 @@ fn each_backend_that_is_down_or_loading_is_named_with_its_error() {
         state["backends"][1]["last_error"]["message"].as_str().is_some_and(|why| why.contains("loading")),
         "{state}"
     );
+}
+
+#[test]
+fn a_backend_that_repeats_a_key_it_refuses_tells_nobody_else() {
+    let backend = Backend::new(|_| Answer::Json(401, json!({"error": "no such key: sk-secret"})));
+    let rig = Rig::new(&backend);
+    let state = assert_state(&rig.setup, "no_healthy_backend", 1);
+    assert!(!state.to_string().contains("secret"), "{state}");
+    assert_page(&rig.setup, &["the backend refused the API key: HTTP 401"]);
 }
 
 #[test]
@@ -228,6 +240,14 @@ fn a_beat_needs_both_directions_of_the_link() {
     rig.session.frame("heartbeat", secs(20));
     std::thread::sleep(QUIET);
     assert_eq!(beat(), before, "a heartbeat without anything heard is no sign of life");
+    // A message may take minutes to come: the beginning of one of 60 KiB.
+    rig.session.send_raw(&[0x81, 126, 0xf0, 0x00, b' ']);
+    rig.session.frame("heartbeat", secs(20));
+    let began = Instant::now();
+    while beat() == before {
+        assert!(began.elapsed() < SOON, "no beat while a message comes");
+        std::thread::sleep(ms(10));
+    }
 }
 
 #[test]
@@ -260,6 +280,35 @@ fn a_pause_empties_the_offer_at_once_lets_jobs_finish_and_survives_a_restart() {
     assert_eq!(session.frame("capabilities", SOON)["models"][0]["model_id"], "m");
     assert_state(&rig.setup, "serving", 0);
     session.assert_no_frame("another offer", Duration::ZERO, |frame| frame["type"] == "capabilities");
+}
+
+/// As where the path of the socket is longer than the system allows.
+#[test]
+fn a_pause_without_a_socket_takes_a_heartbeat_and_does_not_fail() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    std::fs::remove_file(rig.setup.identity().with_file_name("identity.key.wake")).expect("a socket");
+    let output = cli_within(secs(30), rig.setup.scratch.path(), &["pause", "--config", "agent.toml"], &[]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(rig.session.frame("capabilities", SOON)["models"], json!([]));
+}
+
+#[test]
+fn a_pause_that_cannot_be_read_any_more_goes_on() {
+    let backend = Backend::vllm(&["m"]);
+    let mut rig = Rig::with(|setup| setup.backend(backend.toml()).bound_by_modes());
+    command(&rig.setup, "pause");
+    let folder = rig.setup.scratch.join(".usepod-agent");
+    let set_mode = |mode| {
+        std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(mode)).expect("the mode set");
+    };
+    set_mode(0o000);
+    // A new session has the agent look.
+    rig.session.close(1001, "drain:deploy");
+    rig.session = rig.coordinator.session();
+    set_mode(0o700);
+    assert_eq!(rig.session.capabilities["models"], json!([]));
+    rig.session.assert_no_frame("an offer", QUIET, |frame| frame["type"] == "capabilities");
 }
 
 #[test]
@@ -315,6 +364,25 @@ fn whoever_reads_the_state_file_reads_a_whole_one() {
         over.store(true, Ordering::SeqCst);
         assert!(reader.join().expect("no panic") > 5, "it is renewed for whoever asks");
     });
+}
+
+#[test]
+fn a_state_file_that_is_not_renewed_any_more_is_not_believed() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::with(|setup| setup.backend(backend.toml()).bound_by_modes());
+    assert_state(&rig.setup, "serving", 0);
+    let folder = rig.setup.scratch.join(".usepod-agent");
+    let set_mode = |mode| {
+        std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(mode)).expect("the mode set");
+    };
+    set_mode(0o500);
+    assert_state(&rig.setup, "serving", 0);
+    let state = std::fs::File::options().write(true).open(folder.join("identity.key.state")).expect("the file");
+    state.set_modified(std::time::SystemTime::now() - secs(200)).expect("an older date");
+    assert_state(&rig.setup, "unknown", 1);
+    assert_page(&rig.setup, &["whether it serves is unknown", "is the disk full?"]);
+    set_mode(0o700);
+    assert_state(&rig.setup, "serving", 0);
 }
 
 #[test]

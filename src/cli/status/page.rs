@@ -62,6 +62,7 @@ fn headline(page: &mut String, state: &Value) {
             format!("not serving: hung{reason}"),
             "`usepod-agent service restart`; under cron it is replaced by itself",
         ),
+        "unknown" => (format!("running, and whether it serves is unknown{reason}"), ""),
         "starting" => ("not serving: it has just started".to_owned(), ""),
         "stopped" => {
             ("not running: stopped by the operator".to_owned(), "`usepod-agent service start` starts it again")

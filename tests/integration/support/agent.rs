@@ -241,6 +241,12 @@ impl Agent {
         assert!(status.expect("prlimit, of util-linux").success(), "the limit of descriptors was not set");
     }
 
+    /// From now on it can write to no file.
+    pub fn limit_files(&self) {
+        let status = Command::new("prlimit").args(["--pid", &self.pid().to_string(), "--fsize=0:"]).status();
+        assert!(status.expect("prlimit, of util-linux").success(), "the limit of files was not set");
+    }
+
     /// Waits for the end of the process.
     pub fn wait(&mut self, within: Duration) -> ExitStatus {
         let deadline = Instant::now() + within;
