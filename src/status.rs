@@ -16,7 +16,7 @@ use std::time::SystemTime;
 use serde_json::{Map, Value};
 
 pub use board::{Board, Connection};
-pub use recorder::Recorder;
+pub use recorder::{Recorder, Told};
 pub use tally::Tally;
 
 use crate::date::rfc3339;
@@ -45,7 +45,7 @@ pub fn fixed(identity: &Identity, coordinator: String) -> Map<String, Value> {
 /// There is none, or it makes no sense.
 pub fn read(places: &Places) -> io::Result<Value> {
     let content = files::read_bounded(&places.state(), STATE_BYTES_MAX)?;
-    Ok(serde_json::from_slice(&content)?)
+    Ok(Value::Object(serde_json::from_slice(&content)?))
 }
 
 /// An object of these keys, in their order.

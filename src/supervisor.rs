@@ -4,7 +4,7 @@
 //! [`crate::backoff`].
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use crate::backoff::{Backoff, Ended};
 use crate::bell::Bell;
@@ -17,7 +17,7 @@ use crate::logging::shown;
 use crate::protocol::OfferLimits;
 use crate::session::{self, HandshakeError, SessionEnd};
 use crate::shutdown::{Live, Stop};
-use crate::status::{self, Board, Connection, Recorder, Tally};
+use crate::status::{self, Board, Connection, Recorder, Tally, Told};
 use crate::token_limit::TokenLimit;
 use crate::transport::Dialer;
 use crate::{backend, discovery};
@@ -86,9 +86,7 @@ impl Agent {
                     statistics: statistics.clone(),
                     tally: tally.clone(),
                     token_limit: token_limit.clone(),
-                    condition: ("", SystemTime::now()),
-                    failure: None,
-                    written: 0,
+                    told: Told::default(),
                 };
                 // Before the first offer.
                 recorder.heed_pause();

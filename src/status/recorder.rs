@@ -32,12 +32,25 @@ pub struct Recorder {
     pub tally: Arc<Tally>,
     /// Which may be used up.
     pub token_limit: Arc<TokenLimit>,
-    /// The condition that was written last, and since when it holds.
-    pub condition: (&'static str, SystemTime),
-    /// Why the file could not be written the last time.
-    pub failure: Option<String>,
+    /// Nothing, to begin with.
+    pub told: Told,
+}
+
+/// What the file has said so far.
+pub struct Told {
+    condition: &'static str,
+    /// When that began.
+    since: SystemTime,
+    /// Why it could not be written the last time.
+    failure: Option<String>,
     /// How often it was written, so that a reader knows a new one from the old.
-    pub written: u64,
+    times: u64,
+}
+
+impl Default for Told {
+    fn default() -> Self {
+        Told { condition: "", since: SystemTime::now(), failure: None, times: 0 }
+    }
 }
 
 /// Whether the agent serves, and if not, why.
@@ -71,10 +84,10 @@ impl Recorder {
     fn write(&mut self, backends: &[Probed]) {
         let state = self.state(backends).to_string();
         let failure = files::replace(&self.places.state(), state.as_bytes()).err().map(|e| e.to_string());
-        if let Some(why) = failure.as_ref().filter(|_| failure != self.failure) {
+        if let Some(why) = failure.as_ref().filter(|_| failure != self.told.failure) {
             log::warn!("`{}`: failed to write it ({why}), so `status` shows old news", self.places.state().display());
         }
-        self.failure = failure;
+        self.told.failure = failure;
     }
 
     fn state(&mut self, backends: &[Probed]) -> Value {
@@ -82,11 +95,11 @@ impl Recorder {
         let noted = self.board.noted();
         let catalog = self.offers.snapshot();
         let condition = self.condition_of(&noted.connection, noted.is_draining, backends);
-        if self.condition.0 != condition.name {
-            self.condition = (condition.name, now);
+        if self.told.condition != condition.name {
+            (self.told.condition, self.told.since) = (condition.name, now);
         }
         let figures = self.statistics.heartbeat(noted.in_flight);
-        self.written += 1;
+        self.told.times += 1;
         let date = |at| Value::from(rfc3339(at));
         let mut state = self.fixed.clone();
         let mut set = |key: &str, value: Value| {
@@ -94,10 +107,10 @@ impl Recorder {
         };
         set("agent_version", AGENT_VERSION.into());
         set("pid", std::process::id().into());
-        set("written", self.written.into());
+        set("written", self.told.times.into());
         set("written_at", date(now));
         set("state", condition.name.into());
-        set("since", date(self.condition.1));
+        set("since", date(self.told.since));
         set("reason", condition.why.into());
         set("serving", (condition.name == SERVING).into());
         set("paused", self.offers.is_paused().into());

@@ -124,22 +124,6 @@ fn what_was_stopped_stays_stopped_for_cron_and_not_for_who_starts_it_by_hand() {
 }
 
 #[test]
-fn what_is_stopped_while_one_that_hangs_is_replaced_stays_stopped() {
-    let coordinator = Coordinator::new();
-    let setup = Setup::new(&coordinator.url());
-    let (mut hung, _session) = serving(&setup, &coordinator);
-    hung.signal("STOP");
-    make_silent(&setup);
-    let mut call = setup.start_by_cron();
-    wait_line_in(&setup.log(), &["WARN", "hangs"]);
-    setup.scratch.write(".usepod-agent/identity.key.stopped", "");
-    hung.signal("KILL");
-    hung.wait(SOON);
-    assert_eq!(call.wait(TAKEOVER).code(), Some(0));
-    coordinator.assert_not_dialled(Duration::ZERO);
-}
-
-#[test]
 fn one_that_hangs_is_killed_and_replaced_by_one_call_of_several() {
     let coordinator = Coordinator::new();
     let setup = Setup::new(&coordinator.url());
@@ -167,21 +151,27 @@ fn one_that_hangs_is_killed_and_replaced_by_one_call_of_several() {
     wait_line_in(&setup.log(), &["WARN", &old, "has ended", &new]);
 }
 
-/// `service stop` came while the call waited for the agent that hung, which then ended.
+/// `service stop` came while the call looked again, or ended the agent that hung.
 #[test]
 fn a_stop_that_was_said_meanwhile_is_heeded() {
-    let coordinator = Coordinator::new();
-    let setup = Setup::new(&coordinator.url());
-    let (mut hung, _session) = serving(&setup, &coordinator);
-    hung.signal("STOP");
-    make_silent(&setup);
-    let mut call = setup.start_by_cron();
-    wait_until("the call waits", || waits(&call));
-    setup.scratch.write(".usepod-agent/identity.key.stopped", "");
-    hung.signal("KILL");
-    hung.wait(SOON);
-    assert_eq!(call.wait(SOON).code(), Some(0));
-    coordinator.assert_not_dialled(Duration::ZERO);
+    let moments: [fn(&Setup, &Agent); 2] = [
+        |_, call| wait_until("the call looks again", || waits(call)),
+        |setup, _| drop(wait_line_in(&setup.log(), &["WARN", "hangs"])),
+    ];
+    side_by_side(moments, |wait| {
+        let coordinator = Coordinator::new();
+        let setup = Setup::new(&coordinator.url());
+        let (mut hung, _session) = serving(&setup, &coordinator);
+        hung.signal("STOP");
+        make_silent(&setup);
+        let mut call = setup.start_by_cron();
+        wait(&setup, &call);
+        setup.scratch.write(".usepod-agent/identity.key.stopped", "");
+        hung.signal("KILL");
+        hung.wait(SOON);
+        assert_eq!(call.wait(TAKEOVER).code(), Some(0));
+        coordinator.assert_not_dialled(Duration::ZERO);
+    });
 }
 
 /// As after the thaw of a frozen box: the silence was nobody's fault.

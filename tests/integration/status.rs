@@ -337,7 +337,10 @@ fn pause_and_resume_work_without_an_agent_and_without_a_sound_config() {
     let setup = Setup::new("wss://x.invalid/").limits("max_concurrent = 0");
     setup.write();
     assert!(command(&setup, "pause").contains("no agent runs"));
-    assert_state(&setup, "not_running", 3);
+    for spoilt in ["[]", "7", "{", ""] {
+        setup.scratch.write(".usepod-agent/identity.key.state", spoilt);
+        assert_state(&setup, "not_running", 3);
+    }
     assert_eq!(status(&setup).0["paused"], true);
     assert!(command(&setup, "resume").contains("not paused"));
     assert!(command(&setup, "resume").contains("not paused"));
