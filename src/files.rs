@@ -64,6 +64,19 @@ pub fn create_atomic(path: &Path, content: &[u8]) -> io::Result<()> {
     })
 }
 
+/// Makes an empty file, with its folder, unless there is one: a sign that a full disk has room for, too. Nothing is written
+/// through a link that somebody else put there.
+///
+/// # Errors
+/// It cannot be made.
+pub fn mark(path: &Path) -> io::Result<()> {
+    create_folder_of(path)?;
+    match private(OpenOptions::new().write(true).create_new(true)).open(path) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
+        _ => Ok(()),
+    }
+}
+
 fn put(path: &Path, content: &[u8], move_in: &dyn Fn(&Path, &Path) -> io::Result<()>) -> io::Result<()> {
     let (target, prefix) = places_of(path)?;
     // Unique, so that two writers cannot spoil each other's.

@@ -2,11 +2,10 @@
 
 use std::io;
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use super::args::Globals;
 use super::{Failure, places_of, print};
-use crate::date::rfc3339;
 use crate::instance::{Holder, Places};
 use crate::{bell, files, status};
 
@@ -20,15 +19,9 @@ const GLANCE: Duration = Duration::from_millis(20);
 /// Has the offer emptied, now and at every start, until [`resume`].
 pub fn pause(globals: &Globals) -> Result<(), Failure> {
     let places = places_of(globals)?;
-    let since = rfc3339(SystemTime::now());
-    let fail = |e: io::Error| {
-        Failure::Runtime(format!("failed to write `{}`: {e}; nothing is paused", places.paused().display()))
-    };
-    files::create_folder_of(&places.paused()).map_err(fail)?;
-    match files::create_atomic(&places.paused(), format!("{since}\n").as_bytes()) {
-        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(fail(e)),
-        _ => {}
-    }
+    files::mark(&places.paused()).map_err(|e| {
+        Failure::Runtime(format!("failed to make `{}`: {e}; nothing is paused", places.paused().display()))
+    })?;
     print(&match heeded(&places, true)? {
         None => "paused: no agent runs; the next one will offer nothing until `usepod-agent resume`\n".to_owned(),
         Some(0) => "paused: nothing is offered until `usepod-agent resume`\n".to_owned(),

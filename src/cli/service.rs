@@ -323,14 +323,12 @@ fn uninstall(globals: &Globals) -> Result<(), Failure> {
 /// Nobody starts it from here on.
 fn keep_stopped(site: &Site) -> Result<(), Failure> {
     let marker = site.places.stopped();
-    // Made, never replaced: root must not write through a link that somebody else put there.
-    match files::create_folder_of(&marker).and_then(|()| files::create_atomic(&marker, b"")) {
-        Err(e) if e.kind() != ErrorKind::AlreadyExists => Err(Failure::Runtime(format!(
-            "failed to write `{}`, without which the agent would come back: {e}; free some space, or check the rights",
+    files::mark(&marker).map_err(|e| {
+        Failure::Runtime(format!(
+            "failed to make `{}`, without which the agent would come back: {e}; check the rights there",
             marker.display()
-        ))),
-        _ => Ok(()),
-    }
+        ))
+    })
 }
 
 fn stop(globals: &Globals) -> Result<(), Failure> {
