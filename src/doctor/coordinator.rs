@@ -43,7 +43,7 @@ pub fn examine(report: &mut Report<'_>, config: &CoordinatorConfig) {
         Ok(mut half) => {
             way.pass(format_args!("upgraded after {} ms", way.since.elapsed().as_millis()));
             match session::challenge(&mut half) {
-                Ok(_) => way.pass(format_args!("received; not answered, for that could displace the agent that runs")),
+                Ok(_) => way.pass(format_args!("received; not answered, for that could displace a running agent")),
                 Err(e) => {
                     let fix = format_args!(
                         "is `[coordinator] url` that of a Use Pod coordinator? If it is, it is not well: try later"
