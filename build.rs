@@ -21,8 +21,12 @@ fn main() {
     if variable("PROFILE") != "release" || variable("HOST") != variable("TARGET") {
         return;
     }
+    // cargo keeps what is said here, and of all paths in it corrects that of OUT_DIR alone when the project has been moved.
+    let layout = Path::new(&variable("OUT_DIR")).join("startup.ld");
+    // Without it the option does not work.
+    let _ = fs::copy(LAYOUT, &layout);
     let options = [
-        format!("-Wl,-T,{}/{LAYOUT}", variable("CARGO_MANIFEST_DIR")),
+        format!("-Wl,-T,{}", layout.display()),
         // 100 KB of addresses that the loader has to adjust, as bits. The C library has to know them: glibc from 2.36 on.
         "-Wl,-z,pack-relative-relocs".to_owned(),
         // Functions that came out the same are there once.

@@ -318,6 +318,52 @@ mod tests {
         assert!(matches!(answer, Err(Error::LargeResponseHeader(..))), "{answer:?}");
     }
 
+    #[test]
+    fn a_tls_handshake_without_an_answer_ends_with_the_time_or_the_cancel() {
+        let (sender, begun) = crossbeam_channel::unbounded();
+        let address = serve(move |mut socket| {
+            socket.read_exact(&mut [0; 5])?;
+            let _ = sender.send(());
+            socket.read_to_end(&mut Vec::new()).map(drop)
+        });
+        let silent = || agent(WatchedConnector::new(connector(ExtraRoots::default()), Arc::default()));
+        let ask = |agent: &Agent, time| {
+            let request = ureq::http::Request::get(format!("https://{address}/")).body(()).expect("a request");
+            agent.run(agent.configure_request(request).timeout_global(Some(time)).build())
+        };
+        let late = ask(&silent(), Duration::from_millis(100));
+        assert!(matches!(late, Err(Error::Timeout(ureq::Timeout::Global))), "{late:?}");
+        let _ = begun.try_recv();
+        let agent = silent();
+        thread::scope(|scope| {
+            let asking = scope.spawn({
+                let (agent, ask) = (agent.clone(), &ask);
+                move || ask(&agent, Duration::from_secs(60))
+            });
+            begun.recv_timeout(Duration::from_secs(10)).expect("a hello");
+            let cancelled = Instant::now();
+            agent.shutdown();
+            let answer = asking.join().expect("no panic");
+            assert!(matches!(answer, Err(Error::Io(_))), "{answer:?}");
+            assert!(cancelled.elapsed() < Duration::from_secs(5));
+        });
+    }
+
+    #[test]
+    fn what_is_cut_without_the_sessions_end_was_broken() {
+        for version in [&TLS12, &TLS13] {
+            let (url, connector) = serve_tls(version, &rcgen::PKCS_ECDSA_P256_SHA256, |mut stream| {
+                let mut head = BufReader::new(&mut stream).lines();
+                while head.next().is_some_and(|line| line.is_ok_and(|line| !line.is_empty())) {}
+                stream.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhalf")
+            });
+            let wire = Arc::new(Wire::default());
+            let answer = agent(WatchedConnector::new(connector, wire.clone())).get(url).call().expect("an answer");
+            let body = answer.into_body().read_to_string();
+            assert!(body.is_err() || wire.has_broken(), "{body:?}");
+        }
+    }
+
     fn agent(connector: WatchedConnector) -> Agent {
         Agent::with_parts(Agent::config_builder().build(), connector, LocalFirstResolver)
     }
