@@ -85,8 +85,8 @@ fn site(globals: &Globals, options: &Setup) -> Result<Site, Failure> {
     let given = options.coordinator.as_deref().unwrap_or(BASE_DEFAULT);
     let fault = |what: &str, fix: &str| Failure::Usage(format!("`--coordinator {}`: {what}; {fix}", shown(given)));
     let site = Site::parse(given).map_err(|what| fault(what, "write it as https://HOST, or leave it out"))?;
-    if !site.is_encrypted() && !globals.allow_insecure {
-        let fix = "use https://, or add --allow-insecure if the coordinator is on this machine";
+    if !site.is_private() && !globals.allow_insecure {
+        let fix = "use https://, or add --allow-insecure if you trust the network between";
         return Err(fault("http:// is not encrypted, and the host token would be readable on its way", fix));
     }
     Ok(site)

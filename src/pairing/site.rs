@@ -1,5 +1,7 @@
 //! The addresses of one coordinator, all from the base that a person names.
 
+use std::net::IpAddr;
+
 use tungstenite::http::Uri;
 
 /// The market's.
@@ -52,6 +54,13 @@ impl Site {
         self.base.starts_with("https:")
     }
 
+    /// Whether nobody else can read what is said to it: it is encrypted, or does not leave this machine.
+    pub fn is_private(&self) -> bool {
+        let host = self.base.parse::<Uri>().ok().and_then(|uri| Some(uri.host()?.trim_matches(['[', ']']).to_owned()));
+        let is_here = |host: String| host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
+        self.is_encrypted() || host.is_some_and(is_here)
+    }
+
     /// Where a person enters the code.
     pub fn page(&self) -> String {
         if self.base == BASE_DEFAULT { PAGE_DEFAULT.to_owned() } else { format!("{}/host/pair", self.base) }
@@ -91,6 +100,20 @@ mod tests {
             let site = Site::parse(given).expect(given);
             assert_eq!((site.page().as_str(), site.connect().as_str()), (page, connect), "{given}");
             assert_eq!(site.is_encrypted(), connect.starts_with("wss"), "{given}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_leave_the_machine_needs_no_encryption() {
+        for (given, is_private) in [
+            ("http://127.0.0.1:8787", true),
+            ("http://[::1]:8787/x", true),
+            ("ws://localhost/provider/connect", true),
+            ("https://h", true),
+            ("http://localhost.example.com", false),
+            ("http://192.0.2.7:8787", false),
+        ] {
+            assert_eq!(Site::parse(given).expect(given).is_private(), is_private, "{given}");
         }
     }
 
