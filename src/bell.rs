@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::files;
+
 /// What a ring from outside carries; one from within is empty.
 const FROM_OUTSIDE: &[u8] = b"!";
 
@@ -43,10 +45,7 @@ impl Bell {
     /// There can be no socket: the path is too long (some 100 bytes), or its folder cannot be written.
     pub fn at(path: &Path) -> io::Result<Bell> {
         // One that a killed agent left behind would be in the way.
-        match std::fs::remove_file(path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-            _ => {}
-        }
+        files::unmark(path)?;
         let socket = UnixDatagram::bind(path)?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
         let ringer = UnixDatagram::unbound()?;

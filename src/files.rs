@@ -35,8 +35,7 @@ pub fn write_atomic(path: &Path, content: &[u8]) -> io::Result<()> {
 /// # Errors
 /// The first thing that failed; `path` is as it was.
 pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
-    let mut temporary = path.to_owned().into_os_string();
-    temporary.push(".new");
+    let temporary = beside(path, ".new");
     let written = private(OpenOptions::new().write(true).create(true).truncate(true))
         .open(&temporary)
         .and_then(|mut file| file.write_all(content))
@@ -75,6 +74,24 @@ pub fn mark(path: &Path) -> io::Result<()> {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
         _ => Ok(()),
     }
+}
+
+/// Takes away what [`mark`] has made, if it is there.
+///
+/// # Errors
+/// It cannot be removed.
+pub fn unmark(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
+/// The file whose name is that of `path` and then `suffix`.
+pub fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
 }
 
 fn put(path: &Path, content: &[u8], move_in: &dyn Fn(&Path, &Path) -> io::Result<()>) -> io::Result<()> {

@@ -12,7 +12,10 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
 use nix::time::{ClockId, clock_gettime};
+use nix::unistd::Pid;
 
 use crate::files;
 
@@ -31,39 +34,32 @@ impl Places {
 
     /// Locked while an agent runs.
     pub fn lock(&self) -> PathBuf {
-        self.named("lock")
+        files::beside(&self.identity, ".lock")
     }
 
     /// What the agent does, for `status`.
     pub fn state(&self) -> PathBuf {
-        self.named("state")
+        files::beside(&self.identity, ".state")
     }
 
     /// There while the operator has paused the agent.
     pub fn paused(&self) -> PathBuf {
-        self.named("paused")
+        files::beside(&self.identity, ".paused")
     }
 
     /// There while the operator wants no agent to run.
     pub fn stopped(&self) -> PathBuf {
-        self.named("stopped")
+        files::beside(&self.identity, ".stopped")
     }
 
     /// The socket that wakes the agent's housekeeping.
     pub fn wake(&self) -> PathBuf {
-        self.named("wake")
+        files::beside(&self.identity, ".wake")
     }
 
     /// Where an agent that cron started logs, unless the configuration says otherwise.
     pub fn log(&self) -> PathBuf {
         self.identity.with_file_name("agent.log")
-    }
-
-    fn named(&self, extension: &str) -> PathBuf {
-        let mut name = self.identity.clone().into_os_string();
-        name.push(".");
-        name.push(extension);
-        PathBuf::from(name)
     }
 }
 
@@ -170,6 +166,19 @@ impl Holder {
     /// Whether it is still this very process that has the pid.
     pub fn is_running(&self) -> bool {
         start_of(&self.pid.to_string()) == Some(self.started)
+    }
+
+    /// Sends it a signal, unless it has ended.
+    ///
+    /// # Errors
+    /// It is not ours to send one to.
+    pub fn signal(&self, signal: Signal) -> io::Result<()> {
+        // No pid is larger.
+        let Some(pid) = i32::try_from(self.pid).ok().filter(|_| self.is_running()) else { return Ok(()) };
+        match kill(Pid::from_raw(pid), signal) {
+            Ok(()) | Err(Errno::ESRCH) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
     }
 
     /// Whether both are the same process, whenever it last showed that it works.

@@ -22,7 +22,7 @@ pub use tally::Tally;
 use crate::date::rfc3339;
 use crate::files;
 use crate::identity::Identity;
-use crate::instance::Places;
+use crate::instance::{Holder, Places};
 
 /// The most of a state file that is read, in bytes: some 200 for each model.
 const STATE_BYTES_MAX: u64 = 16 << 20;
@@ -46,6 +46,11 @@ pub fn fixed(identity: &Identity, coordinator: String) -> Map<String, Value> {
 pub fn read(places: &Places) -> io::Result<Value> {
     let content = files::read_bounded(&places.state(), STATE_BYTES_MAX)?;
     Ok(Value::Object(serde_json::from_slice(&content)?))
+}
+
+/// What this very agent has written; `None` while it has written nothing yet.
+pub fn of(places: &Places, holder: &Holder) -> Option<Value> {
+    read(places).ok().filter(|state| state["pid"] == holder.pid)
 }
 
 /// An object of these keys, in their order.

@@ -9,9 +9,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
 use crate::instance::{Holder, InstanceLock, LockError, Places, SILENCE_MAX};
 
@@ -90,7 +88,7 @@ fn replace(hung: &Holder, places: &Places) -> Result<Option<InstanceLock>, Claim
                 );
                 return Ok(None);
             }
-            Some(_) => send(signal, pid)?,
+            Some(now) => now.signal(signal).map_err(|why| ClaimError::NoRight { pid, why })?,
             // It has ended; its lock goes with it.
             None => {}
         }
@@ -118,14 +116,5 @@ fn try_lock(places: &Places) -> Result<Option<InstanceLock>, ClaimError> {
         Ok(_) => Err(ClaimError::NoLock { path: places.lock(), why: io::ErrorKind::Unsupported.into() }),
         Err(LockError::Held(_)) => Ok(None),
         Err(LockError::Io(path, why)) => Err(ClaimError::NoLock { path, why }),
-    }
-}
-
-fn send(signal: Signal, pid: u32) -> Result<(), ClaimError> {
-    // No pid is larger.
-    let Ok(raw) = i32::try_from(pid) else { return Ok(()) };
-    match kill(Pid::from_raw(raw), signal) {
-        Ok(()) | Err(Errno::ESRCH) => Ok(()),
-        Err(e) => Err(ClaimError::NoRight { pid, why: e.into() }),
     }
 }

@@ -94,6 +94,12 @@ impl From<IdentityError> for Failure {
     }
 }
 
+impl From<String> for Failure {
+    fn from(what: String) -> Failure {
+        Failure::Runtime(what)
+    }
+}
+
 impl From<ClaimError> for Failure {
     fn from(e: ClaimError) -> Failure {
         Failure::Claim(e)
@@ -145,6 +151,11 @@ fn dispatch(args: Args) -> Result<(), Failure> {
 /// Writes to stdout. Whoever closed it does not want to read it, which is no failure of ours.
 fn print(text: &str) {
     let _ = try_print(text);
+}
+
+/// Likewise, put together from its parts.
+fn say(what: fmt::Arguments<'_>) {
+    print(&what.to_string());
 }
 
 /// Likewise; an error when nobody reads it any more.

@@ -1,6 +1,5 @@
 //! `pause` and `resume`: whether anything is offered. The wish is a file beside the identity, so that it outlives the agent.
 
-use std::io;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -35,13 +34,9 @@ pub fn pause(globals: &Globals) -> Result<(), Failure> {
 /// Undoes [`pause`].
 pub fn resume(globals: &Globals) -> Result<(), Failure> {
     let places = places_of(globals)?;
-    match std::fs::remove_file(places.paused()) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => {
-            let path = places.paused();
-            return Err(Failure::Runtime(format!("failed to remove `{}`: {e}; still paused", path.display())));
-        }
-        _ => {}
-    }
+    files::unmark(&places.paused()).map_err(|e| {
+        Failure::Runtime(format!("failed to remove `{}`: {e}; still paused", places.paused().display()))
+    })?;
     print(match heeded(&places, false)? {
         None => "not paused; no agent runs\n",
         Some(_) => "not paused: the agent offers its models\n",
@@ -55,8 +50,7 @@ fn heeded(places: &Places, paused: bool) -> Result<Option<u64>, Failure> {
     let until = Instant::now() + patience;
     while let Some(holder) = Holder::running(places) {
         bell::ring_at(&places.wake());
-        let state = status::read(places).ok().filter(|state| state["pid"] == holder.pid);
-        if let Some(state) = state.filter(|state| state["paused"] == paused) {
+        if let Some(state) = status::of(places, &holder).filter(|state| state["paused"] == paused) {
             return Ok(state["jobs"]["in_flight"].as_u64().or(Some(0)));
         }
         if Instant::now() >= until {

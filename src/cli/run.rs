@@ -30,7 +30,7 @@ pub fn run(globals: &Globals, options: &Run) -> Result<(), Failure> {
 fn by_hand(globals: &Globals) -> Result<(), Failure> {
     let config = read_config(globals)?;
     logging::start(level_of(globals, &config), config.log_file.clone());
-    create_folder(&config)?;
+    create_folder(&config.key_path)?;
     let lock = match InstanceLock::acquire(&Places::beside(&config.key_path)) {
         Ok(lock) => lock,
         Err(LockError::Held(pid)) => return Err(Failure::AlreadyRunning { pid }),
@@ -68,7 +68,7 @@ fn claim(globals: &Globals) -> Result<Option<(Config, InstanceLock)>, Failure> {
     if places.stopped().exists() {
         return Ok(None);
     }
-    create_folder(&config)?;
+    create_folder(&config.key_path)?;
     let Some(lock) = takeover::claim(&places)? else { return Ok(None) };
     // Said meanwhile, to the agent that had the lock. From here on it is said to us.
     if places.stopped().exists() {
@@ -78,11 +78,11 @@ fn claim(globals: &Globals) -> Result<Option<(Config, InstanceLock)>, Failure> {
     Ok(Some((config, lock)))
 }
 
-fn create_folder(config: &Config) -> Result<(), IdentityError> {
-    let path = &config.key_path;
-    files::create_folder_of(path).map_err(|error| IdentityError::Io {
+/// Makes the folder of the identity.
+pub(super) fn create_folder(key_path: &Path) -> Result<(), IdentityError> {
+    files::create_folder_of(key_path).map_err(|error| IdentityError::Io {
         action: "make the folder of",
-        path: path.clone(),
+        path: key_path.to_owned(),
         error,
     })
 }

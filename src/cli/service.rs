@@ -2,7 +2,9 @@
 //!
 //! What is installed says which configuration it is about, unless `--config` names one.
 
-use std::io::{ErrorKind, Write as _};
+mod install;
+
+use std::io::Write as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -11,14 +13,15 @@ use log::LevelFilter;
 use nix::unistd::Uid;
 
 use super::args::{Action, Globals, Service};
-use super::{Failure, print};
+use super::{Failure, print, say};
 use crate::config::Config;
+use crate::files;
 use crate::instance::{Holder, Places};
+use crate::logging::{self, older};
 use crate::service::crontab::Table;
 use crate::service::program::Running;
-use crate::service::systemd::{self, Content, UNIT, Unit};
-use crate::service::{Launch, Supervisor, cron_runs, end, logs, program, start_like_cron, this_user, wait_until};
-use crate::{files, logging};
+use crate::service::systemd::{self, UNIT, Unit};
+use crate::service::{Supervisor, cron_runs, end, logs, program, start_like_cron, wait_until};
 
 /// What `status` exits with when no agent runs, and the others when no supervisor is installed.
 const NOT_RUNNING: u8 = 3;
@@ -30,19 +33,6 @@ const START_TIMEOUT: Duration = Duration::from_secs(10);
 const SETTLE_TIME: Duration = Duration::from_millis(500);
 /// Lines of the log that are shown with a failed start.
 const LINES_OF_FAILURE: usize = 10;
-/// Variables of a shell that the agent heeds, and a supervisor does not pass on.
-const PROXY_VARIABLES: [&str; 4] = ["HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"];
-
-impl From<String> for Failure {
-    fn from(what: String) -> Failure {
-        Failure::Runtime(what)
-    }
-}
-
-/// Prints it, as [`print()`] does.
-fn tell(text: std::fmt::Arguments<'_>) {
-    let _ = std::io::stdout().lock().write_fmt(text);
-}
 
 /// Does as it was told.
 pub fn run(globals: &Globals, options: &Service) -> Result<(), Failure> {
@@ -54,7 +44,7 @@ pub fn run(globals: &Globals, options: &Service) -> Result<(), Failure> {
         return Err(Failure::Usage("--follow and --lines go with `service logs`".into()));
     }
     match options.action {
-        Action::Install => install(globals, options.systemd),
+        Action::Install => install::run(globals, options.systemd),
         Action::Uninstall => uninstall(globals),
         Action::Start => start(globals),
         Action::Stop => stop(globals),
@@ -110,13 +100,6 @@ impl Site {
     }
 }
 
-/// What a log file is called when a new one has taken its place.
-fn older(log: &Path) -> PathBuf {
-    let mut name = log.as_os_str().to_owned();
-    name.push(".1");
-    name.into()
-}
-
 /// What is installed, and the agent that it is about.
 fn found(globals: &Globals) -> Result<(Option<Supervisor>, Site), Failure> {
     let supervisor = Supervisor::installed()?;
@@ -138,165 +121,6 @@ fn site_of(globals: &Globals, supervisor: Option<&Supervisor>) -> Result<Site, F
     Site::load(&path, true, unit)
 }
 
-fn install(globals: &Globals, systemd: bool) -> Result<(), Failure> {
-    let unit = if systemd { Some(Unit::of_this_user()?) } else { None };
-    let site = Site::load(&Config::find(globals.config.as_deref())?, globals.allow_insecure, unit.as_ref())?;
-    let launch = launch_of(&site, globals)?;
-    // Who may have no crontab has none.
-    let may_have_none = |e: &String| systemd && e.contains("not allowed");
-    let installed = Supervisor::installed().or_else(|e| if may_have_none(&e) { Ok(None) } else { Err(e) })?;
-    if let Some(installed) = &installed {
-        let is_other = matches!(installed, Supervisor::Systemd(_)) != systemd;
-        let config = installed.config().unwrap_or_default();
-        if is_other || config != launch.config {
-            return Err(Failure::Runtime(format!(
-                "already supervised by {}, with `{config}`; take that away first: usepod-agent service uninstall",
-                installed.place()
-            )));
-        }
-    }
-    make_folders(&site, unit.as_ref()).map_err(|e| {
-        let (key, log) = (site.key_path.display(), site.log.display());
-        Failure::Runtime(format!("failed to make the folder of `{key}` or `{log}`: {e}; check the rights"))
-    })?;
-    let (report, known) = match unit {
-        Some(unit) => (install_unit(&unit, &launch, &site)?, Vec::new()),
-        None => install_block(&launch)?,
-    };
-    print(&report);
-    print(&notes(&launch, &site, systemd, &known));
-    Ok(())
-}
-
-/// Makes the folders of the identity and the log, which belong to whom the agent runs as: under a system unit it cannot, and one
-/// that is not there keeps the unit from starting.
-fn make_folders(site: &Site, unit: Option<&Unit>) -> std::io::Result<()> {
-    let owner = unit.filter(|unit| !unit.is_users).and_then(|_| systemd::owner_of(&site.path));
-    for file in [&site.key_path, &site.log] {
-        let is_missing = |folder: &&Path| !folder.as_os_str().is_empty() && !folder.exists();
-        let missing: Vec<&Path> = file.ancestors().skip(1).take_while(is_missing).collect();
-        files::create_folder_of(file)?;
-        if let Some((uid, _)) = owner {
-            missing.into_iter().try_for_each(|folder| std::os::unix::fs::lchown(folder, Some(uid), None))?;
-        }
-    }
-    Ok(())
-}
-
-fn launch_of(site: &Site, globals: &Globals) -> Result<Launch, String> {
-    let binary = std::env::current_exe().map_err(|e| format!("this program does not find itself: {e}"))?;
-    if !binary.exists() {
-        return Err("this program's file has been replaced since it was started; run the new one".into());
-    }
-    Ok(Launch {
-        binary: Launch::path(&binary)?,
-        config: Launch::path(&site.path)?,
-        log_level: globals.log_level,
-        allow_insecure: globals.allow_insecure,
-    })
-}
-
-/// What was done, and the variables that cron sets for the agent.
-fn install_block(launch: &Launch) -> Result<(String, Vec<String>), Failure> {
-    let table = Table::read()?.ok_or_else(|| {
-        Failure::Runtime(
-            "there is no `crontab` on this box: install cron (Debian and Ubuntu: `apt install cron`), or use systemd: \
-             `usepod-agent service install --systemd`"
-                .into(),
-        )
-    })?;
-    let known = table.environment().into_iter().map(|(name, _)| name).collect();
-    let text = table.with(launch);
-    if text == table.text() {
-        return Ok(("already installed in your crontab; nothing was changed\n".into(), known));
-    }
-    Table::write(&text)?;
-    let command = Table::parse(text).ok().and_then(|table| table.command()).unwrap_or_default();
-    let report = match table.command() {
-        None => format!(
-            "installed in your crontab, to be run at each boot and every minute:\n  {command}\n\
-             cron starts the agent within a minute; to have it at once: usepod-agent service start\n"
-        ),
-        Some(_) => format!(
-            "changed in your crontab:\n  {command}\n\
-             an agent that runs goes on as it was started; for the change: usepod-agent service restart\n"
-        ),
-    };
-    Ok((report, known))
-}
-
-fn install_unit(unit: &Unit, launch: &Launch, site: &Site) -> Result<String, Failure> {
-    let owner = systemd::owner_of(&site.path).map(|(uid, _)| uid);
-    let folder = |file: &Path| file.parent().map(Path::to_owned).unwrap_or_default();
-    let mut writable = vec![folder(&site.key_path), folder(&site.log)];
-    writable.dedup();
-    let stopped = site.places.stopped();
-    let content = Content {
-        launch,
-        uid: owner.filter(|_| !unit.is_users),
-        stopped: &stopped,
-        writable: &writable,
-        drain: site.drain,
-    };
-    let was_there = unit.path.exists();
-    let place = unit.path.display();
-    if !unit.install(&unit.text(&content))? {
-        return Ok(format!("already installed as `{place}`; nothing was changed\n"));
-    }
-    let mut report = match was_there {
-        false => format!("installed as `{place}`, and started\n"),
-        true => format!("changed `{place}`; for the change: usepod-agent service restart\n"),
-    };
-    if unit.is_users {
-        report.push_str("to have it run also while you are not logged in: loginctl enable-linger\n");
-    }
-    Ok(report)
-}
-
-/// What the operator has to know, or to do, for the agent to start and to serve.
-fn notes(launch: &Launch, site: &Site, systemd: bool, known: &[String]) -> String {
-    let mut notes = Vec::new();
-    let lies_in = |folders: &[&str]| folders.iter().any(|folder| launch.binary.contains(folder));
-    if lies_in(&["/target/debug/", "/target/release/"]) || launch.binary.starts_with("/tmp/") {
-        notes.push(format!(
-            "`{}` lies in a folder that is cleared at times; keep the program in ~/.local/bin or /usr/local/bin, and \
-             install it from there",
-            launch.binary
-        ));
-    }
-    let home = std::env::var_os("HOME").map(PathBuf::from);
-    if let (Some(home), Some(user)) = (home, this_user())
-        && home != user.dir
-        && !known.iter().any(|name| name == "HOME")
-    {
-        notes.push(format!(
-            "HOME is `{}` here, but `{}` for a supervisor: `~` in agent.toml means that one",
-            home.display(),
-            user.dir.display()
-        ));
-    }
-    if !systemd && cron_runs() == Some(false) {
-        notes.push("no cron daemon seems to run; start it (Debian and Ubuntu: `service cron start`, as root)".into());
-    }
-    let is_set = |name: &&str| std::env::var_os(name).is_some();
-    for name in site.keys.iter().map(String::as_str).chain(PROXY_VARIABLES.into_iter().filter(is_set)) {
-        if known.iter().any(|known| known == name) {
-            continue;
-        }
-        let place = match systemd {
-            false => format!("with `crontab -e`, put a line `{name}=…` above the block"),
-            true => format!(
-                "with `systemctl edit {UNIT}` (`--user` for your own), put `Environment={name}=…` below `[Service]`"
-            ),
-        };
-        notes.push(format!("the agent will not see the variable {name} of this shell; {place}"));
-    }
-    if site.places.stopped().exists() {
-        notes.push("the agent was stopped by hand and stays so until: usepod-agent service start".into());
-    }
-    notes.iter().map(|note| format!("note: {note}\n")).collect()
-}
-
 fn uninstall(globals: &Globals) -> Result<(), Failure> {
     let supervisor = Supervisor::installed()?;
     let Some(supervisor) = supervisor else {
@@ -312,11 +136,11 @@ fn uninstall(globals: &Globals) -> Result<(), Failure> {
         Supervisor::Cron(table) => Table::write(&table.without()),
         Supervisor::Systemd(unit) => unit.uninstall(),
     }?;
-    tell(format_args!("removed: {}\n", supervisor.place()));
+    say(format_args!("removed: {}\n", supervisor.place()));
     let site = site?;
     let ended = end_running(&site);
     // Without a supervisor there is nobody who must not start it.
-    let _ = std::fs::remove_file(site.places.stopped());
+    let _ = files::unmark(&site.places.stopped());
     ended
 }
 
@@ -359,14 +183,14 @@ fn end_running(site: &Site) -> Result<(), Failure> {
         )));
     }
     let (began, patience) = (Instant::now(), site.drain + STOP_MARGIN);
-    tell(format_args!(
+    say(format_args!(
         "asked pid {} to finish its jobs and leave; waiting up to {} s\n",
         holder.pid,
         patience.as_secs()
     ));
     let is_killed = end(&holder, patience)?;
     let how = if is_killed { "did not leave, so it was killed" } else { "has left" };
-    tell(format_args!("pid {} {how}, after {} ms\n", holder.pid, began.elapsed().as_millis()));
+    say(format_args!("pid {} {how}, after {} ms\n", holder.pid, began.elapsed().as_millis()));
     Ok(())
 }
 
@@ -388,13 +212,8 @@ fn restart(globals: &Globals) -> Result<(), Failure> {
 
 fn start_by(supervisor: &Supervisor, site: &Site, verb: &str) -> Result<(), Failure> {
     let marker = site.places.stopped();
-    match std::fs::remove_file(&marker) {
-        Err(e) if e.kind() != ErrorKind::NotFound => {
-            let why = format!("failed to remove `{}`, which keeps the agent stopped: {e}", marker.display());
-            return Err(Failure::Runtime(why));
-        }
-        _ => {}
-    }
+    files::unmark(&marker)
+        .map_err(|e| format!("failed to remove `{}`, which keeps the agent stopped: {e}", marker.display()))?;
     let mut child = None;
     match supervisor {
         Supervisor::Systemd(unit) => unit.systemctl(&[verb, UNIT])?,
@@ -417,7 +236,7 @@ fn start_by(supervisor: &Supervisor, site: &Site, verb: &str) -> Result<(), Fail
         && !wait_until(SETTLE_TIME, || has_failed() || !runs())
         && let Some(holder) = Holder::running(&site.places)
     {
-        tell(format_args!("the agent runs, as pid {}\n", holder.pid));
+        say(format_args!("the agent runs, as pid {}\n", holder.pid));
         return Ok(());
     }
     let how = match ending {
@@ -436,7 +255,7 @@ fn not_installed() -> Failure {
 fn status(globals: &Globals) -> Result<(), Failure> {
     let supervisor = Supervisor::installed()?;
     let Some(supervisor) = supervisor else { return Err(not_installed()) };
-    tell(format_args!("supervisor  {}\n", supervisor.place()));
+    say(format_args!("supervisor  {}\n", supervisor.place()));
     let site = site_of(globals, Some(&supervisor))?;
     let is_stopped = site.places.stopped().exists();
     let Some(holder) = Holder::running(&site.places) else {
@@ -450,7 +269,7 @@ fn status(globals: &Globals) -> Result<(), Failure> {
         return Err(Failure::Told(NOT_RUNNING));
     };
     let silence = holder.silence().as_secs();
-    tell(format_args!("agent       running as pid {}, last sign of life {silence} s ago\n", holder.pid));
+    say(format_args!("agent       running as pid {}, last sign of life {silence} s ago\n", holder.pid));
     if is_stopped {
         print("            it is to stop, by `service stop`, and has not left yet\n");
     }
@@ -481,32 +300,4 @@ fn show_logs(globals: &Globals, options: &Service) -> Result<(), Failure> {
         })
     };
     shown.map_err(|e| Failure::Runtime(format!("failed to read `{}`: {e}", log.display())))
-}
-
-#[cfg(test)]
-mod tests {
-    use std::fs;
-    use std::os::unix::fs::lchown;
-
-    use super::*;
-
-    /// Root alone can give a folder away.
-    #[test]
-    fn every_folder_that_is_made_for_a_system_unit_belongs_to_whom_the_agent_runs_as() {
-        const UID: u32 = 65534;
-        let folder = std::env::temp_dir().join(format!("usepod-folders-{}", std::process::id()));
-        fs::create_dir_all(&folder).expect("a folder");
-        let (path, key_path, log) = (folder.join("agent.toml"), folder.join("a/b/key"), folder.join("c/log"));
-        fs::write(&path, "").expect("a file");
-        if lchown(&path, Some(UID), None).is_ok() {
-            let places = Places::beside(&key_path);
-            let drain = Duration::ZERO;
-            let site = Site { path, key_path, places, log, is_log_named: true, drain, keys: Vec::new() };
-            make_folders(&site, Some(&Unit { path: UNIT.into(), is_users: false })).expect("folders");
-            for made in ["a", "a/b", "c"] {
-                assert_eq!(fs::metadata(folder.join(made)).expect(made).uid(), UID, "{made}");
-            }
-        }
-        fs::remove_dir_all(folder).expect("removed");
-    }
 }

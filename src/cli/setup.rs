@@ -3,7 +3,6 @@
 //! Invariant: `agent.toml` is as it was until the pairing is done, and is then replaced as a whole by a text that was read back
 //! first; what it was before is kept beside it.
 
-use std::fmt::Arguments;
 use std::fs;
 use std::io::{self, IsTerminal, stdout};
 use std::path::{Path, PathBuf};
@@ -15,12 +14,12 @@ use log::LevelFilter;
 
 use super::args::{Globals, Setup};
 use super::countdown::Countdown;
-use super::run::heed_signals;
-use super::{Failure, backends_of, print, validate};
+use super::run::{create_folder, heed_signals};
+use super::{Failure, backends_of, print, say, validate};
 use crate::backend::{BackendModel, BaseUrl, Kind};
 use crate::config::{BackendConfig, Config, FILE_BYTES_MAX};
 use crate::discovery::{Found, find_local, probe_all};
-use crate::identity::{Identity, IdentityError};
+use crate::identity::Identity;
 use crate::instance::{Holder, Places};
 use crate::logging::{shortened, shown};
 use crate::pairing::{self, Advertised, BASE_DEFAULT, Event, Hearing, Paired, Server, Site, agent_toml};
@@ -51,8 +50,7 @@ pub fn run(globals: &Globals, options: &Setup) -> Result<(), Failure> {
     files::create_folder_of(&target.path)
         .and_then(|()| files::check_writable(&target.path))
         .map_err(|e| cannot_write(&target.path, &e))?;
-    let create = |error| IdentityError::Io { action: "make the folder of", path: key_path.clone(), error };
-    files::create_folder_of(&key_path).map_err(create)?;
+    create_folder(&key_path)?;
     let is_new = !key_path.exists();
     let identity = Identity::load_or_create(&key_path)?;
     let stop = Arc::new(Stop::default());
@@ -75,10 +73,6 @@ pub fn run(globals: &Globals, options: &Setup) -> Result<(), Failure> {
     tell_offer(&paired, &config);
     tell_next(&target, &site, &key_path);
     Ok(())
-}
-
-fn say(what: Arguments<'_>) {
-    print(&what.to_string());
 }
 
 fn site(globals: &Globals, options: &Setup) -> Result<Site, Failure> {
@@ -278,17 +272,12 @@ fn write(target: &Target, site: &Site, paired: &Paired, found: &[BackendConfig])
 /// Keeps the old text as `.bak`. Another one that is there already, and may be all that is left of a file made by hand, gets a
 /// number.
 fn keep(path: &Path, old: &str) -> Result<PathBuf, Failure> {
-    let beside = |suffix: &str| {
-        let mut name = path.as_os_str().to_owned();
-        name.push(suffix);
-        PathBuf::from(name)
-    };
-    let copy = beside(".bak");
+    let copy = files::beside(path, ".bak");
     let kept = match files::read_bounded(&copy, FILE_BYTES_MAX) {
         Ok(earlier) if earlier == old.as_bytes() => Ok(()),
         Err(e) if e.kind() == io::ErrorKind::NotFound => files::write_atomic(&copy, old.as_bytes()),
         _ => {
-            let mut numbered = (1..).map(|n: u32| beside(&format!(".bak.{n}")));
+            let mut numbered = (1..).map(|n: u32| files::beside(path, &format!(".bak.{n}")));
             let free = numbered.find(|path| fs::symlink_metadata(path).is_err()).unwrap_or_else(|| copy.clone());
             fs::rename(&copy, free).and_then(|()| files::write_atomic(&copy, old.as_bytes()))
         }

@@ -88,7 +88,7 @@ fn look(places: &Places) -> Value {
 /// Asks for a new state and waits for it; a hung agent's old one is better than none. One that an agent at work has not renewed
 /// for long says nothing any more of whether it serves.
 fn renewed(places: &Places, holder: &Holder) -> Option<Value> {
-    let read = || status::read(places).ok().filter(|state| state["pid"] == holder.pid);
+    let read = || status::of(places, holder);
     let before = read();
     let is_rung = bell::ring_at(&places.wake());
     let count = |state: &Option<Value>| state.as_ref().and_then(|state| state["written"].as_u64());

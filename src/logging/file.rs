@@ -109,9 +109,7 @@ impl LogFile {
     fn rotate(&self, full: Open) -> io::Result<Open> {
         // Of a symlink, what it points to.
         let path = fs::canonicalize(&self.path)?;
-        let mut old = path.clone().into_os_string();
-        old.push(".1");
-        match fs::rename(&path, &old) {
+        match fs::rename(&path, older(&path)) {
             Ok(()) => self.open(),
             Err(e) => {
                 full.file.set_len(0)?;
@@ -120,6 +118,11 @@ impl LogFile {
             }
         }
     }
+}
+
+/// What a log file is called when a new one has taken its place.
+pub fn older(log: &Path) -> PathBuf {
+    files::beside(log, ".1")
 }
 
 /// Whether it still has the name.

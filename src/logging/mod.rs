@@ -17,6 +17,7 @@ use log::{Level, LevelFilter, Record};
 use simplelog::{ConfigBuilder, WriteLogger};
 
 use file::LogFile;
+pub use file::older;
 
 use crate::threads;
 

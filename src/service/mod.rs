@@ -13,8 +13,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use log::LevelFilter;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, Uid, User};
+use nix::sys::signal::Signal;
+use nix::unistd::{Uid, User};
 
 use crate::instance::Holder;
 use crontab::Table;
@@ -146,11 +146,10 @@ pub fn end(holder: &Holder, patience: Duration) -> Result<bool, String> {
         if !holder.is_running() {
             return Ok(false);
         }
-        let pid = i32::try_from(holder.pid).map_err(|e| e.to_string())?;
-        match kill(Pid::from_raw(pid), signal) {
-            Ok(()) | Err(nix::Error::ESRCH) => {}
-            Err(e) => return Err(format!("pid {pid} cannot be sent {signal}: {e}; it belongs to another user")),
-        }
+        let pid = holder.pid;
+        holder
+            .signal(signal)
+            .map_err(|e| format!("pid {pid} cannot be sent {signal}: {e}; it belongs to another user"))?;
         if wait_until(patience, || !holder.is_running()) {
             return Ok(signal == Signal::SIGKILL);
         }

@@ -5,9 +5,10 @@ use std::time::SystemTime;
 
 use serde_json::{Map, Value};
 
+use super::board::Noted;
 use super::{Board, Connection, Tally, object};
 use crate::date::rfc3339;
-use crate::discovery::{Offers, Probed, ResolvedModel};
+use crate::discovery::{Catalog, Offers, Probed, ResolvedModel};
 use crate::files;
 use crate::heartbeat::Statistics;
 use crate::instance::{InstanceLock, Places};
@@ -94,7 +95,7 @@ impl Recorder {
         let now = SystemTime::now();
         let noted = self.board.noted();
         let catalog = self.offers.snapshot();
-        let condition = self.condition_of(&noted.connection, noted.is_draining, backends);
+        let condition = self.condition_of(&noted, &catalog, backends);
         if self.told.condition != condition.name {
             (self.told.condition, self.told.since) = (condition.name, now);
         }
@@ -127,12 +128,12 @@ impl Recorder {
     }
 
     /// The first thing that keeps it from serving.
-    fn condition_of(&self, connection: &Connection, is_draining: bool, backends: &[Probed]) -> Condition {
+    fn condition_of(&self, noted: &Noted, catalog: &Catalog, backends: &[Probed]) -> Condition {
         let condition = |name, why| Condition { name, why };
-        if is_draining {
+        if noted.is_draining {
             return condition("draining", Some("the agent was told to stop; jobs in flight finish".to_owned()));
         }
-        match connection {
+        match &noted.connection {
             Connection::Connecting(why) => return condition("connecting", why.clone()),
             Connection::Rejected(reason) => return condition("rejected", Some(reason.clone())),
             Connection::Connected => {}
@@ -140,7 +141,7 @@ impl Recorder {
         if self.offers.is_paused() {
             return condition("paused", Some("paused by the operator".to_owned()));
         }
-        if self.offers.snapshot().offer.is_empty() {
+        if catalog.offer.is_empty() {
             let away = |backend: &Probed| Some(format!("{}: {}", backend.id(), backend.away()?));
             let reasons: Vec<String> = backends.iter().filter_map(away).collect();
             return match (backends.is_empty(), reasons.is_empty()) {
@@ -155,14 +156,11 @@ impl Recorder {
                 }
             };
         }
-        let limit = self.token_limit.used_up();
-        if limit.is_none() {
-            self.board.not_throttled();
-        }
-        if let Some(limit) = limit {
+        if let Some(limit) = self.token_limit.used_up() {
             let why = format!("the {limit} tokens that max_tokens_per_minute allows are used up");
             return condition("throttled", Some(why));
         }
+        self.board.not_throttled();
         condition(SERVING, None)
     }
 }
