@@ -200,9 +200,7 @@ impl Config {
 
     /// Where the file of this user belongs; `None` without a home.
     pub fn usual_place() -> Option<PathBuf> {
-        let configured = std::env::var_os("XDG_CONFIG_HOME").filter(|v| !v.is_empty()).map(PathBuf::from);
-        let base = configured.or_else(|| home().map(|h| h.join(".config")));
-        base.map(|b| b.join("usepod-agent/agent.toml"))
+        folder_of_user().map(|folder| folder.join("usepod-agent/agent.toml"))
     }
 
     /// Where the identity is when no file says otherwise; `None` without a home.
@@ -214,6 +212,12 @@ impl Config {
 /// The text without the byte-order mark that some editors put first.
 pub fn without_mark(text: &str) -> &str {
     text.strip_prefix('\u{feff}').unwrap_or(text)
+}
+
+/// Where this user's programs keep their configuration; `None` without a home.
+pub fn folder_of_user() -> Option<PathBuf> {
+    let configured = std::env::var_os("XDG_CONFIG_HOME").filter(|v| !v.is_empty()).map(PathBuf::from);
+    configured.or_else(|| home().map(|home| home.join(".config")))
 }
 
 fn home() -> Option<PathBuf> {

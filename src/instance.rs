@@ -163,6 +163,11 @@ impl Holder {
         monotonic().saturating_sub(self.beat)
     }
 
+    /// Whether it has been silent for too long to be at work.
+    pub fn hangs(&self) -> bool {
+        self.silence() >= SILENCE_MAX
+    }
+
     /// Whether it is still this very process that has the pid.
     pub fn is_running(&self) -> bool {
         start_of(&self.pid.to_string()) == Some(self.started)

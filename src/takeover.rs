@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use crate::instance::{Holder, InstanceLock, LockError, Places, SILENCE_MAX};
+use crate::instance::{Holder, InstanceLock, LockError, Places};
 
 /// How much later it is looked at again, before anything is done: on a box or in a container that was frozen the clock may have
 /// gone on, and who is thawed with us needs a moment to show that it works.
@@ -59,7 +59,7 @@ pub fn claim(places: &Places) -> Result<Option<InstanceLock>, ClaimError> {
     if let Some(lock) = try_lock(places)? {
         return Ok(Some(lock));
     }
-    let hanging = || Holder::running(places).filter(hangs);
+    let hanging = || Holder::running(places).filter(Holder::hangs);
     let Some(first) = hanging() else { return Ok(None) };
     std::thread::sleep(SECOND_LOOK);
     match hanging() {
@@ -67,10 +67,6 @@ pub fn claim(places: &Places) -> Result<Option<InstanceLock>, ClaimError> {
         // Another has come, it works again, or it is gone.
         _ => try_lock(places),
     }
-}
-
-fn hangs(holder: &Holder) -> bool {
-    holder.silence() >= SILENCE_MAX
 }
 
 fn replace(hung: &Holder, places: &Places) -> Result<Option<InstanceLock>, ClaimError> {
@@ -82,7 +78,7 @@ fn replace(hung: &Holder, places: &Places) -> Result<Option<InstanceLock>, Claim
     for (signal, grace) in ENDINGS {
         match Holder::running(places) {
             Some(now) if !now.is_same_process(hung) => return Ok(None),
-            Some(now) if !hangs(&now) => {
+            Some(now) if !now.hangs() => {
                 log::warn!(
                     "the agent with pid {pid} works again; it was told to stop, and a later call takes its place"
                 );

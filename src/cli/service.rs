@@ -21,12 +21,10 @@ use crate::logging::{self, older};
 use crate::service::crontab::Table;
 use crate::service::program::Running;
 use crate::service::systemd::{self, UNIT, Unit};
-use crate::service::{Supervisor, cron_runs, end, logs, program, start_like_cron, wait_until};
+use crate::service::{STOP_MARGIN, Supervisor, cron_runs, end, logs, program, start_like_cron, wait_until};
 
 /// What `status` exits with when no agent runs, and the others when no supervisor is installed.
 const NOT_RUNNING: u8 = 3;
-/// What `stop` waits beyond the drain.
-const STOP_MARGIN: Duration = Duration::from_secs(15);
 /// What an agent may take from its start to its lock.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 /// How soon one that cannot serve has ended.

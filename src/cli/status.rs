@@ -77,7 +77,7 @@ fn look(places: &Places) -> Value {
     state["running"] = true.into();
     state["pid"] = holder.pid.into();
     state["silent_seconds"] = silence.as_secs().into();
-    if silence >= SILENCE_MAX {
+    if holder.hangs() {
         state["state"] = "hung".into();
         state["serving"] = false.into();
         state["reason"] = format!("it has shown no sign of life for {} s", silence.as_secs()).into();

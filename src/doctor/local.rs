@@ -3,7 +3,6 @@
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use nix::sys::statvfs::{FsFlags, statvfs};
 
@@ -13,8 +12,6 @@ use crate::files;
 use crate::identity::{Identity, IdentityError};
 use crate::instance::{Holder, Places};
 
-/// An agent that has shown no sign of life for so long hangs.
-const SILENCE_MAX: Duration = Duration::from_secs(3 * 60);
 /// Identity, lock, state and log want less.
 const FREE_BYTES_MIN: u64 = 16 << 20;
 /// What is written to see whether anything can be, in bytes.
@@ -129,7 +126,7 @@ pub fn lock(report: &mut Report<'_>, places: &Places) -> bool {
         return false;
     };
     let (pid, silence) = (holder.pid, holder.silence());
-    if silence >= SILENCE_MAX {
+    if holder.hangs() {
         let what = format_args!(
             "the agent, pid {pid}, has shown no sign of life for {} min: it hangs",
             silence.as_secs() / 60

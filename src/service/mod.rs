@@ -23,6 +23,8 @@ use systemd::Unit;
 
 /// How often a process is looked at that is to end or to start.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
+/// Between the end of the drain and SIGKILL.
+pub const STOP_MARGIN: Duration = Duration::from_secs(15);
 /// How long a process may take to go after SIGKILL.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// What cron has its commands find.

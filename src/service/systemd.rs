@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use nix::unistd::{Uid, User};
 
-use super::{Launch, program};
+use super::{Launch, STOP_MARGIN, program};
+use crate::config;
 
 /// The unit's name.
 pub const UNIT: &str = "usepod-agent.service";
@@ -18,8 +19,6 @@ const SYSTEM_FOLDER: &str = "/etc/systemd/system";
 /// systemd ignores what begins with `X-`; here our other commands find the configuration again.
 const CONFIG_KEY: &str = "X-Config=";
 const USER_KEY: &str = "User=";
-/// Between the end of the drain and systemd's SIGKILL.
-const STOP_MARGIN: Duration = Duration::from_secs(15);
 
 /// What needs no privileges to enforce.
 const HARDENING: &str = "\
@@ -83,9 +82,7 @@ impl Unit {
         if Uid::effective().is_root() {
             return Ok(Unit { path: Path::new(SYSTEM_FOLDER).join(UNIT), is_users: false });
         }
-        let variable = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-        let base = variable("XDG_CONFIG_HOME").or_else(|| variable("HOME").map(|home| home.join(".config")));
-        let base = base.ok_or("HOME is not set, so there is no place for the unit; set it")?;
+        let base = config::folder_of_user().ok_or("HOME is not set, so there is no place for the unit; set it")?;
         Ok(Unit { path: base.join("systemd/user").join(UNIT), is_users: true })
     }
 
