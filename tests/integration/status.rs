@@ -345,6 +345,9 @@ fn pause_and_resume_work_without_an_agent_and_without_a_sound_config() {
     assert!(command(&setup, "resume").contains("not paused"));
     assert!(command(&setup, "resume").contains("not paused"));
     assert_eq!(status(&setup).0["paused"], false);
+    setup.scratch.write(".usepod-agent/identity.key.stopped", "");
+    assert_state(&setup, "stopped", 3);
+    assert_page(&setup, &["not running: stopped by the operator", "usepod-agent service start"]);
 }
 
 #[test]
