@@ -35,9 +35,9 @@
 //! # Limits
 //! | what | limit |
 //! |---|---|
-//! | a message or frame from the coordinator | [`transport::MESSAGE_BYTES_MAX`] |
-//! | connect, TLS and upgrade together | [`transport::CONNECT_TIMEOUT`] |
-//! | silence before a link counts as dead | [`transport::STALL_TIMEOUT`] |
+//! | a message or frame from the coordinator | [`link::MESSAGE_BYTES_MAX`] |
+//! | connect, TLS and upgrade together | [`link::CONNECT_TIMEOUT`] |
+//! | silence before a link counts as dead | [`link::STALL_TIMEOUT`] |
 //! | frames of jobs that wait for the socket | [`job_executor::DATA_LANE_MAX`] |
 //! | control messages that wait for the socket | [`job_executor::CONTROL_LANE_MAX`] |
 //! | requests in flight, together | [`job_executor::REQUEST_BYTES_MAX`] |
@@ -48,40 +48,22 @@
 //! | a log file, and the one before it | `FILE_BYTES_MAX` in `logging::file` |
 //! | jobs at a time | [`config::MAX_CONCURRENT_RANGE`] |
 
-pub mod config;
-pub mod identity;
-pub mod files;
-pub mod instance;
-pub mod takeover;
-pub mod logging;
-pub mod date;
-pub mod shell;
-
-pub mod protocol;
-pub mod backoff;
-pub mod supervisor;
-pub mod shutdown;
-pub mod cryptography;
-pub mod tcp;
-pub mod transport;
-pub mod session;
-pub mod writer;
-pub mod doorbell;
-pub mod bell;
-
-pub mod job_executor;
-pub mod worker_pool;
-pub mod threads;
-pub mod memory;
-pub mod heartbeat;
-pub mod token_limit;
-pub mod status;
-
-pub mod discovery;
-pub mod backend;
-pub mod pairing;
-
 pub mod cli;
-pub mod service;
 pub mod doctor;
 pub mod demo;
+pub mod service;
+pub mod pairing;
+
+pub mod agent;
+pub mod observe;
+pub mod job_executor;
+pub mod link;
+pub mod discovery;
+pub mod backend;
+
+pub mod config;
+pub mod instance;
+mod http_server;
+pub mod logging;
+pub mod net;
+pub mod sys;

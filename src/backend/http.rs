@@ -13,10 +13,10 @@ use ureq::http::uri::Scheme;
 use ureq::http::{HeaderMap, HeaderValue, Method, Request, Response, Uri, header};
 use ureq::{Agent, AsSendBody, Body, Proxy};
 
+use super::api_key::ApiKey;
+use super::monitor::{SharedConnector, WatchedConnector, Wire, connector, plain_connector};
 use super::resolver::LocalFirstResolver;
-use super::secret::ApiKey;
-use super::wire::{SharedConnector, WatchedConnector, Wire, connector, plain_connector};
-use crate::cryptography::ExtraRoots;
+use crate::net::tls::ExtraRoots;
 
 /// Agents kept for the next request, each with at most one open connection and its buffers.
 const IDLE_AGENTS_MAX: usize = 8;

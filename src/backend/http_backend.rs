@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use ureq::Body;
 use ureq::http::Response;
 
+use super::api_key::ApiKey;
 use super::context_window;
 use super::error::{BackendError, BackendResult};
 use super::http::{Client, Lease, read_bounded};
@@ -15,7 +16,6 @@ use super::kind::{BaseUrl, Kind};
 use super::listing;
 use super::relay::{before_the_answer, relay};
 use super::request::body_of;
-use super::secret::ApiKey;
 use super::{Backend, BackendHealth, BackendModel, Job, JobResult, JobSink, WireFormat};
 
 /// Time for one probe, all its questions together.

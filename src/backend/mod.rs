@@ -6,8 +6,8 @@
 mod context_window;
 mod error;
 mod event;
-mod examination;
-mod excerpt;
+mod diagnosis;
+mod bounded_json;
 mod http;
 mod http_backend;
 mod kind;
@@ -15,20 +15,20 @@ mod listing;
 mod relay;
 mod request;
 mod resolver;
-mod secret;
+mod api_key;
 mod sse;
 mod tcp;
 mod tls;
-mod wire;
+mod monitor;
 
 use uuid::Uuid;
 
+pub use api_key::ApiKey;
+pub use diagnosis::Examination;
 pub use error::{BackendError, BackendResult, ERROR_BODY_MAX, ErrorCode, HttpStatus};
-pub use examination::Examination;
 pub use http::{Client, Interrupt, proxy_from_env, read_bounded};
 pub use http_backend::HttpBackend;
 pub use kind::{BaseUrl, Kind};
-pub use secret::ApiKey;
 
 /// One chat request that the coordinator handed us.
 #[derive(Debug, Clone)]

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use ureq::Body;
 use ureq::http::Response;
 
-use super::excerpt::Excerpt;
+use super::bounded_json::Excerpt;
 use super::http::{Client, Lease, read_bounded};
 use super::resolver::NoThread;
 use super::sse::{Scanner, Usage};

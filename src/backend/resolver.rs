@@ -10,7 +10,7 @@ use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver
 use ureq::unversioned::transport::NextTimeout;
 use ureq::unversioned::transport::time::Duration as UreqDuration;
 
-use crate::threads;
+use crate::sys::threads;
 
 /// Reads addresses, and knows what `localhost` is; other names are looked up in a thread of their own, for the system's lookup
 /// cannot be bounded otherwise.

@@ -7,9 +7,9 @@ use memchr::memchr;
 use serde_json::Value;
 
 use super::BackendError;
+use super::bounded_json::{Excerpt, WHOLE_MAX};
 use super::error::quoted;
 use super::event::Glance;
-use super::excerpt::{Excerpt, WHOLE_MAX};
 
 /// What a line begins with that is looked into; what is longer than a field's name and none of these is not held.
 const FIELDS: [&[u8]; 3] = [b"data:", b"event:", b"error:"];
@@ -170,7 +170,7 @@ impl Scanner {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::excerpt::EXCERPT_MAX;
+    use crate::backend::bounded_json::EXCERPT_MAX;
 
     fn verdict(stream: &[u8]) -> (Result<Usage, BackendError>, u32) {
         verdict_of([stream])

@@ -19,7 +19,7 @@ use ureq::unversioned::transport::{
 };
 use ureq::{Error, Timeout};
 
-use crate::tcp;
+use crate::net::connect;
 
 /// Held by a stream that sends a small piece at a time: an event, or a few.
 const INPUT_MIN: usize = 512;
@@ -62,7 +62,7 @@ fn open(details: &ConnectionDetails) -> Result<Tcp, Error> {
 fn connect(addresses: &[SocketAddr], timeout: NextTimeout) -> Result<TcpStream, Error> {
     let time = Time::starting_now(timeout);
     time.left()?;
-    tcp::connect_any(addresses, time.until).or_else(|e| {
+    connect::connect_any(addresses, time.until).or_else(|e| {
         time.left()?;
         Err(match e {
             _ if addresses.is_empty() => Error::HostNotFound,

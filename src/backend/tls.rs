@@ -17,7 +17,7 @@ use ureq::unversioned::transport::{
     Buffers, ConnectionDetails, Connector, LazyBuffers, NextTimeout, Transport, TransportAdapter,
 };
 
-use crate::cryptography::{self, ExtraRoots};
+use crate::net::tls::{self, ExtraRoots};
 
 /// Wraps a connection where the URL says so.
 pub struct TlsConnector {
@@ -35,7 +35,7 @@ impl TlsConnector {
         if let Some(config) = self.config.get() {
             return Ok(config.clone());
         }
-        let config = cryptography::client_config(&self.roots)?;
+        let config = tls::client_config(&self.roots)?;
         Ok(self.config.get_or_init(|| config).clone())
     }
 

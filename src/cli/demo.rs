@@ -8,9 +8,10 @@ use log::LevelFilter;
 use super::Failure;
 use super::args::{Demo, Globals};
 use super::run::heed_signals;
+use crate::agent::shutdown::Stop;
 use crate::config::Config;
-use crate::shutdown::Stop;
-use crate::{demo, logging};
+use crate::demo;
+use crate::logging;
 
 /// Runs the demo. Its page is stdout, so that the log keeps to warnings unless more was asked for.
 pub fn run(globals: &Globals, options: &Demo) -> Result<(), Failure> {
@@ -19,7 +20,7 @@ pub fn run(globals: &Globals, options: &Demo) -> Result<(), Failure> {
     let stop = Arc::new(Stop::default());
     heed_signals(&stop)?;
     if let Some(listen) = listen {
-        let ended = demo::awaiting::run(listen, options.port, &stop, &mut std::io::stdout().lock());
+        let ended = demo::await_agent::run(listen, options.port, &stop, &mut std::io::stdout().lock());
         return ended.map_err(|e| Failure::Runtime(e.to_string()));
     }
     let options = demo::Options {

@@ -2,7 +2,7 @@
 
 use super::args::Globals;
 use super::{Failure, load_config, print};
-use crate::identity::Identity;
+use crate::instance::identity::Identity;
 use crate::logging::shortened;
 
 /// Prints the public key, the provider id and the ends of the enrollment code.

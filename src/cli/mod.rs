@@ -24,11 +24,11 @@ use log::LevelFilter;
 
 use crate::config::{Config, ConfigError};
 use crate::discovery::{OfferedBackend, Terms};
-use crate::identity::IdentityError;
 use crate::instance::Places;
+use crate::instance::identity::IdentityError;
+use crate::instance::takeover::ClaimError;
+use crate::link::protocol::AGENT_VERSION;
 use crate::logging;
-use crate::protocol::AGENT_VERSION;
-use crate::takeover::ClaimError;
 
 /// Why a command failed.
 #[derive(Debug)]

@@ -5,8 +5,10 @@ use std::time::{Duration, Instant};
 
 use super::args::Globals;
 use super::{Failure, places_of, print};
+use crate::instance::wake_socket;
 use crate::instance::{Holder, Places};
-use crate::{bell, files, status};
+use crate::observe;
+use crate::sys::files;
 
 /// A running agent heeds the wish in milliseconds.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -46,11 +48,11 @@ pub fn resume(globals: &Globals) -> Result<(), Failure> {
 
 /// Waits until the running agent, if there is one, has heeded the wish; returns its jobs in flight.
 fn heeded(places: &Places, paused: bool) -> Result<Option<u64>, Failure> {
-    let patience = if bell::ring_at(&places.wake()) { PATIENCE } else { PATIENCE_UNHEARD };
+    let patience = if wake_socket::ring_at(&places.wake()) { PATIENCE } else { PATIENCE_UNHEARD };
     let until = Instant::now() + patience;
     while let Some(holder) = Holder::running(places) {
-        bell::ring_at(&places.wake());
-        if let Some(state) = status::of(places, &holder).filter(|state| state["paused"] == paused) {
+        wake_socket::ring_at(&places.wake());
+        if let Some(state) = observe::of(places, &holder).filter(|state| state["paused"] == paused) {
             return Ok(state["jobs"]["in_flight"].as_u64().or(Some(0)));
         }
         if Instant::now() >= until {

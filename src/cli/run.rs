@@ -9,20 +9,23 @@ use log::LevelFilter;
 
 use super::args::{Globals, Run};
 use super::{Failure, backends_of, level_of, log_reading, read_config, terms_of};
+use crate::agent::shutdown::Stop;
+use crate::agent::{Agent, Presence};
 use crate::config::Config;
-use crate::identity::{Identity, IdentityError};
+use crate::instance::identity::{Identity, IdentityError};
+use crate::instance::takeover;
 use crate::instance::{InstanceLock, LockError, Places};
-use crate::protocol::AGENT_VERSION;
-use crate::shutdown::Stop;
-use crate::supervisor::{Agent, Presence};
-use crate::{files, logging, memory, takeover};
+use crate::link::protocol::AGENT_VERSION;
+use crate::logging;
+use crate::sys::files;
+use crate::sys::malloc;
 
 /// So many signals mean that even the flush is not to be waited for.
 const SIGNALS_TO_EXIT: u32 = 3;
 
 /// Becomes the agent.
 pub fn run(globals: &Globals, options: &Run) -> Result<(), Failure> {
-    memory::keep_little();
+    malloc::keep_little();
     files::survive_size_limit();
     if options.cron { by_cron(globals) } else { by_hand(globals) }
 }

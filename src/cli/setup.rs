@@ -16,15 +16,17 @@ use super::args::{Globals, Setup};
 use super::countdown::Countdown;
 use super::run::{create_folder, heed_signals};
 use super::{Failure, backends_of, print, say, validate};
+use crate::agent::shutdown::Stop;
 use crate::backend::{BackendModel, BaseUrl, Kind};
 use crate::config::{BackendConfig, Config, FILE_BYTES_MAX};
 use crate::discovery::{Found, find_local, probe_all};
-use crate::identity::Identity;
+use crate::instance::identity::Identity;
 use crate::instance::{Holder, Places};
+use crate::logging;
 use crate::logging::{shortened, shown};
 use crate::pairing::{self, Advertised, BASE_DEFAULT, Event, Hearing, Paired, Server, Site, agent_toml};
-use crate::shutdown::Stop;
-use crate::{files, logging, shell};
+use crate::sys::files;
+use crate::sys::shell_quote;
 
 /// While there is nothing to redraw.
 const LONG: Duration = Duration::from_secs(3600);
@@ -307,8 +309,11 @@ fn tell_offer(paired: &Paired, config: &Config) {
 }
 
 fn tell_next(target: &Target, site: &Site, key_path: &Path) {
-    let named =
-        if target.is_named { format!(" --config {}", shell::word(&absolute(&target.path))) } else { String::new() };
+    let named = if target.is_named {
+        format!(" --config {}", shell_quote::word(&absolute(&target.path)))
+    } else {
+        String::new()
+    };
     let insecure = if site.is_encrypted() { "" } else { " --allow-insecure" };
     print("\nNext:\n");
     if let Some(running) = Holder::running(&Places::beside(key_path)) {

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::backend::{BaseUrl, Kind};
 use crate::config::error::Source;
-use crate::cryptography::ExtraRoots;
+use crate::net::tls::ExtraRoots;
 
 /// How a price is written.
 const PRICE_FIX: &str = "write a price in USDC micro-units per million tokens: 500_000 is 0.50 USDC";

@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::echo::{self, Echo};
-use super::witness::{Record, Witness};
+use super::recording_backend::{Record, Witness};
 use crate::backend::{BackendError, BackendModel, BaseUrl, Kind};
 use crate::config::{BackendConfig, Config};
 use crate::discovery::{OfferedBackend, configured_backend, find_local};

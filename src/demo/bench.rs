@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::meter::{Meter, Through};
-use super::page::{Page, millis};
-use super::timed::{Timed, percentile};
-use super::{DemoError, ask};
+use super::output::{Page, millis};
+use super::overhead::{Meter, Through};
+use super::timed_response::{Timed, percentile};
+use super::{DemoError, sample_request};
 use crate::backend::Backend;
 
 /// What is asked. A real model goes on with it; the echo has as many words to repeat as it may send.
@@ -78,7 +78,7 @@ pub(super) fn run(
         "through",
         "agent adds"
     ));
-    let mut request = ask::request(&meter.model_id, prompt.unwrap_or(PROMPT), ANSWER_TOKENS_MAX);
+    let mut request = sample_request::request(&meter.model_id, prompt.unwrap_or(PROMPT), ANSWER_TOKENS_MAX);
     request["temperature"] = json!(0);
     let mut figures = pairs(meter, backend, &request, PAIRS_MAX)?;
     if streams > 1 {

@@ -16,13 +16,13 @@ use serde_json::Value;
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::exchange::{Exchange, quoted};
-use super::http::{self, HttpServer};
-use super::inbox::{self, Inbox, Received};
-use super::link::{JobEnd, OfferedModel};
+use super::agent_protocol::{JobEnd, OfferedModel};
+use super::job_events::{self, Inbox, Received};
 use super::pairing::Pairings;
 use super::session;
 use super::websocket::Sender;
+use crate::http_server::connection::{Exchange, quoted};
+use crate::http_server::{self, HttpServer};
 
 /// How much later than its deadline a job is given up when the agent stays silent.
 const DEADLINE_GRACE: Duration = Duration::from_secs(5);
@@ -155,7 +155,7 @@ struct Agent {
 struct Waiting {
     job_id: Uuid,
     connection: u64,
-    events: inbox::Sender,
+    events: job_events::Sender,
 }
 
 impl State {
@@ -169,7 +169,7 @@ impl State {
 impl Coordinator {
     /// Listens on a free loopback port.
     pub fn start() -> Result<Self, CoordinatorError> {
-        Ok(Self::serve(http::bind(0)?)?)
+        Ok(Self::serve(http_server::bind(0)?)?)
     }
 
     /// Serves agents and the pairing on a socket of one's own.
@@ -232,7 +232,7 @@ impl Coordinator {
     /// Sends a job to the current agent.
     pub fn submit(&self, order: JobOrder) -> Result<Job, CoordinatorError> {
         let JobOrder { job_id, model_id, request, format, deadline } = order;
-        let (events, inbox) = inbox::channel();
+        let (events, inbox) = job_events::channel();
         let sender = {
             let mut state = self.shared.lock();
             let agent = state.agent.as_ref().ok_or(CoordinatorError::NoAgent)?;

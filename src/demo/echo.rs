@@ -11,8 +11,8 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::coordinator::Format;
-use super::exchange::{Exchange, quoted, refusal};
-use super::http::{self, HttpServer};
+use crate::http_server::connection::{Exchange, quoted, refusal};
+use crate::http_server::{self, HttpServer};
 
 /// The only model that the echo backend lists.
 pub(super) const MODEL: &str = "echo";
@@ -31,7 +31,7 @@ pub(super) struct Echo {
 impl Echo {
     /// Starts on a free loopback port.
     pub(super) fn start() -> io::Result<Self> {
-        let server = HttpServer::start(http::bind(0)?, "demo-echo", Arc::new(handle))?;
+        let server = HttpServer::start(http_server::bind(0)?, "demo-echo", Arc::new(handle))?;
         Ok(Self { server })
     }
 

@@ -14,11 +14,11 @@ use std::time::Duration;
 use serde_json::Value;
 use uuid::Uuid;
 
+use super::agent_protocol::OfferedModel;
 use super::assemble;
 use super::coordinator::{Coordinator, CoordinatorError, Format, Job, JobEvent, JobOrder, Waited};
-use super::exchange::{Exchange, percent_decoded, quoted};
-use super::http::{self, HttpServer};
-use super::link::OfferedModel;
+use crate::http_server::connection::{Exchange, percent_decoded, quoted};
+use crate::http_server::{self, HttpServer};
 
 /// How long a request may take: long enough for a cold model on a slow machine.
 const JOB_DEADLINE: Duration = Duration::from_secs(600);
@@ -50,7 +50,7 @@ impl FrontDoor {
 
 /// Takes a loopback port for the front door; 0 is any free one.
 pub fn bind(port: u16) -> io::Result<TcpListener> {
-    http::bind(port)
+    http_server::bind(port)
 }
 
 /// An answer that is not the model's.

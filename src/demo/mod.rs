@@ -7,26 +7,24 @@
 //! Invariant: the exit code is the verdict. [`run`] returns `Ok` only if the bytes that reached the coordinator are the
 //! bytes that the backend gave, and, for the built-in echo, the bytes that it must give.
 
-mod ask;
+mod sample_request;
 mod assemble;
-pub mod awaiting;
+pub mod await_agent;
 mod backends;
 mod bench;
 pub mod coordinator;
 mod echo;
-mod exchange;
 pub mod front_door;
-mod http;
-mod inbox;
-mod link;
-mod meter;
-mod page;
+mod job_events;
+mod agent_protocol;
+mod overhead;
+mod output;
 mod pairing;
 mod session;
 mod sse;
-mod timed;
+mod timed_response;
 mod websocket;
-mod witness;
+mod recording_backend;
 
 use std::collections::HashMap;
 use std::io::{self, Write};
@@ -37,24 +35,24 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
+use crate::agent::Agent;
+use crate::agent::shutdown::Stop;
 use crate::backend::Backend;
 use crate::config::{Config, CoordinatorConfig, Limits, MAX_CONCURRENT_DEFAULT, Price, Pricing};
 use crate::discovery::Terms;
-use crate::identity::{Identity, IdentityError};
-use crate::shell;
-use crate::shutdown::Stop;
-use crate::supervisor::Agent;
-use crate::threads;
+use crate::instance::identity::{Identity, IdentityError};
+use crate::sys::shell_quote;
+use crate::sys::threads;
 
 use backends::Chosen;
 use coordinator::{Coordinator, CoordinatorError, Offer};
 use front_door::FrontDoor;
-use meter::{Meter, Through};
-use page::{Page, ms};
-use timed::{Timed, percentile};
-use witness::Seen;
+use output::{Page, ms};
+use overhead::{Meter, Through};
+use recording_backend::Seen;
+use timed_response::{Timed, percentile};
 
-pub use link::{HandshakeError, JobEnd, OfferedModel};
+pub use agent_protocol::{HandshakeError, JobEnd, OfferedModel};
 
 /// Where the front door is when nobody says otherwise and the port is free.
 pub const DEFAULT_PORT: u16 = 8788;
@@ -235,10 +233,10 @@ fn answers(
     page.line(format_args!(""));
     let (record, backends) = (&*chosen.record, &*chosen.backends);
     let meter = Meter { coordinator, record, backends, model_id, is_echo, stop };
-    let request = ask::request(&meter.model_id, prompt, ask::ANSWER_TOKENS_MAX);
+    let request = sample_request::request(&meter.model_id, prompt, sample_request::ANSWER_TOKENS_MAX);
     let expected = is_echo.then(|| echo::exact_answer(&request, coordinator::Format::Openai));
     let mut through = meter.send(request)?;
-    let end = ask::print(&meter, &mut through, page)?;
+    let end = sample_request::print(&meter, &mut through, page)?;
     page.line(format_args!(""));
     let Through { job_id, arrived, .. } = through;
     show_stages(&offer, &arrived, &end, page);
@@ -307,12 +305,12 @@ fn show_overhead(meter: &Meter<'_>, backend: &dyn Backend, page: &mut Page<'_>) 
     if meter.may_cost() {
         return page.row("overhead", "-", "not measured: each request to a hosted backend costs money");
     }
-    match bench::pairs(meter, backend, &ask::request(&meter.model_id, "Hi", 1), OVERHEAD_PAIRS) {
+    match bench::pairs(meter, backend, &sample_request::request(&meter.model_id, "Hi", 1), OVERHEAD_PAIRS) {
         Ok(figures) => {
             let [direct, through] =
                 [&figures.direct, &figures.through].map(|column| percentile(&column.first_byte, 50));
             let sign = if through < direct { "-" } else { "" };
-            let apart = page::millis(through.abs_diff(direct), 2);
+            let apart = output::millis(through.abs_diff(direct), 2);
             let note = format!(
                 "first byte: {} through the agent, {} directly (medians of {OVERHEAD_PAIRS})",
                 ms(through),
@@ -345,8 +343,8 @@ fn compare(arrived: &[u8], given: &[u8], expected: Option<&[u8]>) -> Result<(), 
 
 fn curl(door: &FrontDoor, model_id: &str) -> String {
     let messages = r#"[{"role":"user","content":"Hello, who are you?"}]"#;
-    let model = exchange::quoted(model_id);
-    let data = shell::word(&format!("{{\"model\":{model},\"stream\":true,\"messages\":{messages}}}"));
+    let model = crate::http_server::connection::quoted(model_id);
+    let data = shell_quote::word(&format!("{{\"model\":{model},\"stream\":true,\"messages\":{messages}}}"));
     format!("curl -N http://{}/v1/chat/completions -H 'Content-Type: application/json' -d {data}", door.address())
 }
 

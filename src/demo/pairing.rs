@@ -13,9 +13,9 @@ use ring::rand::{SecureRandom, SystemRandom};
 use serde_json::Value;
 
 use super::DEMO_PRICE_PER_1M;
-use super::exchange::{Exchange, percent_decoded, refusal};
-use super::link::provider_id;
-use crate::date::rfc3339;
+use super::agent_protocol::provider_id;
+use crate::http_server::connection::{Exchange, percent_decoded, refusal};
+use crate::sys::datetime::rfc3339;
 
 /// How long a code is good.
 const LIFETIME: Duration = Duration::from_secs(600);

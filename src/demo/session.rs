@@ -6,8 +6,8 @@ use std::io::BufReader;
 use std::net::TcpStream;
 use std::time::Instant;
 
+use super::agent_protocol::{self, Frame, HandshakeError, OfferedModel};
 use super::coordinator::{JobEvent, Offer, Shared, Stages, cancel_frame};
-use super::link::{self, Frame, HandshakeError, OfferedModel};
 use super::websocket::{self, Reader, Sender};
 
 /// Answers the upgrade of a client with this `Sec-WebSocket-Key`, and serves it to its end.
@@ -23,7 +23,7 @@ fn talk(key: &str, input: &mut BufReader<TcpStream>, connection: u64, shared: &S
     let connected_at = Instant::now();
     let opened = websocket::accept(key, input).map_err(HandshakeError::from);
     let authenticated = opened.and_then(|(mut reader, sender)| {
-        let verified = link::authenticate(&mut reader, &sender)?;
+        let verified = agent_protocol::authenticate(&mut reader, &sender)?;
         Ok((reader, sender, verified))
     });
     let (mut reader, sender, verified) = match authenticated {
@@ -56,7 +56,7 @@ fn read_frames(
             Ok(None) => return "the agent closed the connection".to_owned(),
             Err(error) => return format!("the connection broke: {error}"),
         };
-        match link::parse_frame(&text) {
+        match agent_protocol::parse_frame(&text) {
             Ok(Frame::Capabilities(models)) => shared.offered(connection, offer(models)),
             Ok(Frame::Chunk { job_id, bytes }) => {
                 if shared.deliver_chunk(job_id, bytes).is_err() {

@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 
 use tungstenite::handshake::derive_accept_key;
 
-use crate::date;
+use crate::sys::datetime;
 
 /// The largest message taken, in one frame or in many.
 const MESSAGE_BYTES_MAX: u64 = 64 * 1024 * 1024;
@@ -53,7 +53,7 @@ struct Frame {
 pub(super) fn accept<'a>(key: &str, input: &'a mut BufReader<TcpStream>) -> io::Result<(Reader<'a>, Sender)> {
     let tcp = input.get_ref().try_clone()?;
     let sender = Sender(Arc::new(Shared { tcp, turn: Mutex::new(()) }));
-    let (accept, date) = (derive_accept_key(key.as_bytes()), date::http(SystemTime::now()));
+    let (accept, date) = (derive_accept_key(key.as_bytes()), datetime::http(SystemTime::now()));
     let head = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept";
     sender.write(format!("{head}: {accept}\r\nDate: {date}\r\n\r\n").as_bytes())?;
     Ok((Reader { input, replies: sender.clone() }, sender))
@@ -188,7 +188,7 @@ mod tests {
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let client = std::thread::spawn(move || tungstenite::client("ws://localhost/any/path", client).unwrap().0);
         let input = Box::leak(Box::new(BufReader::new(listener.accept().unwrap().0)));
-        let mut request = crate::demo::exchange::read_head(input).unwrap().unwrap();
+        let mut request = crate::http_server::connection::read_head(input).unwrap().unwrap();
         let (key, _) = request.upgrade().unwrap();
         let (reader, sender) = accept(&key, input).unwrap();
         reader.set_timeout(Some(Duration::from_secs(10))).unwrap();

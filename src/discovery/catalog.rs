@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use super::member::Member;
+use super::backend_handle::Member;
 use super::{DiscoveredBackend, ResolvedModel};
 use crate::backend::Kind;
 

@@ -11,11 +11,12 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-use super::probed::Answer;
+use super::backend_status::Answer;
 use super::{Catalog, OfferedBackend, Offers, Probed, Terms};
 use crate::backend::{Backend, BackendError};
-use crate::bell::{Bell, Ringer, Woken};
-use crate::{memory, threads};
+use crate::instance::wake_socket::{Bell, Ringer, Woken};
+use crate::sys::malloc;
+use crate::sys::threads;
 
 /// The catalog is refreshed this often, give or take a fifth.
 const REFRESH: Duration = Duration::from_secs(30);
@@ -224,7 +225,7 @@ impl Actor {
             return;
         }
         self.round = None;
-        memory::give_back();
+        malloc::give_back();
         self.last_round = Instant::now();
         let wait = if self.backends.iter().any(Probed::may_serve_soon) { REFRESH_SOON } else { REFRESH };
         self.due = Some(self.last_round + wait.mul_f64(0.8 + 0.4 * dice()));
@@ -320,7 +321,7 @@ mod tests {
     use super::*;
     use crate::backend::{BackendHealth, BackendModel, BackendResult, Job, JobResult, JobSink};
     use crate::config::{Price, Pricing};
-    use crate::discovery::member::FAILURES_MAX;
+    use crate::discovery::backend_handle::FAILURES_MAX;
 
     const PATIENCE: Duration = Duration::from_secs(10);
 

@@ -4,12 +4,12 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use super::inference_check;
 use super::report::Report;
-use super::trial;
 use crate::backend::{Backend, BackendError, BackendModel, BackendResult, Examination, HttpBackend, Kind};
 use crate::config::BackendConfig;
 use crate::discovery::{OfferedBackend, ResolvedModel, Terms};
-use crate::threads;
+use crate::sys::threads;
 
 /// So many names are listed, then counted.
 const NAMES_MAX: usize = 6;
@@ -81,7 +81,7 @@ impl<'a> Patient<'a> {
         } else if !inference {
             report.skip("completion", format_args!("not tried: --no-inference"));
         } else {
-            trial::run(report, &*self.server, trial::pick(&offered, &unloaded), self.config.kind);
+            inference_check::run(report, &*self.server, inference_check::pick(&offered, &unloaded), self.config.kind);
         }
         offered.len()
     }

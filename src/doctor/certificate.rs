@@ -2,7 +2,7 @@
 //!
 //! Nothing is decided here; whether a certificate is believed is rustls' affair. Whatever the bytes are, every read is within them.
 
-use crate::date::{moment, number};
+use crate::sys::datetime::{moment, number};
 
 const SEQUENCE: u8 = 0x30;
 const SET: u8 = 0x31;

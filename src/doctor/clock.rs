@@ -1,7 +1,7 @@
 //! How far the box's clock is off.
 
 use super::report::Report;
-use crate::date;
+use crate::sys::datetime;
 
 /// More than this, and certificates and signatures that others date begin to fail.
 const OFF_MAX_SECONDS: i64 = 5 * 60;
@@ -15,7 +15,7 @@ const FIX: &str = "timedatectl set-ntp true (as root), or whatever keeps this bo
 pub fn compare(report: &mut Report<'_>, theirs: i64, ours: i64) {
     let off = ours.saturating_sub(theirs);
     let way = if off > 0 { "ahead of" } else { "behind" };
-    let span = date::span(off.unsigned_abs());
+    let span = datetime::span(off.unsigned_abs());
     let what = format_args!("{span} {way} the coordinator's");
     match i64::try_from(off.unsigned_abs()).unwrap_or(i64::MAX) {
         0..=OFF_SEEN_SECONDS => report.pass("clock", format_args!("that of the coordinator, within 30 s")),

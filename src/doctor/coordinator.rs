@@ -12,11 +12,11 @@ use tungstenite::http::HeaderMap;
 
 use super::report::Report;
 use super::{certificate, clock};
+use crate::agent::session;
 use crate::backend::proxy_from_env;
 use crate::config::CoordinatorConfig;
-use crate::date;
-use crate::session;
-use crate::transport::{DialError, Dialer, Steps};
+use crate::link::{DialError, Dialer, Steps};
+use crate::sys::datetime;
 
 /// For another look: at the certificate that was refused, or for a date where the answer to the upgrade has none.
 const LOOK_TIME: Duration = Duration::from_secs(3);
@@ -60,7 +60,7 @@ pub fn examine(report: &mut Report<'_>, config: &CoordinatorConfig) {
         Some((theirs, ours)) => clock::compare(report, theirs, ours),
         None => report.skip(
             "clock",
-            format_args!("the coordinator told no date; this box says {}", date::rfc3339(SystemTime::now())),
+            format_args!("the coordinator told no date; this box says {}", datetime::rfc3339(SystemTime::now())),
         ),
     }
 }
@@ -70,7 +70,7 @@ fn ask_date(dialer: &Dialer) -> Option<(i64, i64)> {
     let head = dialer.head(LOOK_TIME).ok()?;
     let fields = head.lines().filter_map(|line| line.split_once(':'));
     let date = fields.into_iter().find(|(name, _)| name.eq_ignore_ascii_case("date"))?.1;
-    Some((date::parse_http(date)?, date::now()))
+    Some((datetime::parse_http(date)?, datetime::now()))
 }
 
 /// The dial under way.
@@ -107,8 +107,8 @@ impl Steps for Way<'_, '_> {
     fn secured(&mut self, version: Option<ProtocolVersion>, certificate: &[u8]) {
         let version = if version == Some(ProtocolVersion::TLSv1_2) { "TLS 1.2" } else { "TLS 1.3" };
         let Some(certificate) = certificate::parse(certificate) else { return self.pass(format_args!("{version}")) };
-        let days = certificate.not_after.saturating_sub(date::now()) / 86400;
-        let (issuer, until) = (issuer(&certificate), date::day(certificate.not_after));
+        let days = certificate.not_after.saturating_sub(datetime::now()) / 86400;
+        let (issuer, until) = (issuer(&certificate), datetime::day(certificate.not_after));
         let what = format_args!("{version}, issuer {issuer}, expires in {days} day(s), on {until}");
         if days < EXPIRY_DAYS_MIN {
             self.report.warn(
@@ -123,8 +123,8 @@ impl Steps for Way<'_, '_> {
     }
 
     fn answered(&mut self, headers: &HeaderMap) {
-        let date = headers.get("date").and_then(|date| date.to_str().ok()).and_then(date::parse_http);
-        self.date = date.map(|theirs| (theirs, date::now()));
+        let date = headers.get("date").and_then(|date| date.to_str().ok()).and_then(datetime::parse_http);
+        self.date = date.map(|theirs| (theirs, datetime::now()));
     }
 }
 
@@ -201,7 +201,12 @@ impl Way<'_, '_> {
     fn explain_certificate(&mut self, e: &DialError, fault: &CertificateError) {
         let certificate = self.dialer.presented(LOOK_TIME).and_then(|der| certificate::parse(&der));
         let shown = certificate.map_or_else(String::new, |c| {
-            format!("; issuer {}, holds from {} to {}", issuer(&c), date::day(c.not_before), date::day(c.not_after))
+            format!(
+                "; issuer {}, holds from {} to {}",
+                issuer(&c),
+                datetime::day(c.not_before),
+                datetime::day(c.not_after)
+            )
         });
         let (what, fix) = match fault {
             CertificateError::Expired
@@ -221,7 +226,7 @@ impl Way<'_, '_> {
             ),
             _ => ("it is no good", "whoever runs the coordinator must mend it"),
         };
-        let today = date::day(date::now());
+        let today = datetime::day(datetime::now());
         self.fail(
             format_args!("the certificate for `{}`: {what} ({today}){shown}; {e}", self.dialer.host()),
             format_args!("{fix}; or something between here and there answers in the coordinator's place"),

@@ -8,9 +8,9 @@ use nix::sys::statvfs::{FsFlags, statvfs};
 
 use super::report::Report;
 use crate::config::Config;
-use crate::files;
-use crate::identity::{Identity, IdentityError};
+use crate::instance::identity::{Identity, IdentityError};
 use crate::instance::{Holder, Places};
+use crate::sys::files;
 
 /// Identity, lock, state and log want less.
 const FREE_BYTES_MIN: u64 = 16 << 20;

@@ -11,7 +11,7 @@ mod coordinator;
 mod local;
 mod report;
 mod supervisor;
-mod trial;
+mod inference_check;
 
 use std::io::Write;
 use std::path::Path;
@@ -21,7 +21,7 @@ use report::Report;
 
 use crate::discovery::Terms;
 use crate::instance::Places;
-use crate::protocol::AGENT_VERSION;
+use crate::link::protocol::AGENT_VERSION;
 
 /// What is to be examined.
 #[derive(Debug)]

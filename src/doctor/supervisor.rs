@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::report::Report;
 use crate::instance::Places;
 use crate::service::{Supervisor, cron_runs, wait_until};
-use crate::threads;
+use crate::sys::threads;
 
 /// `crontab -l` reads a small file.
 const CRONTAB_TIME: Duration = Duration::from_secs(2);

@@ -6,10 +6,10 @@
 
 use std::sync::Arc;
 
-use super::ticket::Ticket;
+use super::in_flight::Ticket;
 use super::{Shared, Surroundings};
 use crate::backend::BackendError;
-use crate::protocol;
+use crate::link::protocol;
 
 /// Runs until no job has been in flight for a while.
 pub fn watch(shared: &Shared) {

@@ -9,9 +9,13 @@
 
 mod deadlines;
 mod outbox;
-mod refusal;
+mod rejection;
 mod table;
-mod ticket;
+mod in_flight;
+pub mod stats;
+pub mod tally;
+pub mod token_limit;
+pub mod worker_pool;
 mod worker;
 
 use std::sync::Arc;
@@ -21,20 +25,20 @@ use crossbeam_channel::Sender;
 use tungstenite::Message;
 use uuid::Uuid;
 
+use in_flight::Ticket;
 pub use outbox::{CONTROL_LANE_MAX, Control, DATA_LANE_MAX, Frame, Lanes, Outbox, Overflow};
-pub use refusal::Cause;
+pub use rejection::Cause;
 pub use table::REQUEST_BYTES_MAX;
 use table::{JobTable, NoPlace};
-use ticket::Ticket;
 
 use crate::backend::{BackendError, BackendResult, Job, JobResult};
 use crate::discovery::{Catalog, DiscoveredBackend, Listing, Member, Offers, Prober};
-use crate::heartbeat::Statistics;
-use crate::protocol::{self, ErrorCode};
-use crate::status::{Board, Tally};
-use crate::threads;
-use crate::token_limit::TokenLimit;
-use crate::worker_pool::WorkerPool;
+use crate::job_executor::stats::Statistics;
+use crate::job_executor::token_limit::TokenLimit;
+use crate::job_executor::worker_pool::WorkerPool;
+use crate::link::protocol::{self, ErrorCode};
+use crate::observe::{Board, Tally};
+use crate::sys::threads;
 
 /// A cancel frees the place at once, but a worker that is resolving a name or connecting notices only afterwards: others
 /// take the next jobs meanwhile.

@@ -9,10 +9,10 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, select, unbounded};
 use tungstenite::Message;
 
+use super::in_flight::Ticket;
 use super::table::JobTable;
-use super::ticket::Ticket;
 use crate::backend::{BackendError, BackendResult};
-use crate::doorbell::{Doorbell, Inlet};
+use crate::link::waking_channel::{Doorbell, Inlet};
 
 /// Frames of jobs that may wait: 22 KiB each at the most, so 1.4 MiB, and one more in each worker that waits. Twice as many
 /// make a flood no faster.
@@ -177,9 +177,9 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::cryptography::ExtraRoots;
-    use crate::transport::Dialer;
-    use crate::writer::Writer;
+    use crate::link::Dialer;
+    use crate::link::writer::Writer;
+    use crate::net::tls::ExtraRoots;
 
     /// Writes to the socket until `frames` frames of `length` bytes that wait in the lane are with the coordinator.
     fn writes_for(frames: usize, length: usize) -> usize {

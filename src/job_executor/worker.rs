@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::ticket::Ticket;
+use super::in_flight::Ticket;
 use super::{Alternatives, Shared, Surroundings};
 use crate::backend::{BackendError, BackendResult, Interrupt, JobResult, JobSink};
 use crate::discovery::Member;
-use crate::protocol::{self, JobChunks};
+use crate::link::protocol::{self, JobChunks};
 
 /// With so many milliseconds left or fewer, nothing can be done.
 const DEADLINE_HOPELESS_MS: u32 = 1;

@@ -12,7 +12,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use crate::files;
+use crate::sys::files;
 
 /// The longest that a log file becomes, in bytes: with the one before it, 16 MB on the disk.
 pub const FILE_BYTES_MAX: u64 = 8_000_000;

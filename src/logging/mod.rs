@@ -19,7 +19,7 @@ use simplelog::{ConfigBuilder, WriteLogger};
 use file::LogFile;
 pub use file::older;
 
-use crate::threads;
+use crate::sys::threads;
 
 /// Lines that wait to be written.
 const QUEUE_LINES_MAX: usize = 1024;

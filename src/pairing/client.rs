@@ -9,10 +9,10 @@ use ureq::{Body, Error};
 
 use super::{Advertised, Issued, ModelTerms, Paired, Site};
 use crate::backend::{Client, read_bounded};
-use crate::cryptography::ExtraRoots;
-use crate::date;
+use crate::link::protocol::AGENT_VERSION;
 use crate::logging::shown;
-use crate::protocol::AGENT_VERSION;
+use crate::net::tls::ExtraRoots;
+use crate::sys::datetime;
 
 /// How long a code is good when the server does not say.
 pub const LIFETIME: Duration = Duration::from_secs(600);
@@ -76,7 +76,7 @@ impl Server {
         Ok(Issued {
             code: text("pair_code").ok_or_else(|| missing("pair_code"))?,
             poll_token: text("poll_token").ok_or_else(|| missing("poll_token"))?,
-            lifetime: lifetime(&answer["expires_at"], date.unwrap_or_else(date::now)),
+            lifetime: lifetime(&answer["expires_at"], date.unwrap_or_else(datetime::now)),
         })
     }
 
@@ -146,7 +146,7 @@ fn exchange(client: &Client, url: &str, body: &[u8]) -> Result<Answer, Error> {
     }
     let response = answer?;
     let (status, location) = (response.status().as_u16(), text_of(&response, header::LOCATION));
-    let date = text_of(&response, header::DATE).and_then(|date| date::parse_http(&date));
+    let date = text_of(&response, header::DATE).and_then(|date| datetime::parse_http(&date));
     let (body, end) = read_bounded(response.into_body(), ANSWER_MAX + 1);
     if body.len() <= ANSWER_MAX {
         end?;
@@ -173,7 +173,7 @@ fn message_in(body: &[u8]) -> String {
 /// sense, be it for a clock that is wrong, it is the protocol's ten minutes.
 fn lifetime(expires_at: &Value, now: i64) -> Duration {
     let at = match expires_at {
-        Value::String(text) => date::parse_rfc3339(text).or_else(|| text.trim().parse().ok()),
+        Value::String(text) => datetime::parse_rfc3339(text).or_else(|| text.trim().parse().ok()),
         // Whatever is behind a point is less than a second.
         number => number.to_string().split('.').next().and_then(|seconds| seconds.parse().ok()),
     };

@@ -22,7 +22,7 @@ pub use client::{Fault, LIFETIME, Polled, Server};
 pub use site::{BASE_DEFAULT, Site};
 
 use crate::backend::Kind;
-use crate::threads;
+use crate::sys::threads;
 
 /// From one question to the next.
 const POLL_INTERVAL: Duration = Duration::from_millis(800);

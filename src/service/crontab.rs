@@ -7,7 +7,7 @@ use std::io::{self, ErrorKind};
 use std::ops::Range;
 
 use super::Launch;
-use super::program;
+use super::subprocess;
 
 const BEGIN: &str =
     "# >>> usepod-agent: written by `usepod-agent service install`, removed by `usepod-agent service uninstall`";
@@ -34,7 +34,7 @@ impl Table {
     /// # Errors
     /// `crontab` fails, or somebody edited the block.
     pub fn read() -> Result<Option<Table>, String> {
-        let output = match program::output(&["crontab", "-l"], b"") {
+        let output = match subprocess::output(&["crontab", "-l"], b"") {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
             ran => ran.map_err(not_started)?,
         };
@@ -166,7 +166,7 @@ impl Table {
     pub fn write(text: &[u8]) -> Result<(), String> {
         // An empty one is none.
         let how = if text.is_empty() { "-r" } else { "-" };
-        let output = program::output(&["crontab", how], text).map_err(not_started)?;
+        let output = subprocess::output(&["crontab", how], text).map_err(not_started)?;
         match output.failure {
             None => Ok(()),
             Some(_) => Err(format!("`crontab` did not take the new crontab: {}", output.complaint())),

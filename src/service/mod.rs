@@ -5,7 +5,7 @@
 
 pub mod crontab;
 pub mod logs;
-pub mod program;
+pub mod subprocess;
 pub mod systemd;
 
 use std::io;
@@ -18,7 +18,7 @@ use nix::unistd::{Uid, User};
 
 use crate::instance::Holder;
 use crontab::Table;
-use program::Running;
+use subprocess::Running;
 use systemd::Unit;
 
 /// How often a process is looked at that is to end or to start.
@@ -122,7 +122,7 @@ pub fn start_like_cron(table: &Table) -> io::Result<Running> {
         }
     }
     let shell = variables.iter().find(|(name, _)| name == "SHELL").map_or("/bin/sh", |(_, shell)| shell);
-    program::start_detached(&[shell, "-c", &table.command().unwrap_or_default()], &variables)
+    subprocess::start_detached(&[shell, "-c", &table.command().unwrap_or_default()], &variables)
 }
 
 /// Who runs this, by the box's own list.

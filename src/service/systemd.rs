@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use nix::unistd::{Uid, User};
 
-use super::{Launch, STOP_MARGIN, program};
+use super::{Launch, STOP_MARGIN, subprocess};
 use crate::config;
 
 /// The unit's name.
@@ -180,7 +180,7 @@ impl Unit {
     pub fn systemctl(&self, arguments: &[&str]) -> Result<(), String> {
         let words = [&["systemctl"], self.scope(), arguments].concat();
         let shown = words.join(" ");
-        match program::output(&words, b"") {
+        match subprocess::output(&words, b"") {
             Ok(output) if output.failure.is_none() => Ok(()),
             Ok(output) => Err(format!("`{shown}` failed: {}", output.complaint())),
             Err(e) if e.kind() == ErrorKind::NotFound => {

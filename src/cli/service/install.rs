@@ -6,10 +6,10 @@ use super::Site;
 use crate::cli::args::Globals;
 use crate::cli::{Failure, print};
 use crate::config::Config;
-use crate::files;
 use crate::service::crontab::Table;
 use crate::service::systemd::{self, Content, UNIT, Unit};
 use crate::service::{Launch, Supervisor, cron_runs, this_user};
+use crate::sys::files;
 
 /// Variables of a shell that the agent heeds, and a supervisor does not pass on.
 const PROXY_VARIABLES: [&str; 4] = ["HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"];

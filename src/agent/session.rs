@@ -1,0 +1,384 @@
+//! One connection, from the challenge to its end. Runs in the supervisor's thread, which blocks in the socket.
+//!
+//! Invariants: the reading thread waits for nothing but its socket; what has to be said is queued for the writer. The end
+//! of a session ends its jobs, so that no GPU works for nobody.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, select};
+use tungstenite::protocol::CloseFrame;
+use tungstenite::protocol::frame::coding::CloseCode;
+use tungstenite::{Error as WsError, Message};
+
+use crate::agent::shutdown::{Leave, Live, Stop};
+use crate::discovery::{Offers, Prober};
+use crate::instance::identity::Identity;
+use crate::job_executor::stats::Statistics;
+use crate::job_executor::token_limit::TokenLimit;
+use crate::job_executor::{
+    CONTROL_LANE_MAX, Cause, Control, JobExecutor, Lanes, Outbox, Overflow, REQUEST_BYTES_MAX, Surroundings,
+};
+use crate::link::protocol::{self, Inbound, OfferLimits};
+use crate::link::waking_channel::Inlet;
+use crate::link::writer::Writer;
+use crate::link::{Link, MESSAGE_BYTES_MAX, ReadHalf, STALL_TIMEOUT};
+use crate::logging::shown;
+use crate::observe::{Board, Tally};
+use crate::sys::malloc;
+
+/// For each frame of the handshake.
+const AUTH_FRAME_TIMEOUT: Duration = Duration::from_secs(10);
+/// The first offer waits no longer for the probes, which have a limit of their own below it.
+const FIRST_OFFER_TIMEOUT: Duration = Duration::from_secs(5);
+/// A stopping agent's last frames have so long to reach the wire.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
+/// The coordinator has so long to answer our close.
+const CLOSE_REPLY_TIMEOUT: Duration = Duration::from_millis(300);
+/// The end of a session waits so long for its writer, which may be blocked in a dead socket.
+const WRITER_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// The memory of a frame of this size or more is worth giving back.
+const LARGE_FRAME_BYTES: usize = 256 << 10;
+
+/// How soon a second signal is noticed; only a stopping agent looks so often.
+const GLANCE: Duration = Duration::from_millis(20);
+
+const _: () = assert!(REQUEST_BYTES_MAX >= MESSAGE_BYTES_MAX);
+
+/// How a session ended.
+#[derive(Debug)]
+pub enum SessionEnd {
+    /// The coordinator had announced it, or closed without giving a reason.
+    Planned(String),
+    /// We were told to stop.
+    Stopped,
+    /// Anything else.
+    Unexpected(String),
+}
+
+/// Why a handshake failed.
+#[derive(Debug, thiserror::Error)]
+pub enum HandshakeError {
+    /// The coordinator does not want us.
+    #[error("the coordinator rejected this agent: {0}")]
+    Rejected(String),
+    /// Nothing came in time.
+    #[error("no `{0}` from the coordinator within {limit} s", limit = AUTH_FRAME_TIMEOUT.as_secs())]
+    TimedOut(&'static str),
+    /// A binary message.
+    #[error("the coordinator sent a binary message during the handshake")]
+    Binary,
+    /// The connection ended.
+    #[error("the connection ended during the handshake: {0}")]
+    Connection(String),
+}
+
+/// Waits for the challenge; returns its nonce.
+///
+/// # Errors
+/// None comes.
+pub fn challenge(half: &mut ReadHalf) -> Result<Vec<u8>, HandshakeError> {
+    expect(half, "auth_challenge", |frame| match frame {
+        Inbound::AuthChallenge(nonce) => Some(nonce),
+        _ => None,
+    })
+}
+
+/// Answers the challenge; returns the provider id that `auth_ok` named.
+///
+/// # Errors
+/// We are not let in.
+pub fn authenticate(
+    half: &mut ReadHalf,
+    identity: &Identity,
+    enrollment_code: Option<&str>,
+) -> Result<Option<String>, HandshakeError> {
+    let nonce = challenge(half)?;
+    // The code is for enrolling: one who has an id has enrolled.
+    let code = enrollment_code.filter(|_| identity.provider_id().is_none());
+    let response = protocol::auth_response(identity.public_key(), &identity.sign(&nonce), code);
+    half.send(response).map_err(|e| HandshakeError::Connection(e.to_string()))?;
+    expect(half, "auth_ok", |frame| match frame {
+        Inbound::AuthOk(provider_id) => Some(Ok(provider_id)),
+        Inbound::AuthFailed(reason) => Some(Err(HandshakeError::Rejected(shown(&reason)))),
+        _ => None,
+    })?
+}
+
+/// Reads until `wanted` finds its frame. Others are passed over, as in the session.
+fn expect<T>(
+    half: &mut ReadHalf,
+    name: &'static str,
+    wanted: impl Fn(Inbound) -> Option<T>,
+) -> Result<T, HandshakeError> {
+    let connection = |e: &dyn std::fmt::Display| HandshakeError::Connection(e.to_string());
+    half.set_deadline(Some(Instant::now() + AUTH_FRAME_TIMEOUT)).map_err(|e| connection(&e))?;
+    loop {
+        match half.read() {
+            Ok(Message::Text(text)) => match protocol::parse(&text) {
+                Ok(frame) => {
+                    if let Some(found) = wanted(frame) {
+                        return Ok(found);
+                    }
+                    crate::debug!("a frame other than `{name}` is ignored during the handshake");
+                }
+                Err(e) => log::warn!("a frame of the handshake cannot be read: {e}"),
+            },
+            Ok(Message::Binary(_)) => return Err(HandshakeError::Binary),
+            Ok(Message::Close(frame)) => {
+                half.flush();
+                return Err(HandshakeError::Connection(frame.map_or_else(|| "closed".into(), |f| describe(&f))));
+            }
+            Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_)) => {}
+            Err(WsError::Io(e)) if e.kind() == std::io::ErrorKind::TimedOut => {
+                return Err(HandshakeError::TimedOut(name));
+            }
+            Err(e) => return Err(connection(&e)),
+        }
+    }
+}
+
+/// What a session needs that outlives it.
+pub struct Context<'a> {
+    /// The offer, kept true by the prober.
+    pub offers: &'a Arc<Offers>,
+    /// Told of backends that are gone.
+    pub prober: &'a Prober,
+    /// Figures over all sessions.
+    pub statistics: &'a Arc<Statistics>,
+    /// `max_tokens_per_minute`, over all sessions.
+    pub token_limit: &'a Arc<TokenLimit>,
+    /// What became of the jobs of all sessions.
+    pub tally: &'a Arc<Tally>,
+    /// Where it is noted how the agent is.
+    pub board: &'a Arc<Board>,
+    /// Stated with the offer.
+    pub limits: OfferLimits,
+    /// For jobs in flight when the agent stops.
+    pub drain: Duration,
+    /// The request to stop.
+    pub stop: &'a Arc<Stop>,
+}
+
+/// Serves jobs until the connection ends. `settled` disconnects when the first offer can be made.
+pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) -> SessionEnd {
+    // From here on a stop is not to cut the connection, but to take its leave on it.
+    context.stop.set_live(Live::Nothing);
+    select! {
+        recv(settled) -> _ => {}
+        recv(context.stop.signal()) -> _ => {}
+        default(FIRST_OFFER_TIMEOUT) => {}
+    }
+    if let Err(e) = half.set_deadline(None) {
+        return SessionEnd::Unexpected(e.to_string());
+    }
+    let lanes = Lanes::default();
+    let outbox = Outbox::Lanes { control: lanes.control.clone(), data: lanes.data.clone() };
+    let executor = Arc::new(JobExecutor::with_outbox(
+        context.limits.max_concurrent_total,
+        outbox,
+        Surroundings {
+            offers: context.offers.clone(),
+            statistics: context.statistics.clone(),
+            token_limit: context.token_limit.clone(),
+            prober: Some(context.prober.clone()),
+            tally: context.tally.clone(),
+            board: Some(context.board.clone()),
+        },
+    ));
+    let link = half.link();
+    let write_half = half.split(outlet_to(lanes.control.clone()));
+    let heartbeat = heartbeat_of(&executor, context, link.clone());
+    let writer = match Writer::spawn(write_half, lanes, heartbeat) {
+        Ok(writer) => writer,
+        Err(e) => return SessionEnd::Unexpected(format!("failed to start the writer thread: {e}")),
+    };
+    let (ended_sender, ended) = bounded(0);
+    let handle = SessionHandle {
+        executor: executor.clone(),
+        control: writer.control.clone(),
+        link: link.clone(),
+        limits: context.limits,
+        drain: context.drain,
+        writer_ended: writer.ended.clone(),
+        session_ended: ended,
+        board: context.board.clone(),
+    };
+    announce(context, &writer.control);
+    context.stop.set_live(Live::Session(Arc::new(handle)));
+    let end = read_loop(&mut half, &executor);
+    context.offers.stop_listening();
+    executor.cancel_all();
+    let _ = writer.control.send(Control::Finish);
+    if writer.ended.recv_timeout(WRITER_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
+        crate::debug!("the writer is blocked in a dead socket");
+    }
+    link.shutdown();
+    writer.join();
+    drop(ended_sender);
+    if context.stop.is_requested() { SessionEnd::Stopped } else { end }
+}
+
+/// The way of what the reading side has to send: pongs, close replies, TLS alerts.
+fn outlet_to(control: Inlet<Control>) -> impl Fn(Vec<u8>) -> io::Result<()> + Send + 'static {
+    move |bytes| {
+        if control.waiting() >= CONTROL_LANE_MAX {
+            return Err(io::Error::other("the coordinator sends pings but does not read the pongs"));
+        }
+        control.send(Control::Raw(bytes)).map_err(|_| io::ErrorKind::BrokenPipe.into())
+    }
+}
+
+/// Sends the offer now and whenever it changes.
+fn announce(context: &Context<'_>, control: &Inlet<Control>) {
+    let (control, limits) = (control.clone(), context.limits);
+    context.offers.listen(move |offer| {
+        log::info!("offering {} model(s)", offer.len());
+        let _ = control.send(Control::Offer(protocol::capabilities(offer, limits)));
+    });
+}
+
+/// What the reader has heard shows with the heartbeat that both threads work. Each byte counts: a large message may take minutes.
+fn heartbeat_of(
+    executor: &Arc<JobExecutor>,
+    context: &Context<'_>,
+    link: Arc<Link>,
+) -> impl Fn() -> String + Send + use<> {
+    // Weak: the writer is not to keep the jobs of a session alive.
+    let executor = Arc::downgrade(executor);
+    let in_flight = move || executor.upgrade().map_or(0, |executor| executor.queue_depth());
+    context.board.count_jobs_by(in_flight.clone());
+    let (statistics, board) = (context.statistics.clone(), context.board.clone());
+    move || {
+        if link.take_heard() {
+            board.shows_life();
+        } else {
+            board.remind();
+        }
+        statistics.heartbeat(in_flight()).to_frame()
+    }
+}
+
+fn read_loop(half: &mut ReadHalf, executor: &JobExecutor) -> SessionEnd {
+    loop {
+        match half.read() {
+            Ok(Message::Text(text)) => {
+                if let Err(Overflow) = handle_frame(&text, executor) {
+                    return SessionEnd::Unexpected(Overflow.to_string());
+                }
+            }
+            Ok(Message::Binary(_)) => log::warn!("a binary message from the coordinator is ignored"),
+            Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_)) => {}
+            Ok(Message::Close(frame)) => {
+                half.flush();
+                return close_of(frame);
+            }
+            Err(WsError::Io(e)) if e.kind() == std::io::ErrorKind::TimedOut => {
+                let silence = STALL_TIMEOUT.as_secs();
+                return SessionEnd::Unexpected(format!("not a byte from the coordinator for {silence} s"));
+            }
+            Err(e) => return SessionEnd::Unexpected(e.to_string()),
+        }
+    }
+}
+
+fn handle_frame(text: &str, executor: &JobExecutor) -> Result<(), Overflow> {
+    if text.len() >= LARGE_FRAME_BYTES {
+        malloc::note_freed();
+    }
+    match protocol::parse(text) {
+        Ok(Inbound::Job(job)) => {
+            crate::debug!("job {} for model `{}`", job.job_id, shown(&job.model_id));
+            executor.try_dispatch(*job, text.len())
+        }
+        Ok(Inbound::UnreadableJob(job_id, why)) => {
+            log::warn!("job {job_id} cannot be run: {why}");
+            executor.refuse(job_id, Cause::Unreadable, why)
+        }
+        Ok(Inbound::JobCancel(job_id)) => {
+            executor.cancel(job_id);
+            Ok(())
+        }
+        Ok(Inbound::Other(kind)) => {
+            crate::debug!("a frame of type `{}` is ignored", shown(&kind));
+            Ok(())
+        }
+        Ok(Inbound::AuthChallenge(_) | Inbound::AuthOk(_) | Inbound::AuthFailed(_)) => {
+            crate::debug!("a frame of the handshake is ignored within the session");
+            Ok(())
+        }
+        Err(e) => {
+            log::warn!("a frame from the coordinator is ignored: {e}");
+            Ok(())
+        }
+    }
+}
+
+fn close_of(frame: Option<CloseFrame>) -> SessionEnd {
+    match frame {
+        None => SessionEnd::Planned("closed without a reason".into()),
+        Some(frame) if frame.code == CloseCode::Away => SessionEnd::Planned(describe(&frame)),
+        Some(frame) => SessionEnd::Unexpected(describe(&frame)),
+    }
+}
+
+fn describe(frame: &CloseFrame) -> String {
+    let meaning = match frame.reason.as_str() {
+        "drain:deploy" => ", the coordinator is being deployed",
+        "drain:operator" => ", an operator asked for it",
+        _ => "",
+    };
+    format!("closed with {} \"{}\"{meaning}", u16::from(frame.code), shown(frame.reason.as_str()))
+}
+
+/// What it takes to end a session from another thread.
+pub struct SessionHandle {
+    executor: Arc<JobExecutor>,
+    control: Inlet<Control>,
+    link: Arc<Link>,
+    limits: OfferLimits,
+    drain: Duration,
+    writer_ended: Receiver<()>,
+    session_ended: Receiver<()>,
+    board: Arc<Board>,
+}
+
+impl Leave for SessionHandle {
+    /// Offer nothing, take nothing, finish what is in flight, close. When `urgent` says so, or the time for it is over,
+    /// what is in flight is answered with an error.
+    fn leave(&self, urgent: &dyn Fn() -> bool) {
+        self.executor.refuse_new();
+        self.board.draining();
+        let _ = self.control.send(Control::Withdraw(protocol::capabilities(&[], self.limits)));
+        let in_flight = self.executor.queue_depth();
+        if in_flight > 0 {
+            log::info!("stopping: {in_flight} job(s) in flight have up to {} s", self.drain.as_secs());
+        }
+        if !self.executor.wait_idle(Instant::now() + self.drain, urgent) {
+            log::warn!("stopping with {} job(s) unfinished", self.executor.queue_depth());
+            self.executor.abandon_all("the agent is stopping");
+        }
+        let _ = self.control.send(Control::Close);
+        self.wait_for_writer(urgent);
+        let _ = self.session_ended.recv_timeout(CLOSE_REPLY_TIMEOUT);
+        self.cut();
+    }
+
+    fn cut(&self) {
+        self.link.shutdown();
+    }
+}
+
+impl SessionHandle {
+    /// A coordinator that does not read holds an urgent stop up no longer than the end of any session.
+    fn wait_for_writer(&self, urgent: &dyn Fn() -> bool) {
+        let began = Instant::now();
+        while began.elapsed() < if urgent() { WRITER_TIMEOUT } else { FLUSH_TIMEOUT } {
+            if self.writer_ended.recv_timeout(GLANCE) != Err(RecvTimeoutError::Timeout) {
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! How the agent is told to stop, and who is woken by it.
+//!
+//! [`Stop::request`] may be called from any thread, a signal's among them, and never blocks: a first time to stop when
+//! the jobs in flight are done, a second time to stop now.
+
+use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+
+use crate::sys::threads;
+
+/// The request to stop, shared by those who make it and those who heed it.
+pub struct Stop {
+    requests: AtomicU32,
+    /// Disconnects at the first request.
+    signal: Receiver<()>,
+    state: Mutex<State>,
+}
+
+struct State {
+    signal: Option<Sender<()>>,
+    live: Live,
+}
+
+/// What has to be woken.
+pub enum Live {
+    /// Nothing, or only a wait that heeds the signal.
+    Nothing,
+    /// A handshake, blocked in this socket.
+    Handshake(TcpStream),
+    /// A session, which ends in order.
+    Session(Arc<dyn Leave>),
+}
+
+/// What can end in order.
+pub trait Leave: Send + Sync {
+    /// Finishes what is in flight, then ends; at once when `urgent` says so. Blocks meanwhile.
+    fn leave(&self, urgent: &dyn Fn() -> bool);
+
+    /// Ends at once.
+    fn cut(&self);
+}
+
+impl Default for Stop {
+    fn default() -> Self {
+        let (sender, signal) = bounded(0);
+        let state = Mutex::new(State { signal: Some(sender), live: Live::Nothing });
+        Stop { requests: AtomicU32::new(0), signal, state }
+    }
+}
+
+impl Stop {
+    /// Stop, when the jobs in flight are done; the second time, now.
+    pub fn request(self: &Arc<Self>) {
+        // Counted under the lock, so that `set_live` and this wake a session once between them.
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.requests.fetch_add(1, Ordering::SeqCst) == 0 {
+            drop(state.signal.take());
+            self.wake(&state.live);
+        }
+    }
+
+    /// Whether there was a request.
+    pub fn is_requested(&self) -> bool {
+        self.requests.load(Ordering::SeqCst) > 0
+    }
+
+    /// Whether there was a second one.
+    pub fn is_urgent(&self) -> bool {
+        self.requests.load(Ordering::SeqCst) > 1
+    }
+
+    /// Disconnects at the first request, for waits.
+    pub fn signal(&self) -> &Receiver<()> {
+        &self.signal
+    }
+
+    /// Says what has to be woken from here on; wakes it at once when the request came first.
+    pub fn set_live(self: &Arc<Self>, live: Live) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.is_requested() {
+            self.wake(&live);
+        }
+        state.live = live;
+    }
+
+    fn wake(self: &Arc<Self>, live: &Live) {
+        match live {
+            Live::Nothing => {}
+            Live::Handshake(tcp) => {
+                let _ = tcp.shutdown(Shutdown::Both);
+            }
+            Live::Session(session) => {
+                let (session, stop) = (session.clone(), self.clone());
+                let for_thread = session.clone();
+                if let Err(e) = threads::spawn("drain", move || for_thread.leave(&|| stop.is_urgent())) {
+                    log::error!("failed to start a thread, so jobs in flight are cut off: {e}");
+                    session.cut();
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,370 @@
+//! ureq's transport, watched: what happened on a connection.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use ureq::Error;
+use ureq::unversioned::transport::{
+    Buffers, ConnectProxyConnector, ConnectionDetails, Connector, NextTimeout, Transport,
+};
+
+use super::tcp::TcpConnector;
+use super::tls::TlsConnector;
+use crate::net::tls::ExtraRoots;
+
+/// What one agent's connection was seen to do since it was leased.
+#[derive(Default)]
+pub struct Wire {
+    opened: AtomicBool,
+    received: AtomicBool,
+    broken: AtomicBool,
+    /// Nothing is waited for beyond this moment.
+    limit: Mutex<Option<Instant>>,
+}
+
+impl Wire {
+    /// For the next exchange.
+    pub fn reset(&self) {
+        *self.limit() = None;
+        for flag in [&self.opened, &self.received, &self.broken] {
+            flag.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether a failed exchange used a kept-alive connection and got no byte back: it had been closed under us, and
+    /// the backend never saw the request.
+    pub fn was_stale(&self) -> bool {
+        !self.opened.load(Ordering::Relaxed) && !self.received.load(Ordering::Relaxed)
+    }
+
+    /// Whether the connection broke (rather than being closed in order): ureq takes a reset for the end of a body that
+    /// only the connection's end delimits.
+    pub fn has_broken(&self) -> bool {
+        self.broken.load(Ordering::Relaxed)
+    }
+
+    /// Leaves the rest of the answer at most so much time.
+    pub fn hurry(&self, time: Duration) {
+        *self.limit() = Instant::now().checked_add(time);
+    }
+
+    fn limit(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.limit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Wire {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Wire")
+    }
+}
+
+/// The way to a backend, for all of its agents.
+pub type SharedConnector = Arc<dyn Connector<(), Out = Box<dyn Transport>>>;
+
+/// Within one's own network, without TLS. It has a chain of its own since the places for a proxy and a TLS session would be a
+/// third of the stack, and a kilobyte of heap, of each of its streams.
+pub fn plain_connector() -> SharedConnector {
+    Arc::new(().chain(TcpConnector).chain(Boxing))
+}
+
+/// With TLS where the URL says so, and through a proxy where there is one. Trusts these roots beside those of the web.
+pub fn connector(roots: ExtraRoots) -> SharedConnector {
+    Arc::new(().chain(ConnectProxyConnector::default()).chain(TcpConnector).chain(TlsConnector::new(roots)))
+}
+
+/// The end of a chain, which has a type of its own for each of its links.
+#[derive(Debug)]
+struct Boxing;
+
+impl<In: Transport> Connector<In> for Boxing {
+    type Out = Box<dyn Transport>;
+
+    fn connect(&self, _: &ConnectionDetails, chained: Option<In>) -> Result<Option<Self::Out>, Error> {
+        Ok(chained.map(|transport| Box::new(transport) as Self::Out))
+    }
+}
+
+/// Connects, with a [`Wire`] to tell of it.
+#[derive(Debug)]
+pub struct WatchedConnector {
+    inner: SharedConnector,
+    wire: Arc<Wire>,
+}
+
+impl WatchedConnector {
+    pub fn new(inner: SharedConnector, wire: Arc<Wire>) -> WatchedConnector {
+        WatchedConnector { inner, wire }
+    }
+}
+
+impl Connector<()> for WatchedConnector {
+    type Out = Watched;
+
+    fn connect(&self, details: &ConnectionDetails, chained: Option<()>) -> Result<Option<Watched>, Error> {
+        self.wire.opened.store(true, Ordering::Relaxed);
+        let inner = self.inner.connect(details, chained)?;
+        Ok(inner.map(|inner| Watched { inner, wire: self.wire.clone() }))
+    }
+}
+
+/// A connection that tells its [`Wire`] what happens on it.
+#[derive(Debug)]
+pub struct Watched {
+    inner: Box<dyn Transport>,
+    wire: Arc<Wire>,
+}
+
+impl Transport for Watched {
+    fn buffers(&mut self) -> &mut dyn Buffers {
+        self.inner.buffers()
+    }
+
+    fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), Error> {
+        self.inner.transmit_output(amount, timeout)
+    }
+
+    fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, Error> {
+        let left = self.wire.limit().map(|until| until.saturating_duration_since(Instant::now()));
+        let after = left.map_or(timeout.after, |left| timeout.after.min(left.into()));
+        let result = self.inner.await_input(NextTimeout { after, ..timeout });
+        match &result {
+            Ok(true) => self.wire.received.store(true, Ordering::Relaxed),
+            Ok(false) => {}
+            Err(_) => self.wire.broken.store(true, Ordering::Relaxed),
+        }
+        result
+    }
+
+    fn is_open(&mut self) -> bool {
+        self.inner.is_open()
+    }
+
+    fn is_tls(&self) -> bool {
+        self.inner.is_tls()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{self, BufRead, BufReader, Read, Write};
+    use std::net::{SocketAddr, TcpListener, TcpStream};
+    use std::thread;
+
+    use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+    use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+    use rustls::version::{TLS12, TLS13};
+    use rustls::{HandshakeKind, ServerConfig, ServerConnection, StreamOwned, SupportedProtocolVersion};
+    use ureq::Agent;
+
+    use super::super::resolver::LocalFirstResolver;
+    use super::*;
+
+    /// Sends each request's body back, in chunks of `chunk` bytes, until the client leaves.
+    fn echo(stream: impl Read + Write, chunk: usize) -> io::Result<()> {
+        let mut stream = BufReader::new(stream);
+        loop {
+            let mut length = 0;
+            loop {
+                let mut line = String::new();
+                if stream.read_line(&mut line)? == 0 {
+                    return Ok(());
+                }
+                if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                    length = value.trim().parse().expect("a length");
+                }
+                if line == "\r\n" {
+                    break;
+                }
+            }
+            let mut body = vec![0; length];
+            stream.read_exact(&mut body)?;
+            let out = stream.get_mut();
+            out.write_all(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")?;
+            for piece in body.chunks(chunk) {
+                write!(out, "{:x}\r\n", piece.len())?;
+                out.write_all(piece)?;
+                out.write_all(b"\r\n")?;
+            }
+            out.write_all(b"0\r\n\r\n")?;
+            out.flush()?;
+        }
+    }
+
+    /// Serves one connection after the other.
+    fn serve(each: impl Fn(TcpStream) -> io::Result<()> + Send + 'static) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a loopback port");
+        let address = listener.local_addr().expect("an address");
+        thread::spawn(move || {
+            for socket in listener.incoming().map_while(Result::ok) {
+                let _ = each(socket);
+            }
+        });
+        address
+    }
+
+    fn body(length: usize) -> Vec<u8> {
+        (0..length).map(|i| (i * i / 7) as u8).collect()
+    }
+
+    fn assert_echoed(agent: &Agent, wire: &Wire, url: &str) {
+        for (nth, length) in [0, 1, 511, 512, 513, 16 << 10, (16 << 10) + 1, 3 << 20].into_iter().enumerate() {
+            wire.reset();
+            let sent = body(length);
+            let response = agent.post(url).send(&sent[..]).expect("an answer");
+            let mut got = Vec::new();
+            response.into_body().into_reader().read_to_end(&mut got).expect("the body");
+            assert!(got == sent, "{length} bytes became {}", got.len());
+            assert_eq!(wire.opened.load(Ordering::Relaxed), nth == 0, "one connection for all");
+        }
+    }
+
+    #[test]
+    fn bodies_of_any_length_pass_both_ways_and_keep_the_connection() {
+        for chunk in [1000, 100_000] {
+            let address = serve(move |socket| echo(socket, chunk));
+            let wire = Arc::new(Wire::default());
+            let agent = agent(WatchedConnector::new(plain_connector(), wire.clone()));
+            assert_echoed(&agent, &wire, &format!("http://localhost:{}/", address.port()));
+        }
+    }
+
+    /// A server with a certificate, and a connector that trusts it.
+    fn serve_tls(
+        version: &'static SupportedProtocolVersion,
+        algorithm: &'static rcgen::SignatureAlgorithm,
+        each: impl Fn(StreamOwned<ServerConnection, TcpStream>) -> io::Result<()> + Send + 'static,
+    ) -> (String, SharedConnector) {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().expect("a key")).expect("an authority");
+        let key = KeyPair::generate_for(algorithm).expect("a key");
+        let params = CertificateParams::new(vec!["localhost".to_owned()]).expect("a name");
+        let certificate = params.signed_by(&key, &issuer).expect("a certificate");
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
+        let server = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_protocol_versions(&[version])
+            .expect("a version")
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate.der().clone()], key)
+            .expect("a certificate and its key");
+        let server = Arc::new(server);
+        let address = serve(move |socket| {
+            let session = ServerConnection::new(server.clone()).expect("a session");
+            each(StreamOwned::new(session, socket))
+        });
+        let connector = connector(issuer.der().clone().into());
+        (format!("https://localhost:{}/", address.port()), connector)
+    }
+
+    #[test]
+    fn so_they_do_over_tls_of_either_version() {
+        for algorithm in [&rcgen::PKCS_ECDSA_P256_SHA256, &rcgen::PKCS_ECDSA_P384_SHA384, &rcgen::PKCS_ED25519] {
+            for version in [&TLS12, &TLS13] {
+                let (url, connector) = serve_tls(version, algorithm, |stream| echo(stream, 5000));
+                let wire = Arc::new(Wire::default());
+                assert_echoed(&agent(WatchedConnector::new(connector, wire.clone())), &wire, &url);
+            }
+        }
+    }
+
+    #[test]
+    fn agents_of_one_backend_resume_each_others_tls_sessions() {
+        for version in [&TLS12, &TLS13] {
+            let (seen, kinds) = crossbeam_channel::unbounded();
+            let (url, shared) = serve_tls(version, &rcgen::PKCS_ECDSA_P256_SHA256, move |mut stream| {
+                let end = echo(&mut stream, 5000);
+                let _ = seen.send(stream.conn.handshake_kind());
+                end
+            });
+            for kind in [HandshakeKind::Full, HandshakeKind::Resumed] {
+                let agent = agent(WatchedConnector::new(shared.clone(), Arc::default()));
+                let request = ureq::http::Request::post(&url).body("x").expect("a request");
+                let request = agent.configure_request(request).timeout_global(Some(Duration::from_secs(60))).build();
+                let answer = agent.run(request).expect("an answer").into_body().read_to_string();
+                assert_eq!(answer.expect("a body"), "x");
+                drop(agent);
+                assert_eq!(kinds.recv().expect("a connection"), Some(kind));
+            }
+        }
+    }
+
+    #[test]
+    fn an_answer_before_the_request_was_read_is_heard_over_tls_too() {
+        let (url, connector) = serve_tls(&TLS13, &rcgen::PKCS_ECDSA_P256_SHA256, |mut stream| {
+            stream.sock.set_nodelay(true)?;
+            stream.read_exact(&mut [0; 1000])?;
+            stream.write_all(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nbig")?;
+            // Closing with so much unread resets the connection.
+            stream.flush()
+        });
+        let agent = agent(WatchedConnector::new(connector, Arc::default()));
+        let answer = agent.post(url).send(&body(20 << 20)[..]);
+        assert!(matches!(answer, Err(Error::StatusCode(413))), "{answer:?}");
+    }
+
+    #[test]
+    fn a_head_that_is_too_large_is_said_to_be_so() {
+        let address = serve(|mut socket| {
+            socket.write_all(b"HTTP/1.1 200 OK\r\n")?;
+            loop {
+                socket.write_all(&[b'x'; 1000])?;
+            }
+        });
+        let agent = agent(WatchedConnector::new(plain_connector(), Arc::default()));
+        let answer = agent.get(format!("http://{address}/")).call();
+        assert!(matches!(answer, Err(Error::LargeResponseHeader(..))), "{answer:?}");
+    }
+
+    #[test]
+    fn a_tls_handshake_without_an_answer_ends_with_the_time_or_the_cancel() {
+        let (sender, begun) = crossbeam_channel::unbounded();
+        let address = serve(move |mut socket| {
+            socket.read_exact(&mut [0; 5])?;
+            let _ = sender.send(());
+            socket.read_to_end(&mut Vec::new()).map(drop)
+        });
+        let silent = || agent(WatchedConnector::new(connector(ExtraRoots::default()), Arc::default()));
+        let ask = |agent: &Agent, time| {
+            let request = ureq::http::Request::get(format!("https://{address}/")).body(()).expect("a request");
+            agent.run(agent.configure_request(request).timeout_global(Some(time)).build())
+        };
+        let late = ask(&silent(), Duration::from_millis(100));
+        assert!(matches!(late, Err(Error::Timeout(ureq::Timeout::Global))), "{late:?}");
+        let _ = begun.try_recv();
+        let agent = silent();
+        thread::scope(|scope| {
+            let asking = scope.spawn({
+                let (agent, ask) = (agent.clone(), &ask);
+                move || ask(&agent, Duration::from_secs(60))
+            });
+            begun.recv_timeout(Duration::from_secs(10)).expect("a hello");
+            let cancelled = Instant::now();
+            agent.shutdown();
+            let answer = asking.join().expect("no panic");
+            assert!(matches!(answer, Err(Error::Io(_))), "{answer:?}");
+            assert!(cancelled.elapsed() < Duration::from_secs(5));
+        });
+    }
+
+    #[test]
+    fn what_is_cut_without_the_sessions_end_was_broken() {
+        for version in [&TLS12, &TLS13] {
+            let (url, connector) = serve_tls(version, &rcgen::PKCS_ECDSA_P256_SHA256, |mut stream| {
+                let mut head = BufReader::new(&mut stream).lines();
+                while head.next().is_some_and(|line| line.is_ok_and(|line| !line.is_empty())) {}
+                stream.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhalf")
+            });
+            let wire = Arc::new(Wire::default());
+            let answer = agent(WatchedConnector::new(connector, wire.clone())).get(url).call().expect("an answer");
+            let body = answer.into_body().read_to_string();
+            assert!(body.is_err() || wire.has_broken(), "{body:?}");
+        }
+    }
+
+    fn agent(connector: WatchedConnector) -> Agent {
+        Agent::with_parts(Agent::config_builder().build(), connector, LocalFirstResolver)
+    }
+}

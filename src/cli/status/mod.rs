@@ -1,0 +1,115 @@
+//! `status`: whether the agent serves, and why not. Exit codes for health checks: 0 serving, 1 running but not serving, 3 not
+//! running.
+
+mod render;
+
+use std::fs;
+use std::io::IsTerminal;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::args::{Globals, Status};
+use super::{Failure, places_of, print, try_print};
+use crate::instance::wake_socket;
+use crate::instance::{Holder, Places, SILENCE_MAX};
+use crate::observe;
+
+/// The exit code of an agent that runs and does not serve.
+const NOT_SERVING: u8 = 1;
+/// The exit code where no agent runs.
+const NOT_RUNNING: u8 = 3;
+
+/// How long a running agent has to renew its state file; it takes a millisecond.
+const PATIENCE: Duration = Duration::from_millis(500);
+/// How often the file is looked at meanwhile.
+const GLANCE: Duration = Duration::from_millis(5);
+/// Time between two looks of `--watch`.
+const WATCH: Duration = Duration::from_secs(1);
+
+/// Prints how the agent is, once or for ever.
+pub fn run(globals: &Globals, options: &Status) -> Result<(), Failure> {
+    let places = places_of(globals)?;
+    if !options.watch {
+        let state = look(&places);
+        print(&shown(&state, options.json));
+        return verdict(&state);
+    }
+    let redraw = std::io::stdout().is_terminal() && !options.json;
+    loop {
+        let shown = shown(&look(&places), options.json);
+        // The page, each line cleared behind its end, from the top of the screen on.
+        let page = if redraw { format!("\x1b[H{}\x1b[J", shown.replace('\n', "\x1b[K\n")) } else { shown };
+        if try_print(&page).is_err() {
+            return Ok(());
+        }
+        thread::sleep(WATCH);
+    }
+}
+
+fn verdict(state: &Value) -> Result<(), Failure> {
+    match (state["running"] == true, state["serving"] == true) {
+        (true, true) => Ok(()),
+        (true, false) => Err(Failure::Told(NOT_SERVING)),
+        (false, _) => Err(Failure::Told(NOT_RUNNING)),
+    }
+}
+
+fn shown(state: &Value, as_json: bool) -> String {
+    if as_json { format!("{state}\n") } else { render::of(state) }
+}
+
+/// The state file, as new as the agent can make it, and what the lock says of the agent.
+fn look(places: &Places) -> Value {
+    let Some(holder) = Holder::running(places) else {
+        let mut state = observe::read(places).unwrap_or_else(|_| json!({}));
+        let last = state["state"].take();
+        state["last_state"] = last;
+        state["running"] = false.into();
+        state["serving"] = false.into();
+        state["state"] = if places.stopped().exists() { "stopped" } else { "not_running" }.into();
+        state["reason"] = Value::Null;
+        state["paused"] = places.paused().exists().into();
+        return state;
+    };
+    let mut state = renewed(places, &holder).unwrap_or_else(|| json!({"state": "starting", "serving": false}));
+    let silence = holder.silence();
+    state["running"] = true.into();
+    state["pid"] = holder.pid.into();
+    state["silent_seconds"] = silence.as_secs().into();
+    if holder.hangs() {
+        state["state"] = "hung".into();
+        state["serving"] = false.into();
+        state["reason"] = format!("it has shown no sign of life for {} s", silence.as_secs()).into();
+    }
+    state
+}
+
+/// Asks for a new state and waits for it; a hung agent's old one is better than none. One that an agent at work has not renewed
+/// for long says nothing any more of whether it serves.
+fn renewed(places: &Places, holder: &Holder) -> Option<Value> {
+    let read = || observe::of(places, holder);
+    let before = read();
+    let is_rung = wake_socket::ring_at(&places.wake());
+    let count = |state: &Option<Value>| state.as_ref().and_then(|state| state["written"].as_u64());
+    let until = Instant::now() + PATIENCE;
+    while is_rung && Instant::now() < until {
+        let now = read();
+        if count(&now) > count(&before) {
+            return now;
+        }
+        thread::sleep(GLANCE);
+    }
+    let mut state = read().or(before)?;
+    let age =
+        fs::metadata(places.state()).and_then(|found| found.modified()).map(|at| at.elapsed().unwrap_or_default());
+    if let Some(age) = age.ok().filter(|age| *age >= SILENCE_MAX) {
+        (state["last_state"], state["since"]) = (state["state"].take(), Value::Null);
+        state["state"] = "unknown".into();
+        state["serving"] = false.into();
+        let what = "it has not been able to write its state file for";
+        state["reason"] = format!("{what} {} s; its log says why (is the disk full?)", age.as_secs()).into();
+    }
+    Some(state)
+}

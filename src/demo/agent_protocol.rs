@@ -1,0 +1,224 @@
+//! The coordinator's handshake with one agent, and the agent's frames.
+//!
+//! This is the *other* side of the protocol, so it shares no code with the agent's: a mistake there must show here.
+//!
+//! Who runs here: the connection's own thread.
+
+use std::time::Duration;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use ring::rand::{SecureRandom, SystemRandom};
+use ring::signature::{ED25519, UnparsedPublicKey};
+use serde_json::Value;
+use thiserror::Error;
+use uuid::Uuid;
+
+use super::websocket::{Reader, Sender};
+use crate::http_server::connection::quoted;
+
+/// How long the agent may take for each step of the handshake, as long as the agent itself allows the coordinator.
+pub(super) const HANDSHAKE_STEP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Length of the challenge's nonce.
+const NONCE_BYTES: usize = 32;
+
+/// Why the handshake with an agent failed.
+#[derive(Debug, Error)]
+pub enum HandshakeError {
+    /// The connection is no WebSocket, or broke.
+    #[error("the connection failed: {0}")]
+    Connection(#[from] std::io::Error),
+    /// What came was not the `auth_response` that the protocol asks for.
+    #[error("the agent did not answer the challenge properly: {0}")]
+    Protocol(String),
+    /// Key or signature do not check out.
+    #[error("the agent's signature is not valid: {0}")]
+    Signature(&'static str),
+}
+
+/// What the handshake told about the agent.
+pub(super) struct Verified {
+    pub(super) agent_version: String,
+    pub(super) provider_id: String,
+}
+
+/// Challenges the agent, and answers `auth_ok` or `auth_failed`.
+pub(super) fn authenticate(reader: &mut Reader<'_>, sender: &Sender) -> Result<Verified, HandshakeError> {
+    let mut nonce = [0_u8; NONCE_BYTES];
+    SystemRandom::new().fill(&mut nonce).map_err(|_| std::io::Error::other("the system has no random numbers"))?;
+    reader.set_timeout(Some(HANDSHAKE_STEP_TIMEOUT))?;
+    let say = |kind: &str, key: &str, value: &str| {
+        sender.send(&format!("{{\"type\":\"{kind}\",\"{key}\":{}}}", quoted(value)))
+    };
+    say("auth_challenge", "nonce", &STANDARD.encode(nonce))?;
+    match read_auth_response(reader).and_then(|answer| verify(&nonce, &answer)) {
+        Ok(verified) => {
+            say("auth_ok", "provider_id", &verified.provider_id)?;
+            reader.set_timeout(None)?; // from here on the agent may be silent for as long as it likes
+            Ok(verified)
+        }
+        Err(error) => {
+            say("auth_failed", "reason", &error.to_string())?;
+            Err(error)
+        }
+    }
+}
+
+struct AuthResponse {
+    pubkey: String,
+    signature: String,
+    agent_version: String,
+}
+
+fn read_auth_response(reader: &mut Reader<'_>) -> Result<AuthResponse, HandshakeError> {
+    let Some(text) = reader.next_text()? else {
+        return Err(HandshakeError::Protocol("it closed the connection".to_owned()));
+    };
+    let frame = parse_json(&text).map_err(HandshakeError::Protocol)?;
+    if frame["type"] != "auth_response" {
+        return Err(HandshakeError::Protocol("the first frame is no `auth_response`".to_owned()));
+    }
+    // What is missing is an empty key or signature, which `verify` refuses.
+    let field = |key: &str| frame[key].as_str().unwrap_or_default().to_owned();
+    Ok(AuthResponse { pubkey: field("pubkey"), signature: field("signature"), agent_version: field("agent_version") })
+}
+
+fn verify(nonce: &[u8], answer: &AuthResponse) -> Result<Verified, HandshakeError> {
+    let key = STANDARD.decode(&answer.pubkey).map_err(|_| HandshakeError::Signature("`pubkey` is not base64"))?;
+    let signature =
+        STANDARD.decode(&answer.signature).map_err(|_| HandshakeError::Signature("`signature` is not base64"))?;
+    if key.len() != 32 || signature.len() != 64 {
+        return Err(HandshakeError::Signature("key or signature have the wrong length"));
+    }
+    UnparsedPublicKey::new(&ED25519, &key)
+        .verify(nonce, &signature)
+        .map_err(|_| HandshakeError::Signature("it does not match key and nonce"))?;
+    Ok(Verified { agent_version: answer.agent_version.clone(), provider_id: provider_id(&key) })
+}
+
+/// What an agent with this public key is called.
+pub(super) fn provider_id(key: &[u8]) -> String {
+    let id: String = key.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
+    format!("demo-{id}")
+}
+
+/// One model as an agent offers it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OfferedModel {
+    /// The name that jobs ask for.
+    pub model_id: String,
+    /// Kind of the backend behind it.
+    pub backend: String,
+    /// Tokens that fit, when the agent knows.
+    pub context_window: Option<u64>,
+    /// Jobs of it that the agent takes at a time.
+    pub max_concurrent: u64,
+}
+
+/// What the agent's `job_done` says.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct JobEnd {
+    /// Input tokens.
+    pub input_tokens: Option<u64>,
+    /// Output tokens.
+    pub output_tokens: Option<u64>,
+    /// How long the agent says it took.
+    pub duration_ms: Option<u64>,
+}
+
+/// A frame from the agent, after the handshake.
+#[derive(Debug, PartialEq)]
+pub(super) enum Frame {
+    Capabilities(Vec<OfferedModel>),
+    Heartbeat,
+    Chunk { job_id: Uuid, bytes: Vec<u8> },
+    Done { job_id: Uuid, end: JobEnd },
+    Error { job_id: Uuid, code: String, message: String },
+    Other(String),
+}
+
+/// Reads one frame. The error says what is wrong with it, never what is in it.
+pub(super) fn parse_frame(text: &str) -> Result<Frame, String> {
+    let frame = parse_json(text)?;
+    let kind = frame["type"].as_str().ok_or("no string `type` in it")?;
+    let malformed = |key: &str| format!("malformed `{kind}`: `{key}` is missing or wrong");
+    let string = |key: &str| frame[key].as_str().ok_or_else(|| malformed(key));
+    let job_id = || Uuid::parse_str(string("job_id")?).map_err(|_| malformed("job_id"));
+    Ok(match kind {
+        "capabilities" => {
+            let models = frame["models"].as_array().ok_or_else(|| malformed("models"))?;
+            let models: Option<_> = models.iter().map(offered_model).collect();
+            Frame::Capabilities(models.ok_or_else(|| malformed("models"))?)
+        }
+        "heartbeat" => Frame::Heartbeat,
+        "job_chunk" => {
+            let bytes = STANDARD.decode(string("data")?).map_err(|_| malformed("data"))?;
+            Frame::Chunk { job_id: job_id()?, bytes }
+        }
+        "job_done" => {
+            let tokens = |long: &str, short: &str| frame["tokens"][long].as_u64().or(frame["tokens"][short].as_u64());
+            let (input_tokens, output_tokens) = (tokens("input_tokens", "input"), tokens("output_tokens", "output"));
+            let end = JobEnd { input_tokens, output_tokens, duration_ms: frame["duration_ms"].as_u64() };
+            Frame::Done { job_id: job_id()?, end }
+        }
+        "job_error" => {
+            let (code, message) = (string("error_code")?.to_owned(), string("message")?.to_owned());
+            Frame::Error { job_id: job_id()?, code, message }
+        }
+        _ => Frame::Other(kind.to_owned()),
+    })
+}
+
+fn offered_model(model: &Value) -> Option<OfferedModel> {
+    let backend = model["backend"].as_str().unwrap_or_default().to_owned();
+    let context_window = model["context_window"].as_u64();
+    let max_concurrent = model["max_concurrent"].as_u64().unwrap_or(1);
+    Some(OfferedModel { model_id: model["model_id"].as_str()?.to_owned(), backend, context_window, max_concurrent })
+}
+
+fn parse_json(text: &str) -> Result<Value, String> {
+    serde_json::from_str(text).map_err(|_| "it is not JSON".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    const ID: &str = "00000000-0000-4000-8000-000000000001";
+
+    #[test]
+    fn reads_the_frames_of_a_job() {
+        let job_id = Uuid::parse_str(ID).unwrap();
+        let chunk = json!({"type":"job_chunk","job_id":ID,"data":"aGVsbG8g"}).to_string();
+        assert_eq!(parse_frame(&chunk), Ok(Frame::Chunk { job_id, bytes: b"hello ".to_vec() }));
+        let done = json!({"type":"job_done","job_id":ID,"tokens":{"input":7,"output":13},"duration_ms":42}).to_string();
+        let end = JobEnd { input_tokens: Some(7), output_tokens: Some(13), duration_ms: Some(42) };
+        assert_eq!(parse_frame(&done), Ok(Frame::Done { job_id, end }));
+        let error = json!({"type":"job_error","job_id":ID,"error_code":"internal","message":"m"}).to_string();
+        let (code, message) = ("internal".to_owned(), "m".to_owned());
+        assert_eq!(parse_frame(&error), Ok(Frame::Error { job_id, code, message }));
+        assert_eq!(parse_frame("{\"type\":\"new\"}"), Ok(Frame::Other("new".to_owned())));
+    }
+
+    #[test]
+    fn wrong_frames_are_refused_without_their_content() {
+        for bad in ["", "[]", "{}", "{\"type\":1}", "{\"type\":\"job_chunk\"}"] {
+            assert!(parse_frame(bad).is_err(), "{bad}");
+        }
+        let chunk = json!({"type":"job_chunk","job_id":ID,"data":"*secret*"}).to_string();
+        assert!(!parse_frame(&chunk).unwrap_err().contains("secret"));
+    }
+
+    #[test]
+    fn a_wrong_signature_is_refused() {
+        let answer = AuthResponse {
+            pubkey: STANDARD.encode([1_u8; 32]),
+            signature: STANDARD.encode([2_u8; 64]),
+            agent_version: String::new(),
+        };
+        assert!(matches!(verify(b"nonce", &answer), Err(HandshakeError::Signature(_))));
+    }
+}

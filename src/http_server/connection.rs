@@ -1,0 +1,361 @@
+//! One HTTP/1.1 request and its answer, on a connection of the demo's server.
+//!
+//! Who runs here: the connection's thread. After an answer the connection goes on only if the request was read to its end
+//! and the answer was written to its own; anything else closes it, which is what a client understands.
+
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, SystemTime};
+
+use serde_json::Value;
+
+use crate::sys::datetime;
+
+/// The largest request body taken. Requests carry pictures; the agent itself takes messages of this size.
+pub(crate) const BODY_BYTES_MAX: u64 = 64 * 1024 * 1024;
+
+/// The largest head of a request, and the largest line that announces a chunk.
+const HEAD_BYTES_MAX: u64 = 64 * 1024;
+
+/// How long a look at the socket may take when we only want to know whether the client is still there.
+const PEEK_TIMEOUT: Duration = Duration::from_millis(1);
+
+/// A request whose head has been read.
+pub(crate) struct Exchange<'a> {
+    input: &'a mut BufReader<TcpStream>,
+    head: Head,
+    body_left: Body,
+    answered: bool,
+}
+
+#[derive(Default)]
+struct Head {
+    method: String,
+    path: String,
+    http_1_0: bool,
+    close: bool,
+    expects_continue: bool,
+    websocket_key: Option<String>,
+}
+
+enum Body {
+    Read,
+    Length(u64),
+    Chunked,
+}
+
+/// Why a request could not be read, with the HTTP status that says so.
+#[derive(Debug)]
+pub(crate) struct Bad {
+    pub(crate) status: u16,
+    pub(crate) message: String,
+}
+
+fn bad(status: u16, message: impl Into<String>) -> Bad {
+    Bad { status, message: message.into() }
+}
+
+/// Reads the next request's head; `None` when the client has closed. A bad head is answered here.
+pub(crate) fn read_head(input: &mut BufReader<TcpStream>) -> io::Result<Option<Exchange<'_>>> {
+    let mut text = Vec::new();
+    loop {
+        let left = HEAD_BYTES_MAX - text.len() as u64;
+        let start = text.len();
+        if input.by_ref().take(left).read_until(b'\n', &mut text)? == 0 {
+            break;
+        }
+        let line_is_empty = matches!(&text[start..], b"\n" | b"\r\n");
+        if line_is_empty && start > 0 {
+            break;
+        } else if line_is_empty {
+            text.clear(); // empty lines in front of a request are to be ignored
+        }
+    }
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let parsed = match text.len() as u64 {
+        HEAD_BYTES_MAX.. => Err(bad(431, "the head of the request is too long")),
+        _ => parse_head(&String::from_utf8_lossy(&text)),
+    };
+    match parsed {
+        Ok((head, body_left)) => Ok(Some(Exchange { input, head, body_left, answered: false })),
+        Err(Bad { status, message }) => {
+            let head = Head { close: true, ..Head::default() };
+            let mut refused = Exchange { input, head, body_left: Body::Read, answered: false };
+            refused.respond_text(status, &refusal(&message));
+            Ok(None)
+        }
+    }
+}
+
+fn parse_head(text: &str) -> Result<(Head, Body), Bad> {
+    let mut lines = text.lines();
+    let request_line: Vec<&str> = lines.next().unwrap_or_default().split(' ').collect();
+    let [method, target, version @ ("HTTP/1.1" | "HTTP/1.0")] = request_line[..] else {
+        return Err(bad(400, "this is no HTTP/1.1 request"));
+    };
+    let http_1_0 = version == "HTTP/1.0";
+    let path = target.split_once('?').map_or(target, |(path, _)| path);
+    let mut head = Head { method: method.to_owned(), path: path.to_owned(), http_1_0, ..Head::default() };
+    head.close = http_1_0;
+    let mut body = Body::Read;
+    for (name, exact) in lines.filter_map(|line| line.split_once(':')) {
+        let value = exact.trim().to_ascii_lowercase();
+        match name.to_ascii_lowercase().as_str() {
+            "content-length" => {
+                let length = value.parse().map_err(|_| bad(400, "the Content-Length is no number"))?;
+                body = Body::Length(length);
+            }
+            "transfer-encoding" if value == "chunked" => body = Body::Chunked,
+            "transfer-encoding" => return Err(bad(501, "only the chunked transfer encoding is known")),
+            "connection" => head.close |= value.contains("close"),
+            "sec-websocket-key" => head.websocket_key = Some(exact.trim().to_owned()),
+            "expect" => head.expects_continue = value == "100-continue",
+            _ => {}
+        }
+    }
+    match body {
+        Body::Length(BODY_BYTES_MAX..) => Err(bad(413, format!("the body is not below {BODY_BYTES_MAX} bytes"))),
+        body => Ok((head, body)),
+    }
+}
+
+impl Exchange<'_> {
+    /// GET, POST, ...
+    pub(crate) fn method(&self) -> &str {
+        &self.head.method
+    }
+
+    /// The request's path, without its query.
+    pub(crate) fn path(&self) -> &str {
+        &self.head.path
+    }
+
+    /// The key of a client that wants a WebSocket, and the connection, which is the caller's from here on: no request
+    /// follows on it. `None` for any other request.
+    pub(crate) fn upgrade(&mut self) -> Option<(String, &mut BufReader<TcpStream>)> {
+        let key = self.head.websocket_key.take()?;
+        self.head.close = true;
+        Some((key, self.input))
+    }
+
+    /// Reads the body as JSON.
+    pub(crate) fn read_json(&mut self) -> Result<Value, Bad> {
+        let body = self.read_body()?;
+        serde_json::from_slice(&body).map_err(|error| bad(400, format!("the body is not JSON: {error}")))
+    }
+
+    /// Reads the body.
+    pub(crate) fn read_body(&mut self) -> Result<Vec<u8>, Bad> {
+        if std::mem::take(&mut self.head.expects_continue) {
+            let asked = self.input.get_mut().write_all(b"HTTP/1.1 100 Continue\r\n\r\n");
+            asked.map_err(|error| bad(400, error.to_string()))?;
+        }
+        let mut body = Vec::new();
+        match self.body_left {
+            Body::Read => {}
+            Body::Length(length) => self.read_exactly(length, &mut body)?,
+            Body::Chunked => self.read_chunks(&mut body)?,
+        }
+        self.body_left = Body::Read;
+        Ok(body)
+    }
+
+    fn read_exactly(&mut self, length: u64, body: &mut Vec<u8>) -> Result<(), Bad> {
+        match self.input.by_ref().take(length).read_to_end(body) {
+            Ok(read) if read as u64 == length => Ok(()),
+            Ok(_) => Err(bad(400, "the body is cut short")),
+            Err(error) => Err(bad(400, format!("failed to read the body: {error}"))),
+        }
+    }
+
+    fn read_chunks(&mut self, body: &mut Vec<u8>) -> Result<(), Bad> {
+        loop {
+            let line = self.read_line()?;
+            let size = line.split(';').next().unwrap_or_default().trim();
+            let size = u64::from_str_radix(size, 16).map_err(|_| bad(400, "a chunk's size is no number"))?;
+            if size == 0 {
+                while !self.read_line()?.is_empty() {} // trailers
+                return Ok(());
+            }
+            if size.saturating_add(body.len() as u64) >= BODY_BYTES_MAX {
+                return Err(bad(413, format!("the body is not below {BODY_BYTES_MAX} bytes")));
+            }
+            self.read_exactly(size, body)?;
+            if !self.read_line()?.is_empty() {
+                return Err(bad(400, "a chunk does not end where it said"));
+            }
+        }
+    }
+
+    fn read_line(&mut self) -> Result<String, Bad> {
+        let mut line = Vec::new();
+        match self.input.by_ref().take(HEAD_BYTES_MAX).read_until(b'\n', &mut line) {
+            Ok(1..) if line.ends_with(b"\n") => Ok(String::from_utf8_lossy(&line).trim().to_owned()),
+            Ok(_) => Err(bad(400, "the body is cut short")),
+            Err(error) => Err(bad(400, format!("failed to read the body: {error}"))),
+        }
+    }
+
+    /// Answers with a JSON document. A client that has gone is no error of ours.
+    pub(crate) fn respond_json(&mut self, status: u16, document: &Value) {
+        self.respond_text(status, &document.to_string());
+    }
+
+    /// Likewise, with the document's text.
+    pub(crate) fn respond_text(&mut self, status: u16, body: &str) {
+        self.respond(status, "application/json", body);
+    }
+
+    /// Likewise, with a text of this type.
+    pub(crate) fn respond(&mut self, status: u16, content_type: &str, body: &str) {
+        let head = self.answer_head(status, &format!("{content_type}\r\nContent-Length: {}", body.len()));
+        match self.input.get_mut().write_all(&[head.as_bytes(), body.as_bytes()].concat()) {
+            Ok(()) => self.answered = true,
+            Err(error) => crate::debug!("a client left before its answer: {error}"),
+        }
+    }
+
+    /// Begins an answer that is sent piece by piece.
+    pub(crate) fn stream(&mut self, content_type: &str) -> io::Result<StreamedBody<'_>> {
+        // An HTTP/1.0 client knows no chunks: its body ends with the connection.
+        let chunked = !self.head.http_1_0;
+        let framing = if chunked { "\r\nTransfer-Encoding: chunked" } else { "" };
+        let head = self.answer_head(200, &format!("{content_type}\r\nCache-Control: no-cache{framing}"));
+        let out = self.input.get_mut();
+        out.write_all(head.as_bytes())?;
+        Ok(StreamedBody { out, answered: &mut self.answered, chunked, frame: Vec::new() })
+    }
+
+    fn answer_head(&mut self, status: u16, content: &str) -> String {
+        // An unread body stands between us and the next request.
+        self.head.close |= !matches!(self.body_left, Body::Read);
+        let connection = if self.head.close { "close" } else { "keep-alive" };
+        let (reason, date) = (reason(status), datetime::http(SystemTime::now()));
+        format!(
+            "HTTP/1.1 {status} {reason}\r\nContent-Type: {content}\r\nDate: {date}\r\nConnection: {connection}\r\n\r\n"
+        )
+    }
+
+    /// Whether the client has closed the connection, or its half of it.
+    pub(crate) fn client_is_gone(&self) -> bool {
+        client_is_gone(self.input.get_ref())
+    }
+
+    /// Whether another request may follow on this connection.
+    pub(crate) fn may_continue(&self) -> bool {
+        self.answered && !self.head.close && matches!(self.body_left, Body::Read)
+    }
+}
+
+/// An answer under way. Each piece is written to the socket at once.
+pub(crate) struct StreamedBody<'a> {
+    out: &'a mut TcpStream,
+    answered: &'a mut bool,
+    chunked: bool,
+    frame: Vec<u8>,
+}
+
+impl StreamedBody<'_> {
+    /// Sends `bytes`. An error means that the client is gone.
+    pub(crate) fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if !self.chunked {
+            return self.out.write_all(bytes);
+        }
+        if bytes.is_empty() {
+            return Ok(()); // an empty chunk would end the body
+        }
+        self.frame.clear();
+        write!(self.frame, "{:x}\r\n", bytes.len())?;
+        self.frame.extend_from_slice(bytes);
+        self.frame.extend_from_slice(b"\r\n");
+        self.out.write_all(&self.frame)
+    }
+
+    /// Whether the client has closed the connection, or its half of it.
+    pub(crate) fn client_is_gone(&self) -> bool {
+        client_is_gone(self.out)
+    }
+
+    /// Ends the body properly. Dropped without it, the connection is closed, and the client sees the cut.
+    pub(crate) fn finish(self) -> io::Result<()> {
+        if self.chunked {
+            self.out.write_all(b"0\r\n\r\n")?;
+        }
+        *self.answered = true;
+        Ok(())
+    }
+}
+
+fn client_is_gone(tcp: &TcpStream) -> bool {
+    let Ok(timeout) = tcp.read_timeout() else { return true };
+    if tcp.set_read_timeout(Some(PEEK_TIMEOUT)).is_err() {
+        return true;
+    }
+    let seen = tcp.peek(&mut [0]);
+    let restored = tcp.set_read_timeout(timeout);
+    match seen {
+        Ok(read) => read == 0 || restored.is_err(),
+        Err(error) => !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted),
+    }
+}
+
+/// `text` as JSON has it. Most documents here are written as text: as trees of values they are five times the machine code.
+pub(crate) fn quoted(text: &str) -> String {
+    Value::from(text).to_string()
+}
+
+/// The document that says why there is no other.
+pub(crate) fn refusal(message: &str) -> String {
+    format!("{{\"error\":{{\"message\":{}}}}}", quoted(message))
+}
+
+/// Takes the escapes of a URL away: clients write the slash in a model's name as `%2F`. What is no escape stays as it is.
+pub(crate) fn percent_decoded(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&first, tail)) = rest.split_first() {
+        let digits = tail.get(..2).filter(|digits| first == b'%' && digits.iter().all(u8::is_ascii_hexdigit));
+        let digits = digits.and_then(|digits| std::str::from_utf8(digits).ok());
+        match digits.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &tail[2..];
+            }
+            None => {
+                bytes.push(first);
+                rest = tail;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn reason(status: u16) -> &'static str {
+    match status {
+        200 => "OK",
+        400 => "Bad Request",
+        404 => "Not Found",
+        405 => "Method Not Allowed",
+        413 => "Content Too Large",
+        429 => "Too Many Requests",
+        431 => "Request Header Fields Too Large",
+        500 => "Internal Server Error",
+        501 => "Not Implemented",
+        502 => "Bad Gateway",
+        503 => "Service Unavailable",
+        504 => "Gateway Timeout",
+        _ => "Unknown",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_url_escapes_is_decoded() {
+        assert_eq!(percent_decoded("meta%2Fllama%20%zz%"), "meta/llama %zz%");
+    }
+}

@@ -1,0 +1,11 @@
+//! The connection to the coordinator: its frames, how it is dialled, and who writes to it.
+
+pub mod dial;
+pub mod peer_certificate;
+pub mod protocol;
+pub mod transport;
+pub mod waking_channel;
+pub mod writer;
+
+pub use dial::{CONNECT_TIMEOUT, DialError, Dialer, Steps};
+pub use transport::{Link, MESSAGE_BYTES_MAX, ReadHalf, STALL_TIMEOUT, WriteHalf};

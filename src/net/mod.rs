@@ -1,0 +1,4 @@
+//! TCP and TLS, for the coordinator and the backends alike.
+
+pub mod connect;
+pub mod tls;

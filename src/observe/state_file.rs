@@ -1,0 +1,194 @@
+//! Puts the state file together, and writes it.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use serde_json::{Map, Value};
+
+use super::live::Noted;
+use super::{Board, Connection, Tally, object};
+use crate::discovery::{Catalog, Offers, Probed, ResolvedModel};
+use crate::instance::{InstanceLock, Places};
+use crate::job_executor::stats::Statistics;
+use crate::job_executor::token_limit::TokenLimit;
+use crate::link::protocol::AGENT_VERSION;
+use crate::sys::datetime::rfc3339;
+use crate::sys::files;
+
+/// Keeps the state file of one agent, the beat in its lock, and heeds the operator's pause.
+pub struct Recorder {
+    /// Where the files are.
+    pub places: Places,
+    /// Shown alive while the agent is.
+    pub lock: Arc<InstanceLock>,
+    /// What never changes: `coordinator`, `public_key`, …
+    pub fixed: Map<String, Value>,
+    /// What the threads noted.
+    pub board: Arc<Board>,
+    /// The offer, which a pause empties.
+    pub offers: Arc<Offers>,
+    /// Of the jobs that ended of late.
+    pub statistics: Arc<Statistics>,
+    /// Of all jobs.
+    pub tally: Arc<Tally>,
+    /// Which may be used up.
+    pub token_limit: Arc<TokenLimit>,
+    /// Nothing, to begin with.
+    pub told: Told,
+}
+
+/// What the file has said so far.
+pub struct Told {
+    condition: &'static str,
+    /// When that began.
+    since: SystemTime,
+    /// Why it could not be written the last time.
+    failure: Option<String>,
+    /// How often it was written, so that a reader knows a new one from the old.
+    times: u64,
+}
+
+impl Default for Told {
+    fn default() -> Self {
+        Told { condition: "", since: SystemTime::now(), failure: None, times: 0 }
+    }
+}
+
+/// Whether the agent serves, and if not, why.
+struct Condition {
+    name: &'static str,
+    why: Option<String>,
+}
+
+impl Recorder {
+    /// Looks whether there is anything to do, and does it. `asked` when another process wants the file to be new.
+    pub fn look(&mut self, asked: bool, backends: &[Probed]) {
+        let was_paused = self.offers.is_paused();
+        self.heed_pause();
+        let (has_news, shows_life) = self.board.take_news();
+        if shows_life {
+            self.lock.beat();
+        }
+        if asked || has_news || self.offers.is_paused() != was_paused {
+            self.write(backends);
+        }
+    }
+
+    /// Makes the offer as empty as the operator wants it. Where that cannot be read, it stays as it is.
+    pub fn heed_pause(&self) {
+        let Ok(paused) = self.places.paused().try_exists() else { return };
+        if self.offers.set_paused(paused) {
+            log::info!("{}", if paused { "paused by the operator" } else { "no longer paused" });
+        }
+    }
+
+    fn write(&mut self, backends: &[Probed]) {
+        let state = self.state(backends).to_string();
+        let failure = files::replace(&self.places.state(), state.as_bytes()).err().map(|e| e.to_string());
+        if let Some(why) = failure.as_ref().filter(|_| failure != self.told.failure) {
+            log::warn!("`{}`: failed to write it ({why}), so `status` shows old news", self.places.state().display());
+        }
+        self.told.failure = failure;
+    }
+
+    fn state(&mut self, backends: &[Probed]) -> Value {
+        let now = SystemTime::now();
+        let noted = self.board.noted();
+        let catalog = self.offers.snapshot();
+        let condition = self.condition_of(&noted, &catalog, backends);
+        if self.told.condition != condition.name {
+            (self.told.condition, self.told.since) = (condition.name, now);
+        }
+        let figures = self.statistics.heartbeat(noted.in_flight);
+        self.told.times += 1;
+        let date = |at| Value::from(rfc3339(at));
+        let mut state = self.fixed.clone();
+        let mut set = |key: &str, value: Value| {
+            state.insert(key.to_owned(), value);
+        };
+        set("agent_version", AGENT_VERSION.into());
+        set("pid", std::process::id().into());
+        set("written", self.told.times.into());
+        set("written_at", date(now));
+        set("state", condition.name.into());
+        set("since", date(self.told.since));
+        set("reason", condition.why.into());
+        set("serving", (condition.name == SERVING).into());
+        set("paused", self.offers.is_paused().into());
+        set("connected", (noted.connection == Connection::Connected).into());
+        set("connection_since", date(noted.connection_since));
+        set("provider_id", noted.provider_id.into());
+        set("backends", backends.iter().map(of_backend).collect());
+        set("models", self.offers.offered(&catalog).iter().map(of_model).collect());
+        set("p50_latency_ms", figures.p50_latency_ms.into());
+        set("p95_latency_ms", figures.p95_latency_ms.into());
+        set("tokens_per_sec_p50", figures.tokens_per_sec_p50.into());
+        self.tally.describe(noted.in_flight, &mut set);
+        Value::Object(state)
+    }
+
+    /// The first thing that keeps it from serving.
+    fn condition_of(&self, noted: &Noted, catalog: &Catalog, backends: &[Probed]) -> Condition {
+        let condition = |name, why| Condition { name, why };
+        if noted.is_draining {
+            return condition("draining", Some("the agent was told to stop; jobs in flight finish".to_owned()));
+        }
+        match &noted.connection {
+            Connection::Connecting(why) => return condition("connecting", why.clone()),
+            Connection::Rejected(reason) => return condition("rejected", Some(reason.clone())),
+            Connection::Connected => {}
+        }
+        if self.offers.is_paused() {
+            return condition("paused", Some("paused by the operator".to_owned()));
+        }
+        if catalog.offer.is_empty() {
+            let away = |backend: &Probed| Some(format!("{}: {}", backend.id(), backend.away()?));
+            let reasons: Vec<String> = backends.iter().filter_map(away).collect();
+            return match (backends.is_empty(), reasons.is_empty()) {
+                (true, _) => condition("no_healthy_backend", Some("no [[backends]] in the configuration".to_owned())),
+                (false, false) => condition("no_healthy_backend", Some(reasons.join("; "))),
+                (false, true) if backends.iter().any(|backend| backend.models().is_none()) => {
+                    condition("no_healthy_backend", Some("the backends have not answered yet".to_owned()))
+                }
+                (false, true) => {
+                    let why = "the backends list no model that `models` allows and that has a price above 0";
+                    condition("no_models", Some(why.to_owned()))
+                }
+            };
+        }
+        if let Some(limit) = self.token_limit.used_up() {
+            let why = format!("the {limit} tokens that max_tokens_per_minute allows are used up");
+            return condition("throttled", Some(why));
+        }
+        self.board.not_throttled();
+        condition(SERVING, None)
+    }
+}
+
+/// The condition that all is well.
+const SERVING: &str = "serving";
+
+fn of_backend(backend: &Probed) -> Value {
+    let last_error =
+        backend.last_error().map(|(at, why)| object([("at", rfc3339(*at).into()), ("message", why.as_str().into())]));
+    object([
+        ("id", backend.id().into()),
+        ("kind", backend.offered().backend.kind().into()),
+        ("offered", backend.is_offered().into()),
+        ("since", backend.since().map(rfc3339).into()),
+        ("models", backend.models().into()),
+        ("error", backend.away().into()),
+        ("last_error", last_error.into()),
+    ])
+}
+
+fn of_model(model: &ResolvedModel) -> Value {
+    object([
+        ("model_id", model.model_id.as_str().into()),
+        ("input_per_1m", model.input_per_1m.into()),
+        ("output_per_1m", model.output_per_1m.into()),
+        ("max_concurrent", model.max_concurrent.into()),
+        ("backend", model.backend.as_str().into()),
+        ("context_window", model.context_window.into()),
+    ])
+}

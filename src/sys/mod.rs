@@ -1,0 +1,7 @@
+//! What the operating system offers, in the form that the agent needs it: files, threads, memory, dates, the shell's quoting.
+
+pub mod datetime;
+pub mod files;
+pub mod malloc;
+pub mod shell_quote;
+pub mod threads;
