@@ -33,6 +33,7 @@ mod session; // everything else that happens on a live session
 mod shutdown; // signals and the drain
 mod soak; // all of it at once and at random, for minutes or hours
 mod status; // what `status` says, pause and resume
-mod support; // the scripted peers
+#[path = "../support/mod.rs"]
+mod support; // the scripted peers, shared with the bench
 mod token_limit; // max_tokens_per_minute
 mod tls; // wss and its certificates

@@ -13,7 +13,7 @@ static LIBRARY: LazyLock<PathBuf> = LazyLock::new(|| compile("shim.c", "shim.so"
 
 /// Compiles a file of this folder to one of this name.
 pub fn compile(source: &str, name: &str, options: &[&str]) -> PathBuf {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/integration/support").join(source);
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support").join(source);
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let (fresh, target) = (folder.join(format!("{}-{name}", std::process::id())), folder.join(name));
     let status = Command::new("cc").args(options).arg("-o").args([&fresh, &source]).status();
