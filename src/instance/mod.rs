@@ -7,6 +7,7 @@
 //! Invariant: the file is never deleted, because that would let two processes lock two files of one name.
 
 pub mod identity;
+mod paths;
 pub mod takeover;
 pub mod wake_socket;
 
@@ -21,51 +22,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 
+pub use paths::Places;
+
 use crate::sys::files;
-
-/// The files beside an identity, named after it.
-#[derive(Debug, Clone)]
-pub struct Places {
-    identity: PathBuf,
-}
-
-impl Places {
-    /// Beside this identity file, which need not exist.
-    pub fn beside(identity: &Path) -> Places {
-        // Two ways to the same identity are one identity.
-        Places { identity: fs::canonicalize(identity).unwrap_or_else(|_| identity.to_owned()) }
-    }
-
-    /// Locked while an agent runs.
-    pub fn lock(&self) -> PathBuf {
-        files::beside(&self.identity, ".lock")
-    }
-
-    /// What the agent does, for `status`.
-    pub fn state(&self) -> PathBuf {
-        files::beside(&self.identity, ".state")
-    }
-
-    /// There while the operator has paused the agent.
-    pub fn paused(&self) -> PathBuf {
-        files::beside(&self.identity, ".paused")
-    }
-
-    /// There while the operator wants no agent to run.
-    pub fn stopped(&self) -> PathBuf {
-        files::beside(&self.identity, ".stopped")
-    }
-
-    /// The socket that wakes the agent's housekeeping.
-    pub fn wake(&self) -> PathBuf {
-        files::beside(&self.identity, ".wake")
-    }
-
-    /// Where an agent that cron started logs, unless the configuration says otherwise.
-    pub fn log(&self) -> PathBuf {
-        self.identity.with_file_name("agent.log")
-    }
-}
 
 /// An agent that has not shown for so long that it works does not: it does so at least every 75 s, with the longest delay between
 /// two attempts to connect, and every 45 s while it is connected.
