@@ -16,7 +16,7 @@ use nix::sys::prctl;
 
 use crate::Result;
 use crate::event::{EVENT_BYTES, TAIL, push_event};
-use crate::order::{INTERVAL_NS, Order, Script};
+use crate::job::{INTERVAL_NS, Order, Script};
 use crate::process::now_ns;
 
 /// For a subject that does not read.

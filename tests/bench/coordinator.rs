@@ -20,9 +20,9 @@ use serde_json::{Value, json};
 use tungstenite::handshake::derive_accept_key;
 
 use crate::Result;
-use crate::customer::{Count, Customer, Seen};
+use crate::client::{Count, Customer, Seen};
 use crate::event::{Receipt, Tally};
-use crate::order::{Order, Script};
+use crate::job::{Order, Script};
 use crate::process::now_ns;
 use crate::websocket::{self, Frames, push_frame};
 use crate::wire::Wire;

@@ -12,10 +12,10 @@ use std::thread;
 use std::time::Duration;
 
 use crate::Result;
-use crate::customer::{Count, Customer, Seen};
+use crate::client::{Count, Customer, Seen};
 use crate::event::{Receipt, Tally};
-use crate::http::Answer;
-use crate::order::{Order, Script};
+use crate::http_client::Answer;
+use crate::job::{Order, Script};
 use crate::process::now_ns;
 
 /// For an answer of the child.

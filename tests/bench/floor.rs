@@ -11,7 +11,7 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 
 use crate::Result;
-use crate::http::Answer;
+use crate::http_client::Answer;
 use crate::websocket::{Frames, TEXT, push_frame};
 
 /// A mask is to be random for the sake of proxies in between; here are none.

@@ -13,20 +13,23 @@
 //! - Every workload has a fresh process of a fresh copy of its subject's program.
 //! - A stream of which a byte is lost, or a job whose backend was left before it was cancelled, ends the workload with an error.
 
+#[path = "../support/process.rs"]
 mod process;
 mod children;
-mod order;
+mod job;
 mod event;
-mod customer;
+mod client;
+#[path = "../support/websocket.rs"]
 mod websocket;
-mod http;
+mod http_client;
+#[path = "../support/connection.rs"]
 mod wire;
 mod coordinator;
 mod backend;
 mod floor;
 mod direct;
 mod subject;
-mod rig;
+mod harness;
 mod workloads;
 mod report;
 
@@ -38,9 +41,9 @@ use std::process::ExitCode;
 use argh::FromArgs;
 use serde_json::{Map, Value};
 
+use crate::harness::Rig;
 use crate::process::Machine;
 use crate::report::Sheet;
-use crate::rig::Rig;
 use crate::subject::Subject;
 use crate::workloads::{Effort, GROUPS, Workload};
 

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 
 use crate::Result;
 use crate::backend::Note;
-use crate::customer::Seen;
+use crate::client::Seen;
 use crate::event::{EVENT_BYTES, TAIL};
-use crate::order::{INTERVAL_NS, Script};
+use crate::harness::{PATIENCE, Rig, Run};
+use crate::job::{INTERVAL_NS, Script};
 use crate::report::{median, quantile};
-use crate::rig::{PATIENCE, Rig, Run};
 use crate::subject::Subject;
 
 pub type Figures = Vec<(&'static str, f64)>;

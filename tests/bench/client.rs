@@ -3,7 +3,7 @@
 use std::sync::mpsc::Receiver;
 
 use crate::Result;
-use crate::order::Order;
+use crate::job::Order;
 
 /// All times are of [`crate::process::now_ns`].
 pub trait Customer {
