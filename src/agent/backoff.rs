@@ -10,7 +10,7 @@ const DELAY_MIN: Duration = Duration::from_secs(1);
 /// Where doubling stops.
 const DELAY_MAX: Duration = Duration::from_secs(60);
 /// A session that ends sooner after `auth_ok` has not proved itself.
-const PROBATION: Duration = Duration::from_secs(5);
+const STABLE_AFTER: Duration = Duration::from_secs(5);
 /// So many of them running, and they no longer count as a success.
 const SHORT_LIVED_MAX: u32 = 3;
 
@@ -18,7 +18,7 @@ const _: () = assert!(DELAY_MIN.as_millis() < DELAY_MAX.as_millis());
 
 /// How a connection ended, as far as the next delay is concerned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ended {
+pub enum AttemptEnd {
     /// Before `auth_ok`.
     BeforeAuth,
     /// After `auth_ok`, as the coordinator had announced.
@@ -42,18 +42,18 @@ impl Default for Backoff {
 
 impl Backoff {
     /// The delay before the next attempt. `dice` is uniform in `0.0..1.0`; it becomes a factor in 0.8–1.2.
-    pub fn delay_after(&mut self, ended: Ended, dice: f64) -> Duration {
+    pub fn delay_after(&mut self, ended: AttemptEnd, dice: f64) -> Duration {
         let proved = match ended {
-            Ended::BeforeAuth => false,
-            Ended::Planned => {
+            AttemptEnd::BeforeAuth => false,
+            AttemptEnd::Planned => {
                 self.short_lived = 0;
                 true
             }
-            Ended::After(lasted) if lasted >= PROBATION => {
+            AttemptEnd::After(lasted) if lasted >= STABLE_AFTER => {
                 self.short_lived = 0;
                 true
             }
-            Ended::After(_) => {
+            AttemptEnd::After(_) => {
                 self.short_lived = self.short_lived.saturating_add(1);
                 self.short_lived < SHORT_LIVED_MAX
             }
@@ -73,21 +73,21 @@ mod tests {
 
     const MIDDLE: f64 = 0.5;
 
-    fn seconds(backoff: &mut Backoff, ended: Ended) -> u64 {
+    fn seconds(backoff: &mut Backoff, ended: AttemptEnd) -> u64 {
         backoff.delay_after(ended, MIDDLE).as_secs_f64().round() as u64
     }
 
     #[test]
     fn failures_before_auth_double_up_to_a_minute() {
         let mut b = Backoff::default();
-        let delays: Vec<u64> = (0..9).map(|_| seconds(&mut b, Ended::BeforeAuth)).collect();
+        let delays: Vec<u64> = (0..9).map(|_| seconds(&mut b, AttemptEnd::BeforeAuth)).collect();
         assert_eq!(delays, [1, 2, 4, 8, 16, 32, 60, 60, 60]);
     }
 
     #[test]
     fn the_factor_stays_within_a_fifth() {
         for dice in [-1.0, 0.0, 0.3, 0.999, 7.0] {
-            let d = Backoff::default().delay_after(Ended::BeforeAuth, dice).as_secs_f64();
+            let d = Backoff::default().delay_after(AttemptEnd::BeforeAuth, dice).as_secs_f64();
             assert!((0.8..=1.2).contains(&d), "{d}");
         }
     }
@@ -95,15 +95,15 @@ mod tests {
     #[test]
     fn a_session_resets_and_the_third_short_one_running_does_not() {
         let mut b = Backoff::default();
-        let short = Ended::After(Duration::from_millis(4_999));
+        let short = AttemptEnd::After(Duration::from_millis(4_999));
         for _ in 0..4 {
-            seconds(&mut b, Ended::BeforeAuth);
+            seconds(&mut b, AttemptEnd::BeforeAuth);
         }
         assert_eq!(seconds(&mut b, short), 1);
         assert_eq!(seconds(&mut b, short), 1);
         assert_eq!(seconds(&mut b, short), 2);
         assert_eq!(seconds(&mut b, short), 4);
-        assert_eq!(seconds(&mut b, Ended::After(PROBATION)), 1);
+        assert_eq!(seconds(&mut b, AttemptEnd::After(STABLE_AFTER)), 1);
         assert_eq!(seconds(&mut b, short), 1);
     }
 
@@ -111,10 +111,10 @@ mod tests {
     fn a_planned_end_is_always_followed_by_the_shortest_delay() {
         let mut b = Backoff::default();
         for _ in 0..9 {
-            seconds(&mut b, Ended::BeforeAuth);
+            seconds(&mut b, AttemptEnd::BeforeAuth);
         }
         for _ in 0..5 {
-            assert_eq!(seconds(&mut b, Ended::Planned), 1);
+            assert_eq!(seconds(&mut b, AttemptEnd::Planned), 1);
         }
     }
 }

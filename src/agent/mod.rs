@@ -10,22 +10,22 @@ pub mod shutdown;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::agent::backoff::{Backoff, Ended};
+use crate::agent::backoff::{AttemptEnd, Backoff};
 use crate::agent::session::{HandshakeError, SessionEnd};
-use crate::agent::shutdown::{Live, Stop};
+use crate::agent::shutdown::{ActiveState, Stop};
 use crate::backend;
 use crate::config::CoordinatorConfig;
 use crate::discovery;
-use crate::discovery::{Housekeeping, OfferedBackend, Offers, Prober, Terms};
+use crate::discovery::{BackendOffer, Housekeeping, OfferFeed, OfferTerms, Prober};
 use crate::instance::identity::Identity;
-use crate::instance::wake_socket::Bell;
-use crate::instance::{InstanceLock, Places};
+use crate::instance::wake_socket::WakeSocket;
+use crate::instance::{AgentPaths, InstanceLock};
 use crate::job_executor::stats::Statistics;
 use crate::job_executor::token_limit::TokenLimit;
 use crate::link::Dialer;
 use crate::link::protocol::OfferLimits;
-use crate::logging::shown;
-use crate::observe::{self, Board, Connection, Recorder, Tally, Told};
+use crate::logging::sanitize_for_log;
+use crate::observe::{self, Connection, LastWritten, LiveState, StateFileWriter, Tally};
 
 /// Everything that an agent is made of.
 pub struct Agent {
@@ -36,21 +36,21 @@ pub struct Agent {
     /// Who it is.
     pub identity: Identity,
     /// What it may offer.
-    pub backends: Vec<OfferedBackend>,
+    pub backends: Vec<BackendOffer>,
     /// At which prices, and how much at a time.
-    pub terms: Terms,
+    pub terms: OfferTerms,
     /// Jobs are refused while so many were used in the last minute.
     pub max_tokens_per_minute: Option<u64>,
     /// For jobs in flight when it stops.
     pub drain: Duration,
     /// What other processes may know and do; `None` for an agent that is nobody else's business.
-    pub presence: Option<Presence>,
+    pub instance: Option<InstanceHandle>,
 }
 
 /// An agent as other processes see it.
-pub struct Presence {
+pub struct InstanceHandle {
     /// The files beside the identity.
-    pub places: Places,
+    pub paths: AgentPaths,
     /// Held by this process.
     pub lock: InstanceLock,
 }
@@ -69,37 +69,37 @@ impl Agent {
     /// # Errors
     /// The system refused a thread at the start.
     pub fn run(mut self, stop: &Arc<Stop>) -> std::io::Result<()> {
-        let offers = Arc::new(Offers::default());
+        let offers = Arc::new(OfferFeed::default());
         let statistics = Arc::new(Statistics::default());
         let token_limit = Arc::new(TokenLimit::new(self.max_tokens_per_minute));
         let tally = Arc::new(Tally::default());
-        let bell = self.bell()?;
-        let board = Arc::new(Board::new(self.identity.provider_id(), bell.ringer()));
+        let wake_socket = self.wake_socket()?;
+        let live = Arc::new(LiveState::new(self.identity.provider_id(), wake_socket.waker()));
         let mut _held = None;
-        let housekeeping: Housekeeping = match self.presence.take() {
+        let housekeeping: Housekeeping = match self.instance.take() {
             None => Box::new(|_, _| ()),
-            Some(Presence { places, lock }) => {
+            Some(InstanceHandle { paths, lock }) => {
                 // Also here: should a bug end the housekeeping, the agent is one that hangs, and no second one comes beside it.
                 let lock = Arc::new(lock);
                 _held = Some(lock.clone());
-                let mut recorder = Recorder {
-                    places,
+                let mut recorder = StateFileWriter {
+                    paths: paths,
                     lock,
-                    fixed: observe::fixed(&self.identity, self.coordinator.address()),
-                    board: board.clone(),
+                    fixed: observe::static_fields(&self.identity, self.coordinator.address()),
+                    live: live.clone(),
                     offers: offers.clone(),
                     statistics: statistics.clone(),
                     tally: tally.clone(),
                     token_limit: token_limit.clone(),
-                    told: Told::default(),
+                    last_written: LastWritten::default(),
                 };
                 // Before the first offer.
-                recorder.heed_pause();
-                Box::new(move |asked, backends| recorder.look(asked, backends))
+                recorder.apply_pause_marker();
+                Box::new(move |asked, backends| recorder.tick(asked, backends))
             }
         };
         let backends = std::mem::take(&mut self.backends);
-        let prober = Prober::spawn(backends, self.terms.clone(), offers.clone(), bell, housekeeping)?;
+        let prober = Prober::spawn(backends, self.terms.clone(), offers.clone(), wake_socket, housekeeping)?;
         let proxy = if self.use_proxy { backend::proxy_from_env() } else { None };
         let dialer = Dialer::new(self.coordinator.url.clone(), self.coordinator.roots.clone(), proxy);
         let limits = OfferLimits {
@@ -112,7 +112,7 @@ impl Agent {
             statistics: &statistics,
             token_limit: &token_limit,
             tally: &tally,
-            board: &board,
+            live: &live,
             limits,
             drain: self.drain,
             stop,
@@ -120,12 +120,12 @@ impl Agent {
         let mut backoff = Backoff::default();
         while !stop.is_requested() {
             let attempt = self.connect_and_serve(&dialer, &context);
-            stop.set_live(Live::Nothing);
+            stop.set_active(ActiveState::Nothing);
             if stop.is_requested() {
                 break;
             }
-            let ended = report(&attempt, &board);
-            let delay = backoff.delay_after(ended, discovery::dice());
+            let ended = log_and_record_end(&attempt, &live);
+            let delay = backoff.delay_after(ended, discovery::jitter());
             log::info!("connecting again in {} ms", delay.as_millis());
             let _ = stop.signal().recv_timeout(delay);
         }
@@ -134,21 +134,21 @@ impl Agent {
     }
 
     /// One that other processes can ring, where there can be such a one.
-    fn bell(&self) -> std::io::Result<Bell> {
-        let Some(presence) = &self.presence else { return Bell::private() };
-        let path = presence.places.wake();
-        Bell::at(&path).or_else(|e| {
+    fn wake_socket(&self) -> std::io::Result<WakeSocket> {
+        let Some(presence) = &self.instance else { return WakeSocket::private() };
+        let path = presence.paths.wake();
+        WakeSocket::at(&path).or_else(|e| {
             log::warn!("`{}`: failed to make a socket ({e}), so `pause` takes effect up to 15 s late", path.display());
-            Bell::private()
+            WakeSocket::private()
         })
     }
 
     fn connect_and_serve(&mut self, dialer: &Dialer, context: &session::Context<'_>) -> Attempt {
         let stop = context.stop;
-        context.board.shows_life();
+        context.live.mark_alive();
         // Probes and the dial go side by side.
         let settled = context.prober.refresh();
-        let opened = |tcp| stop.set_live(Live::Handshake(tcp));
+        let opened = |tcp| stop.set_active(ActiveState::Handshake(tcp));
         let mut half = match dialer.dial(stop.signal(), opened) {
             Ok(half) => half,
             Err(e) => return Attempt::Failed(Connection::Connecting(Some(e.to_string()))),
@@ -163,8 +163,8 @@ impl Agent {
             Err(HandshakeError::Rejected(reason)) => return Attempt::Failed(Connection::Rejected(reason)),
             Err(e) => return Attempt::Failed(Connection::Connecting(Some(e.to_string()))),
         }
-        context.board.connected(self.identity.provider_id());
-        let id = self.identity.provider_id().map_or_else(|| "a provider without an id".to_owned(), shown);
+        context.live.connected(self.identity.provider_id());
+        let id = self.identity.provider_id().map_or_else(|| "a provider without an id".to_owned(), sanitize_for_log);
         log::info!("connected as {id}");
         let authenticated = Instant::now();
         let end = session::serve(half, &settled, context);
@@ -173,7 +173,7 @@ impl Agent {
 }
 
 /// Tells how an attempt ended.
-fn report(attempt: &Attempt, board: &Board) -> Ended {
+fn log_and_record_end(attempt: &Attempt, live: &LiveState) -> AttemptEnd {
     match attempt {
         Attempt::Failed(connection) => {
             match connection {
@@ -183,8 +183,8 @@ fn report(attempt: &Attempt, board: &Board) -> Ended {
                 Connection::Connecting(why) => log::warn!("not connected: {}", why.as_deref().unwrap_or_default()),
                 Connection::Connected => {}
             }
-            board.not_connected(connection.clone());
-            Ended::BeforeAuth
+            live.not_connected(connection.clone());
+            AttemptEnd::BeforeAuth
         }
         Attempt::Served(end, lasted) => {
             let why = match end {
@@ -198,8 +198,8 @@ fn report(attempt: &Attempt, board: &Board) -> Ended {
                 }
                 SessionEnd::Stopped => None,
             };
-            board.not_connected(Connection::Connecting(why));
-            if matches!(end, SessionEnd::Planned(_)) { Ended::Planned } else { Ended::After(*lasted) }
+            live.not_connected(Connection::Connecting(why));
+            if matches!(end, SessionEnd::Planned(_)) { AttemptEnd::Planned } else { AttemptEnd::After(*lasted) }
         }
     }
 }
@@ -245,8 +245,8 @@ mod tests {
     fn an_agent_whose_housekeeping_has_ended_keeps_its_lock() {
         let folder = std::env::temp_dir().join(format!("usepod-supervisor-{}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a folder");
-        let places = Places::beside(&folder.join("identity.key"));
-        let lock = InstanceLock::acquire(&places).expect("the lock");
+        let paths = AgentPaths::beside(&folder.join("identity.key"));
+        let lock = InstanceLock::acquire(&paths).expect("the lock");
         let price = Price { input_per_1m: 1, output_per_1m: 1 };
         let backend = Arc::new(Nameless::default());
         let agent = Agent {
@@ -257,11 +257,11 @@ mod tests {
             },
             use_proxy: false,
             identity: Identity::load_or_create(&folder.join("identity.key")).expect("an identity"),
-            backends: vec![OfferedBackend { backend: backend.clone(), allowed_models: None, max_concurrent: None }],
-            terms: Terms { pricing: Pricing { default: price, models: Default::default() }, max_concurrent: 1 },
+            backends: vec![BackendOffer { backend: backend.clone(), allowed_models: None, max_concurrent: None }],
+            terms: OfferTerms { pricing: Pricing { default: price, models: Default::default() }, max_concurrent: 1 },
             max_tokens_per_minute: None,
             drain: Duration::ZERO,
-            presence: Some(Presence { places: places.clone(), lock }),
+            instance: Some(InstanceHandle { paths: paths.clone(), lock }),
         };
         let stop = Arc::new(Stop::default());
         let running = std::thread::spawn({
@@ -277,14 +277,14 @@ mod tests {
         };
         wait_until("the bug is met", &|| backend.0.load(Ordering::SeqCst));
         // It goes last but for the lock.
-        wait_until("the socket goes", &|| !places.wake().exists());
+        wait_until("the socket goes", &|| !paths.wake().exists());
         let watched = Instant::now();
         while watched.elapsed() < Duration::from_millis(100) {
-            assert!(matches!(InstanceLock::acquire(&places), Err(LockError::Held(_))));
+            assert!(matches!(InstanceLock::acquire(&paths), Err(LockError::Held(_))));
         }
         stop.request();
         running.join().expect("no panic").expect("no error");
-        assert!(InstanceLock::acquire(&places).is_ok());
+        assert!(InstanceLock::acquire(&paths).is_ok());
         std::fs::remove_dir_all(&folder).expect("removed");
     }
 }

@@ -12,20 +12,20 @@ use tungstenite::protocol::CloseFrame;
 use tungstenite::protocol::frame::coding::CloseCode;
 use tungstenite::{Error as WsError, Message};
 
-use crate::agent::shutdown::{Leave, Live, Stop};
-use crate::discovery::{Offers, Prober};
+use crate::agent::shutdown::{ActiveState, GracefulStop, Stop};
+use crate::discovery::{OfferFeed, Prober};
 use crate::instance::identity::Identity;
 use crate::job_executor::stats::Statistics;
 use crate::job_executor::token_limit::TokenLimit;
 use crate::job_executor::{
-    CONTROL_LANE_MAX, Cause, Control, JobExecutor, Lanes, Outbox, Overflow, REQUEST_BYTES_MAX, Surroundings,
+    CONTROL_LANE_MAX, Control, ExecutorDeps, JobExecutor, Lanes, Outbox, Overflow, REQUEST_BYTES_MAX, RejectReason,
 };
 use crate::link::protocol::{self, Inbound, OfferLimits};
-use crate::link::waking_channel::Inlet;
+use crate::link::waking_channel::WakingSender;
 use crate::link::writer::Writer;
 use crate::link::{Link, MESSAGE_BYTES_MAX, ReadHalf, STALL_TIMEOUT};
-use crate::logging::shown;
-use crate::observe::{Board, Tally};
+use crate::logging::sanitize_for_log;
+use crate::observe::{LiveState, Tally};
 use crate::sys::malloc;
 
 /// For each frame of the handshake.
@@ -43,7 +43,7 @@ const WRITER_TIMEOUT: Duration = Duration::from_millis(500);
 const LARGE_FRAME_BYTES: usize = 256 << 10;
 
 /// How soon a second signal is noticed; only a stopping agent looks so often.
-const GLANCE: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 const _: () = assert!(REQUEST_BYTES_MAX >= MESSAGE_BYTES_MAX);
 
@@ -102,7 +102,7 @@ pub fn authenticate(
     half.send(response).map_err(|e| HandshakeError::Connection(e.to_string()))?;
     expect(half, "auth_ok", |frame| match frame {
         Inbound::AuthOk(provider_id) => Some(Ok(provider_id)),
-        Inbound::AuthFailed(reason) => Some(Err(HandshakeError::Rejected(shown(&reason)))),
+        Inbound::AuthFailed(reason) => Some(Err(HandshakeError::Rejected(sanitize_for_log(&reason)))),
         _ => None,
     })?
 }
@@ -143,7 +143,7 @@ fn expect<T>(
 /// What a session needs that outlives it.
 pub struct Context<'a> {
     /// The offer, kept true by the prober.
-    pub offers: &'a Arc<Offers>,
+    pub offers: &'a Arc<OfferFeed>,
     /// Told of backends that are gone.
     pub prober: &'a Prober,
     /// Figures over all sessions.
@@ -153,7 +153,7 @@ pub struct Context<'a> {
     /// What became of the jobs of all sessions.
     pub tally: &'a Arc<Tally>,
     /// Where it is noted how the agent is.
-    pub board: &'a Arc<Board>,
+    pub live: &'a Arc<LiveState>,
     /// Stated with the offer.
     pub limits: OfferLimits,
     /// For jobs in flight when the agent stops.
@@ -165,7 +165,7 @@ pub struct Context<'a> {
 /// Serves jobs until the connection ends. `settled` disconnects when the first offer can be made.
 pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) -> SessionEnd {
     // From here on a stop is not to cut the connection, but to take its leave on it.
-    context.stop.set_live(Live::Nothing);
+    context.stop.set_active(ActiveState::Nothing);
     select! {
         recv(settled) -> _ => {}
         recv(context.stop.signal()) -> _ => {}
@@ -179,13 +179,13 @@ pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) 
     let executor = Arc::new(JobExecutor::with_outbox(
         context.limits.max_concurrent_total,
         outbox,
-        Surroundings {
+        ExecutorDeps {
             offers: context.offers.clone(),
             statistics: context.statistics.clone(),
             token_limit: context.token_limit.clone(),
             prober: Some(context.prober.clone()),
             tally: context.tally.clone(),
-            board: Some(context.board.clone()),
+            live: Some(context.live.clone()),
         },
     ));
     let link = half.link();
@@ -204,10 +204,10 @@ pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) 
         drain: context.drain,
         writer_ended: writer.ended.clone(),
         session_ended: ended,
-        board: context.board.clone(),
+        live: context.live.clone(),
     };
     announce(context, &writer.control);
-    context.stop.set_live(Live::Session(Arc::new(handle)));
+    context.stop.set_active(ActiveState::Session(Arc::new(handle)));
     let end = read_loop(&mut half, &executor);
     context.offers.stop_listening();
     executor.cancel_all();
@@ -222,7 +222,7 @@ pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) 
 }
 
 /// The way of what the reading side has to send: pongs, close replies, TLS alerts.
-fn outlet_to(control: Inlet<Control>) -> impl Fn(Vec<u8>) -> io::Result<()> + Send + 'static {
+fn outlet_to(control: WakingSender<Control>) -> impl Fn(Vec<u8>) -> io::Result<()> + Send + 'static {
     move |bytes| {
         if control.waiting() >= CONTROL_LANE_MAX {
             return Err(io::Error::other("the coordinator sends pings but does not read the pongs"));
@@ -232,7 +232,7 @@ fn outlet_to(control: Inlet<Control>) -> impl Fn(Vec<u8>) -> io::Result<()> + Se
 }
 
 /// Sends the offer now and whenever it changes.
-fn announce(context: &Context<'_>, control: &Inlet<Control>) {
+fn announce(context: &Context<'_>, control: &WakingSender<Control>) {
     let (control, limits) = (control.clone(), context.limits);
     context.offers.listen(move |offer| {
         log::info!("offering {} model(s)", offer.len());
@@ -249,13 +249,13 @@ fn heartbeat_of(
     // Weak: the writer is not to keep the jobs of a session alive.
     let executor = Arc::downgrade(executor);
     let in_flight = move || executor.upgrade().map_or(0, |executor| executor.queue_depth());
-    context.board.count_jobs_by(in_flight.clone());
-    let (statistics, board) = (context.statistics.clone(), context.board.clone());
+    context.live.set_in_flight_source(in_flight.clone());
+    let (statistics, live) = (context.statistics.clone(), context.live.clone());
     move || {
-        if link.take_heard() {
-            board.shows_life();
+        if link.take_received() {
+            live.mark_alive();
         } else {
-            board.remind();
+            live.mark_changed();
         }
         statistics.heartbeat(in_flight()).to_frame()
     }
@@ -286,23 +286,23 @@ fn read_loop(half: &mut ReadHalf, executor: &JobExecutor) -> SessionEnd {
 
 fn handle_frame(text: &str, executor: &JobExecutor) -> Result<(), Overflow> {
     if text.len() >= LARGE_FRAME_BYTES {
-        malloc::note_freed();
+        malloc::request_trim();
     }
     match protocol::parse(text) {
         Ok(Inbound::Job(job)) => {
-            crate::debug!("job {} for model `{}`", job.job_id, shown(&job.model_id));
+            crate::debug!("job {} for model `{}`", job.job_id, sanitize_for_log(&job.model_id));
             executor.try_dispatch(*job, text.len())
         }
         Ok(Inbound::UnreadableJob(job_id, why)) => {
             log::warn!("job {job_id} cannot be run: {why}");
-            executor.refuse(job_id, Cause::Unreadable, why)
+            executor.refuse(job_id, RejectReason::Unreadable, why)
         }
         Ok(Inbound::JobCancel(job_id)) => {
             executor.cancel(job_id);
             Ok(())
         }
         Ok(Inbound::Other(kind)) => {
-            crate::debug!("a frame of type `{}` is ignored", shown(&kind));
+            crate::debug!("a frame of type `{}` is ignored", sanitize_for_log(&kind));
             Ok(())
         }
         Ok(Inbound::AuthChallenge(_) | Inbound::AuthOk(_) | Inbound::AuthFailed(_)) => {
@@ -330,27 +330,27 @@ fn describe(frame: &CloseFrame) -> String {
         "drain:operator" => ", an operator asked for it",
         _ => "",
     };
-    format!("closed with {} \"{}\"{meaning}", u16::from(frame.code), shown(frame.reason.as_str()))
+    format!("closed with {} \"{}\"{meaning}", u16::from(frame.code), sanitize_for_log(frame.reason.as_str()))
 }
 
 /// What it takes to end a session from another thread.
 pub struct SessionHandle {
     executor: Arc<JobExecutor>,
-    control: Inlet<Control>,
+    control: WakingSender<Control>,
     link: Arc<Link>,
     limits: OfferLimits,
     drain: Duration,
     writer_ended: Receiver<()>,
     session_ended: Receiver<()>,
-    board: Arc<Board>,
+    live: Arc<LiveState>,
 }
 
-impl Leave for SessionHandle {
+impl GracefulStop for SessionHandle {
     /// Offer nothing, take nothing, finish what is in flight, close. When `urgent` says so, or the time for it is over,
     /// what is in flight is answered with an error.
-    fn leave(&self, urgent: &dyn Fn() -> bool) {
-        self.executor.refuse_new();
-        self.board.draining();
+    fn drain(&self, urgent: &dyn Fn() -> bool) {
+        self.executor.close_admission();
+        self.live.draining();
         let _ = self.control.send(Control::Withdraw(protocol::capabilities(&[], self.limits)));
         let in_flight = self.executor.queue_depth();
         if in_flight > 0 {
@@ -363,10 +363,10 @@ impl Leave for SessionHandle {
         let _ = self.control.send(Control::Close);
         self.wait_for_writer(urgent);
         let _ = self.session_ended.recv_timeout(CLOSE_REPLY_TIMEOUT);
-        self.cut();
+        self.abort();
     }
 
-    fn cut(&self) {
+    fn abort(&self) {
         self.link.shutdown();
     }
 }
@@ -376,7 +376,7 @@ impl SessionHandle {
     fn wait_for_writer(&self, urgent: &dyn Fn() -> bool) {
         let began = Instant::now();
         while began.elapsed() < if urgent() { WRITER_TIMEOUT } else { FLUSH_TIMEOUT } {
-            if self.writer_ended.recv_timeout(GLANCE) != Err(RecvTimeoutError::Timeout) {
+            if self.writer_ended.recv_timeout(POLL_INTERVAL) != Err(RecvTimeoutError::Timeout) {
                 return;
             }
         }

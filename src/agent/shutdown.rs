@@ -21,32 +21,32 @@ pub struct Stop {
 
 struct State {
     signal: Option<Sender<()>>,
-    live: Live,
+    live: ActiveState,
 }
 
 /// What has to be woken.
-pub enum Live {
+pub enum ActiveState {
     /// Nothing, or only a wait that heeds the signal.
     Nothing,
     /// A handshake, blocked in this socket.
     Handshake(TcpStream),
     /// A session, which ends in order.
-    Session(Arc<dyn Leave>),
+    Session(Arc<dyn GracefulStop>),
 }
 
 /// What can end in order.
-pub trait Leave: Send + Sync {
+pub trait GracefulStop: Send + Sync {
     /// Finishes what is in flight, then ends; at once when `urgent` says so. Blocks meanwhile.
-    fn leave(&self, urgent: &dyn Fn() -> bool);
+    fn drain(&self, urgent: &dyn Fn() -> bool);
 
     /// Ends at once.
-    fn cut(&self);
+    fn abort(&self);
 }
 
 impl Default for Stop {
     fn default() -> Self {
         let (sender, signal) = bounded(0);
-        let state = Mutex::new(State { signal: Some(sender), live: Live::Nothing });
+        let state = Mutex::new(State { signal: Some(sender), live: ActiveState::Nothing });
         Stop { requests: AtomicU32::new(0), signal, state }
     }
 }
@@ -68,7 +68,7 @@ impl Stop {
     }
 
     /// Whether there was a second one.
-    pub fn is_urgent(&self) -> bool {
+    pub fn is_forced(&self) -> bool {
         self.requests.load(Ordering::SeqCst) > 1
     }
 
@@ -78,7 +78,7 @@ impl Stop {
     }
 
     /// Says what has to be woken from here on; wakes it at once when the request came first.
-    pub fn set_live(self: &Arc<Self>, live: Live) {
+    pub fn set_active(self: &Arc<Self>, live: ActiveState) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if self.is_requested() {
             self.wake(&live);
@@ -86,18 +86,18 @@ impl Stop {
         state.live = live;
     }
 
-    fn wake(self: &Arc<Self>, live: &Live) {
+    fn wake(self: &Arc<Self>, live: &ActiveState) {
         match live {
-            Live::Nothing => {}
-            Live::Handshake(tcp) => {
+            ActiveState::Nothing => {}
+            ActiveState::Handshake(tcp) => {
                 let _ = tcp.shutdown(Shutdown::Both);
             }
-            Live::Session(session) => {
+            ActiveState::Session(session) => {
                 let (session, stop) = (session.clone(), self.clone());
                 let for_thread = session.clone();
-                if let Err(e) = threads::spawn("drain", move || for_thread.leave(&|| stop.is_urgent())) {
+                if let Err(e) = threads::spawn("drain", move || for_thread.drain(&|| stop.is_forced())) {
                     log::error!("failed to start a thread, so jobs in flight are cut off: {e}");
-                    session.cut();
+                    session.abort();
                 }
             }
         }

@@ -20,74 +20,74 @@ const _: () = assert!(STRING_KEPT > super::ERROR_BODY_MAX && WHOLE_MAX <= EXCERP
 
 /// The excerpt of one text.
 #[derive(Debug, Default)]
-pub struct Excerpt {
+pub struct BoundedJson {
     kept: Vec<u8>,
-    form: Form,
+    form: Mode,
 }
 
 #[derive(Debug, Default)]
-enum Form {
+enum Mode {
     #[default]
     Whole,
-    Shortened(Cutter),
+    Shortened(Truncator),
     Nothing,
 }
 
-impl Excerpt {
+impl BoundedJson {
     /// Takes the next piece.
     pub fn push(&mut self, bytes: &[u8]) {
         match &mut self.form {
-            Form::Nothing => {}
-            Form::Whole if self.kept.len() + bytes.len() <= WHOLE_MAX => self.kept.extend_from_slice(bytes),
-            Form::Whole => {
+            Mode::Nothing => {}
+            Mode::Whole if self.kept.len() + bytes.len() <= WHOLE_MAX => self.kept.extend_from_slice(bytes),
+            Mode::Whole => {
                 let whole = std::mem::take(&mut self.kept);
-                self.form = Form::Shortened(Cutter::default());
+                self.form = Mode::Shortened(Truncator::default());
                 self.push(&whole);
                 self.push(bytes);
             }
-            Form::Shortened(cutter) => {
+            Mode::Shortened(cutter) => {
                 for byte in bytes {
                     if cutter.keeps(*byte, &self.kept) {
                         self.kept.push(*byte);
                     }
                 }
                 if self.kept.len() > EXCERPT_MAX {
-                    self.give_up();
+                    self.discard();
                 }
             }
         }
     }
 
     /// Keeps nothing of this text, whatever else comes.
-    pub fn give_up(&mut self) {
-        *self = Excerpt { kept: Vec::new(), form: Form::Nothing };
+    pub fn discard(&mut self) {
+        *self = BoundedJson { kept: Vec::new(), form: Mode::Nothing };
     }
 
     /// What is kept; `None` when the text was given up.
-    pub fn text(&self) -> Option<&[u8]> {
+    pub fn bytes(&self) -> Option<&[u8]> {
         match self.form {
-            Form::Nothing => None,
-            Form::Whole | Form::Shortened(_) => Some(&self.kept),
+            Mode::Nothing => None,
+            Mode::Whole | Mode::Shortened(_) => Some(&self.kept),
         }
     }
 
     /// Whether nothing has come yet.
     pub fn is_empty(&self) -> bool {
-        matches!(self.form, Form::Whole) && self.kept.is_empty()
+        matches!(self.form, Mode::Whole) && self.kept.is_empty()
     }
 
     /// An empty one for the next text.
-    pub fn renewed(mut self) -> Excerpt {
+    pub fn recycle(mut self) -> BoundedJson {
         self.kept.clear();
         self.kept.shrink_to(WHOLE_MAX);
-        Excerpt { kept: self.kept, form: Form::Whole }
+        BoundedJson { kept: self.kept, form: Mode::Whole }
     }
 }
 
 /// Leaves out what follows the beginning of a long string, all blanks but one, and the elements of arrays within arrays: a
 /// token's ten alternatives, a picture, a page of text.
 #[derive(Debug, Default)]
-struct Cutter {
+struct Truncator {
     /// Open arrays around.
     arrays: u32,
     /// Open brackets since the array that is left out began, it included; 0 outside of one.
@@ -112,7 +112,7 @@ enum Escape {
     Hex(u8),
 }
 
-impl Cutter {
+impl Truncator {
     /// Whether the next byte is kept, behind what `kept` holds.
     fn keeps(&mut self, byte: u8, kept: &[u8]) -> bool {
         match &mut self.string {
@@ -187,12 +187,12 @@ mod tests {
     use serde_json::Value;
 
     fn excerpt_of<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Option<String> {
-        let mut excerpt = Excerpt::default();
+        let mut excerpt = BoundedJson::default();
         for piece in pieces {
             excerpt.push(piece);
             assert!(excerpt.kept.capacity() <= 2 * EXCERPT_MAX);
         }
-        excerpt.text().map(|text| String::from_utf8(text.to_vec()).expect("text stays text"))
+        excerpt.bytes().map(|text| String::from_utf8(text.to_vec()).expect("text stays text"))
     }
 
     #[test]

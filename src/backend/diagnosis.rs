@@ -10,9 +10,9 @@ use super::{BackendModel, BackendResult, HttpBackend, Kind};
 
 /// The answers of a server that is healthy.
 #[derive(Debug)]
-pub struct Examination {
+pub struct Diagnosis {
     /// How long the health check took.
-    pub took: Duration,
+    pub latency: Duration,
     /// What it lists.
     pub models: BackendResult<Vec<BackendModel>>,
     /// What it knows, but would have to load first. A llama.cpp router's are not among the listed.
@@ -24,7 +24,7 @@ impl HttpBackend {
     ///
     /// # Errors
     /// It is not healthy.
-    pub fn examine(&self) -> BackendResult<Examination> {
+    pub fn diagnose(&self) -> BackendResult<Diagnosis> {
         let kind = self.server_kind();
         let began = Instant::now();
         let probe = self.probe_for(PROBE_TIME);
@@ -40,7 +40,7 @@ impl HttpBackend {
             Ok(listed) => unloaded(kind, listed, &self.probe_for(PROBE_TIME)),
             Err(_) => Vec::new(),
         };
-        Ok(Examination { took, models, unloaded })
+        Ok(Diagnosis { latency: took, models, unloaded })
     }
 }
 

@@ -75,10 +75,10 @@ pub enum BackendError {
     Exhausted(String),
     /// So many jobs running failed at it, whatever its health check says.
     #[error("its last {0} jobs failed")]
-    FailsItsJobs(u32),
+    FailingJobs(u32),
     /// A probe got no answer in its time: the backend may be busy, or hang.
     #[error("no answer within {0} s")]
-    Unanswered(u64),
+    ProbeTimeout(u64),
     /// What came back is not HTTP.
     #[error("the backend does not speak HTTP: {0}")]
     NotHttp(String),
@@ -133,8 +133,8 @@ impl BackendError {
             BackendError::Cancelled | BackendError::SessionGone => None,
             BackendError::DeadlinePassed => Some(ErrorCode::BackendTimeout),
             BackendError::Unreachable(_)
-            | BackendError::FailsItsJobs(_)
-            | BackendError::Unanswered(_)
+            | BackendError::FailingJobs(_)
+            | BackendError::ProbeTimeout(_)
             | BackendError::NotHttp(_)
             | BackendError::BadGateway(_) => Some(ErrorCode::BackendUnreachable),
             BackendError::Loading(_) | BackendError::ModelNotFound(_) => Some(ErrorCode::ModelNotLoaded),
@@ -174,7 +174,7 @@ impl BackendError {
     }
 
     /// Whether the offer may be out of date: the backend was not there, or not with this model.
-    pub fn is_stale_offer(&self) -> bool {
+    pub fn invalidates_offer(&self) -> bool {
         self.is_absent() || matches!(self, BackendError::ModelNotFound(_))
     }
 
@@ -200,8 +200,8 @@ impl BackendError {
             | BackendError::DeadlinePassed
             | BackendError::Unreachable(_)
             | BackendError::Exhausted(_)
-            | BackendError::FailsItsJobs(_)
-            | BackendError::Unanswered(_)
+            | BackendError::FailingJobs(_)
+            | BackendError::ProbeTimeout(_)
             | BackendError::NotHttp(_)
             | BackendError::MissingKey(_)
             | BackendError::Broken(_)
@@ -214,7 +214,7 @@ impl BackendError {
 
     /// What a status that is not a success means, after the table of what the servers really send.
     pub fn from_status(status: u16, body: &[u8]) -> BackendError {
-        let answer = HttpStatus { status, body: quoted(body) };
+        let answer = HttpStatus { status, body: truncated_body(body) };
         let text = answer.body.to_ascii_lowercase();
         let no_such_model = text.contains("no models loaded") || (text.contains("model") && text.contains("not found"));
         match status {
@@ -232,7 +232,7 @@ impl BackendError {
 }
 
 /// At most [`ERROR_BODY_MAX`] bytes of what a backend said, as text.
-pub fn quoted(body: &[u8]) -> String {
+pub fn truncated_body(body: &[u8]) -> String {
     let text = String::from_utf8_lossy(&body[..body.len().min(ERROR_BODY_MAX)]);
     let mut text = text.trim().to_owned();
     // A replacement character is longer than the bytes it stands for.
@@ -273,9 +273,9 @@ mod tests {
 
     #[test]
     fn a_quote_is_bounded_whatever_the_bytes() {
-        assert_eq!(quoted(&[b'x'; 2000]).len(), ERROR_BODY_MAX);
-        assert!(quoted(&[0xff; 2000]).len() <= ERROR_BODY_MAX);
-        assert!(quoted("é".repeat(300).as_bytes()).len() <= ERROR_BODY_MAX);
+        assert_eq!(truncated_body(&[b'x'; 2000]).len(), ERROR_BODY_MAX);
+        assert!(truncated_body(&[0xff; 2000]).len() <= ERROR_BODY_MAX);
+        assert!(truncated_body("é".repeat(300).as_bytes()).len() <= ERROR_BODY_MAX);
     }
 
     #[test]

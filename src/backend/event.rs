@@ -11,40 +11,40 @@ const REMEMBERED_MAX: usize = 1 << 10;
 
 /// What a pass over an event's keys shows.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Seen {
+pub struct EventClass {
     /// It carries a piece of the answer.
-    pub piece: bool,
+    pub is_delta: bool,
     /// It may hold usage, an end mark or an error: worth parsing.
-    pub telling: bool,
+    pub needs_parsing: bool,
 }
 
 /// Looks at the events of one stream.
 #[derive(Debug, Default)]
-pub struct Glance {
+pub struct EventClassifier {
     /// An event that was a piece and nothing else.
-    remembered: Vec<u8>,
+    template: Vec<u8>,
     /// The text in it, without its quotes.
     text: Range<usize>,
 }
 
-impl Glance {
+impl EventClassifier {
     /// What this event shows. One that differs from the remembered one in nothing but the text shows the same.
-    pub fn at(&mut self, json: &[u8]) -> Seen {
+    pub fn at(&mut self, json: &[u8]) -> EventClass {
         if self.differs_in_the_text_alone(json) {
-            return Seen { piece: true, telling: false };
+            return EventClass { is_delta: true, needs_parsing: false };
         }
-        let mut pass = Pass::default();
+        let mut pass = KeyScan::default();
         pass.over(json);
-        if let (Some(text), false, true) = (pass.text, pass.seen.telling, json.len() <= REMEMBERED_MAX) {
-            self.remembered.clear();
-            self.remembered.extend_from_slice(json);
+        if let (Some(text), false, true) = (pass.text, pass.seen.needs_parsing, json.len() <= REMEMBERED_MAX) {
+            self.template.clear();
+            self.template.extend_from_slice(json);
             self.text = text;
         }
         pass.seen
     }
 
     fn differs_in_the_text_alone(&self, json: &[u8]) -> bool {
-        let (head, foot) = (&self.remembered[..self.text.start], &self.remembered[self.text.end..]);
+        let (head, foot) = (&self.template[..self.text.start], &self.template[self.text.end..]);
         json.len() > head.len() + foot.len() && json.starts_with(head) && json.ends_with(foot) && {
             let text = &json[head.len()..json.len() - foot.len()];
             // Neither an end of the string nor an escape: it ends where the other did.
@@ -55,14 +55,14 @@ impl Glance {
 
 /// A pass over an event's strings, looking for keys.
 #[derive(Default)]
-struct Pass {
-    seen: Seen,
+struct KeyScan {
+    seen: EventClass,
     pieces: u32,
     /// Of the only piece, if it has no escapes.
     text: Option<Range<usize>>,
 }
 
-impl Pass {
+impl KeyScan {
     fn over(&mut self, json: &[u8]) {
         let mut at = 0;
         while let Some(open) = json[at..].iter().position(|b| *b == b'"') {
@@ -85,7 +85,7 @@ impl Pass {
             | b"partial_json"
                 if value.first() == Some(&b'"') && value.get(1).is_some_and(|b| *b != b'"') =>
             {
-                seen.piece = true;
+                seen.is_delta = true;
                 self.pieces += 1;
                 let plain = end_of_string(value, 1).filter(|end| {
                     // In what is no JSON it may be a key as well.
@@ -93,15 +93,15 @@ impl Pass {
                 });
                 self.text = plain.filter(|_| self.pieces == 1).map(|end| value_at + 1..value_at + end);
             }
-            b"usage" => seen.telling |= value.first() == Some(&b'{'),
-            b"finish_reason" | b"error" => seen.telling |= !value.starts_with(b"null"),
+            b"usage" => seen.needs_parsing |= value.first() == Some(&b'{'),
+            b"finish_reason" | b"error" => seen.needs_parsing |= !value.starts_with(b"null"),
             b"type" | b"object" => {
-                seen.telling |= value.starts_with(b"\"message_stop\"")
+                seen.needs_parsing |= value.starts_with(b"\"message_stop\"")
                     || value.starts_with(b"\"error\"")
                     || is_escaped_string(value);
             }
             // An escape can spell any of them.
-            _ => seen.telling |= key.contains(&b'\\'),
+            _ => seen.needs_parsing |= key.contains(&b'\\'),
         }
     }
 }
@@ -128,13 +128,13 @@ mod tests {
     use super::*;
 
     /// What a scanner without a memory sees.
-    fn afresh(json: &[u8]) -> Seen {
-        Glance::default().at(json)
+    fn afresh(json: &[u8]) -> EventClass {
+        EventClassifier::default().at(json)
     }
 
     #[test]
     fn pieces_and_telling_events_are_told_apart() {
-        let seen = |piece, telling| Seen { piece, telling };
+        let seen = |piece, telling| EventClass { is_delta: piece, needs_parsing: telling };
         for (event, want) in [
             (r#"{"choices":[{"delta":{"content":"x"},"finish_reason":null}]}"#, seen(true, false)),
             (r#"{"choices":[{"delta":{"content":""},"finish_reason":null}]}"#, seen(false, false)),
@@ -151,7 +151,7 @@ mod tests {
     #[test]
     fn the_text_alone_may_differ_from_the_remembered_event() {
         let event = |text: &str| format!(r#"{{"id":"a","delta":{{"content":"{text}"}},"usage":null}}"#);
-        let mut glance = Glance::default();
+        let mut glance = EventClassifier::default();
         glance.at(event("Hello").as_bytes());
         assert!(glance.differs_in_the_text_alone(event("you, there").as_bytes()));
         for other in [
@@ -170,7 +170,7 @@ mod tests {
 
     #[test]
     fn a_text_that_is_a_key_is_not_remembered() {
-        let mut glance = Glance::default();
+        let mut glance = EventClassifier::default();
         for text in ["x", "error"] {
             let event = format!(r#"{{"content":"{text}":1}}"#);
             assert_eq!(glance.at(event.as_bytes()), afresh(event.as_bytes()), "{event}");
@@ -200,7 +200,7 @@ mod tests {
             ":",
         ];
         arbtest::arbtest(|u| {
-            let mut glance = Glance::default();
+            let mut glance = EventClassifier::default();
             let mut event: Vec<&str> = Vec::new();
             for _ in 0..u.int_in_range(1..=6)? {
                 // Mostly a small change to the event before.

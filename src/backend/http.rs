@@ -14,7 +14,7 @@ use ureq::http::{HeaderMap, HeaderValue, Method, Request, Response, Uri, header}
 use ureq::{Agent, AsSendBody, Body, Proxy};
 
 use super::api_key::ApiKey;
-use super::monitor::{SharedConnector, WatchedConnector, Wire, connector, plain_connector};
+use super::monitor::{ConnectionMonitor, MonitoredConnector, SharedConnector, connector, plain_connector};
 use super::resolver::LocalFirstResolver;
 use crate::net::tls::ExtraRoots;
 
@@ -46,7 +46,7 @@ impl Interrupt {
     }
 
     /// The agent, unless it was interrupted.
-    fn disarm(&self) -> Option<Agent> {
+    fn take(&self) -> Option<Agent> {
         self.agent().take()
     }
 
@@ -74,7 +74,7 @@ pub struct Client {
 #[derive(Debug)]
 struct Idle {
     agent: Agent,
-    wire: Arc<Wire>,
+    wire: Arc<ConnectionMonitor>,
     since: Instant,
 }
 
@@ -134,7 +134,7 @@ impl Client {
     }
 
     /// An agent for one exchange: the one used last, if its connection may still be open, else a fresh one.
-    pub fn lease(&self) -> Lease<'_> {
+    pub fn lease(&self) -> AgentLease<'_> {
         let idle = {
             let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
             // The list is ordered by age: dropping the stale ones closes their connections.
@@ -148,33 +148,33 @@ impl Client {
         match idle {
             Some(Idle { agent, wire, .. }) => {
                 wire.reset();
-                Lease::new(self, agent, wire)
+                AgentLease::new(self, agent, wire)
             }
             None => self.fresh_lease(),
         }
     }
 
     /// An agent without a connection.
-    pub fn fresh_lease(&self) -> Lease<'_> {
-        let wire = Arc::new(Wire::default());
-        let connector = WatchedConnector::new(self.connector.clone(), wire.clone());
+    pub fn fresh_lease(&self) -> AgentLease<'_> {
+        let wire = Arc::new(ConnectionMonitor::default());
+        let connector = MonitoredConnector::new(self.connector.clone(), wire.clone());
         let agent = Agent::with_parts(self.config.clone(), connector, LocalFirstResolver);
-        Lease::new(self, agent, wire)
+        AgentLease::new(self, agent, wire)
     }
 }
 
 /// One agent, for one exchange.
-pub struct Lease<'a> {
+pub struct AgentLease<'a> {
     client: &'a Client,
     agent: Agent,
-    wire: Arc<Wire>,
+    wire: Arc<ConnectionMonitor>,
     interrupt: Interrupt,
 }
 
-impl<'a> Lease<'a> {
-    fn new(client: &'a Client, agent: Agent, wire: Arc<Wire>) -> Lease<'a> {
+impl<'a> AgentLease<'a> {
+    fn new(client: &'a Client, agent: Agent, wire: Arc<ConnectionMonitor>) -> AgentLease<'a> {
         let interrupt = Interrupt(Arc::new(Mutex::new(Some(agent.clone()))));
-        Lease { client, agent, wire, interrupt }
+        AgentLease { client, agent, wire, interrupt }
     }
 
     /// The means to end this lease's blocking calls.
@@ -212,13 +212,13 @@ impl<'a> Lease<'a> {
     }
 
     /// What was seen on its connection.
-    pub fn wire(&self) -> &Wire {
+    pub fn wire(&self) -> &ConnectionMonitor {
         &self.wire
     }
 
     /// Gives the agent back for the next exchange, when this one was read to its end and nobody interrupted it.
     pub fn give_back(self) {
-        let Some(agent) = self.interrupt.disarm() else { return };
+        let Some(agent) = self.interrupt.take() else { return };
         let mut idle = self.client.idle.lock().unwrap_or_else(PoisonError::into_inner);
         if idle.len() < IDLE_AGENTS_MAX {
             idle.push(Idle { agent, wire: self.wire, since: Instant::now() });

@@ -11,10 +11,10 @@ use ureq::http::Response;
 use super::api_key::ApiKey;
 use super::context_window;
 use super::error::{BackendError, BackendResult};
-use super::http::{Client, Lease, read_bounded};
+use super::http::{AgentLease, Client, read_bounded};
 use super::kind::{BaseUrl, Kind};
 use super::listing;
-use super::relay::{before_the_answer, relay};
+use super::relay::{connect_error, relay};
 use super::request::body_of;
 use super::{Backend, BackendHealth, BackendModel, Job, JobResult, JobSink, WireFormat};
 
@@ -132,7 +132,10 @@ impl Probe<'_> {
         self.ask(|lease, time| lease.post(&url, body, time))
     }
 
-    fn ask(&self, put: impl Fn(&Lease<'_>, Duration) -> Result<Response<Body>, ureq::Error>) -> BackendResult<Vec<u8>> {
+    fn ask(
+        &self,
+        put: impl Fn(&AgentLease<'_>, Duration) -> Result<Response<Body>, ureq::Error>,
+    ) -> BackendResult<Vec<u8>> {
         let answer = self.answer(put);
         if answer.is_err() {
             self.failed.set(true);
@@ -143,16 +146,16 @@ impl Probe<'_> {
     /// Asked again when a kept-alive connection turned out to be closed.
     fn answer(
         &self,
-        put: impl Fn(&Lease<'_>, Duration) -> Result<Response<Body>, ureq::Error>,
+        put: impl Fn(&AgentLease<'_>, Duration) -> Result<Response<Body>, ureq::Error>,
     ) -> BackendResult<Vec<u8>> {
         if Instant::now() >= self.until {
-            return Err(BackendError::Unanswered(PROBE_TIME.as_secs()));
+            return Err(BackendError::ProbeTimeout(PROBE_TIME.as_secs()));
         }
         let time = || self.until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
         let client = &self.backend.client;
         let mut lease = client.lease();
         let mut answer = put(&lease, time());
-        if matches!(answer, Err(ureq::Error::Io(_))) && lease.wire().was_stale() {
+        if matches!(answer, Err(ureq::Error::Io(_))) && lease.wire().reused_dead_connection() {
             lease = client.fresh_lease();
             answer = put(&lease, time());
         }
@@ -170,8 +173,8 @@ impl Probe<'_> {
 
 /// A probe has no deadline of a job's: its time being over means that the backend does not answer.
 fn probe_error(e: ureq::Error) -> BackendError {
-    match before_the_answer(e) {
-        BackendError::DeadlinePassed => BackendError::Unanswered(PROBE_TIME.as_secs()),
+    match connect_error(e) {
+        BackendError::DeadlinePassed => BackendError::ProbeTimeout(PROBE_TIME.as_secs()),
         e => e,
     }
 }

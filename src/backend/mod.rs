@@ -24,7 +24,7 @@ mod monitor;
 use uuid::Uuid;
 
 pub use api_key::ApiKey;
-pub use diagnosis::Examination;
+pub use diagnosis::Diagnosis;
 pub use error::{BackendError, BackendResult, ERROR_BODY_MAX, ErrorCode, HttpStatus};
 pub use http::{Client, Interrupt, proxy_from_env, read_bounded};
 pub use http_backend::HttpBackend;

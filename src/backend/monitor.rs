@@ -16,7 +16,7 @@ use crate::net::tls::ExtraRoots;
 
 /// What one agent's connection was seen to do since it was leased.
 #[derive(Default)]
-pub struct Wire {
+pub struct ConnectionMonitor {
     opened: AtomicBool,
     received: AtomicBool,
     broken: AtomicBool,
@@ -24,7 +24,7 @@ pub struct Wire {
     limit: Mutex<Option<Instant>>,
 }
 
-impl Wire {
+impl ConnectionMonitor {
     /// For the next exchange.
     pub fn reset(&self) {
         *self.limit() = None;
@@ -35,7 +35,7 @@ impl Wire {
 
     /// Whether a failed exchange used a kept-alive connection and got no byte back: it had been closed under us, and
     /// the backend never saw the request.
-    pub fn was_stale(&self) -> bool {
+    pub fn reused_dead_connection(&self) -> bool {
         !self.opened.load(Ordering::Relaxed) && !self.received.load(Ordering::Relaxed)
     }
 
@@ -46,7 +46,7 @@ impl Wire {
     }
 
     /// Leaves the rest of the answer at most so much time.
-    pub fn hurry(&self, time: Duration) {
+    pub fn limit_reads_to(&self, time: Duration) {
         *self.limit() = Instant::now().checked_add(time);
     }
 
@@ -55,7 +55,7 @@ impl Wire {
     }
 }
 
-impl fmt::Debug for Wire {
+impl fmt::Debug for ConnectionMonitor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Wire")
     }
@@ -67,7 +67,7 @@ pub type SharedConnector = Arc<dyn Connector<(), Out = Box<dyn Transport>>>;
 /// Within one's own network, without TLS. It has a chain of its own since the places for a proxy and a TLS session would be a
 /// third of the stack, and a kilobyte of heap, of each of its streams.
 pub fn plain_connector() -> SharedConnector {
-    Arc::new(().chain(TcpConnector).chain(Boxing))
+    Arc::new(().chain(TcpConnector).chain(BoxTransport))
 }
 
 /// With TLS where the URL says so, and through a proxy where there is one. Trusts these roots beside those of the web.
@@ -77,9 +77,9 @@ pub fn connector(roots: ExtraRoots) -> SharedConnector {
 
 /// The end of a chain, which has a type of its own for each of its links.
 #[derive(Debug)]
-struct Boxing;
+struct BoxTransport;
 
-impl<In: Transport> Connector<In> for Boxing {
+impl<In: Transport> Connector<In> for BoxTransport {
     type Out = Box<dyn Transport>;
 
     fn connect(&self, _: &ConnectionDetails, chained: Option<In>) -> Result<Option<Self::Out>, Error> {
@@ -89,35 +89,35 @@ impl<In: Transport> Connector<In> for Boxing {
 
 /// Connects, with a [`Wire`] to tell of it.
 #[derive(Debug)]
-pub struct WatchedConnector {
+pub struct MonitoredConnector {
     inner: SharedConnector,
-    wire: Arc<Wire>,
+    wire: Arc<ConnectionMonitor>,
 }
 
-impl WatchedConnector {
-    pub fn new(inner: SharedConnector, wire: Arc<Wire>) -> WatchedConnector {
-        WatchedConnector { inner, wire }
+impl MonitoredConnector {
+    pub fn new(inner: SharedConnector, wire: Arc<ConnectionMonitor>) -> MonitoredConnector {
+        MonitoredConnector { inner, wire }
     }
 }
 
-impl Connector<()> for WatchedConnector {
-    type Out = Watched;
+impl Connector<()> for MonitoredConnector {
+    type Out = MonitoredTransport;
 
-    fn connect(&self, details: &ConnectionDetails, chained: Option<()>) -> Result<Option<Watched>, Error> {
+    fn connect(&self, details: &ConnectionDetails, chained: Option<()>) -> Result<Option<MonitoredTransport>, Error> {
         self.wire.opened.store(true, Ordering::Relaxed);
         let inner = self.inner.connect(details, chained)?;
-        Ok(inner.map(|inner| Watched { inner, wire: self.wire.clone() }))
+        Ok(inner.map(|inner| MonitoredTransport { inner, wire: self.wire.clone() }))
     }
 }
 
 /// A connection that tells its [`Wire`] what happens on it.
 #[derive(Debug)]
-pub struct Watched {
+pub struct MonitoredTransport {
     inner: Box<dyn Transport>,
-    wire: Arc<Wire>,
+    wire: Arc<ConnectionMonitor>,
 }
 
-impl Transport for Watched {
+impl Transport for MonitoredTransport {
     fn buffers(&mut self) -> &mut dyn Buffers {
         self.inner.buffers()
     }
@@ -209,7 +209,7 @@ mod tests {
         (0..length).map(|i| (i * i / 7) as u8).collect()
     }
 
-    fn assert_echoed(agent: &Agent, wire: &Wire, url: &str) {
+    fn assert_echoed(agent: &Agent, wire: &ConnectionMonitor, url: &str) {
         for (nth, length) in [0, 1, 511, 512, 513, 16 << 10, (16 << 10) + 1, 3 << 20].into_iter().enumerate() {
             wire.reset();
             let sent = body(length);
@@ -225,8 +225,8 @@ mod tests {
     fn bodies_of_any_length_pass_both_ways_and_keep_the_connection() {
         for chunk in [1000, 100_000] {
             let address = serve(move |socket| echo(socket, chunk));
-            let wire = Arc::new(Wire::default());
-            let agent = agent(WatchedConnector::new(plain_connector(), wire.clone()));
+            let wire = Arc::new(ConnectionMonitor::default());
+            let agent = agent(MonitoredConnector::new(plain_connector(), wire.clone()));
             assert_echoed(&agent, &wire, &format!("http://localhost:{}/", address.port()));
         }
     }
@@ -264,8 +264,8 @@ mod tests {
         for algorithm in [&rcgen::PKCS_ECDSA_P256_SHA256, &rcgen::PKCS_ECDSA_P384_SHA384, &rcgen::PKCS_ED25519] {
             for version in [&TLS12, &TLS13] {
                 let (url, connector) = serve_tls(version, algorithm, |stream| echo(stream, 5000));
-                let wire = Arc::new(Wire::default());
-                assert_echoed(&agent(WatchedConnector::new(connector, wire.clone())), &wire, &url);
+                let wire = Arc::new(ConnectionMonitor::default());
+                assert_echoed(&agent(MonitoredConnector::new(connector, wire.clone())), &wire, &url);
             }
         }
     }
@@ -280,7 +280,7 @@ mod tests {
                 end
             });
             for kind in [HandshakeKind::Full, HandshakeKind::Resumed] {
-                let agent = agent(WatchedConnector::new(shared.clone(), Arc::default()));
+                let agent = agent(MonitoredConnector::new(shared.clone(), Arc::default()));
                 let request = ureq::http::Request::post(&url).body("x").expect("a request");
                 let request = agent.configure_request(request).timeout_global(Some(Duration::from_secs(60))).build();
                 let answer = agent.run(request).expect("an answer").into_body().read_to_string();
@@ -300,7 +300,7 @@ mod tests {
             // Closing with so much unread resets the connection.
             stream.flush()
         });
-        let agent = agent(WatchedConnector::new(connector, Arc::default()));
+        let agent = agent(MonitoredConnector::new(connector, Arc::default()));
         let answer = agent.post(url).send(&body(20 << 20)[..]);
         assert!(matches!(answer, Err(Error::StatusCode(413))), "{answer:?}");
     }
@@ -313,7 +313,7 @@ mod tests {
                 socket.write_all(&[b'x'; 1000])?;
             }
         });
-        let agent = agent(WatchedConnector::new(plain_connector(), Arc::default()));
+        let agent = agent(MonitoredConnector::new(plain_connector(), Arc::default()));
         let answer = agent.get(format!("http://{address}/")).call();
         assert!(matches!(answer, Err(Error::LargeResponseHeader(..))), "{answer:?}");
     }
@@ -326,7 +326,7 @@ mod tests {
             let _ = sender.send(());
             socket.read_to_end(&mut Vec::new()).map(drop)
         });
-        let silent = || agent(WatchedConnector::new(connector(ExtraRoots::default()), Arc::default()));
+        let silent = || agent(MonitoredConnector::new(connector(ExtraRoots::default()), Arc::default()));
         let ask = |agent: &Agent, time| {
             let request = ureq::http::Request::get(format!("https://{address}/")).body(()).expect("a request");
             agent.run(agent.configure_request(request).timeout_global(Some(time)).build())
@@ -357,14 +357,14 @@ mod tests {
                 while head.next().is_some_and(|line| line.is_ok_and(|line| !line.is_empty())) {}
                 stream.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhalf")
             });
-            let wire = Arc::new(Wire::default());
-            let answer = agent(WatchedConnector::new(connector, wire.clone())).get(url).call().expect("an answer");
+            let wire = Arc::new(ConnectionMonitor::default());
+            let answer = agent(MonitoredConnector::new(connector, wire.clone())).get(url).call().expect("an answer");
             let body = answer.into_body().read_to_string();
             assert!(body.is_err() || wire.has_broken(), "{body:?}");
         }
     }
 
-    fn agent(connector: WatchedConnector) -> Agent {
+    fn agent(connector: MonitoredConnector) -> Agent {
         Agent::with_parts(Agent::config_builder().build(), connector, LocalFirstResolver)
     }
 }

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use ureq::Body;
 use ureq::http::Response;
 
-use super::bounded_json::Excerpt;
-use super::http::{Client, Lease, read_bounded};
+use super::bounded_json::BoundedJson;
+use super::http::{AgentLease, Client, read_bounded};
 use super::resolver::NoThread;
 use super::sse::{Scanner, Usage};
 use super::{BackendError, BackendResult, ERROR_BODY_MAX, JobResult, JobSink};
@@ -48,12 +48,12 @@ pub fn relay(
     let status = response.status().as_u16();
     if !(200..300).contains(&status) {
         // The status is known: what came of its explanation before it broke off, or stalled, tells enough.
-        lease.wire().hurry(ERROR_READ_TIME);
+        lease.wire().limit_reads_to(ERROR_READ_TIME);
         let (error_body, _) = read_bounded(response.into_body(), ERROR_READ_MAX);
         sink.still_wanted()?;
         return Err(client.status_error(status, &error_body));
     }
-    let mut watch = Watch::of(&response);
+    let mut watch = UsageReader::of(&response);
     let usage = relay_body(&lease, response.into_body(), &mut watch, sink)?;
     lease.give_back();
     let duration_ms = u32::try_from(started.elapsed().as_millis()).unwrap_or(u32::MAX);
@@ -67,7 +67,7 @@ fn post<'a>(
     body: &[u8],
     deadline: Duration,
     sink: &mut dyn JobSink,
-) -> BackendResult<(Lease<'a>, Response<Body>)> {
+) -> BackendResult<(AgentLease<'a>, Response<Body>)> {
     let started = Instant::now();
     let mut lease = client.lease();
     for retry in [true, false] {
@@ -81,8 +81,8 @@ fn post<'a>(
                 if deadline.saturating_sub(started.elapsed()) <= CONNECT_PRECISION {
                     return Err(BackendError::DeadlinePassed);
                 }
-                if !(retry && lease.wire().was_stale() && matches!(e, ureq::Error::Io(_))) {
-                    return Err(before_the_answer(e));
+                if !(retry && lease.wire().reused_dead_connection() && matches!(e, ureq::Error::Io(_))) {
+                    return Err(connect_error(e));
                 }
                 lease = client.fresh_lease();
             }
@@ -93,7 +93,12 @@ fn post<'a>(
 
 // Not in its caller's frame: that one is below the deepest calls of the exchange, and what they touch of the stack stays.
 #[inline(never)]
-fn relay_body(lease: &Lease<'_>, body: Body, watch: &mut Watch, sink: &mut dyn JobSink) -> BackendResult<Usage> {
+fn relay_body(
+    lease: &AgentLease<'_>,
+    body: Body,
+    watch: &mut UsageReader,
+    sink: &mut dyn JobSink,
+) -> BackendResult<Usage> {
     let mut reader = body.into_reader();
     let mut buffer = vec![0; CHUNK_USUAL];
     let mut relayed = false;
@@ -104,8 +109,8 @@ fn relay_body(lease: &Lease<'_>, body: Body, watch: &mut Watch, sink: &mut dyn J
         let read = reader.read(&mut buffer);
         sink.still_wanted()?;
         match read {
-            Ok(0) if lease.wire().has_broken() => return Err(broken("the connection was reset", relayed)),
-            Ok(0) => return watch.finish().map_err(|e| if relayed { e } else { nothing_came(e) }),
+            Ok(0) if lease.wire().has_broken() => return Err(broken_error("the connection was reset", relayed)),
+            Ok(0) => return watch.finish().map_err(|e| if relayed { e } else { empty_stream_error(e) }),
             Ok(n) => {
                 sink.send_chunk(&buffer[..n])?;
                 relayed = true;
@@ -118,13 +123,13 @@ fn relay_body(lease: &Lease<'_>, body: Body, watch: &mut Watch, sink: &mut dyn J
             Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
             Err(e) => match ureq::Error::from(e) {
                 ureq::Error::Timeout(ureq::Timeout::Global) => return Err(BackendError::DeadlinePassed),
-                e => return Err(broken(&e.to_string(), relayed)),
+                e => return Err(broken_error(&e.to_string(), relayed)),
             },
         }
     }
 }
 
-fn broken(how: &str, relayed: bool) -> BackendError {
+fn broken_error(how: &str, relayed: bool) -> BackendError {
     if relayed {
         BackendError::Broken(how.to_owned())
     } else {
@@ -133,15 +138,15 @@ fn broken(how: &str, relayed: bool) -> BackendError {
 }
 
 /// A stream without a single byte has not begun.
-fn nothing_came(e: BackendError) -> BackendError {
+fn empty_stream_error(e: BackendError) -> BackendError {
     match e {
-        BackendError::CutStream(how) => broken(&how, false),
+        BackendError::CutStream(how) => broken_error(&how, false),
         e => e,
     }
 }
 
 /// Why there is no response at all.
-pub fn before_the_answer(e: ureq::Error) -> BackendError {
+pub fn connect_error(e: ureq::Error) -> BackendError {
     match e {
         ureq::Error::Timeout(ureq::Timeout::Global) => BackendError::DeadlinePassed,
         ureq::Error::Protocol(_) | ureq::Error::LargeResponseHeader(..) => BackendError::NotHttp(e.to_string()),
@@ -155,43 +160,43 @@ pub fn before_the_answer(e: ureq::Error) -> BackendError {
 }
 
 /// What is read off the answer, by its content type.
-enum Watch {
+enum UsageReader {
     Stream(Scanner),
-    Json(Excerpt),
+    Json(BoundedJson),
     Opaque,
 }
 
-impl Watch {
-    fn of(response: &Response<Body>) -> Watch {
+impl UsageReader {
+    fn of(response: &Response<Body>) -> UsageReader {
         let content_type = response.headers().get("content-type").and_then(|v| v.to_str().ok()).unwrap_or_default();
         let media_type = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
         match media_type.as_str() {
-            "text/event-stream" => Watch::Stream(Scanner::default()),
-            json if json.ends_with("json") => Watch::Json(Excerpt::default()),
-            _ => Watch::Opaque,
+            "text/event-stream" => UsageReader::Stream(Scanner::default()),
+            json if json.ends_with("json") => UsageReader::Json(BoundedJson::default()),
+            _ => UsageReader::Opaque,
         }
     }
 
     fn feed(&mut self, bytes: &[u8]) {
         match self {
-            Watch::Stream(scanner) => scanner.feed(bytes),
-            Watch::Json(body) => body.push(bytes),
-            Watch::Opaque => {}
+            UsageReader::Stream(scanner) => scanner.feed(bytes),
+            UsageReader::Json(body) => body.push(bytes),
+            UsageReader::Opaque => {}
         }
     }
 
     fn finish(&mut self) -> BackendResult<Usage> {
         match self {
-            Watch::Stream(scanner) => scanner.finish(),
-            Watch::Json(body) => Ok(body.text().map(Usage::of_body).unwrap_or_default()),
-            Watch::Opaque => Ok(Usage::default()),
+            UsageReader::Stream(scanner) => scanner.finish(),
+            UsageReader::Json(body) => Ok(body.bytes().map(Usage::of_body).unwrap_or_default()),
+            UsageReader::Opaque => Ok(Usage::default()),
         }
     }
 
     fn tokens_emitted(&self) -> u32 {
         match self {
-            Watch::Stream(scanner) => scanner.tokens_emitted(),
-            Watch::Json(_) | Watch::Opaque => 0,
+            UsageReader::Stream(scanner) => scanner.tokens_emitted(),
+            UsageReader::Json(_) | UsageReader::Opaque => 0,
         }
     }
 }

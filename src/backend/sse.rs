@@ -7,9 +7,9 @@ use memchr::memchr;
 use serde_json::Value;
 
 use super::BackendError;
-use super::bounded_json::{Excerpt, WHOLE_MAX};
-use super::error::quoted;
-use super::event::Glance;
+use super::bounded_json::{BoundedJson, WHOLE_MAX};
+use super::error::truncated_body;
+use super::event::EventClassifier;
 
 /// What a line begins with that is looked into; what is longer than a field's name and none of these is not held.
 const FIELDS: [&[u8]; 3] = [b"data:", b"event:", b"error:"];
@@ -54,9 +54,9 @@ pub struct Scanner {
     deltas: u32,
     ended: bool,
     failure: Option<BackendError>,
-    glance: Glance,
+    glance: EventClassifier,
     /// Of the unfinished last line; given up when it can tell nothing.
-    line: Excerpt,
+    line: BoundedJson,
 }
 
 impl Scanner {
@@ -79,17 +79,17 @@ impl Scanner {
         self.line.push(bytes);
         let tells_nothing =
             |line: &[u8]| line.len() >= FIELD_LEN && !FIELDS.iter().any(|field| line.starts_with(field));
-        if self.line.text().is_some_and(tells_nothing) {
-            self.line.give_up();
+        if self.line.bytes().is_some_and(tells_nothing) {
+            self.line.discard();
         }
     }
 
     fn end_of_line(&mut self) {
         let line = std::mem::take(&mut self.line);
-        if let Some(text) = line.text() {
+        if let Some(text) = line.bytes() {
             self.look_at(text);
         }
-        self.line = line.renewed();
+        self.line = line.recycle();
     }
 
     /// Output tokens so far: what usage said, or the pieces counted where that is more.
@@ -119,7 +119,7 @@ impl Scanner {
             }
         } else if let Some(error) = line.strip_prefix(b"error:") {
             // What older builds of llama.cpp send in place of an event.
-            self.fail_with(quoted(error));
+            self.fail_with(truncated_body(error));
         }
     }
 
@@ -129,8 +129,8 @@ impl Scanner {
             return;
         }
         let seen = self.glance.at(data);
-        self.deltas = self.deltas.saturating_add(u32::from(seen.piece));
-        if !seen.telling {
+        self.deltas = self.deltas.saturating_add(u32::from(seen.is_delta));
+        if !seen.needs_parsing {
             return;
         }
         let Ok(event) = serde_json::from_slice::<Value>(data) else { return };
@@ -150,9 +150,9 @@ impl Scanner {
         self.ended |= event["type"] == "message_stop";
         if !event["error"].is_null() {
             let message = event["error"]["message"].as_str().map_or_else(|| event["error"].to_string(), str::to_owned);
-            self.fail_with(quoted(message.as_bytes()));
+            self.fail_with(truncated_body(message.as_bytes()));
         } else if event["type"] == "error" || event["object"] == "error" {
-            self.fail_with(quoted(data));
+            self.fail_with(truncated_body(data));
         }
     }
 
@@ -269,7 +269,7 @@ data: [DONE]"#;
             s.feed(begin.as_bytes());
             for _ in 0..40 {
                 s.feed(&[b'x'; 64 << 10]);
-                assert!(s.line.text().is_none_or(|text| text.len() <= EXCERPT_MAX));
+                assert!(s.line.bytes().is_none_or(|text| text.len() <= EXCERPT_MAX));
             }
             s.feed(b"\ndata: {\"usage\":{\"input\":1,\"output\":2}}\ndata: [DONE]\n");
             assert_eq!(s.finish(), Ok(usage(1, 2)), "{begin}");

@@ -30,7 +30,7 @@ const SMALL_READS: u32 = 64;
 /// What is sent at a time; also the largest head of a request.
 const OUTPUT_BYTES: usize = 16 << 10;
 /// The kernel is told this fraction less than is left: it is late by as much, and the next reads need not tell it anew.
-const EARLINESS: u32 = 8;
+const TIMEOUT_MARGIN: u32 = 8;
 /// It has no steps finer than this.
 const KERNEL_PRECISION: Duration = Duration::from_millis(10);
 
@@ -60,7 +60,7 @@ fn open(details: &ConnectionDetails) -> Result<Tcp, Error> {
 }
 
 fn connect(addresses: &[SocketAddr], timeout: NextTimeout) -> Result<TcpStream, Error> {
-    let time = Time::starting_now(timeout);
+    let time = IoDeadline::starting_now(timeout);
     time.left()?;
     connect::connect_any(addresses, time.until).or_else(|e| {
         time.left()?;
@@ -93,10 +93,10 @@ impl Transport for Tcp {
     }
 
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), Error> {
-        let time = Time::starting_now(timeout.for_write());
+        let time = IoDeadline::starting_now(timeout.for_write());
         let mut unsent = 0..amount;
         while !unsent.is_empty() && !self.write_failed {
-            if let Some(left) = news(time.left()?, &mut self.write_time) {
+            if let Some(left) = timeout_to_set(time.left()?, &mut self.write_time) {
                 self.socket.set_write_timeout(left)?;
             }
             match (&*self.socket).write(&self.buffers.output()[unsent.clone()]) {
@@ -112,11 +112,11 @@ impl Transport for Tcp {
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, Error> {
-        let time = Time::starting_now(timeout.for_read());
+        let time = IoDeadline::starting_now(timeout.for_read());
         self.buffers.output = Vec::new();
         let free = self.buffers.input_append_buf();
         loop {
-            if let Some(left) = news(time.left()?, &mut self.read_time) {
+            if let Some(left) = timeout_to_set(time.left()?, &mut self.read_time) {
                 self.socket.set_read_timeout(left)?;
             }
             match (&*self.socket).read(free) {
@@ -143,15 +143,15 @@ impl Transport for Tcp {
 }
 
 /// Of one wait.
-struct Time {
+struct IoDeadline {
     until: Option<Instant>,
     reason: Timeout,
 }
 
-impl Time {
-    fn starting_now(timeout: NextTimeout) -> Time {
+impl IoDeadline {
+    fn starting_now(timeout: NextTimeout) -> IoDeadline {
         // What is too far off for the clock never comes.
-        Time { until: Instant::now().checked_add(*timeout.after), reason: timeout.reason }
+        IoDeadline { until: Instant::now().checked_add(*timeout.after), reason: timeout.reason }
     }
 
     /// `None` is for ever.
@@ -163,7 +163,7 @@ impl Time {
 
 /// What the kernel has to be told, if what it was `told` does not serve: it must not ring late, nor so early that waking us in
 /// vain becomes a habit. A stream that goes on is told anew only once in an eighth of its time.
-fn news(left: Option<Duration>, told: &mut Option<Duration>) -> Option<Option<Duration>> {
+fn timeout_to_set(left: Option<Duration>, told: &mut Option<Duration>) -> Option<Option<Duration>> {
     let serves = match (left, *told) {
         (Some(left), Some(told)) => left / 2 <= told && told <= left,
         (None, None) => true,
@@ -172,7 +172,7 @@ fn news(left: Option<Duration>, told: &mut Option<Duration>) -> Option<Option<Du
     if serves {
         return None;
     }
-    *told = left.map(|left| if left > KERNEL_PRECISION { left - left / EARLINESS } else { left });
+    *told = left.map(|left| if left > KERNEL_PRECISION { left - left / TIMEOUT_MARGIN } else { left });
     Some(*told)
 }
 
@@ -197,7 +197,7 @@ struct StreamBuffers {
 
 impl StreamBuffers {
     /// Called while nothing is held, when a new buffer costs no copy.
-    fn fit(&mut self) {
+    fn resize(&mut self) {
         let size = match self.input.len() {
             0 => INPUT_MIN,
             size if self.was_full && size < INPUT_MAX => size * 2,
@@ -235,7 +235,7 @@ impl Buffers for StreamBuffers {
     fn input_append_buf(&mut self) -> &mut [u8] {
         if self.unread.is_empty() {
             self.unread = 0..0;
-            self.fit();
+            self.resize();
         } else if self.unread.end == self.input.len() {
             // Half a head, or half of a chunk's size: it is wanted in one piece.
             self.input.copy_within(self.unread.clone(), 0);
@@ -274,7 +274,7 @@ mod tests {
             let mut told = None;
             for _ in 0..u.int_in_range(1..=9)? {
                 let left = Duration::from_micros(u.int_in_range(1..=100_000_000)?);
-                let _ = news(Some(left), &mut told);
+                let _ = timeout_to_set(Some(left), &mut told);
                 assert!(told.is_some_and(|told| !told.is_zero() && told <= left), "told {told:?} of {left:?}");
             }
             Ok(())

@@ -23,16 +23,16 @@ use args::{Args, Command};
 use log::LevelFilter;
 
 use crate::config::{Config, ConfigError};
-use crate::discovery::{OfferedBackend, Terms};
-use crate::instance::Places;
+use crate::discovery::{BackendOffer, OfferTerms};
+use crate::instance::AgentPaths;
 use crate::instance::identity::IdentityError;
-use crate::instance::takeover::ClaimError;
+use crate::instance::takeover::TakeoverError;
 use crate::link::protocol::AGENT_VERSION;
 use crate::logging;
 
 /// Why a command failed.
 #[derive(Debug)]
-pub enum Failure {
+pub enum CliError {
     /// The command line makes no sense.
     Usage(String),
     /// `agent.toml` cannot be used.
@@ -40,7 +40,7 @@ pub enum Failure {
     /// The identity cannot be used.
     Identity(IdentityError),
     /// Cron can neither leave the agent that runs alone nor take its place.
-    Claim(ClaimError),
+    Claim(TakeoverError),
     /// Another agent runs on this identity.
     AlreadyRunning {
         /// Its pid, if it could be read.
@@ -49,60 +49,60 @@ pub enum Failure {
     /// Anything else.
     Runtime(String),
     /// stdout has told it; what is left to say is this exit code.
-    Told(u8),
+    AlreadyReported(u8),
 }
 
-impl Failure {
+impl CliError {
     /// What the process exits with; 0 is left for success.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Failure::Identity(_) | Failure::Claim(_) | Failure::Runtime(_) => 1,
-            Failure::Usage(_) | Failure::Config(_) => 2,
-            Failure::AlreadyRunning { .. } => 4,
-            Failure::Told(code) => *code,
+            CliError::Identity(_) | CliError::Claim(_) | CliError::Runtime(_) => 1,
+            CliError::Usage(_) | CliError::Config(_) => 2,
+            CliError::AlreadyRunning { .. } => 4,
+            CliError::AlreadyReported(code) => *code,
         }
     }
 }
 
-impl fmt::Display for Failure {
+impl fmt::Display for CliError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Failure::Usage(what) | Failure::Runtime(what) => f.write_str(what),
-            Failure::Config(e) => e.fmt(f),
-            Failure::Identity(e) => e.fmt(f),
-            Failure::Claim(e) => e.fmt(f),
-            Failure::AlreadyRunning { pid: Some(pid) } => {
+            CliError::Usage(what) | CliError::Runtime(what) => f.write_str(what),
+            CliError::Config(e) => e.fmt(f),
+            CliError::Identity(e) => e.fmt(f),
+            CliError::Claim(e) => e.fmt(f),
+            CliError::AlreadyRunning { pid: Some(pid) } => {
                 write!(f, "an agent with this identity is already running as pid {pid}; stop that one first")
             }
-            Failure::AlreadyRunning { pid: None } => {
+            CliError::AlreadyRunning { pid: None } => {
                 f.write_str("an agent with this identity is already running; stop that one first")
             }
-            Failure::Told(_) => Ok(()),
+            CliError::AlreadyReported(_) => Ok(()),
         }
     }
 }
 
-impl From<ConfigError> for Failure {
-    fn from(e: ConfigError) -> Failure {
-        Failure::Config(e)
+impl From<ConfigError> for CliError {
+    fn from(e: ConfigError) -> CliError {
+        CliError::Config(e)
     }
 }
 
-impl From<IdentityError> for Failure {
-    fn from(e: IdentityError) -> Failure {
-        Failure::Identity(e)
+impl From<IdentityError> for CliError {
+    fn from(e: IdentityError) -> CliError {
+        CliError::Identity(e)
     }
 }
 
-impl From<String> for Failure {
-    fn from(what: String) -> Failure {
-        Failure::Runtime(what)
+impl From<String> for CliError {
+    fn from(what: String) -> CliError {
+        CliError::Runtime(what)
     }
 }
 
-impl From<ClaimError> for Failure {
-    fn from(e: ClaimError) -> Failure {
-        Failure::Claim(e)
+impl From<TakeoverError> for CliError {
+    fn from(e: TakeoverError) -> CliError {
+        CliError::Claim(e)
     }
 }
 
@@ -114,12 +114,12 @@ pub fn main(args: impl Iterator<Item = std::ffi::OsString>) -> ExitCode {
             print(&text);
             Ok(())
         }
-        Err(e) => Err(Failure::Usage(e)),
+        Err(e) => Err(CliError::Usage(e)),
     };
     logging::flush();
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        Err(Failure::Told(code)) => ExitCode::from(code),
+        Err(CliError::AlreadyReported(code)) => ExitCode::from(code),
         Err(failure) => {
             // A broken stderr is no reason to end differently.
             let _ = writeln!(std::io::stderr(), "error: {failure}");
@@ -128,7 +128,7 @@ pub fn main(args: impl Iterator<Item = std::ffi::OsString>) -> ExitCode {
     }
 }
 
-fn dispatch(args: Args) -> Result<(), Failure> {
+fn dispatch(args: Args) -> Result<(), CliError> {
     let (globals, command) = args.split();
     match command {
         Command::Run(options) => run::run(&globals, &options),
@@ -166,20 +166,20 @@ fn try_print(text: &str) -> std::io::Result<()> {
 }
 
 /// Micro-units as USDC, with as many digits as it takes.
-fn usdc(micro_units: u64) -> String {
+fn format_usdc(micro_units: u64) -> String {
     let fraction = format!("{:06}", micro_units % 1_000_000);
     let fraction = fraction.trim_end_matches('0');
     format!("{}.{fraction:0<2}", micro_units / 1_000_000)
 }
 
 /// The files beside the identity. Whatever else is wrong in the configuration does not matter to who only wants these.
-fn places_of(globals: &args::Globals) -> Result<Places, Failure> {
+fn places_of(globals: &args::Globals) -> Result<AgentPaths, CliError> {
     let path = Config::find(globals.config.as_deref())?;
-    Ok(Places::beside(&Config::key_path_in(&path)?))
+    Ok(AgentPaths::beside(&Config::key_path_in(&path)?))
 }
 
 /// Reads the configuration, and starts logging to stderr.
-fn load_config(globals: &args::Globals) -> Result<Config, Failure> {
+fn load_config(globals: &args::Globals) -> Result<Config, CliError> {
     let config = read_config(globals)?;
     logging::start(level_of(globals, &config), None);
     log_reading(&config);
@@ -203,12 +203,12 @@ fn log_reading(config: &Config) {
 }
 
 /// The backends of a configuration, ready to be asked.
-fn backends_of(config: &Config) -> Vec<OfferedBackend> {
-    config.backends.iter().map(OfferedBackend::configured).collect()
+fn backends_of(config: &Config) -> Vec<BackendOffer> {
+    config.backends.iter().map(BackendOffer::configured).collect()
 }
 
-fn terms_of(config: &Config) -> Terms {
-    Terms { pricing: config.pricing.clone(), max_concurrent: config.limits.max_concurrent }
+fn terms_of(config: &Config) -> OfferTerms {
+    OfferTerms { pricing: config.pricing.clone(), max_concurrent: config.limits.max_concurrent }
 }
 
 #[cfg(test)]
@@ -218,7 +218,7 @@ mod tests {
     #[test]
     fn prices_are_exact() {
         for (micro_units, shown) in [(500_000, "0.50"), (1, "0.000001"), (2_000_000, "2.00"), (1_234_567, "1.234567")] {
-            assert_eq!(usdc(micro_units), shown);
+            assert_eq!(format_usdc(micro_units), shown);
         }
     }
 }

@@ -4,9 +4,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::args::Globals;
-use super::{Failure, places_of, print};
+use super::{CliError, places_of, print};
 use crate::instance::wake_socket;
-use crate::instance::{Holder, Places};
+use crate::instance::{AgentPaths, LockOwner};
 use crate::observe;
 use crate::sys::files;
 
@@ -18,12 +18,12 @@ const PATIENCE_UNHEARD: Duration = Duration::from_secs(20);
 const GLANCE: Duration = Duration::from_millis(20);
 
 /// Has the offer emptied, now and at every start, until [`resume`].
-pub fn pause(globals: &Globals) -> Result<(), Failure> {
-    let places = places_of(globals)?;
-    files::mark(&places.paused()).map_err(|e| {
-        Failure::Runtime(format!("failed to make `{}`: {e}; nothing is paused", places.paused().display()))
+pub fn pause(globals: &Globals) -> Result<(), CliError> {
+    let paths = places_of(globals)?;
+    files::create_marker(&paths.paused()).map_err(|e| {
+        CliError::Runtime(format!("failed to make `{}`: {e}; nothing is paused", paths.paused().display()))
     })?;
-    print(&match heeded(&places, true)? {
+    print(&match heeded(&paths, true)? {
         None => "paused: no agent runs; the next one will offer nothing until `usepod-agent resume`\n".to_owned(),
         Some(0) => "paused: nothing is offered until `usepod-agent resume`\n".to_owned(),
         Some(jobs) => {
@@ -34,12 +34,12 @@ pub fn pause(globals: &Globals) -> Result<(), Failure> {
 }
 
 /// Undoes [`pause`].
-pub fn resume(globals: &Globals) -> Result<(), Failure> {
-    let places = places_of(globals)?;
-    files::unmark(&places.paused()).map_err(|e| {
-        Failure::Runtime(format!("failed to remove `{}`: {e}; still paused", places.paused().display()))
+pub fn resume(globals: &Globals) -> Result<(), CliError> {
+    let paths = places_of(globals)?;
+    files::remove_marker(&paths.paused()).map_err(|e| {
+        CliError::Runtime(format!("failed to remove `{}`: {e}; still paused", paths.paused().display()))
     })?;
-    print(match heeded(&places, false)? {
+    print(match heeded(&paths, false)? {
         None => "not paused; no agent runs\n",
         Some(_) => "not paused: the agent offers its models\n",
     });
@@ -47,18 +47,18 @@ pub fn resume(globals: &Globals) -> Result<(), Failure> {
 }
 
 /// Waits until the running agent, if there is one, has heeded the wish; returns its jobs in flight.
-fn heeded(places: &Places, paused: bool) -> Result<Option<u64>, Failure> {
-    let patience = if wake_socket::ring_at(&places.wake()) { PATIENCE } else { PATIENCE_UNHEARD };
+fn heeded(paths: &AgentPaths, paused: bool) -> Result<Option<u64>, CliError> {
+    let patience = if wake_socket::wake_process(&paths.wake()) { PATIENCE } else { PATIENCE_UNHEARD };
     let until = Instant::now() + patience;
-    while let Some(holder) = Holder::running(places) {
-        wake_socket::ring_at(&places.wake());
-        if let Some(state) = observe::of(places, &holder).filter(|state| state["paused"] == paused) {
+    while let Some(owner) = LockOwner::running(paths) {
+        wake_socket::wake_process(&paths.wake());
+        if let Some(state) = observe::read_own(paths, &owner).filter(|state| state["paused"] == paused) {
             return Ok(state["jobs"]["in_flight"].as_u64().or(Some(0)));
         }
         if Instant::now() >= until {
-            return Err(Failure::Runtime(format!(
+            return Err(CliError::Runtime(format!(
                 "the agent (pid {}) has not answered within {} s; the wish is noted, and it will heed it when it can: see `usepod-agent status`",
-                holder.pid,
+                owner.pid,
                 patience.as_secs()
             )));
         }

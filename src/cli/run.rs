@@ -8,13 +8,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use log::LevelFilter;
 
 use super::args::{Globals, Run};
-use super::{Failure, backends_of, level_of, log_reading, read_config, terms_of};
+use super::{CliError, backends_of, level_of, log_reading, read_config, terms_of};
 use crate::agent::shutdown::Stop;
-use crate::agent::{Agent, Presence};
+use crate::agent::{Agent, InstanceHandle};
 use crate::config::Config;
 use crate::instance::identity::{Identity, IdentityError};
 use crate::instance::takeover;
-use crate::instance::{InstanceLock, LockError, Places};
+use crate::instance::{AgentPaths, InstanceLock, LockError};
 use crate::link::protocol::AGENT_VERSION;
 use crate::logging;
 use crate::sys::files;
@@ -24,19 +24,19 @@ use crate::sys::malloc;
 const SIGNALS_TO_EXIT: u32 = 3;
 
 /// Becomes the agent.
-pub fn run(globals: &Globals, options: &Run) -> Result<(), Failure> {
-    malloc::keep_little();
-    files::survive_size_limit();
+pub fn run(globals: &Globals, options: &Run) -> Result<(), CliError> {
+    malloc::configure();
+    files::block_sigxfsz();
     if options.cron { by_cron(globals) } else { by_hand(globals) }
 }
 
-fn by_hand(globals: &Globals) -> Result<(), Failure> {
+fn by_hand(globals: &Globals) -> Result<(), CliError> {
     let config = read_config(globals)?;
     logging::start(level_of(globals, &config), config.log_file.clone());
     create_folder(&config.key_path)?;
-    let lock = match InstanceLock::acquire(&Places::beside(&config.key_path)) {
+    let lock = match InstanceLock::acquire(&AgentPaths::beside(&config.key_path)) {
         Ok(lock) => lock,
-        Err(LockError::Held(pid)) => return Err(Failure::AlreadyRunning { pid }),
+        Err(LockError::Held(pid)) => return Err(CliError::AlreadyRunning { pid }),
         Err(LockError::Io(path, e)) => {
             log::warn!("`{}` cannot be locked ({e}); see to it that only one agent runs", path.display());
             InstanceLock::none()
@@ -49,7 +49,7 @@ fn by_hand(globals: &Globals) -> Result<(), Failure> {
 }
 
 /// Called each minute. Nobody sees what cron's children print, so what goes wrong is in the log file too.
-fn by_cron(globals: &Globals) -> Result<(), Failure> {
+fn by_cron(globals: &Globals) -> Result<(), CliError> {
     match claim(globals) {
         Ok(Some((config, lock))) => serve(config, lock),
         Ok(None) => Ok(()),
@@ -60,21 +60,21 @@ fn by_cron(globals: &Globals) -> Result<(), Failure> {
 
 /// The lock, and what is to be served; `None` where no agent is wanted, or one is at work. Little of the program is touched on
 /// the way to that answer, which is the one of nearly every minute.
-fn claim(globals: &Globals) -> Result<Option<(Config, InstanceLock)>, Failure> {
+fn claim(globals: &Globals) -> Result<Option<(Config, InstanceLock)>, CliError> {
     let config = read_config(globals).inspect_err(|_| {
-        let log = Config::usual_key_path().map(|key| Places::beside(&key).log());
+        let log = Config::usual_key_path().map(|key| AgentPaths::beside(&key).log());
         logging::start(globals.log_level.unwrap_or(LevelFilter::Info), log);
     })?;
-    let places = Places::beside(&config.key_path);
-    let log = config.log_file.clone().unwrap_or_else(|| places.log());
+    let paths = AgentPaths::beside(&config.key_path);
+    let log = config.log_file.clone().unwrap_or_else(|| paths.log());
     logging::start(level_of(globals, &config), Some(log.clone()));
-    if places.stopped().exists() {
+    if paths.stopped().exists() {
         return Ok(None);
     }
     create_folder(&config.key_path)?;
-    let Some(lock) = takeover::claim(&places)? else { return Ok(None) };
+    let Some(lock) = takeover::acquire_or_take_over(&paths)? else { return Ok(None) };
     // Said meanwhile, to the agent that had the lock. From here on it is said to us.
-    if places.stopped().exists() {
+    if paths.stopped().exists() {
         return Ok(None);
     }
     show_where(&log);
@@ -98,9 +98,9 @@ fn show_where(log: &Path) {
     }
 }
 
-fn serve(config: Config, lock: InstanceLock) -> Result<(), Failure> {
+fn serve(config: Config, lock: InstanceLock) -> Result<(), CliError> {
     log_reading(&config);
-    let places = Places::beside(&config.key_path);
+    let paths = AgentPaths::beside(&config.key_path);
     if lock.is_exclusive() {
         files::remove_leftovers(&config.key_path);
     }
@@ -123,13 +123,13 @@ fn serve(config: Config, lock: InstanceLock) -> Result<(), Failure> {
         coordinator: config.coordinator,
         use_proxy: true,
         identity,
-        presence: Some(Presence { places, lock }),
+        instance: Some(InstanceHandle { paths: paths, lock }),
     };
-    agent.run(&stop).map_err(|e| Failure::Runtime(format!("failed to start a thread: {e}")))
+    agent.run(&stop).map_err(|e| CliError::Runtime(format!("failed to start a thread: {e}")))
 }
 
 /// SIGTERM, SIGINT and SIGHUP: once to drain, twice to stop now, thrice to be gone.
-pub(super) fn heed_signals(stop: &Arc<Stop>) -> Result<(), Failure> {
+pub(super) fn heed_signals(stop: &Arc<Stop>) -> Result<(), CliError> {
     let stop = stop.clone();
     let signals = AtomicU32::new(0);
     ctrlc::set_handler(move || {
@@ -144,6 +144,6 @@ pub(super) fn heed_signals(stop: &Arc<Stop>) -> Result<(), Failure> {
             ctrlc::Error::System(e) => e.to_string(),
             other => other.to_string(),
         };
-        Failure::Runtime(format!("failed to install the signal handler: {why}"))
+        CliError::Runtime(format!("failed to install the signal handler: {why}"))
     })
 }

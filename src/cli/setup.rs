@@ -15,16 +15,18 @@ use log::LevelFilter;
 use super::args::{Globals, Setup};
 use super::countdown::Countdown;
 use super::run::{create_folder, heed_signals};
-use super::{Failure, backends_of, print, say, validate};
+use super::{CliError, backends_of, print, say, validate};
 use crate::agent::shutdown::Stop;
 use crate::backend::{BackendModel, BaseUrl, Kind};
 use crate::config::{BackendConfig, Config, FILE_BYTES_MAX};
-use crate::discovery::{Found, find_local, probe_all};
+use crate::discovery::{LocalBackend, find_local, probe_all};
 use crate::instance::identity::Identity;
-use crate::instance::{Holder, Places};
+use crate::instance::{AgentPaths, LockOwner};
 use crate::logging;
-use crate::logging::{shortened, shown};
-use crate::pairing::{self, Advertised, BASE_DEFAULT, Event, Hearing, Paired, Server, Site, agent_toml};
+use crate::logging::{redact, sanitize_for_log};
+use crate::pairing::{
+    self, Advertised, BASE_DEFAULT, CoordinatorUrls, Event, Paired, PairingClient, PairingHandle, agent_toml,
+};
 use crate::sys::files;
 use crate::sys::shell_quote;
 
@@ -32,7 +34,7 @@ use crate::sys::shell_quote;
 const LONG: Duration = Duration::from_secs(3600);
 
 /// The file to write, and what it says so far.
-struct Target {
+struct ConfigTarget {
     path: PathBuf,
     /// Named by `--config`, so that the next commands have to name it too.
     is_named: bool,
@@ -40,7 +42,7 @@ struct Target {
 }
 
 /// Pairs, and writes the file.
-pub fn run(globals: &Globals, options: &Setup) -> Result<(), Failure> {
+pub fn run(globals: &Globals, options: &Setup) -> Result<(), CliError> {
     let site = site(globals, options)?;
     logging::start(globals.log_level.unwrap_or(LevelFilter::Warn), None);
     let target = target(globals)?;
@@ -60,11 +62,11 @@ pub fn run(globals: &Globals, options: &Setup) -> Result<(), Failure> {
 
     say(format_args!("usepod-agent setup: pairs this machine with {}\n\n", site.base()));
     say(format_args!("  identity     {}{}\n", key_path.display(), if is_new { " (new)" } else { "" }));
-    let (mut found, advertised) = look(target.old.as_ref().map(|(_, config)| config));
+    let (mut found, advertised) = discover_backends(target.old.as_ref().map(|(_, config)| config));
     let roots = target.old.as_ref().map(|(_, config)| config.coordinator.roots.clone()).unwrap_or_default();
-    let server = Server::new(site.clone(), &roots);
+    let server = PairingClient::new(site.clone(), &roots);
     let hearing = pairing::start(server, identity.public_key_base64(), advertised)
-        .map_err(|e| Failure::Runtime(format!("failed to start a thread: {e}")))?;
+        .map_err(|e| CliError::Runtime(format!("failed to start a thread: {e}")))?;
     let paired = wait(&hearing, &stop, &site)?;
 
     // As it is by now: the file may have been edited while the code was waited for.
@@ -77,10 +79,12 @@ pub fn run(globals: &Globals, options: &Setup) -> Result<(), Failure> {
     Ok(())
 }
 
-fn site(globals: &Globals, options: &Setup) -> Result<Site, Failure> {
+fn site(globals: &Globals, options: &Setup) -> Result<CoordinatorUrls, CliError> {
     let given = options.coordinator.as_deref().unwrap_or(BASE_DEFAULT);
-    let fault = |what: &str, fix: &str| Failure::Usage(format!("`--coordinator {}`: {what}; {fix}", shown(given)));
-    let site = Site::parse(given).map_err(|what| fault(what, "write it as https://HOST, or leave it out"))?;
+    let fault =
+        |what: &str, fix: &str| CliError::Usage(format!("`--coordinator {}`: {what}; {fix}", sanitize_for_log(given)));
+    let site =
+        CoordinatorUrls::parse(given).map_err(|what| fault(what, "write it as https://HOST, or leave it out"))?;
     if !site.is_private() && !globals.allow_insecure {
         let fix = "use https://, or add --allow-insecure if you trust the network between";
         return Err(fault("http:// is not encrypted, and the host token would be readable on its way", fix));
@@ -88,7 +92,7 @@ fn site(globals: &Globals, options: &Setup) -> Result<Site, Failure> {
     Ok(site)
 }
 
-fn target(globals: &Globals) -> Result<Target, Failure> {
+fn target(globals: &Globals) -> Result<ConfigTarget, CliError> {
     let usual = Config::usual_place();
     let path = match &globals.config {
         Some(named) => Config::named(named),
@@ -105,22 +109,22 @@ fn target(globals: &Globals) -> Result<Target, Failure> {
             Some((text, config))
         }
     };
-    Ok(Target { path, is_named, old })
+    Ok(ConfigTarget { path, is_named, old })
 }
 
-fn no_home() -> Failure {
-    Failure::Usage("there is no HOME for agent.toml and the identity; set HOME".into())
+fn no_home() -> CliError {
+    CliError::Usage("there is no HOME for agent.toml and the identity; set HOME".into())
 }
 
-fn cannot_write(path: &Path, e: &io::Error) -> Failure {
+fn cannot_write(path: &Path, e: &io::Error) -> CliError {
     let path = path.display();
-    Failure::Runtime(format!(
+    CliError::Runtime(format!(
         "failed to write `{path}`: {e}; fix the rights of its folder, or name another --config FILE"
     ))
 }
 
 /// The servers that nobody has named yet, and all that is told to the coordinator.
-fn look(config: Option<&Config>) -> (Vec<BackendConfig>, Vec<Advertised>) {
+fn discover_backends(config: Option<&Config>) -> (Vec<BackendConfig>, Vec<Advertised>) {
     let named = config.map_or(&[][..], |config| &config.backends);
     let mut advertised = Vec::new();
     let offered = config.map(backends_of).unwrap_or_default();
@@ -138,9 +142,9 @@ fn look(config: Option<&Config>) -> (Vec<BackendConfig>, Vec<Advertised>) {
             Err(e) => say(format_args!("  backend      {id}: kept, but does not serve now: {e}\n")),
         }
     }
-    let is_new = |found: &Found| !named.iter().any(|named| is_same_server(named, &found.config));
+    let is_new = |found: &LocalBackend| !named.iter().any(|named| is_same_server(named, &found.config));
     let mut configs = Vec::new();
-    for Found { config, models } in find_local().into_iter().filter(is_new) {
+    for LocalBackend { config, models } in find_local().into_iter().filter(is_new) {
         advertised.push(told(&config, models));
         let url = config.url.as_ref().map_or("", BaseUrl::as_str);
         tell_backend(&format!("{} at {url}", config.kind), advertised.last());
@@ -159,7 +163,7 @@ fn told(config: &BackendConfig, models: Vec<BackendModel>) -> Advertised {
 
 fn tell_backend(id: &str, advertised: Option<&Advertised>) {
     let models = advertised.map_or(&[][..], |advertised| &advertised.models);
-    let names: Vec<String> = models.iter().take(3).map(|name| shown(name)).collect();
+    let names: Vec<String> = models.iter().take(3).map(|name| sanitize_for_log(name)).collect();
     let more = if models.len() > names.len() { ", …" } else { "" };
     say(format_args!("  backend      {id}: {} model(s): {}{more}\n", models.len(), names.join(", ")));
 }
@@ -179,7 +183,7 @@ fn is_same_server(one: &BackendConfig, other: &BackendConfig) -> bool {
 }
 
 /// Shows what is heard, until the end.
-fn wait(hearing: &Hearing, stop: &Stop, site: &Site) -> Result<Paired, Failure> {
+fn wait(hearing: &PairingHandle, stop: &Stop, site: &CoordinatorUrls) -> Result<Paired, CliError> {
     let mut countdown: Option<Countdown> = None;
     loop {
         let holds = countdown.as_mut().map_or(LONG, Countdown::show);
@@ -191,7 +195,7 @@ fn wait(hearing: &Hearing, stop: &Stop, site: &Site) -> Result<Paired, Failure> 
             }
             default(holds) => false,
         };
-        for event in hearing.take() {
+        for event in hearing.drain_events() {
             clear(&mut countdown);
             match event {
                 Event::Issued(issued) => {
@@ -209,7 +213,7 @@ fn wait(hearing: &Hearing, stop: &Stop, site: &Site) -> Result<Paired, Failure> 
                 }
                 Event::Failed(why) => {
                     let base = site.base();
-                    return Err(Failure::Runtime(format!(
+                    return Err(CliError::Runtime(format!(
                         "{why}; check the network, and that {base} is the coordinator that you mean (--coordinator URL), then \
                          run setup again"
                     )));
@@ -222,8 +226,8 @@ fn wait(hearing: &Hearing, stop: &Stop, site: &Site) -> Result<Paired, Failure> 
     }
 }
 
-fn failed(why: &str) -> Failure {
-    Failure::Runtime(why.to_owned())
+fn failed(why: &str) -> CliError {
+    CliError::Runtime(why.to_owned())
 }
 
 fn clear(countdown: &mut Option<Countdown>) {
@@ -232,8 +236,8 @@ fn clear(countdown: &mut Option<Countdown>) {
     }
 }
 
-fn tell_code(code: &str, site: &Site) {
-    let code = shown(code);
+fn tell_code(code: &str, site: &CoordinatorUrls) {
+    let code = sanitize_for_log(code);
     let rule = "─".repeat(code.chars().count() + 4);
     let (bold, plain) = if stdout().is_terminal() { ("\x1b[1m", "\x1b[0m") } else { ("", "") };
     say(format_args!(
@@ -243,10 +247,15 @@ fn tell_code(code: &str, site: &Site) {
 }
 
 /// Replaces the file, and keeps what it was.
-fn write(target: &Target, site: &Site, paired: &Paired, found: &[BackendConfig]) -> Result<Config, Failure> {
-    let Target { path, old, .. } = target;
+fn write(
+    target: &ConfigTarget,
+    site: &CoordinatorUrls,
+    paired: &Paired,
+    found: &[BackendConfig],
+) -> Result<Config, CliError> {
+    let ConfigTarget { path, old, .. } = target;
     let old = old.as_ref().map_or("", |(text, _)| text);
-    let bug = |what: &str| Failure::Runtime(format!("{what}, which is a bug; agent.toml is as it was"));
+    let bug = |what: &str| CliError::Runtime(format!("{what}, which is a bug; agent.toml is as it was"));
     let text =
         agent_toml::text(old, site, paired, found).map_err(|e| bug(&format!("the old file cannot be read: {e}")))?;
     let config = Config::parse(&text, path, !site.is_encrypted())
@@ -254,9 +263,10 @@ fn write(target: &Target, site: &Site, paired: &Paired, found: &[BackendConfig])
     if text.len() as u64 > FILE_BYTES_MAX {
         return Err(bug("the new file would be too long"));
     }
-    let provider_id = paired.provider_id.as_deref().map_or_else(|| "an agent without an id".to_owned(), shown);
+    let provider_id =
+        paired.provider_id.as_deref().map_or_else(|| "an agent without an id".to_owned(), sanitize_for_log);
     let token =
-        paired.host_token.as_deref().map_or_else(String::new, |token| format!(" (host token {})", shortened(token)));
+        paired.host_token.as_deref().map_or_else(String::new, |token| format!(" (host token {})", redact(token)));
     say(format_args!("  Paired as {provider_id}{token}.\n\n"));
     if text == old {
         say(format_args!("  {} says so already\n", path.display()));
@@ -273,13 +283,13 @@ fn write(target: &Target, site: &Site, paired: &Paired, found: &[BackendConfig])
 
 /// Keeps the old text as `.bak`. Another one that is there already, and may be all that is left of a file made by hand, gets a
 /// number.
-fn keep(path: &Path, old: &str) -> Result<PathBuf, Failure> {
-    let copy = files::beside(path, ".bak");
+fn keep(path: &Path, old: &str) -> Result<PathBuf, CliError> {
+    let copy = files::with_suffix(path, ".bak");
     let kept = match files::read_bounded(&copy, FILE_BYTES_MAX) {
         Ok(earlier) if earlier == old.as_bytes() => Ok(()),
         Err(e) if e.kind() == io::ErrorKind::NotFound => files::write_atomic(&copy, old.as_bytes()),
         _ => {
-            let mut numbered = (1..).map(|n: u32| files::beside(path, &format!(".bak.{n}")));
+            let mut numbered = (1..).map(|n: u32| files::with_suffix(path, &format!(".bak.{n}")));
             let free = numbered.find(|path| fs::symlink_metadata(path).is_err()).unwrap_or_else(|| copy.clone());
             fs::rename(&copy, free).and_then(|()| files::write_atomic(&copy, old.as_bytes()))
         }
@@ -301,22 +311,26 @@ fn tell_offer(paired: &Paired, config: &Config) {
         ));
     }
     let is_offered = |id: &str| offer.iter().any(|model| model.model_id == id);
-    let absent: Vec<String> =
-        paired.models.iter().filter(|model| !is_offered(&model.model_id)).map(|model| shown(&model.model_id)).collect();
+    let absent: Vec<String> = paired
+        .models
+        .iter()
+        .filter(|model| !is_offered(&model.model_id))
+        .map(|model| sanitize_for_log(&model.model_id))
+        .collect();
     if !absent.is_empty() {
         say(format_args!("Has terms, but is not offered now: {}\n", absent.join(", ")));
     }
 }
 
-fn tell_next(target: &Target, site: &Site, key_path: &Path) {
+fn tell_next(target: &ConfigTarget, site: &CoordinatorUrls, key_path: &Path) {
     let named = if target.is_named {
-        format!(" --config {}", shell_quote::word(&absolute(&target.path)))
+        format!(" --config {}", shell_quote::shell_quote(&absolute(&target.path)))
     } else {
         String::new()
     };
     let insecure = if site.is_encrypted() { "" } else { " --allow-insecure" };
     print("\nNext:\n");
-    if let Some(running) = Holder::running(&Places::beside(key_path)) {
+    if let Some(running) = LockOwner::running(&AgentPaths::beside(key_path)) {
         say(format_args!("  An agent runs as pid {} and has not read the new file: stop it first.\n", running.pid));
     }
     // What is installed knows its file.

@@ -4,13 +4,13 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 
 use super::args::Globals;
-use super::{Failure, backends_of, load_config, print, terms_of, usdc};
+use super::{CliError, backends_of, format_usdc, load_config, print, terms_of};
 use crate::backend::Backend;
 use crate::config::Config;
 use crate::discovery::{Catalog, Listing, ResolvedModel, probe_all};
 
 /// Prints the number of backends, how each is, and the offer.
-pub fn run(globals: &Globals) -> Result<(), Failure> {
+pub fn run(globals: &Globals) -> Result<(), CliError> {
     let config = load_config(globals)?;
     let (report, _) = offer(&config);
     print(&format!("ok: parsed {} backend(s)\n{report}", config.backends.len()));
@@ -30,7 +30,7 @@ pub(super) fn offer(config: &Config) -> (String, Vec<ResolvedModel>) {
         match offered.backend.ready().and(answer) {
             Ok(listed) => {
                 let count = listed.len();
-                let discovered = offered.resolve(listed, &terms);
+                let discovered = offered.price(listed, &terms);
                 let _ = writeln!(report, "{id}: lists {count} model(s), {} to offer", discovered.models.len());
                 serving.push(Listing::of(discovered, offered.slots_max(&terms)));
             }
@@ -57,8 +57,8 @@ fn offer_table(report: &mut String, offer: &[ResolvedModel]) {
             report,
             "  {:width$}  input {}  output {}  context {window}  up to {} at a time  {}",
             m.model_id,
-            usdc(m.input_per_1m),
-            usdc(m.output_per_1m),
+            format_usdc(m.input_per_1m),
+            format_usdc(m.output_per_1m),
             m.max_concurrent,
             m.backend,
         );

@@ -10,7 +10,7 @@ use toml::de::DeTable;
 use tungstenite::http::Uri;
 
 use super::error::ConfigError;
-use super::section::{Found, Section};
+use super::section::{Field, Section};
 use super::{
     BackendConfig, Config, CoordinatorConfig, DRAIN_SECONDS_DEFAULT, DRAIN_SECONDS_RANGE, KEY_PATH_DEFAULT, Limits,
     MAX_CONCURRENT_DEFAULT, MAX_CONCURRENT_RANGE, Price, Pricing, expand_home, parse_level,
@@ -54,7 +54,7 @@ pub fn key_path_in(text: &str, path: &Path) -> Result<PathBuf, ConfigError> {
 fn coordinator(section: &Section<'_>, allow_insecure: bool) -> Result<CoordinatorConfig, ConfigError> {
     const FIX: &str = "write url = \"wss://api.usepod.ai/provider/connect\"";
     let url = section.string("url", FIX)?.ok_or_else(|| section.missing("url", FIX))?;
-    let fault = |what: &str, fix: &str| url.fault(what, fix);
+    let fault = |what: &str, fix: &str| url.error_at(what, fix);
     let uri: Uri = url.value.trim().parse().map_err(|_| fault("it is not a URL", FIX))?;
     match uri.scheme_str() {
         Some("wss") => {}
@@ -81,17 +81,17 @@ fn coordinator(section: &Section<'_>, allow_insecure: bool) -> Result<Coordinato
 fn extra_roots(section: &Section<'_>) -> Result<ExtraRoots, ConfigError> {
     const FIX: &str = "name a PEM file with the certificate of your authority, or leave it out for those of the web";
     let Some(file) = section.string("ca_file", FIX)? else { return Ok(ExtraRoots::default()) };
-    let path = expand_home(file.value).ok_or_else(|| file.fault("there is no such home", FIX))?;
-    ExtraRoots::from_file(&path).map_err(|what| file.fault(&what, FIX))
+    let path = expand_home(file.value).ok_or_else(|| file.error_at("there is no such home", FIX))?;
+    ExtraRoots::from_file(&path).map_err(|what| file.error_at(&what, FIX))
 }
 
 fn key_path(section: &Section<'_>) -> Result<PathBuf, ConfigError> {
     const FIX: &str = "write an absolute path in quotes";
     match section.string("key_path", FIX)? {
         Some(path) if path.value.trim().is_empty() => {
-            Err(path.fault("it is empty", &format!("leave it out for {KEY_PATH_DEFAULT}")))
+            Err(path.error_at("it is empty", &format!("leave it out for {KEY_PATH_DEFAULT}")))
         }
-        Some(path) => expand_home(path.value).ok_or_else(|| path.fault("there is no such home", FIX)),
+        Some(path) => expand_home(path.value).ok_or_else(|| path.error_at("there is no such home", FIX)),
         None => expand_home(KEY_PATH_DEFAULT).ok_or_else(|| section.missing("key_path", FIX)),
     }
 }
@@ -125,7 +125,7 @@ fn backend(section: &Section<'_>) -> Result<BackendConfig, ConfigError> {
     let names: Vec<&str> = Kind::ALL.iter().map(|k| k.name()).collect();
     let one_of = format!("write one of: {}", names.join(", "));
     let name = section.string("kind", &one_of)?.ok_or_else(|| section.missing("kind", &one_of))?;
-    let kind = Kind::from_name(name.value).ok_or_else(|| name.fault("unknown kind of backend", &one_of))?;
+    let kind = Kind::from_name(name.value).ok_or_else(|| name.error_at("unknown kind of backend", &one_of))?;
     Ok(BackendConfig {
         kind,
         url: backend_url(section, kind)?,
@@ -139,7 +139,7 @@ fn backend_url(section: &Section<'_>, kind: Kind) -> Result<Option<BaseUrl>, Con
     let example = kind.default_urls().first().unwrap_or(&"http://localhost:8000");
     let fix = format!("write an address such as url = \"{example}\"");
     match section.string("url", &fix)? {
-        Some(url) => BaseUrl::parse(url.value).map(Some).map_err(|e| url.fault(&e.to_string(), &fix)),
+        Some(url) => BaseUrl::parse(url.value).map(Some).map_err(|e| url.error_at(&e.to_string(), &fix)),
         None if kind.is_hosted() => Ok(None),
         None => Err(section.missing("url", &format!("a {kind} backend needs one: {fix}"))),
     }
@@ -151,7 +151,7 @@ fn api_key_env(section: &Section<'_>, kind: Kind) -> Result<Option<String>, Conf
         format!("put the key into an environment variable, and its name here: api_key_env = \"{example}_API_KEY\"");
     match section.string("api_key_env", &fix)? {
         Some(name) if is_variable_name(name.value) => Ok(Some(name.value.to_owned())),
-        Some(other) => Err(other.fault("it is not the name of an environment variable", &fix)),
+        Some(other) => Err(other.error_at("it is not the name of an environment variable", &fix)),
         None if kind.is_hosted() => Err(section.missing("api_key_env", &fix)),
         None => Ok(None),
     }
@@ -188,7 +188,7 @@ fn pricing(section: &Section<'_>) -> Result<Pricing, ConfigError> {
 
 fn price(section: &Section<'_>, key: &'static str) -> Result<Option<u64>, ConfigError> {
     let Some(found) = section.integer(key, PRICE_FIX)? else { return Ok(None) };
-    u64::try_from(found.value).map(Some).map_err(|_| found.fault("a price cannot be negative", PRICE_FIX))
+    u64::try_from(found.value).map(Some).map_err(|_| found.error_at("a price cannot be negative", PRICE_FIX))
 }
 
 fn limits(section: &Section<'_>, warnings: &mut Vec<ConfigError>) -> Result<Limits, ConfigError> {
@@ -196,10 +196,10 @@ fn limits(section: &Section<'_>, warnings: &mut Vec<ConfigError>) -> Result<Limi
     const TOKENS_FIX: &str = "write a whole number, or leave it out for no limit";
     let tokens = section.integer("max_tokens_per_minute", TOKENS_FIX)?;
     if let Some(none) = tokens.as_ref().filter(|found| found.value == 0) {
-        warnings.push(none.fault("every job will be refused", TOKENS_FIX));
+        warnings.push(none.error_at("every job will be refused", TOKENS_FIX));
     }
-    let non_negative = |found: Found<'_, i64>| {
-        u64::try_from(found.value).map_err(|_| found.fault("it cannot be negative", TOKENS_FIX))
+    let non_negative = |found: Field<'_, i64>| {
+        u64::try_from(found.value).map_err(|_| found.error_at("it cannot be negative", TOKENS_FIX))
     };
     Ok(Limits {
         max_concurrent: within(section, "max_concurrent", MAX_CONCURRENT_RANGE)?.unwrap_or(MAX_CONCURRENT_DEFAULT),
@@ -212,21 +212,21 @@ fn within(section: &Section<'_>, key: &'static str, range: RangeInclusive<u32>) 
     let fix = format!("write a number from {} to {}", range.start(), range.end());
     let Some(found) = section.integer(key, &fix)? else { return Ok(None) };
     let number = u32::try_from(found.value).ok().filter(|n| range.contains(n));
-    number.map(Some).ok_or_else(|| found.fault("out of range", &fix))
+    number.map(Some).ok_or_else(|| found.error_at("out of range", &fix))
 }
 
 fn log_file(section: &Section<'_>, key_path: &Path) -> Result<Option<PathBuf>, ConfigError> {
     const FIX: &str = "name a file, such as log_file = \"~/.usepod-agent/agent.log\", or leave it out for stderr";
     let Some(file) = section.string("log_file", FIX)? else { return Ok(None) };
     if file.value.trim().is_empty() {
-        return Err(file.fault("it is empty", FIX));
+        return Err(file.error_at("it is empty", FIX));
     }
-    let path = expand_home(file.value).ok_or_else(|| file.fault("there is no such home", FIX))?;
+    let path = expand_home(file.value).ok_or_else(|| file.error_at("there is no such home", FIX))?;
     if file.value.ends_with('/') || path.is_dir() {
-        return Err(file.fault("it is a folder", FIX));
+        return Err(file.error_at("it is a folder", FIX));
     }
     if path == key_path {
-        return Err(file.fault("it is the identity file", FIX));
+        return Err(file.error_at("it is the identity file", FIX));
     }
     Ok(Some(path))
 }
@@ -237,7 +237,7 @@ fn log_level(section: &Section<'_>, warnings: &mut Vec<ConfigError>) -> Result<O
     let Some(level) = section.string("log_level", FIX)? else { return Ok(None) };
     let known = level.value.split(',').find_map(parse_level);
     if known.is_none() {
-        warnings.push(level.fault("unknown level, so `info` it is", FIX));
+        warnings.push(level.error_at("unknown level, so `info` it is", FIX));
     }
     Ok(known)
 }

@@ -82,7 +82,7 @@ impl Source<'_> {
         let is_plain = |key: &str| key.chars().all(|c| c.is_ascii_alphanumeric() || "-_.\"".contains(c));
         let place = match line.split_once('=') {
             Some((key, value)) if is_plain(key.trim()) => {
-                format!("`{}` = {}: ", shown(key.trim()), quoted(line, value.trim()))
+                format!("`{}` = {}: ", value_text(key.trim()), quoted(line, value.trim()))
             }
             _ => String::new(),
         };
@@ -113,11 +113,11 @@ fn quoted(key: &str, value: &str) -> String {
     if may_be_secret(key) || password || (several && may_be_secret(value)) {
         return "(not shown)".into();
     }
-    shown(value)
+    value_text(value)
 }
 
 /// On one line, and not a page of it.
-pub fn shown(text: &str) -> String {
+pub fn value_text(text: &str) -> String {
     let shown: String = text.chars().take(QUOTED_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect();
     if text.chars().count() > QUOTED_MAX { format!("{shown}…") } else { shown }
 }

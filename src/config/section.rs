@@ -5,7 +5,7 @@ use std::ops::Range;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::error::{ConfigError, Source, shown};
+use super::error::{ConfigError, Source, value_text};
 
 /// A table, or the lack of one, which has no keys.
 pub struct Section<'a> {
@@ -17,16 +17,16 @@ pub struct Section<'a> {
 }
 
 /// A value of the right type.
-pub struct Found<'a, T> {
+pub struct Field<'a, T> {
     pub value: T,
     source: Source<'a>,
     key: String,
     span: Range<usize>,
 }
 
-impl<T> Found<'_, T> {
+impl<T> Field<'_, T> {
     /// What is wrong with it.
-    pub fn fault(&self, what: &str, fix: &str) -> ConfigError {
+    pub fn error_at(&self, what: &str, fix: &str) -> ConfigError {
         self.source.fault(&self.key, self.span.clone(), what, fix)
     }
 }
@@ -73,12 +73,12 @@ impl<'a> Section<'a> {
     }
 
     /// A string.
-    pub fn string(&self, key: &str, fix: &str) -> Result<Option<Found<'a, &'a str>>, ConfigError> {
+    pub fn string(&self, key: &str, fix: &str) -> Result<Option<Field<'a, &'a str>>, ConfigError> {
         self.typed(key, fix, "a string", |value| value.as_str())
     }
 
     /// A whole number.
-    pub fn integer(&self, key: &str, fix: &str) -> Result<Option<Found<'a, i64>>, ConfigError> {
+    pub fn integer(&self, key: &str, fix: &str) -> Result<Option<Field<'a, i64>>, ConfigError> {
         self.typed(key, fix, "a whole number", |value| {
             let number = value.as_integer()?;
             i64::from_str_radix(number.as_str(), number.radix()).ok()
@@ -98,7 +98,7 @@ impl<'a> Section<'a> {
     pub fn refuse_unknown(&self, known: &[&str]) -> Result<(), ConfigError> {
         let unknown = self.table.and_then(|t| t.iter().find(|(key, _)| !known.contains(&key.get_ref().as_ref())));
         let Some((key, value)) = unknown else { return Ok(()) };
-        let key = format!("{} {}", self.name, shown(key.get_ref()));
+        let key = format!("{} {}", self.name, value_text(key.get_ref()));
         let fix = format!("remove it; known keys are: {}", known.join(", "));
         // Whatever stands there is not ours to show: a key pasted in plain, for instance.
         Err(self.source.hidden_fault(&key, value.span(), "unknown key", &fix))
@@ -123,11 +123,11 @@ impl<'a> Section<'a> {
         fix: &str,
         wanted: &str,
         read: impl Fn(&'a DeValue<'a>) -> Option<T>,
-    ) -> Result<Option<Found<'a, T>>, ConfigError> {
+    ) -> Result<Option<Field<'a, T>>, ConfigError> {
         let Some(spanned) = self.get(key) else { return Ok(None) };
         match read(spanned.get_ref()) {
             Some(value) => {
-                Ok(Some(Found { value, source: self.source, key: self.full_name(key), span: spanned.span() }))
+                Ok(Some(Field { value, source: self.source, key: self.full_name(key), span: spanned.span() }))
             }
             None => {
                 let what = format!("it is not {wanted}");
@@ -150,7 +150,7 @@ impl<'a> Section<'a> {
     }
 
     fn nested_name(&self, key: &str) -> String {
-        let key = shown(key);
+        let key = value_text(key);
         match self.name.strip_suffix(']') {
             Some(outer) if !self.name.starts_with("[[") => format!("{outer}.{key}]"),
             _ => format!("[{key}]"),

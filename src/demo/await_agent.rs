@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::coordinator::{Coordinator, Offer};
 use super::front_door::FrontDoor;
-use super::output::Page;
+use super::output::Output;
 use super::{DemoError, STOP_POLL, backends, bind_door};
 use crate::agent::shutdown::Stop;
 
@@ -21,7 +21,7 @@ pub fn run(listen: SocketAddr, port: Option<u16>, stop: &Stop, out: &mut dyn Wri
     let coordinator = Arc::new(Coordinator::serve(listener)?);
     let door = FrontDoor::start(bind_door(port)?, coordinator.clone())?;
     let base = coordinator.base();
-    let mut page = Page::new(out);
+    let mut page = Output::new(out);
     page.line(format_args!(
         "usepod-agent {} demo: a coordinator on this machine, which waits for an agent\n",
         env!("CARGO_PKG_VERSION")
@@ -37,7 +37,7 @@ pub fn run(listen: SocketAddr, port: Option<u16>, stop: &Stop, out: &mut dyn Wri
     Ok(())
 }
 
-fn show_offers(coordinator: &Coordinator, stop: &Stop, page: &mut Page<'_>) {
+fn show_offers(coordinator: &Coordinator, stop: &Stop, page: &mut Output<'_>) {
     let mut shown: Option<Offer> = None;
     while !stop.is_requested() {
         let offer = coordinator.offer();
@@ -54,8 +54,12 @@ fn show_offers(coordinator: &Coordinator, stop: &Stop, page: &mut Page<'_>) {
 
 fn described(offer: &Offer) -> String {
     let Offer { models, agent_version, provider_id, .. } = offer;
-    let names: Vec<String> = models.iter().map(|model| crate::logging::shown(&model.model_id)).collect();
+    let names: Vec<String> = models.iter().map(|model| crate::logging::sanitize_for_log(&model.model_id)).collect();
     let separator = if names.is_empty() { "" } else { ": " };
     let counted = backends::counted(names.len());
-    format!("{provider_id} ({}) offers {counted}{separator}{}", crate::logging::shown(agent_version), names.join(", "))
+    format!(
+        "{provider_id} ({}) offers {counted}{separator}{}",
+        crate::logging::sanitize_for_log(agent_version),
+        names.join(", ")
+    )
 }

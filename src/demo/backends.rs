@@ -5,22 +5,22 @@ use std::io;
 use std::sync::Arc;
 
 use super::echo::{self, Echo};
-use super::recording_backend::{Record, Witness};
+use super::recording_backend::{Recording, RecordingBackend};
 use crate::backend::{BackendError, BackendModel, BaseUrl, Kind};
 use crate::config::{BackendConfig, Config};
-use crate::discovery::{OfferedBackend, configured_backend, find_local};
+use crate::discovery::{BackendOffer, configured_backend, find_local};
 
 /// What the agent is given, and what the operator is told about it.
 pub(super) struct Chosen {
-    pub(super) backends: Vec<OfferedBackend>,
-    pub(super) record: Arc<Record>,
+    pub(super) backends: Vec<BackendOffer>,
+    pub(super) record: Arc<Recording>,
     /// The built-in backend, when it is what is used; dropping it stops it.
     pub(super) echo: Option<Echo>,
 }
 
 /// Chooses, and starts the echo backend if nothing else is there.
 pub(super) fn choose(config: Option<&Config>) -> io::Result<Chosen> {
-    let record = Arc::new(Record::default());
+    let record = Arc::new(Recording::default());
     let (configs, echo) = match config {
         Some(config) => (config.backends.clone(), None),
         None => match find_local() {
@@ -41,19 +41,19 @@ pub(super) fn is_echo(chosen: &Chosen, model_id: &str) -> bool {
     chosen.echo.is_some() && model_id == echo::MODEL
 }
 
-fn watched(config: &BackendConfig, record: &Arc<Record>) -> OfferedBackend {
-    let witness = Witness::new(configured_backend(config), record.clone());
-    OfferedBackend { backend: Arc::new(witness), ..OfferedBackend::configured(config) }
+fn watched(config: &BackendConfig, record: &Arc<Recording>) -> BackendOffer {
+    let witness = RecordingBackend::new(configured_backend(config), record.clone());
+    BackendOffer { backend: Arc::new(witness), ..BackendOffer::configured(config) }
 }
 
 /// Those that are there, but not ready yet: waiting will help.
-pub(super) fn loading(backends: &[OfferedBackend]) -> Vec<String> {
-    let is_loading = |b: &&OfferedBackend| matches!(b.backend.probe(), Err(BackendError::Loading(_)));
+pub(super) fn loading(backends: &[BackendOffer]) -> Vec<String> {
+    let is_loading = |b: &&BackendOffer| matches!(b.backend.probe(), Err(BackendError::Loading(_)));
     backends.iter().filter(is_loading).map(|b| b.backend.id().to_owned()).collect()
 }
 
 /// Why each backend contributes nothing, for an agent that offers nothing.
-pub(super) fn diagnose(backends: &[OfferedBackend]) -> Vec<String> {
+pub(super) fn diagnose(backends: &[BackendOffer]) -> Vec<String> {
     if backends.is_empty() {
         return vec!["the config has no [[backends]]; add one, or leave out `--config` to see the demo".to_owned()];
     }

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::output::{Page, millis};
-use super::overhead::{Meter, Through};
+use super::output::{Output, millis};
+use super::overhead::{OverheadMeter, Through};
 use super::timed_response::{Timed, percentile};
 use super::{DemoError, sample_request};
 use crate::backend::Backend;
@@ -59,11 +59,11 @@ pub(super) struct Figures {
 /// # Errors
 /// A hosted backend may be asked, an answer failed, or it did not come through as the backend gave it.
 pub(super) fn run(
-    meter: &Meter<'_>,
+    meter: &OverheadMeter<'_>,
     backend: &dyn Backend,
     prompt: Option<&str>,
     jobs_max: u64,
-    page: &mut Page<'_>,
+    page: &mut Output<'_>,
 ) -> Result<(), DemoError> {
     if meter.may_cost() {
         return Err(DemoError::Hosted);
@@ -99,7 +99,7 @@ pub(super) fn run(
 /// # Errors
 /// As [`run`].
 pub(super) fn pairs(
-    meter: &Meter<'_>,
+    meter: &OverheadMeter<'_>,
     backend: &dyn Backend,
     request: &Value,
     pairs_max: usize,
@@ -149,7 +149,7 @@ impl Figures {
         }
     }
 
-    fn show(&self, streams: usize, page: &mut Page<'_>) {
+    fn show(&self, streams: usize, page: &mut Output<'_>) {
         let pairs = format!("{} pairs", self.direct.first_byte.len());
         let gap = figure(percentile(&self.direct.gaps, 99));
         let gap_through = figure(percentile(&self.through.gaps, 99));
@@ -167,7 +167,7 @@ impl Figures {
         page.row("answers", "ok", &note);
     }
 
-    fn row(&self, page: &mut Page<'_>, name: &str, of: fn(&Column) -> &Vec<Duration>, note: &str) {
+    fn row(&self, page: &mut Output<'_>, name: &str, of: fn(&Column) -> &Vec<Duration>, note: &str) {
         let mut line = String::new();
         for column in [&self.direct, &self.through, &self.added] {
             line += &format!("{:>21}", spread(of(column)));

@@ -39,7 +39,7 @@ use crate::agent::Agent;
 use crate::agent::shutdown::Stop;
 use crate::backend::Backend;
 use crate::config::{Config, CoordinatorConfig, Limits, MAX_CONCURRENT_DEFAULT, Price, Pricing};
-use crate::discovery::Terms;
+use crate::discovery::OfferTerms;
 use crate::instance::identity::{Identity, IdentityError};
 use crate::sys::shell_quote;
 use crate::sys::threads;
@@ -47,8 +47,8 @@ use crate::sys::threads;
 use backends::Chosen;
 use coordinator::{Coordinator, CoordinatorError, Offer};
 use front_door::FrontDoor;
-use output::{Page, ms};
-use overhead::{Meter, Through};
+use output::{Output, ms};
+use overhead::{OverheadMeter, Through};
 use recording_backend::Seen;
 use timed_response::{Timed, percentile};
 
@@ -157,7 +157,7 @@ pub enum DemoError {
 /// # Errors
 /// When an answer is missing, or its bytes are not right.
 pub fn run(options: Options, stop: &Arc<Stop>, out: &mut dyn Write) -> Result<(), DemoError> {
-    let mut page = Page::new(out);
+    let mut page = Output::new(out);
     page.line(format_args!(
         "usepod-agent {} demo: coordinator, agent and backend on this machine",
         env!("CARGO_PKG_VERSION")
@@ -210,7 +210,7 @@ fn answers(
     agent: &RunningAgent,
     asked: Asked,
     stop: &Stop,
-    page: &mut Page<'_>,
+    page: &mut Output<'_>,
 ) -> Result<String, DemoError> {
     let mut offer = wait_for_offer(coordinator, OFFER_WAIT, |_| true, agent, stop)?;
     if offer.models.is_empty() {
@@ -232,7 +232,7 @@ fn answers(
     page.line(format_args!("> {prompt}"));
     page.line(format_args!(""));
     let (record, backends) = (&*chosen.record, &*chosen.backends);
-    let meter = Meter { coordinator, record, backends, model_id, is_echo, stop };
+    let meter = OverheadMeter { coordinator, record, backends, model_id, is_echo, stop };
     let request = sample_request::request(&meter.model_id, prompt, sample_request::ANSWER_TOKENS_MAX);
     let expected = is_echo.then(|| echo::exact_answer(&request, coordinator::Format::Openai));
     let mut through = meter.send(request)?;
@@ -287,7 +287,7 @@ fn model_to_ask(offer: &Offer) -> Option<&OfferedModel> {
     offer.models.iter().min_by_key(rank)
 }
 
-fn show_stages(offer: &Offer, arrived: &Timed, end: &JobEnd, page: &mut Page<'_>) {
+fn show_stages(offer: &Offer, arrived: &Timed, end: &JobEnd, page: &mut Output<'_>) {
     let stages = offer.stages;
     page.row("connect", &ms(stages.connect), "agent started to WebSocket accepted");
     page.row("auth", &ms(stages.auth), "accepted to Ed25519 signature verified");
@@ -301,7 +301,7 @@ fn show_stages(offer: &Offer, arrived: &Timed, end: &JobEnd, page: &mut Page<'_>
     page.row("total", &ms(arrived.total()), &tokens);
 }
 
-fn show_overhead(meter: &Meter<'_>, backend: &dyn Backend, page: &mut Page<'_>) {
+fn show_overhead(meter: &OverheadMeter<'_>, backend: &dyn Backend, page: &mut Output<'_>) {
     if meter.may_cost() {
         return page.row("overhead", "-", "not measured: each request to a hosted backend costs money");
     }
@@ -344,7 +344,7 @@ fn compare(arrived: &[u8], given: &[u8], expected: Option<&[u8]>) -> Result<(), 
 fn curl(door: &FrontDoor, model_id: &str) -> String {
     let messages = r#"[{"role":"user","content":"Hello, who are you?"}]"#;
     let model = crate::http_server::connection::quoted(model_id);
-    let data = shell_quote::word(&format!("{{\"model\":{model},\"stream\":true,\"messages\":{messages}}}"));
+    let data = shell_quote::shell_quote(&format!("{{\"model\":{model},\"stream\":true,\"messages\":{messages}}}"));
     format!("curl -N http://{}/v1/chat/completions -H 'Content-Type: application/json' -d {data}", door.address())
 }
 
@@ -367,10 +367,10 @@ impl RunningAgent {
             use_proxy: false, // the coordinator is on this machine
             identity: Identity::ephemeral()?,
             backends: chosen.backends.clone(),
-            terms: Terms { pricing, max_concurrent: limits.max_concurrent },
+            terms: OfferTerms { pricing, max_concurrent: limits.max_concurrent },
             max_tokens_per_minute: limits.max_tokens_per_minute,
             drain: limits.drain,
-            presence: None,
+            instance: None,
         };
         let stop = stop.clone();
         coordinator.expect_agent();

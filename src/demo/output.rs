@@ -5,12 +5,12 @@ use std::io::Write;
 use std::time::Duration;
 
 /// Where the demo writes. A stdout that breaks (`demo | head -1`) does not end the demo: its result is the exit code.
-pub(super) struct Page<'a> {
+pub(super) struct Output<'a> {
     out: &'a mut dyn Write,
     broken: bool,
 }
 
-impl<'a> Page<'a> {
+impl<'a> Output<'a> {
     pub(super) fn new(out: &'a mut dyn Write) -> Self {
         Self { out, broken: false }
     }
@@ -73,7 +73,7 @@ mod tests {
                 Ok(())
             }
         }
-        let mut page = Page { out: &mut Broken, broken: false };
+        let mut page = Output { out: &mut Broken, broken: false };
         page.line(format_args!("one"));
         page.row("two", "2", "two");
         assert!(page.broken);
@@ -82,7 +82,7 @@ mod tests {
     #[test]
     fn an_answer_cannot_command_the_terminal() {
         let mut out = Vec::new();
-        Page::new(&mut out).answer("a\u{1b}[2Jb\r\nc\u{9b}");
+        Output::new(&mut out).answer("a\u{1b}[2Jb\r\nc\u{9b}");
         assert_eq!(out, b"a[2Jb\nc");
     }
 

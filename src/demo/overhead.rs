@@ -15,22 +15,22 @@ use uuid::Uuid;
 
 use super::agent_protocol::JobEnd;
 use super::coordinator::{Coordinator, Format, Job, JobEvent, JobOrder, Waited};
-use super::recording_backend::Record;
+use super::recording_backend::Recording;
 use super::timed_response::Timed;
 use super::{DemoError, STOP_POLL, compare, echo};
 use crate::agent::shutdown::Stop;
 use crate::backend::{self, Backend, Kind, WireFormat};
-use crate::discovery::OfferedBackend;
+use crate::discovery::BackendOffer;
 
 /// How long one of the demo's requests may take; a cold model on a slow machine takes minutes.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(300);
 
 /// Who is asked.
-pub(super) struct Meter<'a> {
+pub(super) struct OverheadMeter<'a> {
     pub(super) coordinator: &'a Coordinator,
-    pub(super) record: &'a Record,
+    pub(super) record: &'a Recording,
     /// All that the agent has.
-    pub(super) backends: &'a [OfferedBackend],
+    pub(super) backends: &'a [BackendOffer],
     pub(super) model_id: String,
     /// Whether the backend is the built-in echo, whose every byte is known.
     pub(super) is_echo: bool,
@@ -47,7 +47,7 @@ pub(super) struct Through {
     pub(super) given: Timed,
 }
 
-impl Meter<'_> {
+impl OverheadMeter<'_> {
     /// Whether a request may cost the operator money: a job goes to any backend of its model that has a free slot. A hosted
     /// one that does not say what it lists may have it.
     pub(super) fn may_cost(&self) -> bool {
@@ -55,7 +55,7 @@ impl Meter<'_> {
         let may_list = |backend: &dyn Backend| {
             backend.list_models().map_or(true, |models| models.iter().any(|model| model.model_id == self.model_id))
         };
-        self.backends.iter().any(|OfferedBackend { backend, allowed_models, .. }| {
+        self.backends.iter().any(|BackendOffer { backend, allowed_models, .. }| {
             let is_allowed = allowed_models.as_ref().is_none_or(|allowed| allowed.contains(&self.model_id));
             is_allowed && is_hosted(backend.as_ref()) && may_list(backend.as_ref())
         })

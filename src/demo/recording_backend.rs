@@ -13,15 +13,15 @@ use super::timed_response::Timed;
 use crate::backend::{Backend, BackendHealth, BackendModel, BackendResult, Interrupt, Job, JobResult, JobSink};
 
 /// A backend, and a record of what it gave for the watched jobs.
-pub(super) struct Witness {
+pub(super) struct RecordingBackend {
     backend: Arc<dyn Backend>,
-    record: Arc<Record>,
+    record: Arc<Recording>,
 }
 
 /// The watched jobs, and what was seen of those that a backend is done with; shared by all witnesses of a demo, since any
 /// of them may see a job.
 #[derive(Default)]
-pub(super) struct Record(Mutex<Vec<(Uuid, Option<Seen>)>>);
+pub(super) struct Recording(Mutex<Vec<(Uuid, Option<Seen>)>>);
 
 /// What a backend gave for a job, from the moment that it was asked on.
 pub(super) struct Seen {
@@ -29,7 +29,7 @@ pub(super) struct Seen {
     pub(super) given: Timed,
 }
 
-impl Record {
+impl Recording {
     /// Watches this job.
     pub(super) fn watch(&self, job_id: Uuid) {
         self.lock().push((job_id, None));
@@ -43,7 +43,7 @@ impl Record {
         seen.ok_or_else(|| DemoError::WrongBytes("no backend was asked".to_owned()))
     }
 
-    fn is_watched(&self, job_id: Uuid) -> bool {
+    fn is_recording(&self, job_id: Uuid) -> bool {
         self.lock().iter().any(|(id, _)| *id == job_id)
     }
 
@@ -59,8 +59,8 @@ impl Record {
     }
 }
 
-impl Witness {
-    pub(super) fn new(backend: Arc<dyn Backend>, record: Arc<Record>) -> Self {
+impl RecordingBackend {
+    pub(super) fn new(backend: Arc<dyn Backend>, record: Arc<Recording>) -> Self {
         Self { backend, record }
     }
 
@@ -70,7 +70,7 @@ impl Witness {
         sink: &mut dyn JobSink,
         execute: impl FnOnce(&mut dyn JobSink) -> BackendResult<JobResult>,
     ) -> BackendResult<JobResult> {
-        if !self.record.is_watched(job_id) {
+        if !self.record.is_recording(job_id) {
             return execute(sink);
         }
         let mut recording = RecordingSink { sink, given: Timed::asked_now() };
@@ -80,7 +80,7 @@ impl Witness {
     }
 }
 
-impl Backend for Witness {
+impl Backend for RecordingBackend {
     fn kind(&self) -> &'static str {
         self.backend.kind()
     }

@@ -6,9 +6,9 @@ use serde_json::Value;
 
 use super::agent_protocol::JobEnd;
 use super::assemble;
-use super::overhead::{Meter, Through};
+use super::overhead::{OverheadMeter, Through};
 use super::sse::EventSplitter;
-use super::{DemoError, Page};
+use super::{DemoError, Output};
 use crate::http_server::connection::quoted;
 
 /// The longest answer that the demo shows.
@@ -28,7 +28,11 @@ pub(super) fn request(model_id: &str, prompt: &str, tokens_max: u32) -> Value {
 }
 
 /// Waits for the answer and prints its text as it comes.
-pub(super) fn print(meter: &Meter<'_>, through: &mut Through, page: &mut Page<'_>) -> Result<JobEnd, DemoError> {
+pub(super) fn print(
+    meter: &OverheadMeter<'_>,
+    through: &mut Through,
+    page: &mut Output<'_>,
+) -> Result<JobEnd, DemoError> {
     let asked_at = Instant::now();
     let mut splitter = EventSplitter::default();
     let (mut bytes, mut visible, mut patient) = (0, false, true);
@@ -47,7 +51,7 @@ pub(super) fn print(meter: &Meter<'_>, through: &mut Through, page: &mut Page<'_
 }
 
 /// Prints what an event adds to the answer; whether it was anything.
-fn show(data: &str, page: &mut Page<'_>) -> bool {
+fn show(data: &str, page: &mut Output<'_>) -> bool {
     let Ok(event) = serde_json::from_str::<Value>(data) else { return false };
     let text = assemble::delta_text(&event);
     page.answer(&text);

@@ -15,7 +15,7 @@ pub const FAILURES_MAX: u32 = 3;
 pub const QUARANTINE: Duration = Duration::from_secs(4);
 
 /// One of the backends that share the jobs.
-pub struct Member {
+pub struct BackendHandle {
     /// Where its jobs go.
     pub backend: Arc<dyn Backend>,
     /// Jobs that it may run at a time.
@@ -31,10 +31,10 @@ struct Health {
     failing_since: Option<Instant>,
 }
 
-impl Member {
+impl BackendHandle {
     /// Idle and healthy.
-    pub fn new(backend: Arc<dyn Backend>, slots_max: u32) -> Arc<Member> {
-        Arc::new(Member { backend, slots_max, taken: AtomicU32::new(0), health: Mutex::default() })
+    pub fn new(backend: Arc<dyn Backend>, slots_max: u32) -> Arc<BackendHandle> {
+        Arc::new(BackendHandle { backend, slots_max, taken: AtomicU32::new(0), health: Mutex::default() })
     }
 
     /// Jobs that it could take now.
@@ -43,7 +43,7 @@ impl Member {
     }
 
     /// A place for a job, unless all are taken.
-    pub fn take_slot(self: &Arc<Self>) -> Option<Slot> {
+    pub fn try_acquire_slot(self: &Arc<Self>) -> Option<Slot> {
         let one_more = |taken| (taken < self.slots_max).then_some(taken + 1);
         self.taken.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more).ok()?;
         Some(Slot(self.clone()))
@@ -51,7 +51,7 @@ impl Member {
 
     /// Takes note of how a job went; true when this was the failure that makes it failing. What is the fault of the request,
     /// of the deadline or of the box counts neither way.
-    pub fn job_ended(&self, outcome: &BackendResult<JobResult>) -> bool {
+    pub fn record_outcome(&self, outcome: &BackendResult<JobResult>) -> bool {
         let mut health = self.health();
         match outcome {
             Ok(_) => health.failures = 0,
@@ -87,11 +87,11 @@ impl Member {
 }
 
 /// A job's place at a member.
-pub struct Slot(Arc<Member>);
+pub struct Slot(Arc<BackendHandle>);
 
 impl Slot {
     /// Whose it is.
-    pub fn member(&self) -> &Arc<Member> {
+    pub fn backend(&self) -> &Arc<BackendHandle> {
         &self.0
     }
 }
@@ -107,8 +107,8 @@ mod tests {
     use super::*;
     use crate::backend::{BackendError, HttpBackend, HttpStatus, Kind};
 
-    fn member(slots_max: u32) -> Arc<Member> {
-        Member::new(Arc::new(HttpBackend::new(Kind::Vllm, None, None)), slots_max)
+    fn member(slots_max: u32) -> Arc<BackendHandle> {
+        BackendHandle::new(Arc::new(HttpBackend::new(Kind::Vllm, None, None)), slots_max)
     }
 
     fn status(status: u16) -> BackendResult<JobResult> {
@@ -118,13 +118,13 @@ mod tests {
     #[test]
     fn slots_are_given_out_and_back() {
         let member = member(2);
-        let first = member.take_slot();
-        let second = member.take_slot();
-        assert!(first.is_some() && second.is_some() && member.take_slot().is_none());
+        let first = member.try_acquire_slot();
+        let second = member.try_acquire_slot();
+        assert!(first.is_some() && second.is_some() && member.try_acquire_slot().is_none());
         assert_eq!(member.slots_free(), 0);
         drop(first);
         assert_eq!(member.slots_free(), 1);
-        assert!(member.take_slot().is_some());
+        assert!(member.try_acquire_slot().is_some());
     }
 
     #[test]
@@ -140,28 +140,28 @@ mod tests {
             Err(BackendError::DeadlinePassed),
         ];
         let member = member(1);
-        assert!(!member.job_ended(&status(500)) && !member.job_ended(&refused()));
-        assert!(!member.job_ended(&Ok(JobResult::default())));
-        assert!(!member.job_ended(&status(502)) && !member.job_ended(&refused()));
+        assert!(!member.record_outcome(&status(500)) && !member.record_outcome(&refused()));
+        assert!(!member.record_outcome(&Ok(JobResult::default())));
+        assert!(!member.record_outcome(&status(502)) && !member.record_outcome(&refused()));
         for outcome in &neither {
-            assert!(!member.job_ended(outcome), "{outcome:?}");
+            assert!(!member.record_outcome(outcome), "{outcome:?}");
         }
         assert!(!member.is_failing());
-        assert!(member.job_ended(&status(503)));
+        assert!(member.record_outcome(&status(503)));
         assert!(member.is_failing());
-        assert!(!member.job_ended(&status(500)), "told once");
+        assert!(!member.record_outcome(&status(500)), "told once");
     }
 
     #[test]
     fn only_a_probe_after_the_quarantine_brings_it_back() {
         let member = member(1);
         for _ in 0..FAILURES_MAX {
-            member.job_ended(&Err(BackendError::Status(HttpStatus { status: 500, body: String::new() })));
+            member.record_outcome(&Err(BackendError::Status(HttpStatus { status: 500, body: String::new() })));
         }
         let now = Instant::now();
         assert!(!member.probe_succeeded(now));
-        assert!(!member.job_ended(&Ok(JobResult::default())) && member.is_failing());
+        assert!(!member.record_outcome(&Ok(JobResult::default())) && member.is_failing());
         assert!(member.probe_succeeded(now + QUARANTINE));
-        assert!(!member.is_failing() && !member.job_ended(&status(500)), "counted anew");
+        assert!(!member.is_failing() && !member.record_outcome(&status(500)), "counted anew");
     }
 }

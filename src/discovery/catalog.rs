@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use super::backend_handle::Member;
+use super::backend_handle::BackendHandle;
 use super::{DiscoveredBackend, ResolvedModel};
 use crate::backend::Kind;
 
@@ -22,13 +22,13 @@ pub struct Catalog {
 /// Members of equal rank, in the order of the file.
 struct Tier {
     rank: usize,
-    members: Vec<Arc<Member>>,
+    members: Vec<Arc<BackendHandle>>,
 }
 
 /// What one member lists.
 pub struct Listing {
     /// Who.
-    pub member: Arc<Member>,
+    pub member: Arc<BackendHandle>,
     /// Its models, each with a price.
     pub models: Vec<ResolvedModel>,
 }
@@ -36,7 +36,7 @@ pub struct Listing {
 impl Listing {
     /// Of a backend that may run so many jobs at a time.
     pub fn of(discovered: DiscoveredBackend, slots_max: u32) -> Listing {
-        Listing { member: Member::new(discovered.backend, slots_max), models: discovered.models }
+        Listing { member: BackendHandle::new(discovered.backend, slots_max), models: discovered.models }
     }
 }
 
@@ -58,7 +58,7 @@ impl Catalog {
 
     /// Adds the members for the models that have none yet; returns those models, by their names.
     fn route(&mut self, listings: Vec<Listing>) -> Vec<ResolvedModel> {
-        let rank_of = |member: &Member| Kind::rank_of(member.backend.kind());
+        let rank_of = |member: &BackendHandle| Kind::rank_of(member.backend.kind());
         let mut added: BTreeMap<String, (ResolvedModel, Vec<Tier>)> = BTreeMap::new();
         for (rank, Listing { member, models }) in in_order(listings.iter().map(|of| (rank_of(&of.member), of))) {
             for model in models.iter().filter(|model| !self.routes.contains_key(&model.model_id)) {
@@ -79,7 +79,7 @@ impl Catalog {
 
     /// Where a job for `model_id` may go, in order of preference: of equals the one with the most free slots. Empty when
     /// nobody lists it.
-    pub fn route_of(&self, model_id: &str) -> Vec<Arc<Member>> {
+    pub fn candidates(&self, model_id: &str) -> Vec<Arc<BackendHandle>> {
         let mut route = Vec::new();
         for tier in self.routes.get(model_id).into_iter().flatten() {
             // Each is asked once, as slots come and go meanwhile.
@@ -103,7 +103,7 @@ fn in_order<K: Ord, T>(all: impl Iterator<Item = (K, T)>) -> Vec<(K, T)> {
 
 /// The newest catalog, and whoever wants to know when the offer changes.
 #[derive(Default)]
-pub struct Offers {
+pub struct OfferFeed {
     newest: RwLock<Arc<Catalog>>,
     listener: Mutex<Option<Listener>>,
     /// The operator wants nothing to be offered. Changes under the listener's lock alone.
@@ -113,10 +113,10 @@ pub struct Offers {
 /// Called with each new offer; must not block.
 type Listener = Box<dyn Fn(&[ResolvedModel]) + Send>;
 
-impl Offers {
+impl OfferFeed {
     /// With a catalog that nobody is going to replace.
-    pub fn fixed(catalog: Catalog) -> Offers {
-        Offers { newest: RwLock::new(Arc::new(catalog)), ..Offers::default() }
+    pub fn fixed(catalog: Catalog) -> OfferFeed {
+        OfferFeed { newest: RwLock::new(Arc::new(catalog)), ..OfferFeed::default() }
     }
 
     /// The newest.
@@ -125,7 +125,7 @@ impl Offers {
     }
 
     /// What is offered of a catalog: nothing while the agent is paused.
-    pub fn offered<'a>(&self, catalog: &'a Catalog) -> &'a [ResolvedModel] {
+    pub fn visible_offer<'a>(&self, catalog: &'a Catalog) -> &'a [ResolvedModel] {
         if self.is_paused() { &[] } else { &catalog.offer }
     }
 
@@ -139,7 +139,7 @@ impl Offers {
         let listener = self.listener();
         let is_change = self.paused.swap(paused, Ordering::SeqCst) != paused;
         if let Some(listener) = listener.as_ref().filter(|_| is_change) {
-            listener(self.offered(&self.snapshot()));
+            listener(self.visible_offer(&self.snapshot()));
         }
         is_change
     }
@@ -149,7 +149,7 @@ impl Offers {
     pub fn listen(&self, listener: impl Fn(&[ResolvedModel]) + Send + 'static) {
         // Locked throughout, so that no publication falls between the first call and the next.
         let mut slot = self.listener();
-        listener(self.offered(&self.snapshot()));
+        listener(self.visible_offer(&self.snapshot()));
         *slot = Some(Box::new(listener));
     }
 
@@ -197,20 +197,21 @@ mod tests {
     #[test]
     fn a_route_is_found_while_slots_come_and_go() {
         let catalog = Catalog::new((0..64).map(|_| listing("m")).collect(), Vec::new());
-        let members = catalog.route_of("m");
+        let members = catalog.candidates("m");
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
             for turn in 0..2 {
                 let (members, over) = (&members, &over);
                 scope.spawn(move || {
                     while !over.load(Ordering::Relaxed) {
-                        let slots: Vec<_> = members.iter().skip(turn).step_by(2).map(|m| m.take_slot()).collect();
+                        let slots: Vec<_> =
+                            members.iter().skip(turn).step_by(2).map(|m| m.try_acquire_slot()).collect();
                         drop(slots);
                     }
                 });
             }
             let routes = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                (0..5_000).for_each(|_| assert_eq!(catalog.route_of("m").len(), members.len()));
+                (0..5_000).for_each(|_| assert_eq!(catalog.candidates("m").len(), members.len()));
             }));
             over.store(true, Ordering::Relaxed);
             routes.expect("no panic");

@@ -12,7 +12,7 @@ use crate::config::BackendConfig;
 const LOOK_TIME: Duration = Duration::from_millis(800);
 
 /// A server that was found, and what it lists.
-pub struct Found {
+pub struct LocalBackend {
     /// As it would stand in `agent.toml`.
     pub config: BackendConfig,
     /// Never empty.
@@ -20,7 +20,7 @@ pub struct Found {
 }
 
 /// The servers on the default ports that list at least one model, in the order of rank.
-pub fn find_local() -> Vec<Found> {
+pub fn find_local() -> Vec<LocalBackend> {
     let mut candidates: Vec<BackendConfig> = Vec::new();
     for kind in Kind::ALL {
         let urls = kind.default_urls().iter().filter_map(|url| BaseUrl::parse(url).ok());
@@ -34,7 +34,7 @@ pub fn find_local() -> Vec<Found> {
         let id = backend.id();
         match answer {
             Some(Ok(models)) if models.is_empty() => log::info!("no {id}: it lists no models"),
-            Some(Ok(models)) => found.push(Found { config, models }),
+            Some(Ok(models)) => found.push(LocalBackend { config, models }),
             Some(Err(error)) => crate::debug!("no {id}: {error}"),
             None => crate::debug!("no {id}: no answer in time"),
         }

@@ -13,11 +13,11 @@ mod prober;
 use std::collections::HashSet;
 use std::sync::Arc;
 
-pub use backend_handle::{Member, Slot};
-pub use backend_status::Probed;
-pub use catalog::{Catalog, Listing, Offers};
-pub use local::{Found, find_local};
-pub use prober::{Housekeeping, Prober, dice, probe_all};
+pub use backend_handle::{BackendHandle, Slot};
+pub use backend_status::BackendStatus;
+pub use catalog::{Catalog, Listing, OfferFeed};
+pub use local::{LocalBackend, find_local};
+pub use prober::{Housekeeping, Prober, jitter, probe_all};
 
 use crate::backend::{Backend, BackendModel, HttpBackend};
 use crate::config::{BackendConfig, Pricing};
@@ -53,7 +53,7 @@ pub struct DiscoveredBackend {
 
 /// A backend that may be offered, as configured.
 #[derive(Clone)]
-pub struct OfferedBackend {
+pub struct BackendOffer {
     /// The backend.
     pub backend: Arc<dyn Backend>,
     /// Only these of its models; `None` for all of them.
@@ -64,7 +64,7 @@ pub struct OfferedBackend {
 
 /// What does not depend on a backend.
 #[derive(Debug, Clone)]
-pub struct Terms {
+pub struct OfferTerms {
     /// The operator's prices.
     pub pricing: Pricing,
     /// Jobs in flight, over all models.
@@ -76,10 +76,10 @@ pub fn configured_backend(config: &BackendConfig) -> Arc<dyn Backend> {
     Arc::new(HttpBackend::new(config.kind, config.url.clone(), config.api_key_env.as_deref()))
 }
 
-impl OfferedBackend {
+impl BackendOffer {
     /// What a `[[backends]]` entry offers.
-    pub fn configured(config: &BackendConfig) -> OfferedBackend {
-        OfferedBackend {
+    pub fn configured(config: &BackendConfig) -> BackendOffer {
+        BackendOffer {
             backend: configured_backend(config),
             allowed_models: config.models.clone(),
             max_concurrent: config.max_concurrent,
@@ -87,12 +87,12 @@ impl OfferedBackend {
     }
 
     /// Jobs that it may run at a time.
-    pub fn slots_max(&self, terms: &Terms) -> u32 {
+    pub fn slots_max(&self, terms: &OfferTerms) -> u32 {
         self.max_concurrent.unwrap_or(terms.max_concurrent).min(terms.max_concurrent)
     }
 
     /// Prices what the backend listed. A model with a price of 0 is dropped, and so is a second one of the same name.
-    pub fn resolve(&self, listed: Vec<BackendModel>, terms: &Terms) -> DiscoveredBackend {
+    pub fn price(&self, listed: Vec<BackendModel>, terms: &OfferTerms) -> DiscoveredBackend {
         let allowed = |id: &str| self.allowed_models.as_ref().is_none_or(|only| only.iter().any(|m| m == id));
         let mut seen = HashSet::new();
         let mut models: Vec<ResolvedModel> = Vec::new();

@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-use super::backend_status::Answer;
-use super::{Catalog, OfferedBackend, Offers, Probed, Terms};
+use super::backend_status::ProbeResult;
+use super::{BackendOffer, BackendStatus, Catalog, OfferFeed, OfferTerms};
 use crate::backend::{Backend, BackendError};
-use crate::instance::wake_socket::{Bell, Ringer, Woken};
+use crate::instance::wake_socket::{WakeSocket, Waker, Wakeup};
 use crate::sys::malloc;
 use crate::sys::threads;
 
@@ -23,9 +23,9 @@ const REFRESH: Duration = Duration::from_secs(30);
 /// A backend that may serve at any moment (loading its model, full, or too slow to answer) is asked this often.
 const REFRESH_SOON: Duration = Duration::from_secs(5);
 /// The first offer waits for all probes; from here on only until one has found something.
-const SETTLE: Duration = Duration::from_secs(1);
+const FIRST_OFFER_GRACE: Duration = Duration::from_secs(1);
 /// Rounds that failing jobs ask for are at least so far apart.
-const NUDGE_SPACING: Duration = Duration::from_secs(1);
+const REFRESH_SPACING: Duration = Duration::from_secs(1);
 
 const _: () = assert!(REFRESH_SOON.as_secs() <= REFRESH.as_secs());
 
@@ -40,24 +40,24 @@ struct Handle {
 /// What was noted for the thread.
 struct Inbox {
     notes: Mutex<Notes>,
-    ringer: Ringer,
+    waker: Waker,
 }
 
 #[derive(Default)]
 struct Notes {
-    wanted: Wanted,
-    answers: Vec<(usize, Answer)>,
+    requests: Requests,
+    answers: Vec<(usize, ProbeResult)>,
     /// Nobody holds a handle any more.
     is_over: bool,
 }
 
 /// Why a round is wanted.
 #[derive(Default)]
-struct Wanted {
+struct Requests {
     /// Somebody waits for an offer: each sender is dropped when there can be one.
-    settle: Vec<Sender<()>>,
+    waiters: Vec<Sender<()>>,
     /// The offer may be out of date: a round, soon.
-    nudged: bool,
+    refresh: bool,
     /// The jobs of a backend fail: an offer without it, at once, and a round when it may have recovered.
     withdraw: bool,
 }
@@ -65,7 +65,7 @@ struct Wanted {
 impl Inbox {
     fn note(&self, change: impl FnOnce(&mut Notes)) {
         change(&mut self.notes());
-        self.ringer.ring();
+        self.waker.wake();
     }
 
     fn notes(&self) -> MutexGuard<'_, Notes> {
@@ -75,7 +75,7 @@ impl Inbox {
 
 /// Called in the thread each time that it has been woken, when it is through with its own work: whether that work brought
 /// news or another process asked, and how the backends are.
-pub type Housekeeping = Box<dyn FnMut(bool, &[Probed]) + Send>;
+pub type Housekeeping = Box<dyn FnMut(bool, &[BackendStatus]) + Send>;
 
 impl Prober {
     /// Starts the thread, which sleeps on `bell`; its first round begins with the first request.
@@ -83,14 +83,14 @@ impl Prober {
     /// # Errors
     /// The system refused a thread.
     pub fn spawn(
-        backends: Vec<OfferedBackend>,
-        terms: Terms,
-        offers: Arc<Offers>,
-        bell: Bell,
+        backends: Vec<BackendOffer>,
+        terms: OfferTerms,
+        offers: Arc<OfferFeed>,
+        wake_socket: WakeSocket,
         housekeeping: Housekeeping,
     ) -> std::io::Result<Prober> {
-        let inbox = Arc::new(Inbox { notes: Mutex::default(), ringer: bell.ringer() });
-        let backends = backends.into_iter().map(|offered| Probed::new(offered, &terms)).collect();
+        let inbox = Arc::new(Inbox { notes: Mutex::default(), waker: wake_socket.waker() });
+        let backends = backends.into_iter().map(|offered| BackendStatus::new(offered, &terms)).collect();
         let actor = Actor {
             backends,
             terms,
@@ -98,29 +98,29 @@ impl Prober {
             inbox: inbox.clone(),
             housekeeping,
             round: None,
-            wanted: Wanted::default(),
+            wanted: Requests::default(),
             due: None,
             last_round: Instant::now(),
         };
-        threads::spawn("prober", move || actor.run(bell))?;
+        threads::spawn("prober", move || actor.run(wake_socket))?;
         Ok(Prober(Arc::new(Handle { inbox })))
     }
 
     /// Asks for a round. The receiver disconnects when every backend has been heard, or enough of them to begin with.
     pub fn refresh(&self) -> Receiver<()> {
         let (settled, receiver) = bounded(0);
-        self.0.inbox.note(|notes| notes.wanted.settle.push(settled));
+        self.0.inbox.note(|notes| notes.requests.waiters.push(settled));
         receiver
     }
 
     /// A job found its backend gone: asks for a round, waits for nothing.
-    pub fn nudge(&self) {
-        self.0.inbox.note(|notes| notes.wanted.nudged = true);
+    pub fn request_refresh(&self) {
+        self.0.inbox.note(|notes| notes.requests.refresh = true);
     }
 
     /// The jobs of a member fail: has it withdrawn from the offer until a probe succeeds.
     pub fn withdraw_failing(&self) {
-        self.0.inbox.note(|notes| notes.wanted.withdraw = true);
+        self.0.inbox.note(|notes| notes.requests.withdraw = true);
     }
 }
 
@@ -131,15 +131,15 @@ impl Drop for Handle {
 }
 
 struct Actor {
-    backends: Vec<Probed>,
-    terms: Terms,
-    offers: Arc<Offers>,
+    backends: Vec<BackendStatus>,
+    terms: OfferTerms,
+    offers: Arc<OfferFeed>,
     inbox: Arc<Inbox>,
     housekeeping: Housekeeping,
     /// The one that is on.
     round: Option<Round>,
     /// What asks for the next round.
-    wanted: Wanted,
+    wanted: Requests,
     /// When the next round begins; nothing is due before somebody asks.
     due: Option<Instant>,
     last_round: Instant,
@@ -148,7 +148,7 @@ struct Actor {
 /// All backends, asked side by side.
 struct Round {
     began: Instant,
-    unheard: usize,
+    pending: usize,
     /// There is something to offer: a slow backend holds nobody up.
     has_found: bool,
     /// Until an offer can be made.
@@ -157,21 +157,21 @@ struct Round {
 
 impl Actor {
     /// The bell goes before the housekeeping, whose lock keeps others from hanging up one of their own in its place.
-    fn run(mut self, bell: Bell) {
+    fn run(mut self, wake_socket: WakeSocket) {
         loop {
-            let woken = bell.wait(self.wakes_at());
+            let woken = wake_socket.wait(self.next_wakeup());
             let notes = std::mem::take(&mut *self.inbox.notes());
             if notes.is_over {
                 return;
             }
             let is_news = self.work(notes);
-            (self.housekeeping)(is_news || woken == Woken::Outside, &self.backends);
+            (self.housekeeping)(is_news || woken == Wakeup::External, &self.backends);
         }
     }
 
-    fn wakes_at(&self) -> Option<Instant> {
+    fn next_wakeup(&self) -> Option<Instant> {
         match &self.round {
-            Some(round) if round.has_found && !round.waiting.is_empty() => Some(round.began + SETTLE),
+            Some(round) if round.has_found && !round.waiting.is_empty() => Some(round.began + FIRST_OFFER_GRACE),
             // Every probe has a time of its own, and answers.
             Some(_) => None,
             None => self.due,
@@ -180,68 +180,68 @@ impl Actor {
 
     /// Everything that there is to do now; true when it changed how a backend is, or the offer.
     fn work(&mut self, notes: Notes) -> bool {
-        let Notes { wanted, answers, .. } = notes;
+        let Notes { requests: wanted, answers, .. } = notes;
         let mut is_news = false;
         for backend in &mut self.backends {
             is_news |= backend.withdraw_if_failing();
         }
         if is_news || !answers.is_empty() {
-            is_news |= self.hear(answers);
+            is_news |= self.apply_probes(answers);
             is_news |= self.publish();
         }
-        self.settle();
-        self.wanted.settle.extend(wanted.settle);
-        self.wanted.nudged |= wanted.nudged;
+        self.release_waiters();
+        self.wanted.waiters.extend(wanted.waiters);
+        self.wanted.refresh |= wanted.refresh;
         self.wanted.withdraw |= wanted.withdraw;
         if self.round.is_none() {
-            self.bring_forward();
+            self.schedule_next();
             if self.due.is_some_and(|due| due <= Instant::now()) {
                 self.begin_round();
-                self.settle();
+                self.release_waiters();
             }
         }
         is_news
     }
 
-    fn hear(&mut self, answers: Vec<(usize, Answer)>) -> bool {
+    fn apply_probes(&mut self, answers: Vec<(usize, ProbeResult)>) -> bool {
         let Some(round) = &mut self.round else { return false };
         let mut is_news = false;
         for (index, answer) in answers {
             let backend = &mut self.backends[index];
-            is_news |= backend.hear(answer, round.began, &self.terms);
+            is_news |= backend.apply_probe(answer, round.began, &self.terms);
             round.has_found |= backend.is_offered();
-            round.unheard -= 1;
+            round.pending -= 1;
         }
         is_news
     }
 
     /// Ends the round when all have been heard, and lets those go who wait for an offer when there can be one.
-    fn settle(&mut self) {
+    fn release_waiters(&mut self) {
         let Some(round) = &mut self.round else { return };
-        if round.unheard > 0 {
-            if round.has_found && round.began.elapsed() >= SETTLE {
+        if round.pending > 0 {
+            if round.has_found && round.began.elapsed() >= FIRST_OFFER_GRACE {
                 round.waiting.clear();
             }
             return;
         }
         self.round = None;
-        malloc::give_back();
+        malloc::trim_if_requested();
         self.last_round = Instant::now();
-        let wait = if self.backends.iter().any(Probed::may_serve_soon) { REFRESH_SOON } else { REFRESH };
-        self.due = Some(self.last_round + wait.mul_f64(0.8 + 0.4 * dice()));
+        let wait = if self.backends.iter().any(BackendStatus::may_serve_soon) { REFRESH_SOON } else { REFRESH };
+        self.due = Some(self.last_round + wait.mul_f64(0.8 + 0.4 * jitter()));
     }
 
     /// Has the next round begin when it is wanted. A backend in trouble is not asked for every job that it fails; one that
     /// fails its jobs while it is healthy is asked soon, but not at once.
-    fn bring_forward(&mut self) {
+    fn schedule_next(&mut self) {
         let now = Instant::now();
         let wanted = match &self.wanted {
-            Wanted { settle, .. } if !settle.is_empty() => now,
-            Wanted { nudged: true, .. } => self.last_round + NUDGE_SPACING,
-            Wanted { withdraw: true, .. } => now + REFRESH_SOON,
+            Requests { waiters: settle, .. } if !settle.is_empty() => now,
+            Requests { refresh: true, .. } => self.last_round + REFRESH_SPACING,
+            Requests { withdraw: true, .. } => now + REFRESH_SOON,
             _ => return,
         };
-        (self.wanted.nudged, self.wanted.withdraw) = (false, false);
+        (self.wanted.refresh, self.wanted.withdraw) = (false, false);
         self.due = Some(self.due.map_or(wanted, |due| due.min(wanted)));
     }
 
@@ -249,9 +249,9 @@ impl Actor {
     fn begin_round(&mut self) {
         let round = Round {
             began: Instant::now(),
-            unheard: self.backends.len(),
+            pending: self.backends.len(),
             has_found: false,
-            waiting: std::mem::take(&mut self.wanted.settle),
+            waiting: std::mem::take(&mut self.wanted.waiters),
         };
         self.round = Some(round);
         let backends: Vec<_> = self.backends.iter().map(|probed| probed.offered().backend.clone()).collect();
@@ -262,20 +262,20 @@ impl Actor {
 
     fn publish(&self) -> bool {
         let listings = |offered: bool| {
-            self.backends.iter().filter(move |b| b.is_offered() == offered).filter_map(Probed::listing).collect()
+            self.backends.iter().filter(move |b| b.is_offered() == offered).filter_map(BackendStatus::listing).collect()
         };
         self.offers.publish(Catalog::new(listings(true), listings(false)))
     }
 }
 
 /// Probes all of them side by side; the answers are in their order.
-pub fn probe_all(backends: &[Arc<dyn Backend>]) -> Vec<Answer> {
+pub fn probe_all(backends: &[Arc<dyn Backend>]) -> Vec<ProbeResult> {
     probe_within(backends, Duration::MAX).into_iter().flatten().collect()
 }
 
 /// Likewise, but nobody waits longer than `limit`: `None` for those that have not answered by then.
-pub fn probe_within(backends: &[Arc<dyn Backend>], limit: Duration) -> Vec<Option<Answer>> {
-    let answers: Vec<Option<Answer>> = backends.iter().map(|_| None).collect();
+pub fn probe_within(backends: &[Arc<dyn Backend>], limit: Duration) -> Vec<Option<ProbeResult>> {
+    let answers: Vec<Option<ProbeResult>> = backends.iter().map(|_| None).collect();
     let answers = Arc::new(Mutex::new(answers));
     // Gone with the last one who tells.
     let (asked, all_told) = bounded::<()>(0);
@@ -291,7 +291,7 @@ pub fn probe_within(backends: &[Arc<dyn Backend>], limit: Duration) -> Vec<Optio
 }
 
 /// `tell` is given one answer for each backend, in the order in which they come.
-fn ask_all(backends: &[Arc<dyn Backend>], tell: Arc<dyn Fn(usize, Answer) + Send + Sync>) {
+fn ask_all(backends: &[Arc<dyn Backend>], tell: Arc<dyn Fn(usize, ProbeResult) + Send + Sync>) {
     for (index, backend) in backends.iter().enumerate() {
         let ask = {
             let (backend, tell) = (backend.clone(), tell.clone());
@@ -309,7 +309,7 @@ fn ask_all(backends: &[Arc<dyn Backend>], tell: Arc<dyn Fn(usize, Answer) + Send
 }
 
 /// Uniform in `0.0..1.0`. The standard library's hasher keys are random; jitter needs no better.
-pub fn dice() -> f64 {
+pub fn jitter() -> f64 {
     let random = RandomState::new().build_hasher().finish();
     (random >> 11) as f64 / (1u64 << 53) as f64
 }
@@ -357,9 +357,9 @@ mod tests {
         }
     }
 
-    fn terms() -> Terms {
+    fn terms() -> OfferTerms {
         let price = Price { input_per_1m: 1, output_per_1m: 1 };
-        Terms { pricing: Pricing { default: price, models: Default::default() }, max_concurrent: 8 }
+        OfferTerms { pricing: Pricing { default: price, models: Default::default() }, max_concurrent: 8 }
     }
 
     /// Says, when it is dropped, whether the socket was still there.
@@ -374,11 +374,11 @@ mod tests {
     #[test]
     fn the_bell_is_gone_before_the_lock_is_free_for_the_next_agent() {
         let path = std::env::temp_dir().join(format!("usepod-prober-{}", std::process::id()));
-        let bell = Bell::at(&path).expect("a socket");
+        let wake_socket = WakeSocket::at(&path).expect("a socket");
         let (sender, was_there) = bounded(1);
         let lock = Lock(path, sender);
         let housekeeping: Housekeeping = Box::new(move |_, _| assert!(lock.0.exists()));
-        drop(Prober::spawn(Vec::new(), terms(), Arc::default(), bell, housekeeping).expect("a thread"));
+        drop(Prober::spawn(Vec::new(), terms(), Arc::default(), wake_socket, housekeeping).expect("a thread"));
         assert_eq!(was_there.recv_timeout(PATIENCE), Ok(false));
     }
 
@@ -386,30 +386,30 @@ mod tests {
     fn who_fails_its_jobs_is_withdrawn_at_once_also_while_another_hangs_in_its_probe() {
         let offered = |models, asked: &Sender<()>, gate: &Receiver<()>| {
             let backend = Arc::new(Gated { models, asked: asked.clone(), gate: gate.clone() });
-            OfferedBackend { backend, allowed_models: None, max_concurrent: None }
+            BackendOffer { backend, allowed_models: None, max_concurrent: None }
         };
         let (asked, questions) = bounded(1);
         let (release, gate) = bounded(0);
         let open = bounded(0).1;
         let backends = vec![offered(&["m"], &bounded(0).0, &open), offered(&["n"], &asked, &gate)];
-        let offers = Arc::new(Offers::default());
+        let offers = Arc::new(OfferFeed::default());
         let (sizes_tx, sizes) = crossbeam_channel::unbounded();
         offers.listen(move |offer| sizes_tx.send(offer.len()).expect("the test listens"));
         let assert_offered = |models| assert_eq!(sizes.recv_timeout(PATIENCE), Ok(models));
         assert_offered(0);
         let (news_tx, news) = crossbeam_channel::unbounded();
         let housekeeping: Housekeeping = Box::new(move |is_news, backends| {
-            let away = backends.iter().filter(|backend| backend.away().is_some()).count();
+            let away = backends.iter().filter(|backend| backend.unavailable().is_some()).count();
             let _ = news_tx.send((is_news, away));
         });
-        let bell = Bell::private().expect("sockets");
-        let prober = Prober::spawn(backends, terms(), offers.clone(), bell, housekeeping).expect("a thread");
+        let wake_socket = WakeSocket::private().expect("sockets");
+        let prober = Prober::spawn(backends, terms(), offers.clone(), wake_socket, housekeeping).expect("a thread");
         let settled = prober.refresh();
         questions.recv_timeout(PATIENCE).expect("the second is asked");
         assert_offered(1);
-        let member = offers.snapshot().route_of("m").remove(0);
+        let member = offers.snapshot().candidates("m").remove(0);
         for _ in 0..FAILURES_MAX {
-            member.job_ended(&Err(BackendError::Unreachable("refused".into())));
+            member.record_outcome(&Err(BackendError::Unreachable("refused".into())));
         }
         prober.withdraw_failing();
         assert_offered(0);

@@ -6,9 +6,9 @@ use std::thread::JoinHandle;
 
 use super::inference_check;
 use super::report::Report;
-use crate::backend::{Backend, BackendError, BackendModel, BackendResult, Examination, HttpBackend, Kind};
+use crate::backend::{Backend, BackendError, BackendModel, BackendResult, Diagnosis, HttpBackend, Kind};
 use crate::config::BackendConfig;
-use crate::discovery::{OfferedBackend, ResolvedModel, Terms};
+use crate::discovery::{BackendOffer, OfferTerms, ResolvedModel};
 use crate::sys::threads;
 
 /// So many names are listed, then counted.
@@ -19,27 +19,27 @@ const ALIKE: usize = 3;
 const COMPARED_MAX: usize = 80;
 
 /// A backend that is being examined; all of them side by side, while other layers are.
-pub struct Patient<'a> {
+pub struct BackendCheck<'a> {
     config: &'a BackendConfig,
     server: Arc<HttpBackend>,
-    examined: Arc<Mutex<Option<BackendResult<Examination>>>>,
+    examined: Arc<Mutex<Option<BackendResult<Diagnosis>>>>,
     asking: Option<JoinHandle<()>>,
 }
 
-impl<'a> Patient<'a> {
+impl<'a> BackendCheck<'a> {
     /// Begins to ask.
-    pub fn admit(config: &'a BackendConfig) -> Patient<'a> {
+    pub fn start(config: &'a BackendConfig) -> BackendCheck<'a> {
         let server = Arc::new(HttpBackend::new(config.kind, config.url.clone(), config.api_key_env.as_deref()));
         let examined = Arc::new(Mutex::new(None));
         let ask = {
             let (server, examined) = (server.clone(), examined.clone());
-            move || *examined.lock().unwrap_or_else(PoisonError::into_inner) = Some(server.examine())
+            move || *examined.lock().unwrap_or_else(PoisonError::into_inner) = Some(server.diagnose())
         };
-        Patient { config, server, examined, asking: threads::spawn("examine", ask).ok() }
+        BackendCheck { config, server, examined, asking: threads::spawn("examine", ask).ok() }
     }
 
     /// Tells what was found; with `inference` tries a job too. Returns how many models it has to offer.
-    pub fn tell(mut self, report: &mut Report<'_>, terms: &Terms, inference: bool) -> usize {
+    pub fn tell(mut self, report: &mut Report<'_>, terms: &OfferTerms, inference: bool) -> usize {
         report.heading(format_args!("backend {}", self.server.id()));
         report.pending("health");
         // Without a thread there is nothing, and so it is when it panicked.
@@ -60,7 +60,7 @@ impl<'a> Patient<'a> {
                 report.skip("models", format_args!("rests on health"));
                 (Vec::new(), Vec::new())
             }
-            Ok(Examination { took, models, unloaded }) => {
+            Ok(Diagnosis { latency: took, models, unloaded }) => {
                 report.pass("health", format_args!("answered within {} ms", took.as_millis()));
                 let offered = match models {
                     Err(e) => {
@@ -108,19 +108,19 @@ impl<'a> Patient<'a> {
     fn models(
         &self,
         report: &mut Report<'_>,
-        terms: &Terms,
+        terms: &OfferTerms,
         listed: Vec<BackendModel>,
         unloaded: &[String],
     ) -> Vec<ResolvedModel> {
         let kind = self.config.kind;
         let allowed = self.config.models.as_deref();
-        let offer = OfferedBackend {
+        let offer = BackendOffer {
             backend: self.server.clone(),
             allowed_models: self.config.models.clone(),
             max_concurrent: self.config.max_concurrent,
         };
         let listed_ids: Vec<String> = listed.iter().map(|model| model.model_id.clone()).collect();
-        let offered = offer.resolve(listed, terms).models;
+        let offered = offer.price(listed, terms).models;
         let is_offered = |id: &String| offered.iter().any(|model| model.model_id == *id);
         let is_allowed = |id: &String| allowed.is_none_or(|only| only.contains(id));
         for wanted in allowed.unwrap_or_default() {
@@ -230,7 +230,7 @@ pub fn fix_of(e: &BackendError, kind: Kind) -> String {
             return format!("start it ({}), or correct `url` of this backend", start_of(kind));
         }
         BackendError::Loading(_) => "wait until it is through, and look at its log if that takes minutes",
-        BackendError::Unanswered(_) => "it hangs or is overloaded: look at its log, start it again",
+        BackendError::ProbeTimeout(_) => "it hangs or is overloaded: look at its log, start it again",
         BackendError::NotHttp(_) => "something else listens there: correct `url` of this backend",
         BackendError::BadGateway(_) => "start what is behind the gateway at this address",
         BackendError::AuthRejected(_) => {

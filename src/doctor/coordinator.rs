@@ -15,7 +15,7 @@ use super::{certificate, clock};
 use crate::agent::session;
 use crate::backend::proxy_from_env;
 use crate::config::CoordinatorConfig;
-use crate::link::{DialError, Dialer, Steps};
+use crate::link::{DialError, DialObserver, Dialer};
 use crate::sys::datetime;
 
 /// For another look: at the certificate that was refused, or for a date where the answer to the upgrade has none.
@@ -37,9 +37,9 @@ const WEBSOCKET: usize = 4;
 pub fn examine(report: &mut Report<'_>, config: &CoordinatorConfig) {
     let dialer = Dialer::new(config.url.clone(), config.roots.clone(), proxy_from_env());
     let secure = config.url.scheme_str() == Some("wss");
-    let mut way = Way { report, dialer: &dialer, secure, layer: DNS, since: Instant::now(), date: None };
+    let mut way = DialReport { report, dialer: &dialer, secure, layer: DNS, since: Instant::now(), date: None };
     way.report.pending(LAYERS[DNS]);
-    match dialer.dial_by_steps(&mut way) {
+    match dialer.dial_observed(&mut way) {
         Ok(mut half) => {
             way.pass(format_args!("upgraded after {} ms", way.since.elapsed().as_millis()));
             match session::challenge(&mut half) {
@@ -67,14 +67,14 @@ pub fn examine(report: &mut Report<'_>, config: &CoordinatorConfig) {
 
 /// The coordinator's time, and ours when it came.
 fn ask_date(dialer: &Dialer) -> Option<(i64, i64)> {
-    let head = dialer.head(LOOK_TIME).ok()?;
+    let head = dialer.fetch_head(LOOK_TIME).ok()?;
     let fields = head.lines().filter_map(|line| line.split_once(':'));
     let date = fields.into_iter().find(|(name, _)| name.eq_ignore_ascii_case("date"))?.1;
     Some((datetime::parse_http(date)?, datetime::now()))
 }
 
 /// The dial under way.
-struct Way<'r, 'o> {
+struct DialReport<'r, 'o> {
     report: &'r mut Report<'o>,
     dialer: &'r Dialer,
     secure: bool,
@@ -84,7 +84,7 @@ struct Way<'r, 'o> {
     date: Option<(i64, i64)>,
 }
 
-impl Steps for Way<'_, '_> {
+impl DialObserver for DialReport<'_, '_> {
     fn resolved(&mut self, addresses: &[SocketAddr]) {
         let mut listed: Vec<String> = addresses.iter().map(|address| address.ip().to_string()).collect();
         listed.dedup();
@@ -128,7 +128,7 @@ impl Steps for Way<'_, '_> {
     }
 }
 
-impl Way<'_, '_> {
+impl DialReport<'_, '_> {
     fn pass(&mut self, what: fmt::Arguments<'_>) {
         self.report.pass(LAYERS[self.layer], what);
         self.reach(self.layer + 1);
@@ -199,7 +199,7 @@ impl Way<'_, '_> {
     }
 
     fn explain_certificate(&mut self, e: &DialError, fault: &CertificateError) {
-        let certificate = self.dialer.presented(LOOK_TIME).and_then(|der| certificate::parse(&der));
+        let certificate = self.dialer.fetch_peer_certificate(LOOK_TIME).and_then(|der| certificate::parse(&der));
         let shown = certificate.map_or_else(String::new, |c| {
             format!(
                 "; issuer {}, holds from {} to {}",

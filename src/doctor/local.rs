@@ -9,7 +9,7 @@ use nix::sys::statvfs::{FsFlags, statvfs};
 use super::report::Report;
 use crate::config::Config;
 use crate::instance::identity::{Identity, IdentityError};
-use crate::instance::{Holder, Places};
+use crate::instance::{AgentPaths, LockOwner};
 use crate::sys::files;
 
 /// Identity, lock, state and log want less.
@@ -120,13 +120,13 @@ fn open_to_others(_: &fs::Metadata) -> Option<u32> {
 }
 
 /// Who runs on this identity. Returns whether anybody does.
-pub fn lock(report: &mut Report<'_>, places: &Places) -> bool {
-    let Some(holder) = Holder::running(places) else {
+pub fn lock(report: &mut Report<'_>, paths: &AgentPaths) -> bool {
+    let Some(owner) = LockOwner::running(paths) else {
         report.pass("lock", format_args!("free: no agent runs on this identity"));
         return false;
     };
-    let (pid, silence) = (holder.pid, holder.silence());
-    if holder.hangs() {
+    let (pid, silence) = (owner.pid, owner.since_last_liveness());
+    if owner.is_unresponsive() {
         let what = format_args!(
             "the agent, pid {pid}, has shown no sign of life for {} min: it hangs",
             silence.as_secs() / 60

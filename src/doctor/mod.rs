@@ -16,16 +16,16 @@ mod inference_check;
 use std::io::Write;
 use std::path::Path;
 
-use backends::Patient;
+use backends::BackendCheck;
 use report::Report;
 
-use crate::discovery::Terms;
-use crate::instance::Places;
+use crate::discovery::OfferTerms;
+use crate::instance::AgentPaths;
 use crate::link::protocol::AGENT_VERSION;
 
 /// What is to be examined.
 #[derive(Debug)]
-pub struct Question<'a> {
+pub struct Options<'a> {
     /// The `agent.toml` that was named.
     pub config: Option<&'a Path>,
     /// Whether a `ws://` coordinator is all right.
@@ -35,7 +35,7 @@ pub struct Question<'a> {
 }
 
 /// Prints a line for each check as it is done; `live` where `out` is a terminal. True when all that matters is well.
-pub fn examine(question: &Question<'_>, out: &mut dyn Write, live: bool) -> bool {
+pub fn examine(question: &Options<'_>, out: &mut dyn Write, live: bool) -> bool {
     let _ = writeln!(out, "usepod-agent {AGENT_VERSION} doctor");
     let mut report = Report::new(out, live);
     report.heading(format_args!("this box"));
@@ -44,23 +44,23 @@ pub fn examine(question: &Question<'_>, out: &mut dyn Write, live: bool) -> bool
         return report.verdict(format_args!(""));
     };
     // They answer, or do not, while the coordinator is examined.
-    let patients: Vec<Patient<'_>> = config.backends.iter().map(Patient::admit).collect();
-    let places = Places::beside(&config.key_path);
+    let patients: Vec<BackendCheck<'_>> = config.backends.iter().map(BackendCheck::start).collect();
+    let paths = AgentPaths::beside(&config.key_path);
     local::identity(&mut report, &config);
-    let runs = local::lock(&mut report, &places);
+    let runs = local::lock(&mut report, &paths);
     local::disk(&mut report, &config);
 
     report.heading(format_args!("coordinator {}", config.coordinator.address()));
     coordinator::examine(&mut report, &config.coordinator);
 
     let servers = patients.len();
-    let terms = Terms { pricing: config.pricing.clone(), max_concurrent: config.limits.max_concurrent };
+    let terms = OfferTerms { pricing: config.pricing.clone(), max_concurrent: config.limits.max_concurrent };
     let mut models = 0;
     for patient in patients {
         models += patient.tell(&mut report, &terms, question.inference);
     }
 
     report.heading(format_args!("from now on"));
-    supervisor::examine(&mut report, &places, runs);
+    supervisor::examine(&mut report, &paths, runs);
     report.verdict(format_args!("{models} model(s) to offer, of {servers} backend(s)"))
 }

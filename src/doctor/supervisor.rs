@@ -4,18 +4,18 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::report::Report;
-use crate::instance::Places;
-use crate::service::{Supervisor, cron_runs, wait_until};
+use crate::instance::AgentPaths;
+use crate::service::{Supervisor, is_cron_running, wait_until};
 use crate::sys::threads;
 
 /// `crontab -l` reads a small file.
 const CRONTAB_TIME: Duration = Duration::from_secs(2);
 
 /// Whether somebody restarts the agent, and whether the operator wants that; `runs` says whether it runs now.
-pub fn examine(report: &mut Report<'_>, places: &Places, runs: bool) {
+pub fn examine(report: &mut Report<'_>, paths: &AgentPaths, runs: bool) {
     const NAME: &str = "supervisor";
     report.pending(NAME);
-    let stopped = places.stopped().exists();
+    let stopped = paths.stopped().exists();
     match installed() {
         Err(why) => {
             report.fail(NAME, format_args!("{why}"), format_args!("usepod-agent service status, once that is mended"))
@@ -28,7 +28,7 @@ pub fn examine(report: &mut Report<'_>, places: &Places, runs: bool) {
             );
         }
         // Where processes are hidden the daemon may be, too.
-        Ok(Some(Supervisor::Cron(_))) if cron_runs() == Some(false) => report.warn(
+        Ok(Some(Supervisor::Cron(_))) if is_cron_running() == Some(false) => report.warn(
             NAME,
             format_args!("the crontab has the agent, but no cron daemon is to be seen"),
             format_args!("as root: service cron start (Debian), systemctl enable --now cron or crond"),
@@ -40,7 +40,7 @@ pub fn examine(report: &mut Report<'_>, places: &Places, runs: bool) {
                 format_args!("wait a minute; then see why: usepod-agent service logs"),
             );
         }
-        Ok(Some(supervisor)) => report.pass(NAME, format_args!("{}", supervisor.place())),
+        Ok(Some(supervisor)) => report.pass(NAME, format_args!("{}", supervisor.description())),
     }
     if stopped {
         report.warn(
@@ -49,7 +49,7 @@ pub fn examine(report: &mut Report<'_>, places: &Places, runs: bool) {
             format_args!("usepod-agent service start"),
         );
     }
-    if places.paused().exists() {
+    if paths.paused().exists() {
         report.warn(
             "paused",
             format_args!("the operator paused the agent: it offers nothing"),

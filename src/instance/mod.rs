@@ -22,13 +22,13 @@ use nix::sys::signal::{Signal, kill};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 
-pub use paths::Places;
+pub use paths::AgentPaths;
 
 use crate::sys::files;
 
 /// An agent that has not shown for so long that it works does not: it does so at least every 75 s, with the longest delay between
 /// two attempts to connect, and every 45 s while it is connected.
-pub const SILENCE_MAX: Duration = Duration::from_secs(180);
+pub const LIVENESS_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// What stands in a lock file, in bytes.
 const TEXT_BYTES: u64 = 53;
@@ -58,17 +58,19 @@ impl InstanceLock {
     ///
     /// # Errors
     /// Another agent holds it, or there can be none.
-    pub fn acquire(places: &Places) -> Result<InstanceLock, LockError> {
-        let path = places.lock();
+    pub fn acquire(paths: &AgentPaths) -> Result<InstanceLock, LockError> {
+        let path = paths.lock();
         let io_error = |e| LockError::Io(path.clone(), e);
         let writable =
-            files::private(OpenOptions::new().read(true).write(true).create(true).truncate(false)).open(&path);
+            files::owner_only(OpenOptions::new().read(true).write(true).create(true).truncate(false)).open(&path);
         // A lock needs no right to write; only what stands in it does.
         let file = writable.or_else(|e| File::open(&path).map_err(|_| e)).map_err(io_error)?;
         let mut is_exclusive = true;
         match file.try_lock() {
             Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(LockError::Held(Holder::read(&path).map(|holder| holder.pid))),
+            Err(TryLockError::WouldBlock) => {
+                return Err(LockError::Held(LockOwner::read(&path).map(|owner| owner.pid)));
+            }
             Err(TryLockError::Error(e)) if e.kind() == io::ErrorKind::Unsupported => {
                 is_exclusive = false;
                 log::warn!("`{}`: this file system has no locks; see to it that only one agent runs", path.display());
@@ -79,7 +81,7 @@ impl InstanceLock {
         // What an older program left behind may be longer.
         let _ = file.set_len(TEXT_BYTES);
         let lock = InstanceLock { file: Some(file), is_exclusive, started };
-        lock.beat();
+        lock.record_liveness();
         Ok(lock)
     }
 
@@ -95,10 +97,10 @@ impl InstanceLock {
 
     /// Notes that this process works, as of now. Where that cannot be written (a full disk whose file system overwrites nothing in
     /// place) nothing is left: an older time would have an agent at work ended.
-    pub fn beat(&self) {
+    pub fn record_liveness(&self) {
         let Some(file) = &self.file else { return };
-        let holder = Holder { pid: std::process::id(), started: self.started, beat: monotonic() };
-        if file.write_all_at(holder.to_text().as_bytes(), 0).is_err() {
+        let owner = LockOwner { pid: std::process::id(), started: self.started, beat: monotonic() };
+        if file.write_all_at(owner.to_text().as_bytes(), 0).is_err() {
             let _ = file.set_len(0);
         }
     }
@@ -106,7 +108,7 @@ impl InstanceLock {
 
 /// The process that holds the lock.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Holder {
+pub struct LockOwner {
     /// Its pid.
     pub pid: u32,
     /// When it started, in the clock ticks of `/proc`; with the pid it names one process for ever.
@@ -115,20 +117,20 @@ pub struct Holder {
     beat: Duration,
 }
 
-impl Holder {
+impl LockOwner {
     /// The agent that runs on this identity.
-    pub fn running(places: &Places) -> Option<Holder> {
-        Holder::read(&places.lock()).filter(Holder::is_running)
+    pub fn running(paths: &AgentPaths) -> Option<LockOwner> {
+        LockOwner::read(&paths.lock()).filter(LockOwner::is_running)
     }
 
     /// How long ago it last showed that it works.
-    pub fn silence(&self) -> Duration {
+    pub fn since_last_liveness(&self) -> Duration {
         monotonic().saturating_sub(self.beat)
     }
 
     /// Whether it has been silent for too long to be at work.
-    pub fn hangs(&self) -> bool {
-        self.silence() >= SILENCE_MAX
+    pub fn is_unresponsive(&self) -> bool {
+        self.since_last_liveness() >= LIVENESS_TIMEOUT
     }
 
     /// Whether it is still this very process that has the pid.
@@ -150,16 +152,16 @@ impl Holder {
     }
 
     /// Whether both are the same process, whenever it last showed that it works.
-    pub fn is_same_process(&self, other: &Holder) -> bool {
+    pub fn is_same_process(&self, other: &LockOwner) -> bool {
         (self.pid, self.started) == (other.pid, other.started)
     }
 
-    fn read(lock: &Path) -> Option<Holder> {
+    fn read(lock: &Path) -> Option<LockOwner> {
         let content = files::read_bounded(lock, LOCK_BYTES_MAX).ok()?;
         let mut words = std::str::from_utf8(&content).ok()?.split_whitespace();
         let pid = words.next()?.parse().ok()?;
         let (started, beat) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
-        Some(Holder { pid, started, beat: Duration::from_millis(beat) })
+        Some(LockOwner { pid, started, beat: Duration::from_millis(beat) })
     }
 
     /// The pid, the start and the beat in milliseconds, a line each, as long for one process as for any.
@@ -188,24 +190,24 @@ mod tests {
 
     #[test]
     fn a_holder_is_read_as_it_was_written_and_always_in_the_same_space() {
-        let short = Holder { pid: 7, started: 0, beat: Duration::ZERO };
-        let long = Holder { pid: u32::MAX, started: u64::MAX, beat: Duration::from_millis(u64::MAX) };
-        assert_eq!([&short, &long].map(|holder| holder.to_text().len() as u64), [TEXT_BYTES; 2]);
+        let short = LockOwner { pid: 7, started: 0, beat: Duration::ZERO };
+        let long = LockOwner { pid: u32::MAX, started: u64::MAX, beat: Duration::from_millis(u64::MAX) };
+        assert_eq!([&short, &long].map(|owner| owner.to_text().len() as u64), [TEXT_BYTES; 2]);
         let path = std::env::temp_dir().join(format!("usepod-holder-{}", std::process::id()));
-        for holder in [short, long] {
-            fs::write(&path, holder.to_text()).expect("written");
-            assert_eq!(Holder::read(&path), Some(holder));
+        for owner in [short, long] {
+            fs::write(&path, owner.to_text()).expect("written");
+            assert_eq!(LockOwner::read(&path), Some(owner));
         }
         fs::write(&path, "123\n").expect("written");
-        assert_eq!(Holder::read(&path), None);
+        assert_eq!(LockOwner::read(&path), None);
         fs::remove_file(&path).expect("removed");
     }
 
     #[test]
     fn a_pid_that_somebody_else_has_by_now_is_not_the_holder() {
         let started = start_of("self").expect("a start");
-        let holder = Holder { pid: std::process::id(), started, beat: monotonic() };
-        assert!(holder.is_running() && holder.silence() < Duration::from_secs(60));
-        assert!(!Holder { started: started + 1, ..holder }.is_running());
+        let owner = LockOwner { pid: std::process::id(), started, beat: monotonic() };
+        assert!(owner.is_running() && owner.since_last_liveness() < Duration::from_secs(60));
+        assert!(!LockOwner { started: started + 1, ..owner }.is_running());
     }
 }

@@ -11,20 +11,20 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use crate::instance::{Holder, InstanceLock, LockError, Places};
+use crate::instance::{AgentPaths, InstanceLock, LockError, LockOwner};
 
 /// How much later it is looked at again, before anything is done: on a box or in a container that was frozen the clock may have
 /// gone on, and who is thawed with us needs a moment to show that it works.
-const SECOND_LOOK: Duration = Duration::from_secs(5);
+const RECHECK_DELAY: Duration = Duration::from_secs(5);
 /// How one is ended, and how long each way is given. The last is no matter of the process any more, but of the system.
-const ENDINGS: [(Signal, Duration); 2] =
+const TERMINATION_STEPS: [(Signal, Duration); 2] =
     [(Signal::SIGTERM, Duration::from_secs(10)), (Signal::SIGKILL, Duration::from_secs(5))];
 /// How often the lock is tried meanwhile.
 const POLL: Duration = Duration::from_millis(50);
 
 /// Why cron gets neither an agent nor the certainty that there is one.
 #[derive(Debug, thiserror::Error)]
-pub enum ClaimError {
+pub enum TakeoverError {
     /// There can be no lock, so that each minute would start one more agent.
     #[error("`{}` cannot be locked ({why}), so cron cannot tell whether an agent runs; mend the rights there, or name a key_path on a disk that has locks", path.display())]
     NoLock {
@@ -55,62 +55,62 @@ pub enum ClaimError {
 ///
 /// # Errors
 /// There can be no lock, or the one that hangs cannot be ended.
-pub fn claim(places: &Places) -> Result<Option<InstanceLock>, ClaimError> {
-    if let Some(lock) = try_lock(places)? {
+pub fn acquire_or_take_over(paths: &AgentPaths) -> Result<Option<InstanceLock>, TakeoverError> {
+    if let Some(lock) = try_lock(paths)? {
         return Ok(Some(lock));
     }
-    let hanging = || Holder::running(places).filter(Holder::hangs);
+    let hanging = || LockOwner::running(paths).filter(LockOwner::is_unresponsive);
     let Some(first) = hanging() else { return Ok(None) };
-    std::thread::sleep(SECOND_LOOK);
+    std::thread::sleep(RECHECK_DELAY);
     match hanging() {
-        Some(second) if second.is_same_process(&first) => replace(&second, places),
+        Some(second) if second.is_same_process(&first) => replace(&second, paths),
         // Another has come, it works again, or it is gone.
-        _ => try_lock(places),
+        _ => try_lock(paths),
     }
 }
 
-fn replace(hung: &Holder, places: &Places) -> Result<Option<InstanceLock>, ClaimError> {
+fn replace(hung: &LockOwner, paths: &AgentPaths) -> Result<Option<InstanceLock>, TakeoverError> {
     let pid = hung.pid;
-    let silence = hung.silence().as_secs();
+    let silence = hung.since_last_liveness().as_secs();
     log::warn!(
         "the agent with pid {pid} hangs: it has not shown for {silence} s that it works, so it is ended and replaced"
     );
-    for (signal, grace) in ENDINGS {
-        match Holder::running(places) {
+    for (signal, grace) in TERMINATION_STEPS {
+        match LockOwner::running(paths) {
             Some(now) if !now.is_same_process(hung) => return Ok(None),
-            Some(now) if !now.hangs() => {
+            Some(now) if !now.is_unresponsive() => {
                 log::warn!(
                     "the agent with pid {pid} works again; it was told to stop, and a later call takes its place"
                 );
                 return Ok(None);
             }
-            Some(now) => now.signal(signal).map_err(|why| ClaimError::NoRight { pid, why })?,
+            Some(now) => now.signal(signal).map_err(|why| TakeoverError::NoRight { pid, why })?,
             // It has ended; its lock goes with it.
             None => {}
         }
         let until = Instant::now() + grace;
         while Instant::now() < until {
-            if let Some(lock) = try_lock(places)? {
+            if let Some(lock) = try_lock(paths)? {
                 log::warn!(
                     "the agent with pid {pid} has ended, after {signal}; pid {} takes its place",
                     std::process::id()
                 );
                 return Ok(Some(lock));
             }
-            if Holder::running(places).is_some_and(|now| !now.is_same_process(hung)) {
+            if LockOwner::running(paths).is_some_and(|now| !now.is_same_process(hung)) {
                 return Ok(None);
             }
             std::thread::sleep(POLL);
         }
     }
-    Err(ClaimError::Stuck { pid })
+    Err(TakeoverError::Stuck { pid })
 }
 
-fn try_lock(places: &Places) -> Result<Option<InstanceLock>, ClaimError> {
-    match InstanceLock::acquire(places) {
+fn try_lock(paths: &AgentPaths) -> Result<Option<InstanceLock>, TakeoverError> {
+    match InstanceLock::acquire(paths) {
         Ok(lock) if lock.is_exclusive() => Ok(Some(lock)),
-        Ok(_) => Err(ClaimError::NoLock { path: places.lock(), why: io::ErrorKind::Unsupported.into() }),
+        Ok(_) => Err(TakeoverError::NoLock { path: paths.lock(), why: io::ErrorKind::Unsupported.into() }),
         Err(LockError::Held(_)) => Ok(None),
-        Err(LockError::Io(path, why)) => Err(ClaimError::NoLock { path, why }),
+        Err(LockError::Io(path, why)) => Err(TakeoverError::NoLock { path, why }),
     }
 }

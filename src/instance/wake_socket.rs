@@ -14,80 +14,80 @@ use std::time::{Duration, Instant};
 use crate::sys::files;
 
 /// What a ring from outside carries; one from within is empty.
-const FROM_OUTSIDE: &[u8] = b"!";
+const EXTERNAL_WAKE: &[u8] = b"!";
 
 /// The end that sleeps.
-pub struct Bell {
+pub struct WakeSocket {
     socket: UnixDatagram,
-    ringer: Ringer,
+    waker: Waker,
     path: Option<PathBuf>,
 }
 
 /// Rings from within the process.
 #[derive(Clone)]
-pub struct Ringer(Arc<UnixDatagram>);
+pub struct Waker(Arc<UnixDatagram>);
 
 /// Why a wait was over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Woken {
+pub enum Wakeup {
     /// Somebody in this process rang.
-    Within,
+    Internal,
     /// Another process did.
-    Outside,
+    External,
     /// The time had come, or there was no reason at all.
-    Time,
+    Timeout,
 }
 
-impl Bell {
+impl WakeSocket {
     /// A bell that other processes of this user can ring, at a path that is this process's to use.
     ///
     /// # Errors
     /// There can be no socket: the path is too long (some 100 bytes), or its folder cannot be written.
-    pub fn at(path: &Path) -> io::Result<Bell> {
+    pub fn at(path: &Path) -> io::Result<WakeSocket> {
         // One that a killed agent left behind would be in the way.
-        files::unmark(path)?;
+        files::remove_marker(path)?;
         let socket = UnixDatagram::bind(path)?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-        let ringer = UnixDatagram::unbound()?;
-        ringer.connect(path)?;
-        Bell::new(socket, ringer, Some(path.to_owned()))
+        let waker = UnixDatagram::unbound()?;
+        waker.connect(path)?;
+        WakeSocket::new(socket, waker, Some(path.to_owned()))
     }
 
     /// A bell that only this process can ring.
     ///
     /// # Errors
     /// The system refused a socket.
-    pub fn private() -> io::Result<Bell> {
-        let (socket, ringer) = UnixDatagram::pair()?;
-        Bell::new(socket, ringer, None)
+    pub fn private() -> io::Result<WakeSocket> {
+        let (socket, waker) = UnixDatagram::pair()?;
+        WakeSocket::new(socket, waker, None)
     }
 
-    fn new(socket: UnixDatagram, ringer: UnixDatagram, path: Option<PathBuf>) -> io::Result<Bell> {
-        ringer.set_nonblocking(true)?;
-        Ok(Bell { socket, ringer: Ringer(Arc::new(ringer)), path })
+    fn new(socket: UnixDatagram, waker: UnixDatagram, path: Option<PathBuf>) -> io::Result<WakeSocket> {
+        waker.set_nonblocking(true)?;
+        Ok(WakeSocket { socket, waker: Waker(Arc::new(waker)), path })
     }
 
     /// Another handle to ring by.
-    pub fn ringer(&self) -> Ringer {
-        self.ringer.clone()
+    pub fn waker(&self) -> Waker {
+        self.waker.clone()
     }
 
     /// Sleeps until somebody rings, or has rung since the last time, or `until`.
-    pub fn wait(&self, until: Option<Instant>) -> Woken {
+    pub fn wait(&self, until: Option<Instant>) -> Wakeup {
         // A timeout of nothing would be none at all.
         let left = until.map(|at| at.saturating_duration_since(Instant::now()).max(Duration::from_millis(1)));
         if self.socket.set_read_timeout(left).is_err() {
-            return Woken::Time;
+            return Wakeup::Timeout;
         }
         match self.socket.recv(&mut [0]) {
-            Ok(0) => Woken::Within,
-            Ok(_) => Woken::Outside,
-            Err(_) => Woken::Time,
+            Ok(0) => Wakeup::Internal,
+            Ok(_) => Wakeup::External,
+            Err(_) => Wakeup::Timeout,
         }
     }
 }
 
-impl Drop for Bell {
+impl Drop for WakeSocket {
     fn drop(&mut self) {
         if let Some(path) = &self.path {
             let _ = std::fs::remove_file(path);
@@ -95,19 +95,19 @@ impl Drop for Bell {
     }
 }
 
-impl Ringer {
+impl Waker {
     /// Wakes the sleeper, or keeps it from its next sleep. When the socket is full, enough rings are on their way.
-    pub fn ring(&self) {
+    pub fn wake(&self) {
         let _ = self.0.send(&[]);
     }
 }
 
 /// Rings the bell of another process; false when there is none.
-pub fn ring_at(path: &Path) -> bool {
+pub fn wake_process(path: &Path) -> bool {
     let ring = || {
         let socket = UnixDatagram::unbound()?;
         socket.set_nonblocking(true)?;
-        socket.send_to(FROM_OUTSIDE, path)
+        socket.send_to(EXTERNAL_WAKE, path)
     };
     match ring() {
         Ok(_) => true,
@@ -122,25 +122,25 @@ mod tests {
     #[test]
     fn rings_are_heard_from_both_sides_and_a_full_bell_is_rung_all_the_same() {
         let path = std::env::temp_dir().join(format!("usepod-bell-{}", std::process::id()));
-        assert!(!ring_at(&path));
+        assert!(!wake_process(&path));
         std::fs::write(&path, "left behind").expect("a file");
-        let bell = Bell::at(&path).expect("a socket");
-        assert!(ring_at(&path));
-        assert_eq!(bell.wait(None), Woken::Outside);
-        bell.ringer().ring();
-        assert_eq!(bell.wait(None), Woken::Within);
-        assert_eq!(bell.wait(Some(Instant::now())), Woken::Time);
-        (0..5000).for_each(|_| bell.ringer().ring());
-        assert!(ring_at(&path) && bell.wait(None) == Woken::Within);
-        drop(bell);
-        assert!(!path.exists() && !ring_at(&path));
+        let wake_socket = WakeSocket::at(&path).expect("a socket");
+        assert!(wake_process(&path));
+        assert_eq!(wake_socket.wait(None), Wakeup::External);
+        wake_socket.waker().wake();
+        assert_eq!(wake_socket.wait(None), Wakeup::Internal);
+        assert_eq!(wake_socket.wait(Some(Instant::now())), Wakeup::Timeout);
+        (0..5000).for_each(|_| wake_socket.waker().wake());
+        assert!(wake_process(&path) && wake_socket.wait(None) == Wakeup::Internal);
+        drop(wake_socket);
+        assert!(!path.exists() && !wake_process(&path));
     }
 
     #[test]
     fn a_path_that_no_socket_can_have_is_an_error() {
-        assert!(Bell::at(&std::env::temp_dir().join("x".repeat(200))).is_err());
-        let bell = Bell::private().expect("sockets");
-        bell.ringer().ring();
-        assert_eq!(bell.wait(None), Woken::Within);
+        assert!(WakeSocket::at(&std::env::temp_dir().join("x".repeat(200))).is_err());
+        let wake_socket = WakeSocket::private().expect("sockets");
+        wake_socket.waker().wake();
+        assert_eq!(wake_socket.wait(None), Wakeup::Internal);
     }
 }

@@ -6,8 +6,8 @@
 
 use std::sync::Arc;
 
-use super::in_flight::Ticket;
-use super::{Shared, Surroundings};
+use super::in_flight::InFlightJob;
+use super::{ExecutorDeps, Shared};
 use crate::backend::BackendError;
 use crate::link::protocol;
 
@@ -18,8 +18,8 @@ pub fn watch(shared: &Shared) {
     }
 }
 
-fn end(shared: &Shared, ticket: &Arc<Ticket>) {
-    if ticket.has_begun() {
+fn end(shared: &Shared, ticket: &Arc<InFlightJob>) {
+    if ticket.is_started() {
         // Its worker finds that the time is over.
         ticket.interrupt();
     } else if shared.table.abandon(ticket) {
@@ -29,7 +29,7 @@ fn end(shared: &Shared, ticket: &Arc<Ticket>) {
         if let Some(code) = error.code() {
             let frame = protocol::job_error(ticket.job_id, code, &error.to_string(), 0);
             let (latency, why) = (ticket.accepted.elapsed(), error.for_log());
-            let Surroundings { statistics, tally, .. } = &shared.surroundings;
+            let ExecutorDeps { statistics, tally, .. } = &shared.deps;
             if shared.outbox.control(frame).is_ok() {
                 statistics.failed(latency, 0, code);
                 tally.failed(None, latency, 0, code, why);

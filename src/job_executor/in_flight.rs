@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use uuid::Uuid;
 
-use super::table::Share;
+use super::table::MemoryPermit;
 use crate::backend::{Interrupt, Job};
 use crate::discovery::Slot;
 
 /// Invariant: once [`Ticket::is_cancelled`] is true no frame of this job is written, and whatever its worker blocks on
 /// has been woken. The flag decides; closing sockets and channels only wakes.
-pub struct Ticket {
+pub struct InFlightJob {
     pub job_id: Uuid,
     pub accepted: Instant,
     /// `None` when it is too far off for the clock to hold.
@@ -21,36 +21,41 @@ pub struct Ticket {
     tokens_emitted: AtomicU32,
     cancelled: AtomicBool,
     expired: AtomicBool,
-    wake: Mutex<Wake>,
+    state: Mutex<State>,
     /// Disconnects at the cancel: ends a wait for room in a lane.
     pub cancel_signal: Receiver<()>,
 }
 
-struct Wake {
+struct State {
     /// Until a worker takes it.
-    job: Option<(Job, Share)>,
-    has_begun: bool,
+    job: Option<(Job, MemoryPermit)>,
+    is_started: bool,
     interrupt: Option<Interrupt>,
     cancel_signal: Option<Sender<()>>,
     /// At the backend that runs it.
     slot: Option<Slot>,
 }
 
-impl Ticket {
-    pub fn new(job_id: Uuid, deadline: Duration) -> Ticket {
+impl InFlightJob {
+    pub fn new(job_id: Uuid, deadline: Duration) -> InFlightJob {
         let accepted = Instant::now();
         let (sender, cancel_signal) = bounded(0);
-        let wake =
-            Mutex::new(Wake { job: None, has_begun: false, interrupt: None, cancel_signal: Some(sender), slot: None });
+        let state = Mutex::new(State {
+            job: None,
+            is_started: false,
+            interrupt: None,
+            cancel_signal: Some(sender),
+            slot: None,
+        });
         let deadline = accepted.checked_add(deadline);
-        Ticket {
+        InFlightJob {
             job_id,
             accepted,
             deadline,
             tokens_emitted: AtomicU32::new(0),
             cancelled: AtomicBool::new(false),
             expired: AtomicBool::new(false),
-            wake,
+            state,
             cancel_signal,
         }
     }
@@ -61,23 +66,23 @@ impl Ticket {
     }
 
     /// Leaves the job to the worker that comes to take it; a cancelled one is dropped at once, however long the worker takes.
-    pub fn leave(&self, job: Job, share: Share) {
-        let mut wake = self.wake();
+    pub fn park_job(&self, job: Job, share: MemoryPermit) {
+        let mut wake = self.lock();
         if !self.is_cancelled() {
             wake.job = Some((job, share));
         }
     }
 
     /// The job, unless it was cancelled.
-    pub fn take_job(&self) -> Option<(Job, Share)> {
-        let mut wake = self.wake();
-        wake.has_begun = true;
+    pub fn take_job(&self) -> Option<(Job, MemoryPermit)> {
+        let mut wake = self.lock();
+        wake.is_started = true;
         wake.job.take()
     }
 
     /// Whether a worker has come for it. Not so of a job that is only about to be left to one.
-    pub fn has_begun(&self) -> bool {
-        self.wake().has_begun
+    pub fn is_started(&self) -> bool {
+        self.lock().is_started
     }
 
     /// True the first time: the deadline has passed.
@@ -87,15 +92,15 @@ impl Ticket {
 
     /// Ends whatever the worker blocks on at its backend; it finds out why by itself.
     pub fn interrupt(&self) {
-        let interrupt = self.wake().interrupt.take();
+        let interrupt = self.lock().interrupt.take();
         if let Some(interrupt) = interrupt {
             interrupt.interrupt();
         }
     }
 
     /// Keeps the job's slot until it leaves the table; of a job that has left, the slot is free at once.
-    pub fn hold(&self, slot: Slot) {
-        let mut wake = self.wake();
+    pub fn attach_slot(&self, slot: Slot) {
+        let mut wake = self.lock();
         if !self.is_cancelled() {
             wake.slot = Some(slot);
         }
@@ -103,12 +108,12 @@ impl Ticket {
 
     /// Frees the job's slot. Called by the table alone, as the job leaves it.
     pub fn release_slot(&self) {
-        self.wake().slot = None;
+        self.lock().slot = None;
     }
 
     /// Ends whatever the worker of a cancelled job blocks on.
-    pub fn wake_worker(&self) {
-        let mut wake = self.wake();
+    pub fn interrupt_worker(&self) {
+        let mut wake = self.lock();
         drop(wake.cancel_signal.take());
         let (interrupt, job) = (wake.interrupt.take(), wake.job.take());
         drop(wake);
@@ -120,7 +125,7 @@ impl Ticket {
 
     /// The way to wake the worker from here on; used at once when the cancel came first.
     pub fn interrupt_with(&self, interrupt: Interrupt) {
-        self.wake().interrupt = Some(interrupt.clone());
+        self.lock().interrupt = Some(interrupt.clone());
         if self.is_cancelled() {
             interrupt.interrupt();
         }
@@ -145,8 +150,8 @@ impl Ticket {
         self.deadline.map_or(Duration::MAX, |d| d.saturating_duration_since(Instant::now()))
     }
 
-    fn wake(&self) -> MutexGuard<'_, Wake> {
-        self.wake.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -156,14 +161,14 @@ mod tests {
 
     #[test]
     fn a_job_has_begun_when_a_worker_comes_and_no_sooner() {
-        let ticket = Ticket::new(Uuid::nil(), Duration::ZERO);
-        assert!(!ticket.has_begun(), "it may yet have to wait for a worker");
-        assert!(ticket.take_job().is_none() && ticket.has_begun());
+        let ticket = InFlightJob::new(Uuid::nil(), Duration::ZERO);
+        assert!(!ticket.is_started(), "it may yet have to wait for a worker");
+        assert!(ticket.take_job().is_none() && ticket.is_started());
     }
 
     #[test]
     fn no_token_is_new_twice() {
-        let ticket = Ticket::new(Uuid::nil(), Duration::ZERO);
+        let ticket = InFlightJob::new(Uuid::nil(), Duration::ZERO);
         let new = [5, 9, 2, 9, 10].map(|tokens| ticket.note_tokens_emitted(tokens));
         assert_eq!((new, ticket.tokens_emitted()), ([5, 4, 0, 0, 1], 10));
     }

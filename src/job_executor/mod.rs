@@ -25,19 +25,19 @@ use crossbeam_channel::Sender;
 use tungstenite::Message;
 use uuid::Uuid;
 
-use in_flight::Ticket;
+use in_flight::InFlightJob;
 pub use outbox::{CONTROL_LANE_MAX, Control, DATA_LANE_MAX, Frame, Lanes, Outbox, Overflow};
-pub use rejection::Cause;
+pub use rejection::RejectReason;
 pub use table::REQUEST_BYTES_MAX;
-use table::{JobTable, NoPlace};
+use table::{AdmitError, JobTable};
 
 use crate::backend::{BackendError, BackendResult, Job, JobResult};
-use crate::discovery::{Catalog, DiscoveredBackend, Listing, Member, Offers, Prober};
+use crate::discovery::{BackendHandle, Catalog, DiscoveredBackend, Listing, OfferFeed, Prober};
 use crate::job_executor::stats::Statistics;
 use crate::job_executor::token_limit::TokenLimit;
 use crate::job_executor::worker_pool::WorkerPool;
 use crate::link::protocol::{self, ErrorCode};
-use crate::observe::{Board, Tally};
+use crate::observe::{LiveState, Tally};
 use crate::sys::threads;
 
 /// A cancel frees the place at once, but a worker that is resolving a name or connecting notices only afterwards: others
@@ -52,9 +52,9 @@ pub struct JobExecutor {
 
 /// What an executor works with that outlives it.
 #[derive(Default)]
-pub struct Surroundings {
+pub struct ExecutorDeps {
     /// Where jobs may go.
-    pub offers: Arc<Offers>,
+    pub offers: Arc<OfferFeed>,
     /// Figures of the jobs that ended.
     pub statistics: Arc<Statistics>,
     /// Refuses jobs while it is used up.
@@ -64,58 +64,58 @@ pub struct Surroundings {
     /// What became of all jobs.
     pub tally: Arc<Tally>,
     /// Told when the token limit refuses jobs.
-    pub board: Option<Arc<Board>>,
+    pub live: Option<Arc<LiveState>>,
 }
 
 /// What the workers see of it.
 struct Shared {
     max_concurrent: u32,
     outbox: Outbox,
-    surroundings: Surroundings,
+    deps: ExecutorDeps,
     table: Arc<JobTable>,
 }
 
 impl Shared {
     /// Keeps what a job's end says of the backend that ran it.
-    fn heed(&self, member: &Member, outcome: &BackendResult<JobResult>) {
-        let fails_now = member.job_ended(outcome);
-        let Some(prober) = &self.surroundings.prober else { return };
+    fn update_backend_health(&self, member: &BackendHandle, outcome: &BackendResult<JobResult>) {
+        let fails_now = member.record_outcome(outcome);
+        let Some(prober) = &self.deps.prober else { return };
         if fails_now {
             prober.withdraw_failing();
         }
-        if outcome.as_ref().is_err_and(BackendError::is_stale_offer) {
-            prober.nudge();
+        if outcome.as_ref().is_err_and(BackendError::invalidates_offer) {
+            prober.request_refresh();
         }
     }
 }
 
 /// Where a job may go when the member whose slot it has cannot take it, in order of preference.
-type Alternatives = Vec<Arc<Member>>;
+type FallbackRoute = Vec<Arc<BackendHandle>>;
 
 /// Why a job is not taken.
-enum Refusal {
+enum NotAdmitted {
     /// This id is in flight already; to answer would end that job.
     Duplicate,
     /// Its deadline, or the end of the session, came first: it has had its end.
-    Over,
+    AlreadyEnded,
     /// For this cause, told in these words.
-    Answer(Cause, String),
+    Answer(RejectReason, String),
 }
 
 impl JobExecutor {
     /// An executor over fixed backends, with one lane for all its frames.
     pub fn new(backends: Vec<DiscoveredBackend>, max_concurrent: u32, out: Sender<Message>) -> JobExecutor {
         let listings = backends.into_iter().map(|discovered| Listing::of(discovered, max_concurrent)).collect();
-        let offers = Arc::new(Offers::fixed(Catalog::new(listings, Vec::new())));
-        let surroundings = Surroundings { offers, ..Surroundings::default() };
+        let offers = Arc::new(OfferFeed::fixed(Catalog::new(listings, Vec::new())));
+        let surroundings = ExecutorDeps { offers, ..ExecutorDeps::default() };
         JobExecutor::with_outbox(max_concurrent, Outbox::Plain(out), surroundings)
     }
 
     /// An executor of one session.
-    pub fn with_outbox(max_concurrent: u32, outbox: Outbox, surroundings: Surroundings) -> JobExecutor {
+    pub fn with_outbox(max_concurrent: u32, outbox: Outbox, surroundings: ExecutorDeps) -> JobExecutor {
         let places = max_concurrent as usize;
         let table = Arc::new(JobTable::new(places));
-        let shared = Arc::new(Shared { max_concurrent, outbox, surroundings, table });
+        let shared = Arc::new(Shared { max_concurrent, outbox, deps: surroundings, table });
         JobExecutor { shared, pool: WorkerPool::new("job", places * WORKERS_PER_PLACE) }
     }
 
@@ -143,18 +143,18 @@ impl JobExecutor {
                     }
                     Err(e) => {
                         log::error!("{e}");
-                        self.turn_away(&ticket, Cause::Threads, "the agent has no thread for it".into())
+                        self.reject_admitted(&ticket, RejectReason::NoThread, "the agent has no thread for it".into())
                     }
                 }
             }
         };
         match refusal {
-            Refusal::Duplicate => {
+            NotAdmitted::Duplicate => {
                 log::warn!("job {job_id} came again while it is in flight; the second is ignored");
                 Ok(())
             }
-            Refusal::Over => Ok(()),
-            Refusal::Answer(cause, message) => {
+            NotAdmitted::AlreadyEnded => Ok(()),
+            NotAdmitted::Answer(cause, message) => {
                 crate::debug!("job {job_id} refused: {}", cause.name());
                 self.refuse(job_id, cause, &message)
             }
@@ -162,12 +162,12 @@ impl JobExecutor {
     }
 
     fn watch_deadlines(&self) {
-        if self.shared.table.needs_watching() {
+        if self.shared.table.claim_watcher() {
             let shared = self.shared.clone();
             if let Err(e) = threads::spawn("deadlines", move || deadlines::watch(&shared)) {
                 // The timeouts of the sockets are still there.
                 log::warn!("failed to start a thread, so deadlines are late: {e}");
-                self.shared.table.is_not_watched();
+                self.shared.table.release_watcher();
             }
         }
     }
@@ -176,76 +176,80 @@ impl JobExecutor {
     ///
     /// # Errors
     /// As [`JobExecutor::try_dispatch`].
-    pub fn refuse(&self, job_id: Uuid, cause: Cause, message: &str) -> Result<(), Overflow> {
-        let Surroundings { tally, board, .. } = &self.shared.surroundings;
+    pub fn refuse(&self, job_id: Uuid, cause: RejectReason, message: &str) -> Result<(), Overflow> {
+        let ExecutorDeps { tally, live, .. } = &self.shared.deps;
         tally.refused(cause.name());
-        if let Some(board) = board.as_ref().filter(|_| cause == Cause::TokenLimit) {
-            board.throttled();
+        if let Some(live) = live.as_ref().filter(|_| cause == RejectReason::TokenLimit) {
+            live.throttled();
         }
         self.shared.outbox.control(protocol::job_error(job_id, cause.code(), message, 0))
     }
 
     /// Gives the job a place in the table and a slot of the first member that has one.
-    fn admit(&self, job: Job, request_bytes: usize) -> Result<(Arc<Ticket>, Arc<Member>, Alternatives), Refusal> {
-        let Shared { surroundings, table, max_concurrent, .. } = &*self.shared;
-        let refusal = |cause, message: String| Err(Refusal::Answer(cause, message));
-        let mut route = surroundings.offers.snapshot().route_of(&job.model_id);
+    fn admit(
+        &self,
+        job: Job,
+        request_bytes: usize,
+    ) -> Result<(Arc<InFlightJob>, Arc<BackendHandle>, FallbackRoute), NotAdmitted> {
+        let Shared { deps: surroundings, table, max_concurrent, .. } = &*self.shared;
+        let refusal = |cause, message: String| Err(NotAdmitted::Answer(cause, message));
+        let mut route = surroundings.offers.snapshot().candidates(&job.model_id);
         if route.is_empty() {
             return match table.holds(job.job_id) {
-                true => Err(Refusal::Duplicate),
-                false => refusal(Cause::NoSuchModel, "no backend serves this model".into()),
+                true => Err(NotAdmitted::Duplicate),
+                false => refusal(RejectReason::UnknownModel, "no backend serves this model".into()),
             };
         }
         if surroundings.offers.is_paused() {
             return match table.holds(job.job_id) {
-                true => Err(Refusal::Duplicate),
-                false => refusal(Cause::Paused, "the operator has paused the agent".into()),
+                true => Err(NotAdmitted::Duplicate),
+                false => refusal(RejectReason::Paused, "the operator has paused the agent".into()),
             };
         }
         let deadline = Duration::from_millis(u64::from(job.deadline_ms));
         let (ticket, share) = match table.admit(job.job_id, deadline, request_bytes) {
             Ok(admitted) => admitted,
-            Err(NoPlace::Duplicate) => return Err(Refusal::Duplicate),
-            Err(NoPlace::Closed) => return refusal(Cause::Stopping, "the agent is stopping".into()),
-            Err(NoPlace::TooLarge) => {
+            Err(AdmitError::Duplicate) => return Err(NotAdmitted::Duplicate),
+            Err(AdmitError::Closed) => return refusal(RejectReason::Stopping, "the agent is stopping".into()),
+            Err(AdmitError::TooLarge) => {
                 let message = "the requests in flight leave no memory for one of this size";
-                return refusal(Cause::Memory, message.into());
+                return refusal(RejectReason::NoMemory, message.into());
             }
-            Err(NoPlace::Full) => {
-                return refusal(Cause::AllPlacesTaken, format!("all {max_concurrent} places are taken"));
+            Err(AdmitError::Full) => {
+                return refusal(RejectReason::AtCapacity, format!("all {max_concurrent} places are taken"));
             }
         };
         let (cause, why) = match surroundings.token_limit.used_up() {
             Some(limit) => {
-                (Cause::TokenLimit, format!("the {limit} tokens that max_tokens_per_minute allows are used up"))
+                (RejectReason::TokenLimit, format!("the {limit} tokens that max_tokens_per_minute allows are used up"))
             }
             None => {
-                let slot = route.iter().enumerate().find_map(|(at, member)| Some((at, member.take_slot()?)));
+                let slot = route.iter().enumerate().find_map(|(at, member)| Some((at, member.try_acquire_slot()?)));
                 if let Some((at, slot)) = slot {
-                    ticket.hold(slot);
-                    ticket.leave(job, share);
+                    ticket.attach_slot(slot);
+                    ticket.park_job(job, share);
                     let member = route.remove(at);
                     return Ok((ticket, member, route));
                 }
                 let why = "every backend of this model runs as many jobs as its max_concurrent allows";
-                (Cause::BackendsFull, why.into())
+                (RejectReason::BackendsFull, why.into())
             }
         };
-        Err(self.turn_away(&ticket, cause, why))
+        Err(self.reject_admitted(&ticket, cause, why))
     }
 
     /// Takes out a job that had its place.
-    fn turn_away(&self, ticket: &Arc<Ticket>, cause: Cause, why: String) -> Refusal {
+    fn reject_admitted(&self, ticket: &Arc<InFlightJob>, cause: RejectReason, why: String) -> NotAdmitted {
         match self.shared.table.finish(ticket) {
-            true => Refusal::Answer(cause, why),
-            false => Refusal::Over,
+            true => NotAdmitted::Answer(cause, why),
+            false => NotAdmitted::AlreadyEnded,
         }
     }
 
     /// Ends the job without a word; does nothing when it is not in flight.
     pub fn cancel(&self, job_id: Uuid) {
         if let Some(ticket) = self.shared.table.cancel(job_id) {
-            self.shared.surroundings.tally.cancelled(ticket.tokens_emitted());
+            self.shared.deps.tally.cancelled(ticket.tokens_emitted());
             crate::debug!("job {job_id} cancelled");
         }
     }
@@ -256,7 +260,7 @@ impl JobExecutor {
     }
 
     /// From here on every new job is refused with `out_of_capacity`.
-    pub fn refuse_new(&self) {
+    pub fn close_admission(&self) {
         self.shared.table.close();
     }
 
@@ -269,16 +273,16 @@ impl JobExecutor {
     pub fn abandon_all(&self, message: &str) {
         for ticket in self.shared.table.cancel_all() {
             let (tokens, code) = (ticket.tokens_emitted(), ErrorCode::Internal);
-            self.shared.surroundings.tally.failed(None, ticket.accepted.elapsed(), tokens, code, message.to_owned());
+            self.shared.deps.tally.failed(None, ticket.accepted.elapsed(), tokens, code, message.to_owned());
             let _ = self.shared.outbox.control(protocol::job_error(ticket.job_id, code, message, tokens));
         }
     }
 
     /// Ends what is in flight without a word, for nobody would hear it.
     pub fn cancel_all(&self) {
-        self.refuse_new();
+        self.close_admission();
         let lost = self.shared.table.cancel_all();
-        self.shared.surroundings.tally.lost(lost.len());
+        self.shared.deps.tally.lost(lost.len());
     }
 }
 
@@ -350,7 +354,7 @@ mod tests {
         let until = Instant::now() + Duration::from_secs(10);
         let lost = || {
             let mut lost = None;
-            shared.surroundings.tally.describe(0, &mut |key, value| {
+            shared.deps.tally.describe(0, &mut |key, value| {
                 if key == "jobs" {
                     lost = value["lost"].as_u64();
                 }
@@ -368,10 +372,11 @@ mod tests {
         let executor = JobExecutor::new(Vec::new(), 1, crossbeam_channel::unbounded().0);
         let table = &executor.shared.table;
         let admit = || table.admit(Uuid::nil(), Duration::ZERO, 0).expect("a place").0;
-        let turn_away = |ticket: &Arc<Ticket>| executor.turn_away(ticket, Cause::Threads, String::new());
-        assert!(matches!(turn_away(&admit()), Refusal::Answer(Cause::Threads, _)));
+        let turn_away =
+            |ticket: &Arc<InFlightJob>| executor.reject_admitted(ticket, RejectReason::NoThread, String::new());
+        assert!(matches!(turn_away(&admit()), NotAdmitted::Answer(RejectReason::NoThread, _)));
         let ticket = admit();
         assert!(table.abandon(&ticket));
-        assert!(matches!(turn_away(&ticket), Refusal::Over));
+        assert!(matches!(turn_away(&ticket), NotAdmitted::AlreadyEnded));
     }
 }

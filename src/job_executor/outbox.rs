@@ -9,10 +9,10 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, select, unbounded};
 use tungstenite::Message;
 
-use super::in_flight::Ticket;
+use super::in_flight::InFlightJob;
 use super::table::JobTable;
 use crate::backend::{BackendError, BackendResult};
-use crate::link::waking_channel::{Doorbell, Inlet};
+use crate::link::waking_channel::{Parker, WakingSender};
 
 /// Frames of jobs that may wait: 22 KiB each at the most, so 1.4 MiB, and one more in each worker that waits. Twice as many
 /// make a flood no faster.
@@ -20,7 +20,7 @@ pub const DATA_LANE_MAX: usize = 64;
 /// Control messages that may wait: some 250 bytes each, so 8 MiB; more mean that the coordinator does not read.
 pub const CONTROL_LANE_MAX: usize = 32 << 10;
 /// How long [`JobExecutor::dispatch`](super::JobExecutor::dispatch) waits for room in a single, bounded lane.
-const PLAIN_LANE_PATIENCE: std::time::Duration = std::time::Duration::from_millis(250);
+const PLAIN_SEND_TIMEOUT: std::time::Duration = std::time::Duration::from_millis(250);
 
 /// What goes out ahead of all data.
 pub enum Control {
@@ -41,12 +41,12 @@ pub enum Control {
 /// Both lanes, both ends, and what their writer sleeps on.
 pub struct Lanes {
     /// To the writer.
-    pub control: Inlet<Control>,
+    pub control: WakingSender<Control>,
     pub(crate) control_inbox: Receiver<Control>,
     /// To the writer.
-    pub data: Inlet<Frame>,
+    pub data: WakingSender<Frame>,
     pub(crate) data_inbox: Receiver<Frame>,
-    pub(crate) bell: Doorbell,
+    pub(crate) parker: Parker,
 }
 
 impl Default for Lanes {
@@ -54,9 +54,9 @@ impl Default for Lanes {
         // Unbounded, for a bounded channel of this length would take its memory at once; `CONTROL_LANE_MAX` bounds it.
         let (control, control_inbox) = unbounded();
         let (data, data_inbox) = bounded(DATA_LANE_MAX);
-        let bell = Doorbell::default();
-        let (control, data) = (Inlet::new(control, &bell), Inlet::new(data, &bell));
-        Lanes { control, control_inbox, data, data_inbox, bell }
+        let parker = Parker::default();
+        let (control, data) = (WakingSender::new(control, &parker), WakingSender::new(data, &parker));
+        Lanes { control, control_inbox, data, data_inbox, parker }
     }
 }
 
@@ -67,9 +67,9 @@ pub enum Outbox {
     /// A session's two.
     Lanes {
         /// To the writer, ahead of all data.
-        control: Inlet<Control>,
+        control: WakingSender<Control>,
         /// To the writer, in order.
-        data: Inlet<Frame>,
+        data: WakingSender<Frame>,
     },
 }
 
@@ -82,7 +82,7 @@ pub struct Overflow;
 pub struct Frame {
     /// The JSON text.
     pub text: String,
-    ticket: Arc<Ticket>,
+    ticket: Arc<InFlightJob>,
     /// Set for the terminal frame.
     last_of: Option<Arc<JobTable>>,
 }
@@ -90,7 +90,7 @@ pub struct Frame {
 impl Frame {
     /// Whether it is to be written: no frame follows a cancel, queued or not. Frees the place of a job whose last frame
     /// this is, for the coordinator may send the next job as soon as it has seen it.
-    pub fn claim(&self) -> bool {
+    pub fn begin_write(&self) -> bool {
         if let Some(table) = &self.last_of {
             table.finish(&self.ticket);
         }
@@ -105,7 +105,7 @@ impl Outbox {
     /// There is no room.
     pub fn control(&self, text: String) -> Result<(), Overflow> {
         match self {
-            Outbox::Plain(out) => out.send_timeout(Message::text(text), PLAIN_LANE_PATIENCE).map_err(|_| Overflow),
+            Outbox::Plain(out) => out.send_timeout(Message::text(text), PLAIN_SEND_TIMEOUT).map_err(|_| Overflow),
             Outbox::Lanes { control, .. } if control.waiting() >= CONTROL_LANE_MAX => Err(Overflow),
             Outbox::Lanes { control, .. } => control.send(Control::Text(text)).map_err(|_| Overflow),
         }
@@ -115,12 +115,12 @@ impl Outbox {
     ///
     /// # Errors
     /// [`BackendError::Cancelled`], [`BackendError::DeadlinePassed`] or [`BackendError::SessionGone`].
-    pub fn chunk(&self, ticket: &Arc<Ticket>, text: String) -> BackendResult<()> {
+    pub fn chunk(&self, ticket: &Arc<InFlightJob>, text: String) -> BackendResult<()> {
         match self {
             Outbox::Plain(out) => send_unless_cancelled(out, Message::text(text), ticket, ticket.deadline),
             Outbox::Lanes { data, .. } => {
                 let frame = Frame { text, ticket: ticket.clone(), last_of: None };
-                data.send_by(|lane| send_unless_cancelled(lane, frame, ticket, ticket.deadline))
+                data.send_with(|lane| send_unless_cancelled(lane, frame, ticket, ticket.deadline))
             }
         }
     }
@@ -130,7 +130,7 @@ impl Outbox {
     ///
     /// # Errors
     /// [`BackendError::Cancelled`] or [`BackendError::SessionGone`]; the place is free all the same.
-    pub fn terminal(&self, table: &Arc<JobTable>, ticket: &Arc<Ticket>, text: String) -> BackendResult<()> {
+    pub fn terminal(&self, table: &Arc<JobTable>, ticket: &Arc<InFlightJob>, text: String) -> BackendResult<()> {
         match self {
             Outbox::Plain(out) => {
                 // Whoever reads this lane sees the frame at once and may dispatch the next job: the place goes first.
@@ -139,7 +139,7 @@ impl Outbox {
             }
             Outbox::Lanes { data, .. } => {
                 let frame = Frame { text, ticket: ticket.clone(), last_of: Some(table.clone()) };
-                let sent = data.send_by(|lane| send_unless_cancelled(lane, frame, ticket, None));
+                let sent = data.send_with(|lane| send_unless_cancelled(lane, frame, ticket, None));
                 table.finish(ticket);
                 sent
             }
@@ -150,7 +150,7 @@ impl Outbox {
 fn send_unless_cancelled<T>(
     lane: &Sender<T>,
     frame: T,
-    ticket: &Ticket,
+    ticket: &InFlightJob,
     deadline: Option<Instant>,
 ) -> BackendResult<()> {
     if ticket.is_cancelled() {
@@ -193,7 +193,7 @@ mod tests {
         let mut half = dialer.dial(&crossbeam_channel::never(), |_| ()).expect("a session");
         let (link, lanes) = (half.link(), Lanes::default());
         let outbox = Outbox::Lanes { control: lanes.control.clone(), data: lanes.data.clone() };
-        let ticket = Arc::new(Ticket::new(Uuid::nil(), Duration::MAX));
+        let ticket = Arc::new(InFlightJob::new(Uuid::nil(), Duration::MAX));
         (0..frames).for_each(|_| outbox.chunk(&ticket, "x".repeat(length)).expect("room in the lane"));
         let before = link.writes();
         let writer = Writer::spawn(half.split(|_| Ok(())), lanes, String::new).expect("a thread");

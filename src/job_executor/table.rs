@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use super::in_flight::Ticket;
+use super::in_flight::InFlightJob;
 
 /// Of all requests in flight, as text, in bytes, with those that the worker of a cancelled job has yet to let go of. Parsed,
 /// one may take several times its text.
@@ -19,7 +19,7 @@ pub const REQUEST_BYTES_MAX: usize = 256 << 20;
 
 /// The table.
 pub struct JobTable {
-    places: usize,
+    capacity: usize,
     state: Mutex<State>,
     /// Of all requests. Grows under the lock alone.
     bytes: Arc<AtomicUsize>,
@@ -31,32 +31,32 @@ pub struct JobTable {
 
 #[derive(Default)]
 struct State {
-    jobs: HashMap<Uuid, Arc<Ticket>>,
+    jobs: HashMap<Uuid, Arc<InFlightJob>>,
     closed: bool,
     /// There is a thread that watches the deadlines, or will be at once.
-    is_watched: bool,
+    has_watcher: bool,
     /// When it looks again by itself.
-    looks_at: Option<Instant>,
+    next_wakeup: Option<Instant>,
 }
 
 impl State {
     /// Takes out this very job, if it is still there.
-    fn take(&mut self, ticket: &Arc<Ticket>) -> Option<Arc<Ticket>> {
+    fn take(&mut self, ticket: &Arc<InFlightJob>) -> Option<Arc<InFlightJob>> {
         let is_there = self.jobs.get(&ticket.job_id).is_some_and(|t| Arc::ptr_eq(t, ticket));
         if is_there { self.jobs.remove(&ticket.job_id) } else { None }
     }
 }
 
 /// How long the deadlines of an empty table are watched on.
-const LINGER: Duration = Duration::from_secs(10);
+const WATCHER_IDLE: Duration = Duration::from_secs(10);
 
 /// The share of [`REQUEST_BYTES_MAX`] that a request takes for as long as it is in memory.
-pub struct Share {
+pub struct MemoryPermit {
     bytes: usize,
     taken: Arc<AtomicUsize>,
 }
 
-impl Drop for Share {
+impl Drop for MemoryPermit {
     fn drop(&mut self) {
         self.taken.fetch_sub(self.bytes, Ordering::SeqCst);
     }
@@ -64,7 +64,7 @@ impl Drop for Share {
 
 /// Why there is no place for a job.
 #[derive(Debug, PartialEq, Eq)]
-pub enum NoPlace {
+pub enum AdmitError {
     /// Its id is in flight already.
     Duplicate,
     /// Every place is taken.
@@ -76,9 +76,9 @@ pub enum NoPlace {
 }
 
 impl JobTable {
-    pub fn new(places: usize) -> JobTable {
+    pub fn new(capacity: usize) -> JobTable {
         JobTable {
-            places,
+            capacity,
             state: Mutex::default(),
             bytes: Arc::default(),
             idle: Condvar::new(),
@@ -87,19 +87,26 @@ impl JobTable {
     }
 
     /// Gives a job a place, and its request of so many bytes a share of the memory.
-    pub fn admit(&self, job_id: Uuid, deadline: Duration, bytes: usize) -> Result<(Arc<Ticket>, Share), NoPlace> {
+    pub fn admit(
+        &self,
+        job_id: Uuid,
+        deadline: Duration,
+        bytes: usize,
+    ) -> Result<(Arc<InFlightJob>, MemoryPermit), AdmitError> {
         let state = &mut *self.lock();
         let taken = state.jobs.len();
         match state.jobs.entry(job_id) {
-            Entry::Occupied(_) => Err(NoPlace::Duplicate),
-            Entry::Vacant(_) if state.closed => Err(NoPlace::Closed),
-            Entry::Vacant(_) if taken >= self.places => Err(NoPlace::Full),
-            Entry::Vacant(_) if self.bytes.load(Ordering::SeqCst) + bytes > REQUEST_BYTES_MAX => Err(NoPlace::TooLarge),
+            Entry::Occupied(_) => Err(AdmitError::Duplicate),
+            Entry::Vacant(_) if state.closed => Err(AdmitError::Closed),
+            Entry::Vacant(_) if taken >= self.capacity => Err(AdmitError::Full),
+            Entry::Vacant(_) if self.bytes.load(Ordering::SeqCst) + bytes > REQUEST_BYTES_MAX => {
+                Err(AdmitError::TooLarge)
+            }
             Entry::Vacant(place) => {
                 self.bytes.fetch_add(bytes, Ordering::SeqCst);
-                let share = Share { bytes, taken: self.bytes.clone() };
-                let ticket = place.insert(Arc::new(Ticket::new(job_id, deadline))).clone();
-                if ticket.deadline.is_some_and(|deadline| state.looks_at.is_some_and(|at| deadline < at)) {
+                let share = MemoryPermit { bytes, taken: self.bytes.clone() };
+                let ticket = place.insert(Arc::new(InFlightJob::new(job_id, deadline))).clone();
+                if ticket.deadline.is_some_and(|deadline| state.next_wakeup.is_some_and(|at| deadline < at)) {
                     self.deadlines.notify_one();
                 }
                 Ok((ticket, share))
@@ -113,7 +120,7 @@ impl JobTable {
     }
 
     /// Takes out this very job (its id may have been used again since); false when somebody did before.
-    pub fn finish(&self, ticket: &Arc<Ticket>) -> bool {
+    pub fn finish(&self, ticket: &Arc<InFlightJob>) -> bool {
         let mut state = self.lock();
         let taken = state.take(ticket).is_some();
         if taken {
@@ -124,21 +131,21 @@ impl JobTable {
     }
 
     /// Takes out and cancels the job of this id; `None` when none is in flight.
-    pub fn cancel(&self, job_id: Uuid) -> Option<Arc<Ticket>> {
+    pub fn cancel(&self, job_id: Uuid) -> Option<Arc<InFlightJob>> {
         let mut state = self.lock();
         let taken = state.jobs.remove(&job_id);
         self.cancelled(state, taken).pop()
     }
 
     /// Takes out and cancels this very job; false when somebody took it out before.
-    pub fn abandon(&self, ticket: &Arc<Ticket>) -> bool {
+    pub fn abandon(&self, ticket: &Arc<InFlightJob>) -> bool {
         let mut state = self.lock();
         let taken = state.take(ticket);
         !self.cancelled(state, taken).is_empty()
     }
 
     /// Takes out and cancels all; returns them.
-    pub fn cancel_all(&self) -> Vec<Arc<Ticket>> {
+    pub fn cancel_all(&self) -> Vec<Arc<InFlightJob>> {
         let mut state = self.lock();
         let taken = std::mem::take(&mut state.jobs);
         self.cancelled(state, taken.into_values())
@@ -148,16 +155,16 @@ impl JobTable {
     fn cancelled(
         &self,
         state: MutexGuard<'_, State>,
-        taken: impl IntoIterator<Item = Arc<Ticket>>,
-    ) -> Vec<Arc<Ticket>> {
-        let tickets: Vec<Arc<Ticket>> = taken.into_iter().collect();
+        taken: impl IntoIterator<Item = Arc<InFlightJob>>,
+    ) -> Vec<Arc<InFlightJob>> {
+        let tickets: Vec<Arc<InFlightJob>> = taken.into_iter().collect();
         tickets.iter().for_each(|t| {
             t.mark_cancelled();
             t.release_slot();
         });
         self.signal_if_empty(&state);
         drop(state);
-        tickets.iter().for_each(|t| t.wake_worker());
+        tickets.iter().for_each(|t| t.interrupt_worker());
         tickets
     }
 
@@ -168,36 +175,36 @@ impl JobTable {
     }
 
     /// True when the caller is to start the thread that watches the deadlines.
-    pub fn needs_watching(&self) -> bool {
-        !std::mem::replace(&mut self.lock().is_watched, true)
+    pub fn claim_watcher(&self) -> bool {
+        !std::mem::replace(&mut self.lock().has_watcher, true)
     }
 
     /// There is no such thread after all.
-    pub fn is_not_watched(&self) {
-        self.lock().is_watched = false;
+    pub fn release_watcher(&self) {
+        self.lock().has_watcher = false;
     }
 
     /// Waits for deadlines to pass; returns the jobs in flight whose did, each once. `None` when there has been none for a
     /// while, and nobody watches any more.
-    pub fn wait_for_deadlines(&self) -> Option<Vec<Arc<Ticket>>> {
+    pub fn wait_for_deadlines(&self) -> Option<Vec<Arc<InFlightJob>>> {
         let mut state = self.lock();
         let mut has_lingered = false;
         loop {
             let now = Instant::now();
-            let has_passed = |ticket: &&Arc<Ticket>| ticket.deadline.is_some_and(|d| d <= now) && ticket.expire();
+            let has_passed = |ticket: &&Arc<InFlightJob>| ticket.deadline.is_some_and(|d| d <= now) && ticket.expire();
             let expired: Vec<_> = state.jobs.values().filter(has_passed).cloned().collect();
             if !expired.is_empty() {
                 return Some(expired);
             }
             let is_empty = state.jobs.is_empty();
             if is_empty && (state.closed || has_lingered) {
-                (state.is_watched, state.looks_at) = (false, None);
+                (state.has_watcher, state.next_wakeup) = (false, None);
                 return None;
             }
             let ahead = state.jobs.values().filter_map(|ticket| ticket.deadline).filter(|deadline| *deadline > now);
             // A last job may have ended long before its deadline: nobody says so.
-            let until = ahead.fold(now + LINGER, Instant::min);
-            state.looks_at = Some(until);
+            let until = ahead.fold(now + WATCHER_IDLE, Instant::min);
+            state.next_wakeup = Some(until);
             let waited = self.deadlines.wait_timeout(state, until - now).unwrap_or_else(PoisonError::into_inner);
             has_lingered = is_empty && waited.1.timed_out();
             state = waited.0;
@@ -212,14 +219,14 @@ impl JobTable {
     /// Waits until it is empty; false when `until` came first, or `hurry` said so.
     pub fn wait_until_empty(&self, until: Instant, hurry: impl Fn() -> bool) -> bool {
         /// How soon a second signal is noticed; only a stopping agent looks so often.
-        const GLANCE: Duration = Duration::from_millis(20);
+        const POLL_INTERVAL: Duration = Duration::from_millis(20);
         let mut state = self.lock();
         while !state.jobs.is_empty() {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() || hurry() {
                 return false;
             }
-            state = self.idle.wait_timeout(state, left.min(GLANCE)).unwrap_or_else(PoisonError::into_inner).0;
+            state = self.idle.wait_timeout(state, left.min(POLL_INTERVAL)).unwrap_or_else(PoisonError::into_inner).0;
         }
         true
     }
@@ -247,7 +254,7 @@ mod tests {
     #[test]
     fn deadlines_are_told_once_each_and_in_time_and_nobody_watches_a_closed_table() {
         let table = Arc::new(JobTable::new(8));
-        assert!(table.needs_watching() && !table.needs_watching());
+        assert!(table.claim_watcher() && !table.claim_watcher());
         let (told, inbox) = crossbeam_channel::unbounded();
         let of_thread = table.clone();
         let watcher = std::thread::spawn(move || {
@@ -264,7 +271,7 @@ mod tests {
         table.close();
         table.cancel_all();
         watcher.join().expect("left");
-        assert!(inbox.try_recv().is_err() && table.needs_watching());
+        assert!(inbox.try_recv().is_err() && table.claim_watcher());
     }
 
     #[test]
@@ -272,8 +279,8 @@ mod tests {
         let table = JobTable::new(1);
         let id = Uuid::from_u128(1);
         let (first, _) = table.admit(id, LONG, 0).expect("a place");
-        assert_eq!(table.admit(id, LONG, 0).err(), Some(NoPlace::Duplicate));
-        assert_eq!(table.admit(Uuid::from_u128(2), LONG, 0).err(), Some(NoPlace::Full));
+        assert_eq!(table.admit(id, LONG, 0).err(), Some(AdmitError::Duplicate));
+        assert_eq!(table.admit(Uuid::from_u128(2), LONG, 0).err(), Some(AdmitError::Full));
         assert!(table.cancel(id).is_some());
         assert!(table.cancel(id).is_none());
         let (again, _) = table.admit(id, LONG, 0).expect("the same id, anew");
@@ -285,10 +292,10 @@ mod tests {
         assert!(first.is_cancelled() && !again.is_cancelled());
         let (_, share) = table.admit(id, LONG, REQUEST_BYTES_MAX).expect("room for it alone");
         assert!(table.cancel(id).is_some());
-        assert_eq!(table.admit(id, LONG, 1).err(), Some(NoPlace::TooLarge), "a worker still holds the request");
+        assert_eq!(table.admit(id, LONG, 1).err(), Some(AdmitError::TooLarge), "a worker still holds the request");
         drop(share);
-        assert_eq!(table.admit(id, LONG, REQUEST_BYTES_MAX + 1).err(), Some(NoPlace::TooLarge));
+        assert_eq!(table.admit(id, LONG, REQUEST_BYTES_MAX + 1).err(), Some(AdmitError::TooLarge));
         table.close();
-        assert_eq!(table.admit(id, LONG, 0).err(), Some(NoPlace::Closed));
+        assert_eq!(table.admit(id, LONG, 0).err(), Some(AdmitError::Closed));
     }
 }

@@ -3,30 +3,35 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::in_flight::Ticket;
-use super::{Alternatives, Shared, Surroundings};
+use super::in_flight::InFlightJob;
+use super::{ExecutorDeps, FallbackRoute, Shared};
 use crate::backend::{BackendError, BackendResult, Interrupt, JobResult, JobSink};
-use crate::discovery::Member;
+use crate::discovery::BackendHandle;
 use crate::link::protocol::{self, JobChunks};
 
 /// With so many milliseconds left or fewer, nothing can be done.
-const DEADLINE_HOPELESS_MS: u32 = 1;
+const MIN_REMAINING_MS: u32 = 1;
 
 /// Runs in a worker thread, from the first byte of the job to its terminal frame. The job has a slot of `member`; an
 /// alternative is tried when that one cannot take it, as long as no byte of an answer has been sent.
-pub fn run(shared: &Arc<Shared>, ticket: &Arc<Ticket>, mut member: Arc<Member>, alternatives: Alternatives) {
+pub fn run(
+    shared: &Arc<Shared>,
+    ticket: &Arc<InFlightJob>,
+    mut member: Arc<BackendHandle>,
+    alternatives: FallbackRoute,
+) {
     // From here on the job is answered, whatever happens: also when the backend panics.
-    let mut ending = Ending { shared, ticket, model_id: String::new(), outcome: Err(BackendError::Panicked) };
+    let mut ending = TerminalGuard { shared, ticket, model_id: String::new(), outcome: Err(BackendError::Panicked) };
     let Some((mut job, _share)) = ticket.take_job() else { return };
     ending.model_id.clone_from(&job.model_id);
-    let mut relay = Relay { shared, ticket, chunks: JobChunks::of(ticket.job_id), has_sent: false };
+    let mut relay = JobRelay { shared, ticket, chunks: JobChunks::of(ticket.job_id), has_sent: false };
     let mut alternatives = alternatives.into_iter();
     loop {
         // The deadline covers the time in the queue and with other backends too. Rounded up: a job just admitted has
         // its time.
         let left_ms = ticket.time_left().as_micros().div_ceil(1000);
         job.deadline_ms = u32::try_from(left_ms).unwrap_or(u32::MAX).min(job.deadline_ms);
-        if job.deadline_ms <= DEADLINE_HOPELESS_MS {
+        if job.deadline_ms <= MIN_REMAINING_MS {
             ending.outcome = Err(BackendError::DeadlinePassed);
             return;
         }
@@ -40,16 +45,16 @@ pub fn run(shared: &Arc<Shared>, ticket: &Arc<Ticket>, mut member: Arc<Member>, 
         if ticket.is_cancelled() {
             return;
         }
-        shared.heed(&member, &ending.outcome);
+        shared.update_backend_health(&member, &ending.outcome);
         let Some(kept) = kept else { return };
         job = kept;
         match &ending.outcome {
             Err(e) if e.may_fail_over() && !relay.has_sent => {
-                let Some(slot) = alternatives.find_map(|next| next.take_slot()) else { return };
+                let Some(slot) = alternatives.find_map(|next| next.try_acquire_slot()) else { return };
                 let (from, why) = (member.backend.id(), e.for_log());
                 log::info!("job {}: {from} cannot take it ({why}); trying the next", job.job_id);
-                member = slot.member().clone();
-                ticket.hold(slot);
+                member = slot.backend().clone();
+                ticket.attach_slot(slot);
             }
             _ => return,
         }
@@ -57,15 +62,15 @@ pub fn run(shared: &Arc<Shared>, ticket: &Arc<Ticket>, mut member: Arc<Member>, 
 }
 
 /// Between a backend and the outbox.
-struct Relay<'a> {
+struct JobRelay<'a> {
     shared: &'a Shared,
-    ticket: &'a Arc<Ticket>,
+    ticket: &'a Arc<InFlightJob>,
     chunks: JobChunks,
     /// A piece of an answer is on its way, so no other backend's may follow it.
     has_sent: bool,
 }
 
-impl JobSink for Relay<'_> {
+impl JobSink for JobRelay<'_> {
     fn send_chunk(&mut self, bytes: &[u8]) -> BackendResult<()> {
         if bytes.is_empty() {
             return self.still_wanted();
@@ -92,24 +97,24 @@ impl JobSink for Relay<'_> {
 
     fn tokens_emitted(&mut self, tokens: u32) {
         let new = self.ticket.note_tokens_emitted(tokens);
-        self.shared.surroundings.token_limit.count(u64::from(new));
+        self.shared.deps.token_limit.count(u64::from(new));
     }
 }
 
 /// The guard that ends the job: one terminal frame, or none after a cancel.
-struct Ending<'a> {
+struct TerminalGuard<'a> {
     shared: &'a Arc<Shared>,
-    ticket: &'a Arc<Ticket>,
+    ticket: &'a Arc<InFlightJob>,
     model_id: String,
     outcome: BackendResult<JobResult>,
 }
 
-impl Drop for Ending<'_> {
+impl Drop for TerminalGuard<'_> {
     fn drop(&mut self) {
         if let Ok(result) = &self.outcome {
             let unseen = result.output_tokens.unwrap_or(0).saturating_sub(self.ticket.tokens_emitted());
             let tokens = u64::from(unseen) + u64::from(result.input_tokens.unwrap_or(0));
-            self.shared.surroundings.token_limit.count(tokens);
+            self.shared.deps.token_limit.count(tokens);
         }
         let sent = match self.terminal_frame() {
             Some(frame) => self.shared.outbox.terminal(&self.shared.table, self.ticket, frame).is_ok(),
@@ -120,12 +125,12 @@ impl Drop for Ending<'_> {
             // Whoever took it out counts it.
             _ if self.ticket.is_cancelled() => {}
             true => self.record(),
-            false => self.shared.surroundings.tally.lost(1),
+            false => self.shared.deps.tally.lost(1),
         }
     }
 }
 
-impl Ending<'_> {
+impl TerminalGuard<'_> {
     fn terminal_frame(&mut self) -> Option<String> {
         let job_id = self.ticket.job_id;
         match &mut self.outcome {
@@ -146,7 +151,7 @@ impl Ending<'_> {
     }
 
     fn record(&self) {
-        let Surroundings { statistics, tally, .. } = &self.shared.surroundings;
+        let ExecutorDeps { statistics, tally, .. } = &self.shared.deps;
         let latency = self.ticket.accepted.elapsed();
         match &self.outcome {
             Ok(result) => {

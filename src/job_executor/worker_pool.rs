@@ -122,10 +122,10 @@ impl Shared {
             let _ = catch_unwind(AssertUnwindSafe(task));
             next = self.next_task(worker);
         }
-        malloc::note_freed();
+        malloc::request_trim();
         if self.lock().workers == 0 {
             // The last one to leave has time.
-            malloc::give_back();
+            malloc::trim_if_requested();
         }
     }
 

@@ -15,11 +15,11 @@ use tungstenite::http::{HeaderMap, Uri};
 use tungstenite::protocol::WebSocketConfig;
 use ureq::Proxy;
 
-use super::peer_certificate::Onlooker;
+use super::peer_certificate::CapturingVerifier;
 use super::transport::{
     Link, LinkReader, MESSAGE_BYTES_MAX, READ_BUFFER_BYTES, ReadHalf, STALL_TIMEOUT, uninterrupted,
 };
-use crate::logging::shown;
+use crate::logging::sanitize_for_log;
 use crate::net::connect;
 use crate::net::tls;
 use crate::net::tls::ExtraRoots;
@@ -78,7 +78,7 @@ pub enum DialError {
 }
 
 /// Is told of each step of a dial as it is done: what fails is the one after the last.
-pub trait Steps {
+pub trait DialObserver {
     /// The name has these addresses.
     fn resolved(&mut self, _addresses: &[SocketAddr]) {}
     /// This address accepted.
@@ -92,7 +92,7 @@ pub trait Steps {
 }
 
 /// Nobody listens.
-impl Steps for () {}
+impl DialObserver for () {}
 
 /// Opens connections to one coordinator. Names are resolved anew each time.
 pub struct Dialer {
@@ -149,7 +149,7 @@ impl Dialer {
     ///
     /// # Errors
     /// By step.
-    pub fn dial_by_steps(&self, steps: &mut dyn Steps) -> Result<ReadHalf, DialError> {
+    pub fn dial_observed(&self, steps: &mut dyn DialObserver) -> Result<ReadHalf, DialError> {
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         let tcp = self.connect(deadline, &never(), steps)?;
         self.upgrade(self.link(tcp, deadline, steps)?, deadline, steps)
@@ -159,7 +159,7 @@ impl Dialer {
     ///
     /// # Errors
     /// By step.
-    pub fn head(&self, time: Duration) -> Result<String, DialError> {
+    pub fn fetch_head(&self, time: Duration) -> Result<String, DialError> {
         let deadline = Instant::now() + time;
         let link = self.link(self.connect(deadline, &never(), &mut ())?, deadline, &mut ())?;
         let mut stream = LinkReader::new(link, deadline);
@@ -171,30 +171,35 @@ impl Dialer {
     }
 
     /// The certificate that the server presents, believed or not, DER; over a connection of its own, which ends there.
-    pub fn presented(&self, time: Duration) -> Option<Vec<u8>> {
+    pub fn fetch_peer_certificate(&self, time: Duration) -> Option<Vec<u8>> {
         let deadline = Instant::now() + time;
         let tcp = self.connect(deadline, &never(), &mut ()).ok()?;
-        self.prepare(&tcp, deadline, &mut ()).ok()?;
-        let onlooker = Arc::new(Onlooker::default());
+        self.connect_proxy(&tcp, deadline, &mut ()).ok()?;
+        let onlooker = Arc::new(CapturingVerifier::default());
         // Fails, as it must.
         let _ = self.tls_handshake(&tcp, onlooker.clone().config().ok()?, deadline);
-        Some(onlooker.seen()).filter(|der| !der.is_empty())
+        Some(onlooker.captured()).filter(|der| !der.is_empty())
     }
 
     /// Name resolution cannot be bounded or interrupted, so it happens in a thread that may be left behind.
-    fn connect(&self, deadline: Instant, stop: &Receiver<()>, steps: &mut dyn Steps) -> Result<TcpStream, DialError> {
+    fn connect(
+        &self,
+        deadline: Instant,
+        stop: &Receiver<()>,
+        steps: &mut dyn DialObserver,
+    ) -> Result<TcpStream, DialError> {
         let (host, port) = self.peer();
         let host = host.to_owned();
         let progress = Arc::new(Mutex::new(Progress { resolved: None, opened: Err(DialError::TimedOut) }));
         // Rung once there are addresses, and gone at the end, whatever it is.
-        let (bell, rung) = bounded::<()>(1);
+        let (parker, rung) = bounded::<()>(1);
         let of_thread = progress.clone();
         threads::spawn("dial", move || {
             let opened = match (host.as_str(), port).to_socket_addrs() {
                 Ok(addresses) => {
                     let addresses: Vec<SocketAddr> = addresses.collect();
                     Progress::of(&of_thread).resolved = Some(addresses.clone());
-                    let _ = bell.send(());
+                    let _ = parker.send(());
                     connect::connect_any(&addresses, Some(deadline)).map_err(|error| DialError::Connect {
                         host,
                         port,
@@ -227,7 +232,7 @@ impl Dialer {
     }
 
     /// Through the proxy, where there is to be one.
-    fn prepare(&self, tcp: &TcpStream, deadline: Instant, steps: &mut dyn Steps) -> Result<(), DialError> {
+    fn connect_proxy(&self, tcp: &TcpStream, deadline: Instant, steps: &mut dyn DialObserver) -> Result<(), DialError> {
         tcp.set_nodelay(true)?;
         tcp.set_write_timeout(Some(CONNECT_TIMEOUT))?;
         if let Some(proxy) = &self.proxy {
@@ -238,8 +243,8 @@ impl Dialer {
     }
 
     /// Prepared, and under TLS where it is to be.
-    fn link(&self, tcp: TcpStream, deadline: Instant, steps: &mut dyn Steps) -> Result<Arc<Link>, DialError> {
-        self.prepare(&tcp, deadline, steps)?;
+    fn link(&self, tcp: TcpStream, deadline: Instant, steps: &mut dyn DialObserver) -> Result<Arc<Link>, DialError> {
+        self.connect_proxy(&tcp, deadline, steps)?;
         let tls = if self.secure { Some(self.tls_handshake(&tcp, self.tls_config()?, deadline)?) } else { None };
         if let Some(tls) = &tls {
             let certificate = tls.peer_certificates().and_then(|chain| chain.first());
@@ -257,14 +262,14 @@ impl Dialer {
             request.push_str(&format!("Proxy-Authorization: Basic {credentials}\r\n"));
         }
         request.push_str("\r\n");
-        let mut stream = Bounded { tcp, deadline };
+        let mut stream = DeadlineStream { tcp, deadline };
         stream.write_all(request.as_bytes()).map_err(timed_out_or(|e| DialError::Proxy(e.to_string())))?;
         let head = read_head(&mut stream).map_err(timed_out_or(|e| DialError::Proxy(e.to_string())))?;
         let head = head.ok_or_else(|| DialError::Proxy("it does not answer as an HTTP proxy".into()))?;
         let status_line = head.lines().next().unwrap_or_default();
         match status_line.split(' ').nth(1) {
             Some(status) if status_line.starts_with("HTTP/1.") && status.starts_with('2') => Ok(()),
-            _ => Err(DialError::Proxy(shown(status_line))),
+            _ => Err(DialError::Proxy(sanitize_for_log(status_line))),
         }
     }
 
@@ -288,7 +293,7 @@ impl Dialer {
         };
         let name = ServerName::try_from(self.host.clone()).map_err(no_name)?;
         let mut connection = ClientConnection::new(config, name).map_err(tls_error)?;
-        let mut stream = Bounded { tcp, deadline };
+        let mut stream = DeadlineStream { tcp, deadline };
         while connection.is_handshaking() {
             connection.complete_io(&mut stream).map_err(timed_out_or(|e| {
                 let why = e.to_string();
@@ -301,7 +306,7 @@ impl Dialer {
         Ok(connection)
     }
 
-    fn upgrade(&self, link: Arc<Link>, deadline: Instant, steps: &mut dyn Steps) -> Result<ReadHalf, DialError> {
+    fn upgrade(&self, link: Arc<Link>, deadline: Instant, steps: &mut dyn DialObserver) -> Result<ReadHalf, DialError> {
         let config = WebSocketConfig::default()
             .read_buffer_size(READ_BUFFER_BYTES)
             .write_buffer_size(0)
@@ -366,19 +371,19 @@ impl Progress {
 }
 
 /// A socket whose reads and writes must all be over by the deadline.
-struct Bounded<'a> {
+struct DeadlineStream<'a> {
     tcp: &'a TcpStream,
     deadline: Instant,
 }
 
-impl Bounded<'_> {
+impl DeadlineStream<'_> {
     fn left(&self) -> io::Result<Duration> {
         let left = self.deadline.saturating_duration_since(Instant::now());
         if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
     }
 }
 
-impl Read for Bounded<'_> {
+impl Read for DeadlineStream<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         uninterrupted(|| {
             self.tcp.set_read_timeout(Some(self.left()?))?;
@@ -387,7 +392,7 @@ impl Read for Bounded<'_> {
     }
 }
 
-impl Write for Bounded<'_> {
+impl Write for DeadlineStream<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         uninterrupted(|| {
             self.tcp.set_write_timeout(Some(self.left()?))?;

@@ -7,5 +7,5 @@ pub mod transport;
 pub mod waking_channel;
 pub mod writer;
 
-pub use dial::{CONNECT_TIMEOUT, DialError, Dialer, Steps};
+pub use dial::{CONNECT_TIMEOUT, DialError, DialObserver, Dialer};
 pub use transport::{Link, MESSAGE_BYTES_MAX, ReadHalf, STALL_TIMEOUT, WriteHalf};

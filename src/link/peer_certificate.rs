@@ -13,11 +13,11 @@ use crate::net::tls;
 
 /// Takes note of the certificate, and refuses it.
 #[derive(Debug, Default)]
-pub struct Onlooker(Mutex<Vec<u8>>);
+pub struct CapturingVerifier(Mutex<Vec<u8>>);
 
-impl Onlooker {
+impl CapturingVerifier {
     /// The certificate that it was shown, DER; empty before.
-    pub fn seen(&self) -> Vec<u8> {
+    pub fn captured(&self) -> Vec<u8> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -34,7 +34,7 @@ impl Onlooker {
 
 const REFUSED: Error = Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure);
 
-impl ServerCertVerifier for Onlooker {
+impl ServerCertVerifier for CapturingVerifier {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,

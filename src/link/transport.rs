@@ -32,7 +32,7 @@ pub struct Link {
     pub(super) tcp: TcpStream,
     tls: Option<Mutex<ClientConnection>>,
     /// Something has come since this was asked last.
-    heard: AtomicBool,
+    received: AtomicBool,
     /// Writes to the socket of a link without TLS.
     #[cfg(test)]
     writes: std::sync::atomic::AtomicUsize,
@@ -43,15 +43,15 @@ impl Link {
         Link {
             tcp,
             tls,
-            heard: AtomicBool::new(false),
+            received: AtomicBool::new(false),
             #[cfg(test)]
             writes: std::sync::atomic::AtomicUsize::new(0),
         }
     }
 
     /// Whether the reading side has heard anything since it was asked last.
-    pub fn take_heard(&self) -> bool {
-        self.heard.swap(false, Ordering::Relaxed)
+    pub fn take_received(&self) -> bool {
+        self.received.swap(false, Ordering::Relaxed)
     }
 
     /// So many were made.
@@ -151,7 +151,7 @@ impl ReadHalf {
     /// Makes the writing end; from here on this end hands what it has to send to `outlet`, which must not block.
     pub fn split(&mut self, outlet: impl Fn(Vec<u8>) -> io::Result<()> + Send + 'static) -> WriteHalf {
         let reader = self.socket.get_mut();
-        reader.outlet = Outlet::Writer(Box::new(outlet));
+        reader.outlet = PendingOutput::Writer(Box::new(outlet));
         let config = WebSocketConfig::default().read_buffer_size(0).write_buffer_size(WRITE_BUFFER_BYTES);
         let writer = LinkWriter(reader.link.clone());
         WriteHalf { socket: WebSocket::from_raw_socket(writer, Role::Client, Some(config)) }
@@ -215,12 +215,12 @@ pub(super) struct LinkReader {
     /// Ciphertext that was read but not yet decrypted; empty without TLS.
     ciphertext: Vec<u8>,
     unread: std::ops::Range<usize>,
-    outlet: Outlet,
+    outlet: PendingOutput,
     /// Written by the WebSocket, not yet flushed.
     gathered: Vec<u8>,
 }
 
-enum Outlet {
+enum PendingOutput {
     /// There is no writer yet.
     Direct,
     Writer(Box<dyn Fn(Vec<u8>) -> io::Result<()> + Send>),
@@ -234,7 +234,7 @@ impl LinkReader {
             deadline: Some(deadline),
             ciphertext,
             unread: 0..0,
-            outlet: Outlet::Direct,
+            outlet: PendingOutput::Direct,
             gathered: Vec::new(),
         }
     }
@@ -273,7 +273,7 @@ impl LinkReader {
         };
         let pending = tls.wants_write();
         drop(tls);
-        if pending && let Outlet::Writer(outlet) = &self.outlet {
+        if pending && let PendingOutput::Writer(outlet) = &self.outlet {
             // No bytes of ours: the writer is to send what TLS has to say.
             outlet(Vec::new())?;
         }
@@ -317,7 +317,7 @@ impl Read for LinkReader {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(io::ErrorKind::TimedOut.into()),
             Err(e) => Err(e),
             Ok(read) => {
-                self.link.heard.store(true, Ordering::Relaxed);
+                self.link.received.store(true, Ordering::Relaxed);
                 Ok(read)
             }
         }
@@ -336,8 +336,8 @@ impl Write for LinkReader {
             return Ok(());
         }
         match &self.outlet {
-            Outlet::Direct => LinkWriter(self.link.clone()).write_all(&bytes),
-            Outlet::Writer(outlet) => outlet(bytes),
+            PendingOutput::Direct => LinkWriter(self.link.clone()).write_all(&bytes),
+            PendingOutput::Writer(outlet) => outlet(bytes),
         }
     }
 }

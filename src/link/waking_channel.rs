@@ -15,18 +15,18 @@ use crossbeam_channel::{SendError, Sender};
 
 /// What a thread sleeps on.
 #[derive(Clone, Default)]
-pub struct Doorbell(Arc<OnceLock<Thread>>);
+pub struct Parker(Arc<OnceLock<Thread>>);
 
-impl Doorbell {
+impl Parker {
     /// From here on rings wake `sleeper`, which also looks for what was queued before. Called once, by the thread that queued
     /// what was queued so far.
-    pub fn answer_by(&self, sleeper: &Thread) {
+    pub fn attach(&self, sleeper: &Thread) {
         let _ = self.0.set(sleeper.clone());
-        self.ring();
+        self.unpark();
     }
 
     /// Wakes the sleeper, or keeps it from its next sleep.
-    fn ring(&self) {
+    fn unpark(&self) {
         if let Some(sleeper) = self.0.get() {
             sleeper.unpark();
         }
@@ -34,22 +34,22 @@ impl Doorbell {
 
     /// Sleeps until somebody rings, or has rung since the last time, or `until`. Only for the thread that answers; it may also
     /// return for no reason.
-    pub fn sleep(until: Instant) {
+    pub fn park_until(until: Instant) {
         thread::park_timeout(until.saturating_duration_since(Instant::now()));
     }
 }
 
 /// A sender that rings. Dropping the last one of a channel rings too.
-pub struct Inlet<T> {
+pub struct WakingSender<T> {
     // The order counts: a sleeper that is woken finds the channel disconnected.
     channel: Sender<T>,
-    bell: RingOnDrop,
+    parker: WakeOnDrop,
 }
 
-impl<T> Inlet<T> {
+impl<T> WakingSender<T> {
     /// Of a channel whose receiver's thread answers `bell`.
-    pub fn new(channel: Sender<T>, bell: &Doorbell) -> Inlet<T> {
-        Inlet { channel, bell: RingOnDrop(bell.clone()) }
+    pub fn new(channel: Sender<T>, parker: &Parker) -> WakingSender<T> {
+        WakingSender { channel, parker: WakeOnDrop(parker.clone()) }
     }
 
     /// Queues, waiting for room.
@@ -57,16 +57,16 @@ impl<T> Inlet<T> {
     /// # Errors
     /// The receiver is gone.
     pub fn send(&self, message: T) -> Result<(), SendError<T>> {
-        self.send_by(|channel| channel.send(message))
+        self.send_with(|channel| channel.send(message))
     }
 
     /// Queues by `send`, which may wait for more than room.
     ///
     /// # Errors
     /// Those of `send`.
-    pub fn send_by<E>(&self, send: impl FnOnce(&Sender<T>) -> Result<(), E>) -> Result<(), E> {
+    pub fn send_with<E>(&self, send: impl FnOnce(&Sender<T>) -> Result<(), E>) -> Result<(), E> {
         send(&self.channel)?;
-        self.bell.0.ring();
+        self.parker.0.unpark();
         Ok(())
     }
 
@@ -76,17 +76,17 @@ impl<T> Inlet<T> {
     }
 }
 
-impl<T> Clone for Inlet<T> {
+impl<T> Clone for WakingSender<T> {
     fn clone(&self) -> Self {
-        Inlet { channel: self.channel.clone(), bell: RingOnDrop(self.bell.0.clone()) }
+        WakingSender { channel: self.channel.clone(), parker: WakeOnDrop(self.parker.0.clone()) }
     }
 }
 
-struct RingOnDrop(Doorbell);
+struct WakeOnDrop(Parker);
 
-impl Drop for RingOnDrop {
+impl Drop for WakeOnDrop {
     fn drop(&mut self) {
-        self.0.ring();
+        self.0.unpark();
     }
 }
 
@@ -103,20 +103,20 @@ mod tests {
     fn no_ring_is_lost_however_full_the_channel_is() {
         const SENDERS: u32 = 6;
         const MESSAGES: u32 = 5000;
-        let bell = Doorbell::default();
+        let parker = Parker::default();
         let (sender, inbox) = bounded(2);
-        let inlet = Inlet::new(sender, &bell);
+        let inlet = WakingSender::new(sender, &parker);
         let sleeper = thread::spawn(move || {
             let mut received = 0;
             loop {
                 match inbox.try_recv() {
                     Ok(()) => received += 1,
-                    Err(TryRecvError::Empty) => Doorbell::sleep(Instant::now() + Duration::from_secs(3600)),
+                    Err(TryRecvError::Empty) => Parker::park_until(Instant::now() + Duration::from_secs(3600)),
                     Err(TryRecvError::Disconnected) => return received,
                 }
             }
         });
-        bell.answer_by(sleeper.thread());
+        parker.attach(sleeper.thread());
         let send = move || {
             for _ in 0..MESSAGES {
                 let send = |channel: &Sender<()>| {
@@ -124,7 +124,7 @@ mod tests {
                         send(channel, ()) -> sent => sent,
                     }
                 };
-                inlet.send_by(send).expect("a receiver");
+                inlet.send_with(send).expect("a receiver");
             }
         };
         let senders: Vec<_> = (0..SENDERS).map(|_| thread::spawn(send.clone())).collect();

@@ -14,7 +14,7 @@ use tungstenite::{Bytes, Message};
 
 use crate::job_executor::{Control, DATA_LANE_MAX, Frame, Lanes};
 use crate::link::WriteHalf;
-use crate::link::waking_channel::{Doorbell, Inlet};
+use crate::link::waking_channel::{Parker, WakingSender};
 use crate::sys::threads;
 
 /// Time between heartbeats, and of the first after `capabilities`.
@@ -29,9 +29,9 @@ const _: () = assert!(BATCH_FRAMES_MAX <= DATA_LANE_MAX);
 /// The handle: the lanes, and the thread that drains them.
 pub struct Writer {
     /// Never waits; who fills it asks for its length.
-    pub control: Inlet<Control>,
+    pub control: WakingSender<Control>,
     /// Bounded: the backpressure.
-    pub data: Inlet<Frame>,
+    pub data: WakingSender<Frame>,
     /// Disconnects when the thread has ended.
     pub ended: Receiver<()>,
     thread: JoinHandle<()>,
@@ -47,7 +47,7 @@ impl Writer {
         lanes: Lanes,
         heartbeat: impl Fn() -> String + Send + 'static,
     ) -> std::io::Result<Writer> {
-        let Lanes { control, control_inbox, data, data_inbox, bell } = lanes;
+        let Lanes { control, control_inbox, data, data_inbox, parker } = lanes;
         let (ended_sender, ended) = bounded::<()>(0);
         let mut actor = Actor {
             half,
@@ -61,14 +61,14 @@ impl Writer {
         let thread = threads::spawn("writer", move || {
             // Dropped at the end, whatever it is.
             let _ended = ended_sender;
-            threads::step_back();
+            threads::set_batch_scheduling();
             if let Err(e) = actor.run() {
                 crate::debug!("writing ended: {e}");
                 // The reader finds out, and ends the session.
                 actor.half.shutdown();
             }
         })?;
-        bell.answer_by(thread.thread());
+        parker.attach(thread.thread());
         Ok(Writer { control, data, ended, thread })
     }
 
@@ -139,7 +139,7 @@ impl Actor {
             match self.data.try_recv() {
                 Ok(frame) => return Event::Data(frame),
                 Err(TryRecvError::Disconnected) => return Event::Over,
-                Err(TryRecvError::Empty) => Doorbell::sleep(self.next_beat),
+                Err(TryRecvError::Empty) => Parker::park_until(self.next_beat),
             }
         }
     }
@@ -192,7 +192,7 @@ impl Actor {
 
     fn write_frame(&mut self, frame: Frame) -> tungstenite::Result<usize> {
         let bytes = frame.text.len();
-        if frame.claim() {
+        if frame.begin_write() {
             self.half.write(Message::text(frame.text))?;
         }
         Ok(bytes)

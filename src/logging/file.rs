@@ -23,7 +23,7 @@ pub struct LogFile {
     bytes_max: u64,
     /// `None` until a line comes, and after a write that failed.
     open: Option<Open>,
-    lost: Lost,
+    lost: DroppedLines,
 }
 
 /// The file as it was when it was opened.
@@ -32,21 +32,21 @@ struct Open {
     /// Its device and number, which tell it from another of the same name.
     id: (u64, u64),
     /// Somebody's last line has no end.
-    is_torn: bool,
+    ends_mid_line: bool,
 }
 
 /// The lines that could not be written since one could be.
 #[derive(Default)]
-struct Lost {
+struct DroppedLines {
     lines: u64,
     why: String,
-    was_told: bool,
+    warned: bool,
 }
 
 impl LogFile {
     /// The file at `path`. Nothing is opened or made yet.
     pub fn new(path: PathBuf) -> LogFile {
-        LogFile { path, bytes_max: FILE_BYTES_MAX, open: None, lost: Lost::default() }
+        LogFile { path, bytes_max: FILE_BYTES_MAX, open: None, lost: DroppedLines::default() }
     }
 
     /// Appends a line, with its end. The first that is lost is told to stderr.
@@ -59,7 +59,7 @@ impl LogFile {
         self.open = None;
         self.lost.lines += 1;
         self.lost.why = e.to_string();
-        if !std::mem::replace(&mut self.lost.was_told, true) {
+        if !std::mem::replace(&mut self.lost.warned, true) {
             let path = self.path.display();
             let _ = writeln!(io::stderr(), "warning: log lines are lost: `{path}` cannot be written: {e}");
         }
@@ -71,7 +71,7 @@ impl LogFile {
             _ => self.open()?,
         };
         let mut text = Vec::with_capacity(line.len());
-        if open.is_torn {
+        if open.ends_mid_line {
             text.push(b'\n');
         }
         if self.lost.lines > 0 {
@@ -83,7 +83,7 @@ impl LogFile {
             open = self.rotate(open)?;
         }
         open.file.write_all(&text)?;
-        open.is_torn = false;
+        open.ends_mid_line = false;
         self.open = Some(open);
         Ok(())
     }
@@ -95,34 +95,34 @@ impl LogFile {
             Err(e) if e.kind() == io::ErrorKind::NotFound => files::create_folder_of(&self.path)?,
             Err(e) => return Err(e),
         }
-        let file = files::private(OpenOptions::new().read(true).append(true).create(true)).open(&self.path)?;
+        let file = files::owner_only(OpenOptions::new().read(true).append(true).create(true)).open(&self.path)?;
         let found = file.metadata()?;
         refuse_other_than_files(&found)?;
         let mut last = [b'\n'];
         if let Some(at) = found.len().checked_sub(1) {
             file.read_at(&mut last, at)?;
         }
-        Ok(Open { file, id: id(&found), is_torn: last != *b"\n" })
+        Ok(Open { file, id: id(&found), ends_mid_line: last != *b"\n" })
     }
 
     /// Makes the file the old one, and begins anew. Where it cannot be renamed it is emptied, for its limit comes first.
     fn rotate(&self, full: Open) -> io::Result<Open> {
         // Of a symlink, what it points to.
         let path = fs::canonicalize(&self.path)?;
-        match fs::rename(&path, older(&path)) {
+        match fs::rename(&path, rotated_path(&path)) {
             Ok(()) => self.open(),
             Err(e) => {
                 full.file.set_len(0)?;
                 writeln!(&full.file, "[the lines before were dropped: the file cannot be renamed to its .1: {e}]")?;
-                Ok(Open { is_torn: false, ..full })
+                Ok(Open { ends_mid_line: false, ..full })
             }
         }
     }
 }
 
 /// What a log file is called when a new one has taken its place.
-pub fn older(log: &Path) -> PathBuf {
-    files::beside(log, ".1")
+pub fn rotated_path(log: &Path) -> PathBuf {
+    files::with_suffix(log, ".1")
 }
 
 /// Whether it still has the name.

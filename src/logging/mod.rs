@@ -17,7 +17,7 @@ use log::{Level, LevelFilter, Record};
 use simplelog::{ConfigBuilder, WriteLogger};
 
 use file::LogFile;
-pub use file::older;
+pub use file::rotated_path;
 
 use crate::sys::threads;
 
@@ -32,7 +32,7 @@ const FLUSH_TIMEOUT: Duration = Duration::from_millis(300);
 /// The most of a foreign text that a line shows, in characters.
 const SHOWN_MAX: usize = 200;
 /// The part of a secret that is shown at each end, in characters.
-const ENDS_SHOWN: usize = 4;
+const VISIBLE_ENDS: usize = 4;
 
 /// Crates whose lines would show what ours never do: headers, bodies, frames.
 const QUIET: [&str; 3] = ["ureq", "rustls", "tungstenite"];
@@ -76,7 +76,7 @@ pub fn flush() {
 }
 
 /// A text from outside, fit for one line: escaped, and cut where it is long.
-pub fn shown(text: &str) -> String {
+pub fn sanitize_for_log(text: &str) -> String {
     let mut shown: String = text.chars().take(SHOWN_MAX).flat_map(char::escape_debug).collect();
     if text.chars().nth(SHOWN_MAX).is_some() {
         shown.push('…');
@@ -85,13 +85,13 @@ pub fn shown(text: &str) -> String {
 }
 
 /// A secret: enough to recognise it by, too little to use it.
-pub fn shortened(secret: &str) -> String {
+pub fn redact(secret: &str) -> String {
     let chars: Vec<char> = secret.chars().collect();
-    if chars.len() < 4 * ENDS_SHOWN {
+    if chars.len() < 4 * VISIBLE_ENDS {
         return "…".to_owned();
     }
-    let ends = |part: &[char]| shown(&part.iter().collect::<String>());
-    format!("{}…{}", ends(&chars[..ENDS_SHOWN]), ends(&chars[chars.len() - ENDS_SHOWN..]))
+    let ends = |part: &[char]| sanitize_for_log(&part.iter().collect::<String>());
+    format!("{}…{}", ends(&chars[..VISIBLE_ENDS]), ends(&chars[chars.len() - VISIBLE_ENDS..]))
 }
 
 /// The other half of [`crate::debug!`].
@@ -227,14 +227,14 @@ mod tests {
 
     #[test]
     fn a_secret_shows_its_ends_alone() {
-        assert_eq!(shortened("POD-ENROLL-ABCD-1234"), "POD-…1234");
-        assert_eq!(shortened("POD-1234"), "…");
-        assert_eq!(shortened("a\nb\u{1b}-ENROLL-ABCD-1234"), "a\\nb\\u{1b}…1234");
+        assert_eq!(redact("POD-ENROLL-ABCD-1234"), "POD-…1234");
+        assert_eq!(redact("POD-1234"), "…");
+        assert_eq!(redact("a\nb\u{1b}-ENROLL-ABCD-1234"), "a\\nb\\u{1b}…1234");
     }
 
     #[test]
     fn a_foreign_text_is_one_line_and_short() {
-        assert_eq!(shown("a\nb\u{1b}[2J"), "a\\nb\\u{1b}[2J");
-        assert_eq!(shown(&"x".repeat(1000)).chars().count(), SHOWN_MAX + 1);
+        assert_eq!(sanitize_for_log("a\nb\u{1b}[2J"), "a\\nb\\u{1b}[2J");
+        assert_eq!(sanitize_for_log(&"x".repeat(1000)).chars().count(), SHOWN_MAX + 1);
     }
 }

@@ -20,13 +20,13 @@ const PEM_BYTES_MAX: u64 = 1 << 20;
 
 /// To be given wherever a TLS configuration is made; there is no default.
 pub fn provider() -> Arc<CryptoProvider> {
-    Arc::new(CryptoProvider { key_provider: &NoKeys, ..rustls::crypto::ring::default_provider() })
+    Arc::new(CryptoProvider { key_provider: &NoClientKeys, ..rustls::crypto::ring::default_provider() })
 }
 
 #[derive(Debug)]
-struct NoKeys;
+struct NoClientKeys;
 
-impl KeyProvider for NoKeys {
+impl KeyProvider for NoClientKeys {
     fn load_private_key(&self, _: PrivateKeyDer<'static>) -> Result<Arc<dyn SigningKey>, rustls::Error> {
         Err(rustls::Error::General("this client has no certificate".into()))
     }

@@ -5,12 +5,12 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use crate::instance::wake_socket::Ringer;
+use crate::instance::wake_socket::Waker;
 
 /// The notes.
-pub struct Board {
-    notes: Mutex<Notes>,
-    ringer: Ringer,
+pub struct LiveState {
+    inner: Mutex<Inner>,
+    waker: Waker,
 }
 
 /// How the link to the coordinator is.
@@ -27,7 +27,7 @@ pub enum Connection {
 /// Jobs in flight, as its session knows it.
 type InFlight = Box<dyn Fn() -> u32 + Send>;
 
-struct Notes {
+struct Inner {
     connection: Connection,
     connection_since: SystemTime,
     provider_id: Option<String>,
@@ -35,12 +35,12 @@ struct Notes {
     is_draining: bool,
     is_throttled: bool,
     /// Since it was last asked.
-    has_news: bool,
-    shows_life: bool,
+    has_changed: bool,
+    is_alive: bool,
 }
 
 /// The notes at one moment.
-pub struct Noted {
+pub struct Snapshot {
     /// The link.
     pub connection: Connection,
     /// Since when there is a link, or none.
@@ -53,37 +53,37 @@ pub struct Noted {
     pub is_draining: bool,
 }
 
-impl Board {
+impl LiveState {
     /// Of an agent that has just started; `ringer` wakes who keeps the state file.
-    pub fn new(provider_id: Option<&str>, ringer: Ringer) -> Board {
-        let notes = Notes {
+    pub fn new(provider_id: Option<&str>, waker: Waker) -> LiveState {
+        let notes = Inner {
             connection: Connection::Connecting(None),
             connection_since: SystemTime::now(),
             provider_id: provider_id.map(str::to_owned),
             in_flight: Box::new(|| 0),
             is_draining: false,
             is_throttled: false,
-            has_news: true,
-            shows_life: true,
+            has_changed: true,
+            is_alive: true,
         };
-        Board { notes: Mutex::new(notes), ringer }
+        LiveState { inner: Mutex::new(notes), waker }
     }
 
     /// There is no connection, or none any more, for this reason. To be called for each attempt that fails.
     pub fn not_connected(&self, why: Connection) {
-        self.note(|notes| {
+        self.update(|notes| {
             if notes.connection == Connection::Connected {
                 notes.connection_since = SystemTime::now();
                 notes.in_flight = Box::new(|| 0);
             }
             notes.connection = why;
-            notes.shows_life = true;
+            notes.is_alive = true;
         });
     }
 
     /// The coordinator has let us in.
     pub fn connected(&self, provider_id: Option<&str>) {
-        self.note(|notes| {
+        self.update(|notes| {
             notes.connection = Connection::Connected;
             notes.connection_since = SystemTime::now();
             notes.provider_id = provider_id.map(str::to_owned);
@@ -91,47 +91,47 @@ impl Board {
     }
 
     /// Who knows the jobs in flight from here on.
-    pub fn count_jobs_by(&self, in_flight: impl Fn() -> u32 + Send + 'static) {
-        self.notes().in_flight = Box::new(in_flight);
+    pub fn set_in_flight_source(&self, in_flight: impl Fn() -> u32 + Send + 'static) {
+        self.lock().in_flight = Box::new(in_flight);
     }
 
     /// The agent was told to stop.
     pub fn draining(&self) {
-        self.note(|notes| notes.is_draining = true);
+        self.update(|notes| notes.is_draining = true);
     }
 
     /// The agent does its work: it has heard from the coordinator, or tries to reach it. So it does when it fails to.
-    pub fn shows_life(&self) {
-        self.note(|notes| notes.shows_life = true);
+    pub fn mark_alive(&self) {
+        self.update(|notes| notes.is_alive = true);
     }
 
     /// The token limit refuses jobs. Told as often as it does, it is news once.
     pub fn throttled(&self) {
-        if !std::mem::replace(&mut self.notes().is_throttled, true) {
-            self.note(|_| ());
+        if !std::mem::replace(&mut self.lock().is_throttled, true) {
+            self.update(|_| ());
         }
     }
 
     /// The token limit was seen to refuse nothing.
     pub fn not_throttled(&self) {
-        self.notes().is_throttled = false;
+        self.lock().is_throttled = false;
     }
 
     /// It is time to write things down again.
-    pub fn remind(&self) {
-        self.note(|_| ());
+    pub fn mark_changed(&self) {
+        self.update(|_| ());
     }
 
     /// Whether there is anything new since this was asked last, and whether the agent has shown life since.
-    pub fn take_news(&self) -> (bool, bool) {
-        let notes = &mut *self.notes();
-        (std::mem::take(&mut notes.has_news), std::mem::take(&mut notes.shows_life))
+    pub fn take_changes(&self) -> (bool, bool) {
+        let notes = &mut *self.lock();
+        (std::mem::take(&mut notes.has_changed), std::mem::take(&mut notes.is_alive))
     }
 
     /// How it is now.
-    pub fn noted(&self) -> Noted {
-        let notes = self.notes();
-        Noted {
+    pub fn snapshot(&self) -> Snapshot {
+        let notes = self.lock();
+        Snapshot {
             connection: notes.connection.clone(),
             connection_since: notes.connection_since,
             provider_id: notes.provider_id.clone(),
@@ -140,32 +140,32 @@ impl Board {
         }
     }
 
-    fn note(&self, change: impl FnOnce(&mut Notes)) {
-        let mut notes = self.notes();
+    fn update(&self, change: impl FnOnce(&mut Inner)) {
+        let mut notes = self.lock();
         change(&mut notes);
-        notes.has_news = true;
+        notes.has_changed = true;
         drop(notes);
-        self.ringer.ring();
+        self.waker.wake();
     }
 
-    fn notes(&self) -> MutexGuard<'_, Notes> {
-        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::instance::wake_socket::Bell;
+    use crate::instance::wake_socket::WakeSocket;
 
     /// The longest delay between two attempts comes after one that may have taken half a minute.
     #[test]
     fn an_attempt_that_fails_is_a_sign_of_life() {
-        let board = Board::new(None, Bell::private().expect("sockets").ringer());
-        assert_eq!(board.take_news(), (true, true));
-        board.remind();
-        assert_eq!(board.take_news(), (true, false));
-        board.not_connected(Connection::Connecting(None));
-        assert_eq!(board.take_news(), (true, true));
+        let live = LiveState::new(None, WakeSocket::private().expect("sockets").waker());
+        assert_eq!(live.take_changes(), (true, true));
+        live.mark_changed();
+        assert_eq!(live.take_changes(), (true, false));
+        live.not_connected(Connection::Connecting(None));
+        assert_eq!(live.take_changes(), (true, true));
     }
 }

@@ -15,11 +15,11 @@ use std::time::SystemTime;
 use serde_json::{Map, Value};
 
 pub use crate::job_executor::tally::Tally;
-pub use live::{Board, Connection};
-pub use state_file::{Recorder, Told};
+pub use live::{Connection, LiveState};
+pub use state_file::{LastWritten, StateFileWriter};
 
 use crate::instance::identity::Identity;
-use crate::instance::{Holder, Places};
+use crate::instance::{AgentPaths, LockOwner};
 use crate::sys::datetime::rfc3339;
 use crate::sys::files;
 
@@ -27,7 +27,7 @@ use crate::sys::files;
 const STATE_BYTES_MAX: u64 = 16 << 20;
 
 /// What never changes while the agent runs; it starts now.
-pub fn fixed(identity: &Identity, coordinator: String) -> Map<String, Value> {
+pub fn static_fields(identity: &Identity, coordinator: String) -> Map<String, Value> {
     collect(
         &mut [
             ("started_at", rfc3339(SystemTime::now()).into()),
@@ -42,14 +42,14 @@ pub fn fixed(identity: &Identity, coordinator: String) -> Map<String, Value> {
 ///
 /// # Errors
 /// There is none, or it makes no sense.
-pub fn read(places: &Places) -> io::Result<Value> {
-    let content = files::read_bounded(&places.state(), STATE_BYTES_MAX)?;
+pub fn read(paths: &AgentPaths) -> io::Result<Value> {
+    let content = files::read_bounded(&paths.state(), STATE_BYTES_MAX)?;
     Ok(Value::Object(serde_json::from_slice(&content)?))
 }
 
 /// What this very agent has written; `None` while it has written nothing yet.
-pub fn of(places: &Places, holder: &Holder) -> Option<Value> {
-    read(places).ok().filter(|state| state["pid"] == holder.pid)
+pub fn read_own(paths: &AgentPaths, owner: &LockOwner) -> Option<Value> {
+    read(paths).ok().filter(|state| state["pid"] == owner.pid)
 }
 
 /// An object of these keys, in their order.

@@ -5,10 +5,10 @@ use std::time::SystemTime;
 
 use serde_json::{Map, Value};
 
-use super::live::Noted;
-use super::{Board, Connection, Tally, object};
-use crate::discovery::{Catalog, Offers, Probed, ResolvedModel};
-use crate::instance::{InstanceLock, Places};
+use super::live::Snapshot;
+use super::{Connection, LiveState, Tally, object};
+use crate::discovery::{BackendStatus, Catalog, OfferFeed, ResolvedModel};
+use crate::instance::{AgentPaths, InstanceLock};
 use crate::job_executor::stats::Statistics;
 use crate::job_executor::token_limit::TokenLimit;
 use crate::link::protocol::AGENT_VERSION;
@@ -16,17 +16,17 @@ use crate::sys::datetime::rfc3339;
 use crate::sys::files;
 
 /// Keeps the state file of one agent, the beat in its lock, and heeds the operator's pause.
-pub struct Recorder {
+pub struct StateFileWriter {
     /// Where the files are.
-    pub places: Places,
+    pub paths: AgentPaths,
     /// Shown alive while the agent is.
     pub lock: Arc<InstanceLock>,
     /// What never changes: `coordinator`, `public_key`, …
     pub fixed: Map<String, Value>,
     /// What the threads noted.
-    pub board: Arc<Board>,
+    pub live: Arc<LiveState>,
     /// The offer, which a pause empties.
-    pub offers: Arc<Offers>,
+    pub offers: Arc<OfferFeed>,
     /// Of the jobs that ended of late.
     pub statistics: Arc<Statistics>,
     /// Of all jobs.
@@ -34,11 +34,11 @@ pub struct Recorder {
     /// Which may be used up.
     pub token_limit: Arc<TokenLimit>,
     /// Nothing, to begin with.
-    pub told: Told,
+    pub last_written: LastWritten,
 }
 
 /// What the file has said so far.
-pub struct Told {
+pub struct LastWritten {
     condition: &'static str,
     /// When that began.
     since: SystemTime,
@@ -48,9 +48,9 @@ pub struct Told {
     times: u64,
 }
 
-impl Default for Told {
+impl Default for LastWritten {
     fn default() -> Self {
-        Told { condition: "", since: SystemTime::now(), failure: None, times: 0 }
+        LastWritten { condition: "", since: SystemTime::now(), failure: None, times: 0 }
     }
 }
 
@@ -60,14 +60,14 @@ struct Condition {
     why: Option<String>,
 }
 
-impl Recorder {
+impl StateFileWriter {
     /// Looks whether there is anything to do, and does it. `asked` when another process wants the file to be new.
-    pub fn look(&mut self, asked: bool, backends: &[Probed]) {
+    pub fn tick(&mut self, asked: bool, backends: &[BackendStatus]) {
         let was_paused = self.offers.is_paused();
-        self.heed_pause();
-        let (has_news, shows_life) = self.board.take_news();
+        self.apply_pause_marker();
+        let (has_news, shows_life) = self.live.take_changes();
         if shows_life {
-            self.lock.beat();
+            self.lock.record_liveness();
         }
         if asked || has_news || self.offers.is_paused() != was_paused {
             self.write(backends);
@@ -75,32 +75,32 @@ impl Recorder {
     }
 
     /// Makes the offer as empty as the operator wants it. Where that cannot be read, it stays as it is.
-    pub fn heed_pause(&self) {
-        let Ok(paused) = self.places.paused().try_exists() else { return };
+    pub fn apply_pause_marker(&self) {
+        let Ok(paused) = self.paths.paused().try_exists() else { return };
         if self.offers.set_paused(paused) {
             log::info!("{}", if paused { "paused by the operator" } else { "no longer paused" });
         }
     }
 
-    fn write(&mut self, backends: &[Probed]) {
+    fn write(&mut self, backends: &[BackendStatus]) {
         let state = self.state(backends).to_string();
-        let failure = files::replace(&self.places.state(), state.as_bytes()).err().map(|e| e.to_string());
-        if let Some(why) = failure.as_ref().filter(|_| failure != self.told.failure) {
-            log::warn!("`{}`: failed to write it ({why}), so `status` shows old news", self.places.state().display());
+        let failure = files::replace_without_fsync(&self.paths.state(), state.as_bytes()).err().map(|e| e.to_string());
+        if let Some(why) = failure.as_ref().filter(|_| failure != self.last_written.failure) {
+            log::warn!("`{}`: failed to write it ({why}), so `status` shows old news", self.paths.state().display());
         }
-        self.told.failure = failure;
+        self.last_written.failure = failure;
     }
 
-    fn state(&mut self, backends: &[Probed]) -> Value {
+    fn state(&mut self, backends: &[BackendStatus]) -> Value {
         let now = SystemTime::now();
-        let noted = self.board.noted();
+        let noted = self.live.snapshot();
         let catalog = self.offers.snapshot();
         let condition = self.condition_of(&noted, &catalog, backends);
-        if self.told.condition != condition.name {
-            (self.told.condition, self.told.since) = (condition.name, now);
+        if self.last_written.condition != condition.name {
+            (self.last_written.condition, self.last_written.since) = (condition.name, now);
         }
         let figures = self.statistics.heartbeat(noted.in_flight);
-        self.told.times += 1;
+        self.last_written.times += 1;
         let date = |at| Value::from(rfc3339(at));
         let mut state = self.fixed.clone();
         let mut set = |key: &str, value: Value| {
@@ -108,18 +108,18 @@ impl Recorder {
         };
         set("agent_version", AGENT_VERSION.into());
         set("pid", std::process::id().into());
-        set("written", self.told.times.into());
+        set("written", self.last_written.times.into());
         set("written_at", date(now));
         set("state", condition.name.into());
-        set("since", date(self.told.since));
+        set("since", date(self.last_written.since));
         set("reason", condition.why.into());
         set("serving", (condition.name == SERVING).into());
         set("paused", self.offers.is_paused().into());
         set("connected", (noted.connection == Connection::Connected).into());
         set("connection_since", date(noted.connection_since));
         set("provider_id", noted.provider_id.into());
-        set("backends", backends.iter().map(of_backend).collect());
-        set("models", self.offers.offered(&catalog).iter().map(of_model).collect());
+        set("backends", backends.iter().map(backend_json).collect());
+        set("models", self.offers.visible_offer(&catalog).iter().map(model_json).collect());
         set("p50_latency_ms", figures.p50_latency_ms.into());
         set("p95_latency_ms", figures.p95_latency_ms.into());
         set("tokens_per_sec_p50", figures.tokens_per_sec_p50.into());
@@ -128,7 +128,7 @@ impl Recorder {
     }
 
     /// The first thing that keeps it from serving.
-    fn condition_of(&self, noted: &Noted, catalog: &Catalog, backends: &[Probed]) -> Condition {
+    fn condition_of(&self, noted: &Snapshot, catalog: &Catalog, backends: &[BackendStatus]) -> Condition {
         let condition = |name, why| Condition { name, why };
         if noted.is_draining {
             return condition("draining", Some("the agent was told to stop; jobs in flight finish".to_owned()));
@@ -142,7 +142,7 @@ impl Recorder {
             return condition("paused", Some("paused by the operator".to_owned()));
         }
         if catalog.offer.is_empty() {
-            let away = |backend: &Probed| Some(format!("{}: {}", backend.id(), backend.away()?));
+            let away = |backend: &BackendStatus| Some(format!("{}: {}", backend.id(), backend.unavailable()?));
             let reasons: Vec<String> = backends.iter().filter_map(away).collect();
             return match (backends.is_empty(), reasons.is_empty()) {
                 (true, _) => condition("no_healthy_backend", Some("no [[backends]] in the configuration".to_owned())),
@@ -160,7 +160,7 @@ impl Recorder {
             let why = format!("the {limit} tokens that max_tokens_per_minute allows are used up");
             return condition("throttled", Some(why));
         }
-        self.board.not_throttled();
+        self.live.not_throttled();
         condition(SERVING, None)
     }
 }
@@ -168,7 +168,7 @@ impl Recorder {
 /// The condition that all is well.
 const SERVING: &str = "serving";
 
-fn of_backend(backend: &Probed) -> Value {
+fn backend_json(backend: &BackendStatus) -> Value {
     let last_error =
         backend.last_error().map(|(at, why)| object([("at", rfc3339(*at).into()), ("message", why.as_str().into())]));
     object([
@@ -177,12 +177,12 @@ fn of_backend(backend: &Probed) -> Value {
         ("offered", backend.is_offered().into()),
         ("since", backend.since().map(rfc3339).into()),
         ("models", backend.models().into()),
-        ("error", backend.away().into()),
+        ("error", backend.unavailable().into()),
         ("last_error", last_error.into()),
     ])
 }
 
-fn of_model(model: &ResolvedModel) -> Value {
+fn model_json(model: &ResolvedModel) -> Value {
     object([
         ("model_id", model.model_id.as_str().into()),
         ("input_per_1m", model.input_per_1m.into()),

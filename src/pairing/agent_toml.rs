@@ -13,9 +13,9 @@ use std::fmt::{Arguments, Write as _};
 use toml::Spanned;
 use toml::de::{DeString, DeTable, DeValue};
 
-use super::{ModelTerms, Paired, Site};
+use super::{CoordinatorUrls, ModelTerms, Paired};
 use crate::config::{BackendConfig, KEY_PATH_DEFAULT, MAX_CONCURRENT_RANGE, without_mark};
-use crate::logging::{shortened, shown};
+use crate::logging::{redact, sanitize_for_log};
 
 /// Prices when neither the pairing nor the old file has any, USDC micro-units per million tokens.
 const INPUT_DEFAULT: u64 = 500_000;
@@ -30,7 +30,7 @@ const KNOWN: [&str; 7] = ["operator", "coordinator", "identity", "backends", "pr
 ///
 /// # Errors
 /// `old` is not TOML.
-pub fn text(old: &str, site: &Site, paired: &Paired, found: &[BackendConfig]) -> Result<String, String> {
+pub fn text(old: &str, site: &CoordinatorUrls, paired: &Paired, found: &[BackendConfig]) -> Result<String, String> {
     let old = without_mark(old);
     let table = DeTable::parse(old).map_err(|e| e.message().to_owned())?;
     let root = table.get_ref();
@@ -68,15 +68,16 @@ impl Writer<'_> {
         self.new.push('\n');
     }
 
-    fn head(&mut self, site: &Site, paired: &Paired) {
+    fn head(&mut self, site: &CoordinatorUrls, paired: &Paired) {
         let known = |text: &Option<String>, show: fn(&str) -> String| {
             text.as_deref().map_or_else(|| "none was given".to_owned(), show)
         };
-        let (provider_id, host_token) = (known(&paired.provider_id, shown), known(&paired.host_token, shortened));
+        let (provider_id, host_token) =
+            (known(&paired.provider_id, sanitize_for_log), known(&paired.host_token, redact));
         self.line("# Written by `usepod-agent setup`. Edit it as you like: a later setup keeps what is not its own to decide, and");
         self.line("# leaves a copy of this file beside it. `usepod-agent validate` checks it.");
         self.line("#");
-        self.put(format_args!("# paired with:  {}", shown(site.base())));
+        self.put(format_args!("# paired with:  {}", sanitize_for_log(site.base())));
         self.put(format_args!("# provider_id:  {provider_id}"));
         self.put(format_args!("# host token:   {host_token}"));
     }
@@ -91,7 +92,7 @@ impl Writer<'_> {
         self.rest_of("operator", section(root, "operator"), &[], &hints);
     }
 
-    fn coordinator(&mut self, root: &DeTable<'_>, site: &Site) {
+    fn coordinator(&mut self, root: &DeTable<'_>, site: &CoordinatorUrls) {
         self.line("\n[coordinator]                         # where the agent dials; no port is opened");
         self.put(format_args!("url = {}", quoted(&site.connect())));
         // A code is of the time before: the pairing has enrolled this identity.
@@ -337,7 +338,8 @@ mod tests {
     }
 
     fn written(old: &str, paired: &Paired, found: &[BackendConfig]) -> (String, Config) {
-        let text = text(old, &Site::parse("https://c.example").expect("a site"), paired, found).expect("TOML");
+        let text =
+            text(old, &CoordinatorUrls::parse("https://c.example").expect("a site"), paired, found).expect("TOML");
         let config = Config::parse(&text, Path::new("x"), false).unwrap_or_else(|e| panic!("{e}:\n{text}"));
         (text, config)
     }

@@ -7,10 +7,10 @@ use serde_json::Value;
 use ureq::http::{Response, header};
 use ureq::{Body, Error};
 
-use super::{Advertised, Issued, ModelTerms, Paired, Site};
+use super::{Advertised, CoordinatorUrls, Issued, ModelTerms, Paired};
 use crate::backend::{Client, read_bounded};
 use crate::link::protocol::AGENT_VERSION;
-use crate::logging::shown;
+use crate::logging::sanitize_for_log;
 use crate::net::tls::ExtraRoots;
 use crate::sys::datetime;
 
@@ -25,25 +25,25 @@ const SECONDS_MAX: i64 = 100_000_000_000;
 
 /// Why a request got nothing to go on with.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Fault {
+pub enum PairingError {
     /// The server will not, however often it is asked.
-    Refused(String),
+    Permanent(String),
     /// It may the next time.
-    Passing(String),
+    Transient(String),
 }
 
-impl Fault {
+impl PairingError {
     /// The same, for a server that quotes this secret in it.
-    pub fn without(self, secret: &str) -> Fault {
+    pub fn without(self, secret: &str) -> PairingError {
         match self {
-            Fault::Refused(why) => Fault::Refused(why.replace(secret, "…")),
-            Fault::Passing(why) => Fault::Passing(why.replace(secret, "…")),
+            PairingError::Permanent(why) => PairingError::Permanent(why.replace(secret, "…")),
+            PairingError::Transient(why) => PairingError::Transient(why.replace(secret, "…")),
         }
     }
 }
 
 /// What has become of a code.
-pub enum Polled {
+pub enum PollStatus {
     /// Nobody has entered it yet.
     Pending,
     /// It is no good any more.
@@ -53,26 +53,27 @@ pub enum Polled {
 }
 
 /// The way to one coordinator's pairing.
-pub struct Server {
-    site: Site,
+pub struct PairingClient {
+    site: CoordinatorUrls,
     client: Client,
 }
 
-impl Server {
+impl PairingClient {
     /// Also trusts `roots`, and heeds the proxy of the environment, as the agent's connection does.
-    pub fn new(site: Site, roots: &ExtraRoots) -> Server {
-        Server { site, client: Client::trusting(roots) }
+    pub fn new(site: CoordinatorUrls, roots: &ExtraRoots) -> PairingClient {
+        PairingClient { site, client: Client::trusting(roots) }
     }
 
     /// Asks for a code.
     ///
     /// # Errors
     /// There is none.
-    pub fn issue(&self, public_key_base64: &str) -> Result<Issued, Fault> {
-        let request = format!("{{\"agent_pubkey\":{}}}", quoted(public_key_base64));
+    pub fn issue(&self, public_key_base64: &str) -> Result<Issued, PairingError> {
+        let request = format!("{{\"agent_pubkey\":{}}}", json_string(public_key_base64));
         let (answer, date) = self.post(&self.site.issue(), &request)?;
         let text = |key: &str| answer[key].as_str().filter(|text| !text.trim().is_empty()).map(str::to_owned);
-        let missing = |key: &str| Fault::Passing(format!("the answer of {} has no `{key}`", self.site.issue()));
+        let missing =
+            |key: &str| PairingError::Transient(format!("the answer of {} has no `{key}`", self.site.issue()));
         Ok(Issued {
             code: text("pair_code").ok_or_else(|| missing("pair_code"))?,
             poll_token: text("poll_token").ok_or_else(|| missing("poll_token"))?,
@@ -84,37 +85,40 @@ impl Server {
     ///
     /// # Errors
     /// It is not known.
-    pub fn poll(&self, poll_token: &str, backends: &[Advertised]) -> Result<Polled, Fault> {
+    pub fn poll(&self, poll_token: &str, backends: &[Advertised]) -> Result<PollStatus, PairingError> {
         let url = self.site.poll();
         let (answer, _) = self.post(&url, &poll_request(poll_token, backends))?;
         match answer["status"].as_str() {
-            Some("pending") => Ok(Polled::Pending),
-            Some("expired") => Ok(Polled::Expired),
-            Some("active") => Ok(Polled::Active(paired(&answer))),
-            Some(other) => Err(Fault::Passing(format!("{url} answers with the unknown status `{}`", shown(other)))),
-            None => Err(Fault::Passing(format!("the answer of {url} has no `status`"))),
+            Some("pending") => Ok(PollStatus::Pending),
+            Some("expired") => Ok(PollStatus::Expired),
+            Some("active") => Ok(PollStatus::Active(paired(&answer))),
+            Some(other) => Err(PairingError::Transient(format!(
+                "{url} answers with the unknown status `{}`",
+                sanitize_for_log(other)
+            ))),
+            None => Err(PairingError::Transient(format!("the answer of {url} has no `status`"))),
         }
     }
 
     /// The document that was answered, and when by the server's clock.
-    fn post(&self, url: &str, body: &str) -> Result<(Value, Option<i64>), Fault> {
+    fn post(&self, url: &str, body: &str) -> Result<(Value, Option<i64>), PairingError> {
         let (status, location, date, body) = exchange(&self.client, url, body.as_bytes())
-            .map_err(|error| Fault::Passing(format!("no answer from {url}: {error}")))?;
+            .map_err(|error| PairingError::Transient(format!("no answer from {url}: {error}")))?;
         let place = || format!("{url} answers HTTP {status}");
         match status {
             200..=299 if body.len() > ANSWER_MAX => {
-                Err(Fault::Passing(format!("the answer of {url} is longer than {ANSWER_MAX} bytes")))
+                Err(PairingError::Transient(format!("the answer of {url} is longer than {ANSWER_MAX} bytes")))
             }
             200..=299 => match serde_json::from_slice(&body) {
                 Ok(document @ Value::Object(_)) => Ok((document, date)),
-                _ => Err(Fault::Passing(format!("the answer of {url} is not a JSON object"))),
+                _ => Err(PairingError::Transient(format!("the answer of {url} is not a JSON object"))),
             },
             300..=399 => {
-                let target = location.map_or_else(String::new, |to| format!(" to `{}`", shown(&to)));
-                Err(Fault::Refused(format!("{}, a redirect{target}; redirects are not followed", place())))
+                let target = location.map_or_else(String::new, |to| format!(" to `{}`", sanitize_for_log(&to)));
+                Err(PairingError::Permanent(format!("{}, a redirect{target}; redirects are not followed", place())))
             }
-            408 | 429 | 500.. => Err(Fault::Passing(format!("{}{}", place(), message_in(&body)))),
-            _ => Err(Fault::Refused(format!("{}{}", place(), message_in(&body)))),
+            408 | 429 | 500.. => Err(PairingError::Transient(format!("{}{}", place(), message_in(&body)))),
+            _ => Err(PairingError::Permanent(format!("{}{}", place(), message_in(&body)))),
         }
     }
 }
@@ -122,16 +126,16 @@ impl Server {
 fn poll_request(poll_token: &str, backends: &[Advertised]) -> String {
     let list = |items: Vec<String>| format!("[{}]", items.join(","));
     let of = |backend: &Advertised| {
-        let models = list(backend.models.iter().map(|id| quoted(id)).collect());
-        format!("{{\"kind\":\"{}\",\"url\":{},\"models\":{models}}}", backend.kind, quoted(&backend.url))
+        let models = list(backend.models.iter().map(|id| json_string(id)).collect());
+        format!("{{\"kind\":\"{}\",\"url\":{},\"models\":{models}}}", backend.kind, json_string(&backend.url))
     };
     let backends = list(backends.iter().map(of).collect());
     let capabilities = format!("{{\"backends\":{backends},\"agent_version\":\"{AGENT_VERSION}\"}}");
-    format!("{{\"poll_token\":{},\"capabilities\":{capabilities}}}", quoted(poll_token))
+    format!("{{\"poll_token\":{},\"capabilities\":{capabilities}}}", json_string(poll_token))
 }
 
 /// A text as JSON has it.
-fn quoted(text: &str) -> String {
+fn json_string(text: &str) -> String {
     Value::from(text).to_string()
 }
 
@@ -140,7 +144,7 @@ type Answer = (u16, Option<String>, Option<i64>, Vec<u8>);
 fn exchange(client: &Client, url: &str, body: &[u8]) -> Result<Answer, Error> {
     let mut lease = client.lease();
     let mut answer = lease.post(url, body, EXCHANGE_TIME);
-    if matches!(answer, Err(Error::Io(_))) && lease.wire().was_stale() {
+    if matches!(answer, Err(Error::Io(_))) && lease.wire().reused_dead_connection() {
         lease = client.fresh_lease();
         answer = lease.post(url, body, EXCHANGE_TIME);
     }
@@ -166,7 +170,7 @@ fn message_in(body: &[u8]) -> String {
     let message = places.into_iter().find_map(Value::as_str);
     let message = message.map_or_else(|| String::from_utf8_lossy(body), Into::into);
     let message = message.trim();
-    if message.is_empty() { String::new() } else { format!(": {}", shown(message)) }
+    if message.is_empty() { String::new() } else { format!(": {}", sanitize_for_log(message)) }
 }
 
 /// How long a code is good that expires then, as of `now`, Unix seconds of the server's clock if possible. Where that makes no

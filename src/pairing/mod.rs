@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-pub use client::{Fault, LIFETIME, Polled, Server};
-pub use site::{BASE_DEFAULT, Site};
+pub use client::{LIFETIME, PairingClient, PairingError, PollStatus};
+pub use site::{BASE_DEFAULT, CoordinatorUrls};
 
 use crate::backend::Kind;
 use crate::sys::threads;
@@ -94,19 +94,19 @@ pub enum Event {
 }
 
 /// What is heard of a pairing, by whoever shows it.
-pub struct Hearing {
+pub struct PairingHandle {
     events: Arc<Mutex<Vec<Event>>>,
     rung: Receiver<()>,
 }
 
-impl Hearing {
+impl PairingHandle {
     /// Rings when there is something new, and is gone when there will be nothing any more.
     pub fn bell(&self) -> &Receiver<()> {
         &self.rung
     }
 
     /// What has been heard since the last look, in order.
-    pub fn take(&self) -> Vec<Event> {
+    pub fn drain_events(&self) -> Vec<Event> {
         std::mem::take(&mut self.events.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
@@ -115,32 +115,32 @@ impl Hearing {
 ///
 /// # Errors
 /// The system refused a thread.
-pub fn start(server: Server, public_key_base64: String, backends: Vec<Advertised>) -> io::Result<Hearing> {
+pub fn start(server: PairingClient, public_key_base64: String, backends: Vec<Advertised>) -> io::Result<PairingHandle> {
     let events = Arc::new(Mutex::default());
     let (bell, rung) = bounded(1);
-    let mut teller = Teller { events: events.clone(), bell, in_trouble: false };
+    let mut teller = EventQueue { events: events.clone(), bell, in_trouble: false };
     threads::spawn("pairing", move || {
         let end = pair(&server, &public_key_base64, &backends, &mut teller);
         teller.tell(end);
     })?;
-    Ok(Hearing { events, rung })
+    Ok(PairingHandle { events, rung })
 }
 
 /// Tells of trouble once, however often it is met.
-struct Teller {
+struct EventQueue {
     events: Arc<Mutex<Vec<Event>>>,
     bell: Sender<()>,
     in_trouble: bool,
 }
 
-impl Teller {
+impl EventQueue {
     fn tell(&self, event: Event) {
         self.events.lock().unwrap_or_else(PoisonError::into_inner).push(event);
         // It has rung already, or nobody listens any more.
         let _ = self.bell.try_send(());
     }
 
-    fn trouble(&mut self, why: String) {
+    fn report_retry(&mut self, why: String) {
         if !std::mem::replace(&mut self.in_trouble, true) {
             self.tell(Event::Trouble(why));
         }
@@ -154,17 +154,17 @@ impl Teller {
 }
 
 /// Tells how it goes; returns the end.
-fn pair(server: &Server, public_key_base64: &str, backends: &[Advertised], teller: &mut Teller) -> Event {
+fn pair(server: &PairingClient, public_key_base64: &str, backends: &[Advertised], teller: &mut EventQueue) -> Event {
     let mut delay = ISSUE_DELAY;
     let mut issues = 1;
     let issued = loop {
         match server.issue(public_key_base64) {
             Ok(issued) => break issued,
-            Err(Fault::Refused(why)) => return Event::Failed(why),
-            Err(Fault::Passing(why)) if issues == ISSUES_MAX => {
+            Err(PairingError::Permanent(why)) => return Event::Failed(why),
+            Err(PairingError::Transient(why)) if issues == ISSUES_MAX => {
                 return Event::Failed(format!("{why} (tried {ISSUES_MAX} times)"));
             }
-            Err(Fault::Passing(why)) => teller.trouble(why),
+            Err(PairingError::Transient(why)) => teller.report_retry(why),
         }
         sleep(delay);
         delay *= 2;
@@ -176,11 +176,11 @@ fn pair(server: &Server, public_key_base64: &str, backends: &[Advertised], telle
     loop {
         let asked_at = Instant::now();
         match server.poll(&issued.poll_token, backends).map_err(|fault| fault.without(&issued.poll_token)) {
-            Ok(Polled::Active(paired)) => return Event::Paired(paired),
-            Ok(Polled::Expired) => return Event::Expired,
-            Ok(Polled::Pending) => teller.no_trouble(),
-            Err(Fault::Refused(why)) => return Event::Failed(why),
-            Err(Fault::Passing(why)) => teller.trouble(why),
+            Ok(PollStatus::Active(paired)) => return Event::Paired(paired),
+            Ok(PollStatus::Expired) => return Event::Expired,
+            Ok(PollStatus::Pending) => teller.no_trouble(),
+            Err(PairingError::Permanent(why)) => return Event::Failed(why),
+            Err(PairingError::Transient(why)) => teller.report_retry(why),
         }
         // Asked once more after its end, for it may have been entered in the last moment.
         if asked_at >= until {

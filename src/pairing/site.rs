@@ -13,16 +13,16 @@ const CONNECT: &str = "/provider/connect";
 
 /// A coordinator, by its base: scheme, host, and a path perhaps, without a slash at its end.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Site {
+pub struct CoordinatorUrls {
     base: String,
 }
 
-impl Site {
+impl CoordinatorUrls {
     /// Checks an address. The one that agents connect to, as it stands in `agent.toml`, will do as well as the base.
     ///
     /// # Errors
     /// What is wrong with it.
-    pub fn parse(text: &str) -> Result<Site, &'static str> {
+    pub fn parse(text: &str) -> Result<CoordinatorUrls, &'static str> {
         let text = text.trim();
         let uri: Uri = text.parse().map_err(|_| "it is not a URL")?;
         let scheme = match uri.scheme_str().map(str::to_ascii_lowercase).as_deref() {
@@ -41,7 +41,7 @@ impl Site {
         }
         let path = uri.path().trim_end_matches('/');
         let path = path.strip_suffix(CONNECT).unwrap_or(path).trim_end_matches('/');
-        Ok(Site { base: format!("{scheme}://{authority}{path}") })
+        Ok(CoordinatorUrls { base: format!("{scheme}://{authority}{path}") })
     }
 
     /// The base.
@@ -97,7 +97,7 @@ mod tests {
             ("http://[::1]:7/", "http://[::1]:7/host/pair", "ws://[::1]:7/provider/connect"),
         ];
         for (given, page, connect) in cases {
-            let site = Site::parse(given).expect(given);
+            let site = CoordinatorUrls::parse(given).expect(given);
             assert_eq!((site.page().as_str(), site.connect().as_str()), (page, connect), "{given}");
             assert_eq!(site.is_encrypted(), connect.starts_with("wss"), "{given}");
         }
@@ -113,7 +113,7 @@ mod tests {
             ("http://localhost.example.com", false),
             ("http://192.0.2.7:8787", false),
         ] {
-            assert_eq!(Site::parse(given).expect(given).is_private(), is_private, "{given}");
+            assert_eq!(CoordinatorUrls::parse(given).expect(given).is_private(), is_private, "{given}");
         }
     }
 
@@ -122,7 +122,7 @@ mod tests {
         for given in
             ["", "api.usepod.ai", "ftp://h", "https://", "https://h:", "https://u:p@h", "https://h/?q", "not a url"]
         {
-            assert!(Site::parse(given).is_err(), "{given}");
+            assert!(CoordinatorUrls::parse(given).is_err(), "{given}");
         }
     }
 }

@@ -6,7 +6,7 @@
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 
-use super::Launch;
+use super::ServiceCommand;
 use super::subprocess;
 
 const BEGIN: &str =
@@ -19,33 +19,33 @@ const TIMES: [&str; 2] = ["@reboot ", "* * * * * "];
 /// Between the program and its arguments, in every line of ours.
 const RUN: &str = " run --cron --config ";
 /// Nobody waits for the output: the agent logs to its file.
-const TO_NOWHERE: &str = " >/dev/null 2>&1";
+const DISCARD_OUTPUT: &str = " >/dev/null 2>&1";
 
 /// A crontab.
-pub struct Table {
+pub struct Crontab {
     text: Vec<u8>,
     /// From the first mark to behind the second one's line end.
     block: Option<Range<usize>>,
 }
 
-impl Table {
+impl Crontab {
     /// The crontab of the user who runs this; none where no cron is installed.
     ///
     /// # Errors
     /// `crontab` fails, or somebody edited the block.
-    pub fn read() -> Result<Option<Table>, String> {
+    pub fn read() -> Result<Option<Crontab>, String> {
         let output = match subprocess::output(&["crontab", "-l"], b"") {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
             ran => ran.map_err(not_started)?,
         };
         if output.failure.is_none() {
-            return Table::parse(output.stdout).map(Some);
+            return Crontab::parse(output.stdout).map(Some);
         }
-        let said = output.complaint();
+        let said = output.error_text();
         // The words of cron, cronie and dcron; those of busybox.
         let is_none = said.contains("no crontab for") || (said.contains("can't open") && said.contains("No such file"));
         match is_none && output.stdout.is_empty() {
-            true => Table::parse(Vec::new()).map(Some),
+            true => Crontab::parse(Vec::new()).map(Some),
             false => Err(format!("`crontab -l` failed, so the crontab is left as it is: {said}")),
         }
     }
@@ -54,7 +54,7 @@ impl Table {
     ///
     /// # Errors
     /// Somebody edited the block.
-    pub fn parse(text: Vec<u8>) -> Result<Table, String> {
+    pub fn parse(text: Vec<u8>) -> Result<Crontab, String> {
         let mut marks = Vec::new();
         let mut block: Option<Range<usize>> = None;
         let mut at = 0;
@@ -79,7 +79,7 @@ impl Table {
             at += line.len();
         }
         match marks[..] {
-            [] | [(_, false), (_, true)] => Ok(Table { text, block }),
+            [] | [(_, false), (_, true)] => Ok(Crontab { text, block }),
             _ => {
                 let numbers: Vec<String> = marks.iter().map(|(number, _)| number.to_string()).collect();
                 Err(format!(
@@ -92,7 +92,7 @@ impl Table {
     }
 
     /// The crontab with the block, the one that is there replaced.
-    pub fn with(&self, launch: &Launch) -> Vec<u8> {
+    pub fn with_block(&self, launch: &ServiceCommand) -> Vec<u8> {
         let mut block = format!("{BEGIN}\n");
         for times in TIMES {
             block.push_str(times);
@@ -122,7 +122,7 @@ impl Table {
     }
 
     /// The crontab without the block.
-    pub fn without(&self) -> Vec<u8> {
+    pub fn without_block(&self) -> Vec<u8> {
         let Some(block) = &self.block else { return self.text.clone() };
         let was_open = !self.text[block.clone()].ends_with(b"\n");
         let before = &self.text[..block.start];
@@ -169,7 +169,7 @@ impl Table {
         let output = subprocess::output(&["crontab", how], text).map_err(not_started)?;
         match output.failure {
             None => Ok(()),
-            Some(_) => Err(format!("`crontab` did not take the new crontab: {}", output.complaint())),
+            Some(_) => Err(format!("`crontab` did not take the new crontab: {}", output.error_text())),
         }
     }
 
@@ -180,18 +180,18 @@ impl Table {
 }
 
 /// The command of our lines, as it stands in a crontab.
-fn command_line(launch: &Launch) -> String {
-    let mut line = format!("exec {}{RUN}{}", quoted(&launch.binary), quoted(&launch.config));
+fn command_line(launch: &ServiceCommand) -> String {
+    let mut line = format!("exec {}{RUN}{}", cron_quote(&launch.binary), cron_quote(&launch.config));
     for option in launch.options() {
         line.push(' ');
         line.push_str(&option);
     }
-    line.push_str(TO_NOWHERE);
+    line.push_str(DISCARD_OUTPUT);
     line
 }
 
 /// Quoted for the shell; and for cron, which takes a bare `%` for a line end.
-fn quoted(text: &str) -> String {
+fn cron_quote(text: &str) -> String {
     format!("'{}'", text.replace('\'', "'\\''").replace('%', "\\%"))
 }
 
@@ -222,8 +222,8 @@ fn not_started(e: io::Error) -> String {
 mod tests {
     use super::*;
 
-    fn launch() -> Launch {
-        Launch {
+    fn launch() -> ServiceCommand {
+        ServiceCommand {
             binary: "/opt/a b/usepod-agent".into(),
             config: "/home/o'neil/100%/agent.toml".into(),
             log_level: Some(log::LevelFilter::Debug),
@@ -231,8 +231,8 @@ mod tests {
         }
     }
 
-    fn table(text: &[u8]) -> Table {
-        Table::parse(text.to_vec()).expect("a crontab")
+    fn table(text: &[u8]) -> Crontab {
+        Crontab::parse(text.to_vec()).expect("a crontab")
     }
 
     #[test]
@@ -251,18 +251,18 @@ mod tests {
             b"@reboot exec '",
             b"usepod-agent",
         ];
-        let other = Launch { log_level: None, ..launch() };
+        let other = ServiceCommand { log_level: None, ..launch() };
         arbtest::arbtest(|u| {
             let mut text = Vec::new();
             for _ in 0..u.int_in_range(0..=12)? {
                 text.extend_from_slice(u.choose(&PIECES)?);
             }
-            let installed = table(&text).with(&launch());
+            let installed = table(&text).with_block(&launch());
             let start = text.len();
             assert_eq!(installed[..start], text, "what was there comes first");
-            assert_eq!(table(&installed).with(&launch()), installed);
-            assert_eq!(table(&installed).without(), text);
-            assert_eq!(table(&table(&installed).with(&other)).without(), text);
+            assert_eq!(table(&installed).with_block(&launch()), installed);
+            assert_eq!(table(&installed).without_block(), text);
+            assert_eq!(table(&table(&installed).with_block(&other)).without_block(), text);
             assert_eq!(table(&installed).config(), Some(launch().config));
             Ok(())
         });
@@ -271,12 +271,12 @@ mod tests {
     #[test]
     fn lines_that_came_below_the_block_stay() {
         for before in ["", "MAILTO=me\n", "# no end"] {
-            let mut text = table(before.as_bytes()).with(&launch());
+            let mut text = table(before.as_bytes()).with_block(&launch());
             if !text.ends_with(b"\n") {
                 text.push(b'\n');
             }
             text.extend_from_slice(b"0 3 * * * backup\n");
-            let after = String::from_utf8(table(&text).without()).expect("UTF-8");
+            let after = String::from_utf8(table(&text).without_block()).expect("UTF-8");
             let expected =
                 if before.is_empty() || before.ends_with('\n') { before.to_owned() } else { format!("{before}\n") };
             assert_eq!(after, format!("{expected}0 3 * * * backup\n"));
@@ -285,19 +285,20 @@ mod tests {
 
     #[test]
     fn one_line_that_is_left_of_a_block_is_still_installed() {
-        let ours = String::from_utf8(table(b"").with(&launch())).expect("UTF-8");
+        let ours = String::from_utf8(table(b"").with_block(&launch())).expect("UTF-8");
         for times in TIMES {
             let left: String = ours.split_inclusive('\n').filter(|line| !line.starts_with(times)).collect();
             let left = table(left.as_bytes());
             assert_eq!((left.command(), left.config()), (table(ours.as_bytes()).command(), Some(launch().config)));
-            assert_eq!((left.with(&launch()), left.without()), (ours.clone().into_bytes(), Vec::new()));
+            assert_eq!((left.with_block(&launch()), left.without_block()), (ours.clone().into_bytes(), Vec::new()));
         }
     }
 
     #[test]
     fn the_shell_gets_the_paths_as_they_are() {
-        let table = table(&table(b"").with(&launch()));
-        let command = table.command().expect("a command").replace("exec ", "printf '%s\\n' ").replace(TO_NOWHERE, "");
+        let table = table(&table(b"").with_block(&launch()));
+        let command =
+            table.command().expect("a command").replace("exec ", "printf '%s\\n' ").replace(DISCARD_OUTPUT, "");
         let output = std::process::Command::new("sh").arg("-c").arg(command).output().expect("a shell");
         let words = "/opt/a b/usepod-agent\nrun\n--cron\n--config\n/home/o'neil/100%/agent.toml\n--log-level\ndebug\n";
         assert_eq!(String::from_utf8_lossy(&output.stdout), words);
@@ -305,7 +306,7 @@ mod tests {
 
     #[test]
     fn a_block_that_somebody_edited_is_refused_with_the_lines() {
-        let ours = String::from_utf8(table(b"").with(&launch())).expect("UTF-8");
+        let ours = String::from_utf8(table(b"").with_block(&launch())).expect("UTF-8");
         let (begin, end) = (format!("{BEGIN}\n"), format!("{END}\n"));
         let cases = [
             (begin.clone(), "line 1"),
@@ -317,7 +318,7 @@ mod tests {
             (ours.replace("@reboot", "KEY=1\n@reboot"), "line 2"),
         ];
         for (text, lines) in cases {
-            let told = Table::parse(text.clone().into_bytes()).map(|_| ()).expect_err(&text);
+            let told = Crontab::parse(text.clone().into_bytes()).map(|_| ()).expect_err(&text);
             assert!(told.contains(lines) && told.contains("crontab -e"), "{text}: {told}");
         }
     }
@@ -325,7 +326,7 @@ mod tests {
     #[test]
     fn the_variables_above_the_block_are_read_as_cron_reads_them() {
         let above = "# NOT=this\nA=1\n B = \"two words\" \nC='3'\n* * * * * X=1 command\nD=\n";
-        let mut text = table(above.as_bytes()).with(&launch());
+        let mut text = table(above.as_bytes()).with_block(&launch());
         text.extend_from_slice(b"BELOW=1\n");
         let found = table(&text).environment();
         let found: Vec<(&str, &str)> = found.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();

@@ -16,9 +16,9 @@ use log::LevelFilter;
 use nix::sys::signal::Signal;
 use nix::unistd::{Uid, User};
 
-use crate::instance::Holder;
-use crontab::Table;
-use subprocess::Running;
+use crate::instance::LockOwner;
+use crontab::Crontab;
+use subprocess::Child;
 use systemd::Unit;
 
 /// How often a process is looked at that is to end or to start.
@@ -32,7 +32,7 @@ const CRON_PATH: &str = "/usr/bin:/bin";
 
 /// What the supervisor starts.
 #[derive(Debug, Clone)]
-pub struct Launch {
+pub struct ServiceCommand {
     /// The program, as an absolute path.
     pub binary: String,
     /// The configuration file, as an absolute path.
@@ -43,7 +43,7 @@ pub struct Launch {
     pub allow_insecure: bool,
 }
 
-impl Launch {
+impl ServiceCommand {
     /// A path that every supervisor can be told.
     ///
     /// # Errors
@@ -70,7 +70,7 @@ impl Launch {
 /// Who supervises the agent of this user.
 pub enum Supervisor {
     /// cron, by the block in this crontab.
-    Cron(Table),
+    Cron(Crontab),
     /// systemd, by this unit.
     Systemd(Unit),
 }
@@ -84,7 +84,7 @@ impl Supervisor {
         if let Some(unit) = Unit::installed() {
             return Ok(Some(Supervisor::Systemd(unit)));
         }
-        Ok(Table::read()?.filter(|table| table.command().is_some()).map(Supervisor::Cron))
+        Ok(Crontab::read()?.filter(|table| table.command().is_some()).map(Supervisor::Cron))
     }
 
     /// The configuration file that it was given.
@@ -96,7 +96,7 @@ impl Supervisor {
     }
 
     /// Where it was installed, in a few words.
-    pub fn place(&self) -> String {
+    pub fn description(&self) -> String {
         match self {
             Supervisor::Cron(_) => "cron, by your crontab".into(),
             Supervisor::Systemd(unit) => format!("systemd, by `{}`", unit.path.display()),
@@ -108,7 +108,7 @@ impl Supervisor {
 ///
 /// # Errors
 /// There is no shell.
-pub fn start_like_cron(table: &Table) -> io::Result<Running> {
+pub fn start_like_cron(table: &Crontab) -> io::Result<Child> {
     let mut variables = table.environment();
     // The crontab's own win.
     for (name, value) in [
@@ -131,7 +131,7 @@ pub fn this_user() -> Option<User> {
 }
 
 /// Whether a cron daemon runs; `None` where that cannot be seen.
-pub fn cron_runs() -> Option<bool> {
+pub fn is_cron_running() -> Option<bool> {
     let is_cron = |entry: std::fs::DirEntry| {
         let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
         ["cron", "crond", "fcron", "busybox-crond"].contains(&name.trim())
@@ -143,20 +143,20 @@ pub fn cron_runs() -> Option<bool> {
 ///
 /// # Errors
 /// It is not ours to end, or does not go.
-pub fn end(holder: &Holder, patience: Duration) -> Result<bool, String> {
+pub fn terminate(owner: &LockOwner, patience: Duration) -> Result<bool, String> {
     for (signal, patience) in [(Signal::SIGTERM, patience), (Signal::SIGKILL, KILL_TIMEOUT)] {
-        if !holder.is_running() {
+        if !owner.is_running() {
             return Ok(false);
         }
-        let pid = holder.pid;
-        holder
+        let pid = owner.pid;
+        owner
             .signal(signal)
             .map_err(|e| format!("pid {pid} cannot be sent {signal}: {e}; it belongs to another user"))?;
-        if wait_until(patience, || !holder.is_running()) {
+        if wait_until(patience, || !owner.is_running()) {
             return Ok(signal == Signal::SIGKILL);
         }
     }
-    Err(format!("pid {} did not even go after SIGKILL: it hangs in the kernel, on a disk perhaps", holder.pid))
+    Err(format!("pid {} did not even go after SIGKILL: it hangs in the kernel, on a disk perhaps", owner.pid))
 }
 
 /// Whether `holds` did within `limit`.

@@ -26,7 +26,7 @@ pub struct Output {
 
 impl Output {
     /// What it had to say about its failure.
-    pub fn complaint(&self) -> String {
+    pub fn error_text(&self) -> String {
         match (String::from_utf8_lossy(&self.stderr).trim(), &self.failure) {
             ("", Some(failure)) => failure.clone(),
             (said, _) => said.to_owned(),
@@ -35,9 +35,9 @@ impl Output {
 }
 
 /// A program that runs. Nobody ends it when this is dropped.
-pub struct Running(Pid);
+pub struct Child(Pid);
 
-impl Running {
+impl Child {
     /// How it ended, if it has: empty when it succeeded.
     pub fn ended(&self) -> Option<String> {
         match waitpid(self.0, Some(WaitPidFlag::WNOHANG)) {
@@ -73,7 +73,7 @@ pub fn output(words: &[&str], input: &[u8]) -> io::Result<Output> {
 ///
 /// # Errors
 /// It cannot be started.
-pub fn in_front(words: &[&str]) -> io::Result<Option<String>> {
+pub fn run_foreground(words: &[&str]) -> io::Result<Option<String>> {
     let pid = spawn(words, &our_environment(), &[], false)?;
     Ok(failure_of(waitpid(pid, None)))
 }
@@ -83,12 +83,12 @@ pub fn in_front(words: &[&str]) -> io::Result<Option<String>> {
 ///
 /// # Errors
 /// It cannot be started.
-pub fn start_detached(words: &[&str], environment: &[(String, String)]) -> io::Result<Running> {
+pub fn start_detached(words: &[&str], environment: &[(String, String)]) -> io::Result<Child> {
     let variables: Vec<CString> =
         environment.iter().filter_map(|(name, value)| CString::new(format!("{name}={value}")).ok()).collect();
     let nothing = File::options().read(true).write(true).open("/dev/null")?;
     let fd = nothing.as_raw_fd();
-    spawn(words, &variables, &[(fd, 0), (fd, 1), (fd, 2)], true).map(Running)
+    spawn(words, &variables, &[(fd, 0), (fd, 1), (fd, 2)], true).map(Child)
 }
 
 /// With these descriptors of ours as those of the program.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use nix::unistd::{Uid, User};
 
-use super::{Launch, STOP_MARGIN, subprocess};
+use super::{STOP_MARGIN, ServiceCommand, subprocess};
 use crate::config;
 
 /// The unit's name.
@@ -62,7 +62,7 @@ pub struct Unit {
 /// What the unit says.
 pub struct Content<'a> {
     /// What is started.
-    pub launch: &'a Launch,
+    pub launch: &'a ServiceCommand,
     /// As whom; the system's manager must be told.
     pub uid: Option<u32>,
     /// While this file is there the unit stays down.
@@ -110,7 +110,8 @@ impl Unit {
     /// The file's text.
     pub fn text(&self, content: &Content<'_>) -> String {
         let launch = content.launch;
-        let mut command = vec![quoted(&launch.binary), "run".into(), "--config".into(), argument(&launch.config)];
+        let mut command =
+            vec![systemd_quote(&launch.binary), "run".into(), "--config".into(), argument(&launch.config)];
         command.extend(launch.options());
         let (after, user) = match content.uid {
             Some(uid) => ("After=network-online.target\nWants=network-online.target\n", format!("{USER_KEY}{uid}\n")),
@@ -130,7 +131,7 @@ impl Unit {
         if !self.is_users {
             text.push_str(SYSTEM_HARDENING);
             for folder in content.writable {
-                text.push_str(&format!("ReadWritePaths={}\n", quoted(&folder.to_string_lossy())));
+                text.push_str(&format!("ReadWritePaths={}\n", systemd_quote(&folder.to_string_lossy())));
             }
         }
         let target = if self.is_users { "default.target" } else { "multi-user.target" };
@@ -182,7 +183,7 @@ impl Unit {
         let shown = words.join(" ");
         match subprocess::output(&words, b"") {
             Ok(output) if output.failure.is_none() => Ok(()),
-            Ok(output) => Err(format!("`{shown}` failed: {}", output.complaint())),
+            Ok(output) => Err(format!("`{shown}` failed: {}", output.error_text())),
             Err(e) if e.kind() == ErrorKind::NotFound => {
                 Err("there is no `systemctl` on this box: use cron, with `usepod-agent service install`".into())
             }
@@ -199,20 +200,20 @@ pub fn owner_of(path: &Path) -> Option<(u32, PathBuf)> {
 }
 
 /// One word by systemd's rules.
-fn quoted(text: &str) -> String {
+fn systemd_quote(text: &str) -> String {
     format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\"").replace('%', "%%"))
 }
 
 /// One argument of a command, in which `$` would be a variable.
 fn argument(text: &str) -> String {
-    quoted(text).replace('$', "$$")
+    systemd_quote(text).replace('$', "$$")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn text(unit: &Unit, launch: &Launch, uid: Option<u32>) -> String {
+    fn text(unit: &Unit, launch: &ServiceCommand, uid: Option<u32>) -> String {
         let content = Content {
             launch,
             uid,
@@ -223,9 +224,14 @@ mod tests {
         unit.text(&content)
     }
 
-    fn launch() -> Launch {
+    fn launch() -> ServiceCommand {
         let config = "/srv/100% $HOME \"x\"/agent.toml".to_owned();
-        Launch { binary: "/bin/sh".into(), config, log_level: Some(log::LevelFilter::Debug), allow_insecure: true }
+        ServiceCommand {
+            binary: "/bin/sh".into(),
+            config,
+            log_level: Some(log::LevelFilter::Debug),
+            allow_insecure: true,
+        }
     }
 
     #[test]

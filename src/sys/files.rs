@@ -34,9 +34,9 @@ pub fn write_atomic(path: &Path, content: &[u8]) -> io::Result<()> {
 ///
 /// # Errors
 /// The first thing that failed; `path` is as it was.
-pub fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
-    let temporary = beside(path, ".new");
-    let written = private(OpenOptions::new().write(true).create(true).truncate(true))
+pub fn replace_without_fsync(path: &Path, content: &[u8]) -> io::Result<()> {
+    let temporary = with_suffix(path, ".new");
+    let written = owner_only(OpenOptions::new().write(true).create(true).truncate(true))
         .open(&temporary)
         .and_then(|mut file| file.write_all(content))
         .and_then(|()| fs::rename(&temporary, path));
@@ -68,9 +68,9 @@ pub fn create_atomic(path: &Path, content: &[u8]) -> io::Result<()> {
 ///
 /// # Errors
 /// It cannot be made.
-pub fn mark(path: &Path) -> io::Result<()> {
+pub fn create_marker(path: &Path) -> io::Result<()> {
     create_folder_of(path)?;
-    match private(OpenOptions::new().write(true).create_new(true)).open(path) {
+    match owner_only(OpenOptions::new().write(true).create_new(true)).open(path) {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
         _ => Ok(()),
     }
@@ -80,7 +80,7 @@ pub fn mark(path: &Path) -> io::Result<()> {
 ///
 /// # Errors
 /// It cannot be removed.
-pub fn unmark(path: &Path) -> io::Result<()> {
+pub fn remove_marker(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
         _ => Ok(()),
@@ -88,7 +88,7 @@ pub fn unmark(path: &Path) -> io::Result<()> {
 }
 
 /// The file whose name is that of `path` and then `suffix`.
-pub fn beside(path: &Path, suffix: &str) -> PathBuf {
+pub fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     PathBuf::from(name)
@@ -140,14 +140,14 @@ fn places_of(path: &Path) -> io::Result<(PathBuf, String)> {
 }
 
 fn write_new(path: &Path, content: &[u8]) -> io::Result<()> {
-    let mut file = private(OpenOptions::new().write(true).create_new(true)).open(path)?;
+    let mut file = owner_only(OpenOptions::new().write(true).create_new(true)).open(path)?;
     file.write_all(content)?;
     file.sync_all()
 }
 
 /// Files that are made with these options are their owner's alone (0600).
 #[cfg(unix)]
-pub fn private(options: &mut OpenOptions) -> &mut OpenOptions {
+pub fn owner_only(options: &mut OpenOptions) -> &mut OpenOptions {
     use std::os::unix::fs::OpenOptionsExt;
     options.mode(0o600)
 }
@@ -160,7 +160,7 @@ pub fn private(options: &mut OpenOptions) -> &mut OpenOptions {
 
 /// Has a limit on the size of files (`ulimit -f`) be an error of the write that meets it, instead of the end of the process:
 /// in this thread, and those that it starts from now on.
-pub fn survive_size_limit() {
+pub fn block_sigxfsz() {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGXFSZ);
     let _ = signals.thread_block();

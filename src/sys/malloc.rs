@@ -5,23 +5,23 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-static MUCH_WAS_FREED: AtomicBool = AtomicBool::new(false);
+static TRIM_REQUESTED: AtomicBool = AtomicBool::new(false);
 
 /// Has the allocator keep little, in two ways. The threads take turns at few heaps: of each but the first, trimming leaves the
 /// free end as it is, which came to 10 MB after 256 streams. And large buffers go back at once: glibc's own limit for that
 /// grows to the largest buffer ever freed. To be called before there are threads.
-pub fn keep_little() {
+pub fn configure() {
     allocator::keep_little();
 }
 
 /// Much was freed, or soon will be.
-pub fn note_freed() {
-    MUCH_WAS_FREED.store(true, Ordering::Relaxed);
+pub fn request_trim() {
+    TRIM_REQUESTED.store(true, Ordering::Relaxed);
 }
 
 /// Gives back what was freed since the last time, if it was much: a millisecond's work.
-pub fn give_back() {
-    if MUCH_WAS_FREED.swap(false, Ordering::Relaxed) {
+pub fn trim_if_requested() {
+    if TRIM_REQUESTED.swap(false, Ordering::Relaxed) {
         allocator::trim();
     }
 }

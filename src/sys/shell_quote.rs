@@ -1,7 +1,7 @@
 //! Command lines for a person to type.
 
 /// `text` as one word of a POSIX shell, in quotes where it needs them.
-pub fn word(text: &str) -> String {
+pub fn shell_quote(text: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./:@%+,".contains(c);
     if !text.is_empty() && text.chars().all(is_plain) {
         return text.to_owned();
@@ -23,7 +23,7 @@ mod tests {
             ("a b", "'a b'"),
             ("$x", "'$x'"),
         ] {
-            assert_eq!(word(text), expected);
+            assert_eq!(shell_quote(text), expected);
         }
     }
 }

@@ -24,7 +24,7 @@ fn start(name: String, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<
 /// others hand their work to just before they sleep: on an idle box an event takes a third less time, of the clock and of the
 /// processor, than with two cores at it. On a box whose cores are all busy, events wait for the end of somebody's turn: 1 to 4 ms,
 /// which the inference is spared. Where the system refuses, nothing changes.
-pub fn step_back() {
+pub fn set_batch_scheduling() {
     scheduler::batch();
 }
 

@@ -2,23 +2,23 @@
 
 use std::path::{Path, PathBuf};
 
-use super::Site;
+use super::ServiceTarget;
 use crate::cli::args::Globals;
-use crate::cli::{Failure, print};
+use crate::cli::{CliError, print};
 use crate::config::Config;
-use crate::service::crontab::Table;
+use crate::service::crontab::Crontab;
 use crate::service::systemd::{self, Content, UNIT, Unit};
-use crate::service::{Launch, Supervisor, cron_runs, this_user};
+use crate::service::{ServiceCommand, Supervisor, is_cron_running, this_user};
 use crate::sys::files;
 
 /// Variables of a shell that the agent heeds, and a supervisor does not pass on.
 const PROXY_VARIABLES: [&str; 4] = ["HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"];
 
 /// Puts the agent under cron, or under systemd.
-pub fn run(globals: &Globals, systemd: bool) -> Result<(), Failure> {
+pub fn run(globals: &Globals, systemd: bool) -> Result<(), CliError> {
     let unit = if systemd { Some(Unit::of_this_user()?) } else { None };
-    let site = Site::load(&Config::find(globals.config.as_deref())?, globals.allow_insecure, unit.as_ref())?;
-    let launch = launch_of(&site, globals)?;
+    let target = ServiceTarget::load(&Config::find(globals.config.as_deref())?, globals.allow_insecure, unit.as_ref())?;
+    let launch = launch_of(&target, globals)?;
     // Who may have no crontab has none.
     let may_have_none = |e: &String| systemd && e.contains("not allowed");
     let installed = Supervisor::installed().or_else(|e| if may_have_none(&e) { Ok(None) } else { Err(e) })?;
@@ -26,30 +26,30 @@ pub fn run(globals: &Globals, systemd: bool) -> Result<(), Failure> {
         let is_other = matches!(installed, Supervisor::Systemd(_)) != systemd;
         let config = installed.config().unwrap_or_default();
         if is_other || config != launch.config {
-            return Err(Failure::Runtime(format!(
+            return Err(CliError::Runtime(format!(
                 "already supervised by {}, with `{config}`; take that away first: usepod-agent service uninstall",
-                installed.place()
+                installed.description()
             )));
         }
     }
-    make_folders(&site, unit.as_ref()).map_err(|e| {
-        let (key, log) = (site.key_path.display(), site.log.display());
-        Failure::Runtime(format!("failed to make the folder of `{key}` or `{log}`: {e}; check the rights"))
+    make_folders(&target, unit.as_ref()).map_err(|e| {
+        let (key, log) = (target.key_path.display(), target.log.display());
+        CliError::Runtime(format!("failed to make the folder of `{key}` or `{log}`: {e}; check the rights"))
     })?;
     let (report, known) = match unit {
-        Some(unit) => (install_unit(&unit, &launch, &site)?, Vec::new()),
+        Some(unit) => (install_unit(&unit, &launch, &target)?, Vec::new()),
         None => install_block(&launch)?,
     };
     print(&report);
-    print(&notes(&launch, &site, systemd, &known));
+    print(&notes(&launch, &target, systemd, &known));
     Ok(())
 }
 
 /// Makes the folders of the identity and the log, which belong to whom the agent runs as: under a system unit it cannot, and one
 /// that is not there keeps the unit from starting.
-fn make_folders(site: &Site, unit: Option<&Unit>) -> std::io::Result<()> {
-    let owner = unit.filter(|unit| !unit.is_users).and_then(|_| systemd::owner_of(&site.path));
-    for file in [&site.key_path, &site.log] {
+fn make_folders(target: &ServiceTarget, unit: Option<&Unit>) -> std::io::Result<()> {
+    let owner = unit.filter(|unit| !unit.is_users).and_then(|_| systemd::owner_of(&target.path));
+    for file in [&target.key_path, &target.log] {
         let is_missing = |folder: &&Path| !folder.as_os_str().is_empty() && !folder.exists();
         let missing: Vec<&Path> = file.ancestors().skip(1).take_while(is_missing).collect();
         files::create_folder_of(file)?;
@@ -60,35 +60,35 @@ fn make_folders(site: &Site, unit: Option<&Unit>) -> std::io::Result<()> {
     Ok(())
 }
 
-fn launch_of(site: &Site, globals: &Globals) -> Result<Launch, String> {
+fn launch_of(target: &ServiceTarget, globals: &Globals) -> Result<ServiceCommand, String> {
     let binary = std::env::current_exe().map_err(|e| format!("this program does not find itself: {e}"))?;
     if !binary.exists() {
         return Err("this program's file has been replaced since it was started; run the new one".into());
     }
-    Ok(Launch {
-        binary: Launch::path(&binary)?,
-        config: Launch::path(&site.path)?,
+    Ok(ServiceCommand {
+        binary: ServiceCommand::path(&binary)?,
+        config: ServiceCommand::path(&target.path)?,
         log_level: globals.log_level,
         allow_insecure: globals.allow_insecure,
     })
 }
 
 /// What was done, and the variables that cron sets for the agent.
-fn install_block(launch: &Launch) -> Result<(String, Vec<String>), Failure> {
-    let table = Table::read()?.ok_or_else(|| {
-        Failure::Runtime(
+fn install_block(launch: &ServiceCommand) -> Result<(String, Vec<String>), CliError> {
+    let table = Crontab::read()?.ok_or_else(|| {
+        CliError::Runtime(
             "there is no `crontab` on this box: install cron (Debian and Ubuntu: `apt install cron`), or use systemd: \
              `usepod-agent service install --systemd`"
                 .into(),
         )
     })?;
     let known = table.environment().into_iter().map(|(name, _)| name).collect();
-    let text = table.with(launch);
+    let text = table.with_block(launch);
     if text == table.text() {
         return Ok(("already installed in your crontab; nothing was changed\n".into(), known));
     }
-    Table::write(&text)?;
-    let command = Table::parse(text).ok().and_then(|table| table.command()).unwrap_or_default();
+    Crontab::write(&text)?;
+    let command = Crontab::parse(text).ok().and_then(|table| table.command()).unwrap_or_default();
     let report = match table.command() {
         None => format!(
             "installed in your crontab, to be run at each boot and every minute:\n  {command}\n\
@@ -102,18 +102,18 @@ fn install_block(launch: &Launch) -> Result<(String, Vec<String>), Failure> {
     Ok((report, known))
 }
 
-fn install_unit(unit: &Unit, launch: &Launch, site: &Site) -> Result<String, Failure> {
-    let owner = systemd::owner_of(&site.path).map(|(uid, _)| uid);
+fn install_unit(unit: &Unit, launch: &ServiceCommand, target: &ServiceTarget) -> Result<String, CliError> {
+    let owner = systemd::owner_of(&target.path).map(|(uid, _)| uid);
     let folder = |file: &Path| file.parent().map(Path::to_owned).unwrap_or_default();
-    let mut writable = vec![folder(&site.key_path), folder(&site.log)];
+    let mut writable = vec![folder(&target.key_path), folder(&target.log)];
     writable.dedup();
-    let stopped = site.places.stopped();
+    let stopped = target.paths.stopped();
     let content = Content {
         launch,
         uid: owner.filter(|_| !unit.is_users),
         stopped: &stopped,
         writable: &writable,
-        drain: site.drain,
+        drain: target.drain,
     };
     let was_there = unit.path.exists();
     let place = unit.path.display();
@@ -131,7 +131,7 @@ fn install_unit(unit: &Unit, launch: &Launch, site: &Site) -> Result<String, Fai
 }
 
 /// What the operator has to know, or to do, for the agent to start and to serve.
-fn notes(launch: &Launch, site: &Site, systemd: bool, known: &[String]) -> String {
+fn notes(launch: &ServiceCommand, target: &ServiceTarget, systemd: bool, known: &[String]) -> String {
     let mut notes = Vec::new();
     let lies_in = |folders: &[&str]| folders.iter().any(|folder| launch.binary.contains(folder));
     if lies_in(&["/target/debug/", "/target/release/"]) || launch.binary.starts_with("/tmp/") {
@@ -152,11 +152,11 @@ fn notes(launch: &Launch, site: &Site, systemd: bool, known: &[String]) -> Strin
             user.dir.display()
         ));
     }
-    if !systemd && cron_runs() == Some(false) {
+    if !systemd && is_cron_running() == Some(false) {
         notes.push("no cron daemon seems to run; start it (Debian and Ubuntu: `service cron start`, as root)".into());
     }
     let is_set = |name: &&str| std::env::var_os(name).is_some();
-    for name in site.keys.iter().map(String::as_str).chain(PROXY_VARIABLES.into_iter().filter(is_set)) {
+    for name in target.keys.iter().map(String::as_str).chain(PROXY_VARIABLES.into_iter().filter(is_set)) {
         if known.iter().any(|known| known == name) {
             continue;
         }
@@ -168,7 +168,7 @@ fn notes(launch: &Launch, site: &Site, systemd: bool, known: &[String]) -> Strin
         };
         notes.push(format!("the agent will not see the variable {name} of this shell; {place}"));
     }
-    if site.places.stopped().exists() {
+    if target.paths.stopped().exists() {
         notes.push("the agent was stopped by hand and stays so until: usepod-agent service start".into());
     }
     notes.iter().map(|note| format!("note: {note}\n")).collect()
@@ -181,7 +181,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::instance::Places;
+    use crate::instance::AgentPaths;
 
     /// Root alone can give a folder away.
     #[test]
@@ -192,10 +192,10 @@ mod tests {
         let (path, key_path, log) = (folder.join("agent.toml"), folder.join("a/b/key"), folder.join("c/log"));
         fs::write(&path, "").expect("a file");
         if lchown(&path, Some(UID), None).is_ok() {
-            let places = Places::beside(&key_path);
+            let paths = AgentPaths::beside(&key_path);
             let drain = Duration::ZERO;
-            let site = Site { path, key_path, places, log, is_log_named: true, drain, keys: Vec::new() };
-            make_folders(&site, Some(&Unit { path: UNIT.into(), is_users: false })).expect("folders");
+            let target = ServiceTarget { path, key_path, paths, log, is_log_named: true, drain, keys: Vec::new() };
+            make_folders(&target, Some(&Unit { path: UNIT.into(), is_users: false })).expect("folders");
             for made in ["a", "a/b", "c"] {
                 assert_eq!(fs::metadata(folder.join(made)).expect(made).uid(), UID, "{made}");
             }

@@ -13,14 +13,16 @@ use log::LevelFilter;
 use nix::unistd::Uid;
 
 use super::args::{Action, Globals, Service};
-use super::{Failure, print, say};
+use super::{CliError, print, say};
 use crate::config::Config;
-use crate::instance::{Holder, Places};
-use crate::logging::{self, older};
-use crate::service::crontab::Table;
-use crate::service::subprocess::Running;
+use crate::instance::{AgentPaths, LockOwner};
+use crate::logging::{self, rotated_path};
+use crate::service::crontab::Crontab;
+use crate::service::subprocess::Child;
 use crate::service::systemd::{self, UNIT, Unit};
-use crate::service::{STOP_MARGIN, Supervisor, cron_runs, end, logs, start_like_cron, subprocess, wait_until};
+use crate::service::{
+    STOP_MARGIN, Supervisor, is_cron_running, logs, start_like_cron, subprocess, terminate, wait_until,
+};
 use crate::sys::files;
 
 /// What `status` exits with when no agent runs, and the others when no supervisor is installed.
@@ -33,13 +35,13 @@ const SETTLE_TIME: Duration = Duration::from_millis(500);
 const LINES_OF_FAILURE: usize = 10;
 
 /// Does as it was told.
-pub fn run(globals: &Globals, options: &Service) -> Result<(), Failure> {
+pub fn run(globals: &Globals, options: &Service) -> Result<(), CliError> {
     logging::start(globals.log_level.unwrap_or(LevelFilter::Warn), None);
     if options.systemd && options.action != Action::Install {
-        return Err(Failure::Usage("--systemd goes with `service install`; the others find what is installed".into()));
+        return Err(CliError::Usage("--systemd goes with `service install`; the others find what is installed".into()));
     }
     if (options.follow || options.lines.is_some()) && options.action != Action::Logs {
-        return Err(Failure::Usage("--follow and --lines go with `service logs`".into()));
+        return Err(CliError::Usage("--follow and --lines go with `service logs`".into()));
     }
     match options.action {
         Action::Install => install::run(globals, options.systemd),
@@ -53,10 +55,10 @@ pub fn run(globals: &Globals, options: &Service) -> Result<(), Failure> {
 }
 
 /// The agent that is meant.
-struct Site {
+struct ServiceTarget {
     path: PathBuf,
     key_path: PathBuf,
-    places: Places,
+    paths: AgentPaths,
     log: PathBuf,
     /// The configuration names it; otherwise systemd keeps what the agent says.
     is_log_named: bool,
@@ -65,10 +67,10 @@ struct Site {
     keys: Vec<String>,
 }
 
-impl Site {
+impl ServiceTarget {
     /// Of this configuration file, as a supervisor would read it: from the home folder, not from here.
-    fn load(path: &Path, allow_insecure: bool, supervisor: Option<&Unit>) -> Result<Site, Failure> {
-        let path = std::path::absolute(path).map_err(|e| Failure::Runtime(format!("there is no folder here: {e}")))?;
+    fn load(path: &Path, allow_insecure: bool, supervisor: Option<&Unit>) -> Result<ServiceTarget, CliError> {
+        let path = std::path::absolute(path).map_err(|e| CliError::Runtime(format!("there is no folder here: {e}")))?;
         let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
         let _ = std::env::set_current_dir(&home);
         let config = Config::load(&path, allow_insecure)?;
@@ -80,17 +82,17 @@ impl Site {
             file.strip_prefix(&home).map(|below| theirs.join(below)).unwrap_or(file)
         };
         let key_path = as_theirs(&config.key_path);
-        let places = Places::beside(&key_path);
-        let log = config.log_file.as_deref().map_or_else(|| places.log(), as_theirs);
+        let paths = AgentPaths::beside(&key_path);
+        let log = config.log_file.as_deref().map_or_else(|| paths.log(), as_theirs);
         let is_log_named = config.log_file.is_some();
         let keys = config.backends.into_iter().filter_map(|backend| backend.api_key_env).collect();
-        Ok(Site { path, key_path, places, log, is_log_named, drain: config.limits.drain, keys })
+        Ok(ServiceTarget { path, key_path, paths, log, is_log_named, drain: config.limits.drain, keys })
     }
 
     /// The last lines of the log, for an error.
     fn end_of_log(&self) -> String {
         let log = &self.log;
-        let text = logs::tail(log, &older(log), LINES_OF_FAILURE).unwrap_or_default();
+        let text = logs::tail(log, &rotated_path(log), LINES_OF_FAILURE).unwrap_or_default();
         if text.is_empty() {
             return format!("nothing is in its log, `{}`; by hand it tells why: usepod-agent run", log.display());
         }
@@ -99,13 +101,13 @@ impl Site {
 }
 
 /// What is installed, and the agent that it is about.
-fn found(globals: &Globals) -> Result<(Option<Supervisor>, Site), Failure> {
+fn found(globals: &Globals) -> Result<(Option<Supervisor>, ServiceTarget), CliError> {
     let supervisor = Supervisor::installed()?;
-    let site = site_of(globals, supervisor.as_ref())?;
-    Ok((supervisor, site))
+    let target = target_of(globals, supervisor.as_ref())?;
+    Ok((supervisor, target))
 }
 
-fn site_of(globals: &Globals, supervisor: Option<&Supervisor>) -> Result<Site, Failure> {
+fn target_of(globals: &Globals, supervisor: Option<&Supervisor>) -> Result<ServiceTarget, CliError> {
     let installed = supervisor.and_then(Supervisor::config).map(PathBuf::from);
     let path = match (&globals.config, installed) {
         (None, Some(installed)) => installed,
@@ -116,125 +118,121 @@ fn site_of(globals: &Globals, supervisor: Option<&Supervisor>) -> Result<Site, F
         _ => None,
     };
     // None of these commands dials.
-    Site::load(&path, true, unit)
+    ServiceTarget::load(&path, true, unit)
 }
 
-fn uninstall(globals: &Globals) -> Result<(), Failure> {
+fn uninstall(globals: &Globals) -> Result<(), CliError> {
     let supervisor = Supervisor::installed()?;
     let Some(supervisor) = supervisor else {
         print("not installed; nothing was changed\n");
         return Ok(());
     };
     // A configuration that cannot be read any more must not keep the supervisor.
-    let site = site_of(globals, Some(&supervisor));
-    if let Ok(site) = &site {
-        keep_stopped(site)?;
+    let target = target_of(globals, Some(&supervisor));
+    if let Ok(target) = &target {
+        keep_stopped(target)?;
     }
     match &supervisor {
-        Supervisor::Cron(table) => Table::write(&table.without()),
+        Supervisor::Cron(table) => Crontab::write(&table.without_block()),
         Supervisor::Systemd(unit) => unit.uninstall(),
     }?;
-    say(format_args!("removed: {}\n", supervisor.place()));
-    let site = site?;
-    let ended = end_running(&site);
+    say(format_args!("removed: {}\n", supervisor.description()));
+    let target = target?;
+    let ended = end_running(&target);
     // Without a supervisor there is nobody who must not start it.
-    let _ = files::unmark(&site.places.stopped());
+    let _ = files::remove_marker(&target.paths.stopped());
     ended
 }
 
 /// Nobody starts it from here on.
-fn keep_stopped(site: &Site) -> Result<(), Failure> {
-    let marker = site.places.stopped();
-    files::mark(&marker).map_err(|e| {
-        Failure::Runtime(format!(
+fn keep_stopped(target: &ServiceTarget) -> Result<(), CliError> {
+    let marker = target.paths.stopped();
+    files::create_marker(&marker).map_err(|e| {
+        CliError::Runtime(format!(
             "failed to make `{}`, without which the agent would come back: {e}; check the rights there",
             marker.display()
         ))
     })
 }
 
-fn stop(globals: &Globals) -> Result<(), Failure> {
-    let (supervisor, site) = found(globals)?;
-    keep_stopped(&site)?;
+fn stop(globals: &Globals) -> Result<(), CliError> {
+    let (supervisor, target) = found(globals)?;
+    keep_stopped(&target)?;
     if let Some(Supervisor::Systemd(unit)) = &supervisor {
         unit.systemctl(&["stop", UNIT])?;
     }
-    end_running(&site)?;
+    end_running(&target)?;
     print("it stays stopped until: usepod-agent service start\n");
     Ok(())
 }
 
 /// Ends the agent that runs, whoever started it.
-fn end_running(site: &Site) -> Result<(), Failure> {
-    let Some(holder) = Holder::running(&site.places) else {
+fn end_running(target: &ServiceTarget) -> Result<(), CliError> {
+    let Some(owner) = LockOwner::running(&target.paths) else {
         print("no agent runs\n");
         return Ok(());
     };
     // Who owns the lock file says who holds it, and must not have root end what belongs to others.
-    let owner = |path: &Path| std::fs::metadata(path).map(|found| found.uid()).ok();
-    let process = PathBuf::from(format!("/proc/{}", holder.pid));
-    if Uid::effective().is_root() && owner(&process) != owner(&site.places.lock()) {
-        let (pid, lock) = (holder.pid, site.places.lock());
-        return Err(Failure::Runtime(format!(
+    let user_of = |path: &Path| std::fs::metadata(path).map(|found| found.uid()).ok();
+    let process = PathBuf::from(format!("/proc/{}", owner.pid));
+    if Uid::effective().is_root() && user_of(&process) != user_of(&target.paths.lock()) {
+        let (pid, lock) = (owner.pid, target.paths.lock());
+        return Err(CliError::Runtime(format!(
             "`{}` names pid {pid}, of another user than its own; if that is the agent, end it by hand: kill {pid}",
             lock.display()
         )));
     }
-    let (began, patience) = (Instant::now(), site.drain + STOP_MARGIN);
-    say(format_args!(
-        "asked pid {} to finish its jobs and leave; waiting up to {} s\n",
-        holder.pid,
-        patience.as_secs()
-    ));
-    let is_killed = end(&holder, patience)?;
+    let (began, patience) = (Instant::now(), target.drain + STOP_MARGIN);
+    say(format_args!("asked pid {} to finish its jobs and leave; waiting up to {} s\n", owner.pid, patience.as_secs()));
+    let is_killed = terminate(&owner, patience)?;
     let how = if is_killed { "did not leave, so it was killed" } else { "has left" };
-    say(format_args!("pid {} {how}, after {} ms\n", holder.pid, began.elapsed().as_millis()));
+    say(format_args!("pid {} {how}, after {} ms\n", owner.pid, began.elapsed().as_millis()));
     Ok(())
 }
 
-fn start(globals: &Globals) -> Result<(), Failure> {
-    let (supervisor, site) = found(globals)?;
+fn start(globals: &Globals) -> Result<(), CliError> {
+    let (supervisor, target) = found(globals)?;
     let supervisor = supervisor.ok_or_else(not_installed)?;
-    start_by(&supervisor, &site, "start")
+    start_by(&supervisor, &target, "start")
 }
 
-fn restart(globals: &Globals) -> Result<(), Failure> {
-    let (supervisor, site) = found(globals)?;
+fn restart(globals: &Globals) -> Result<(), CliError> {
+    let (supervisor, target) = found(globals)?;
     let supervisor = supervisor.ok_or_else(not_installed)?;
     // Under cron the lock decides who starts it again: we or cron, it is the same line.
     if matches!(supervisor, Supervisor::Cron(_)) {
-        end_running(&site)?;
+        end_running(&target)?;
     }
-    start_by(&supervisor, &site, "restart")
+    start_by(&supervisor, &target, "restart")
 }
 
-fn start_by(supervisor: &Supervisor, site: &Site, verb: &str) -> Result<(), Failure> {
-    let marker = site.places.stopped();
-    files::unmark(&marker)
+fn start_by(supervisor: &Supervisor, target: &ServiceTarget, verb: &str) -> Result<(), CliError> {
+    let marker = target.paths.stopped();
+    files::remove_marker(&marker)
         .map_err(|e| format!("failed to remove `{}`, which keeps the agent stopped: {e}", marker.display()))?;
     let mut child = None;
     match supervisor {
         Supervisor::Systemd(unit) => unit.systemctl(&[verb, UNIT])?,
-        Supervisor::Cron(_) if Holder::running(&site.places).is_some() => {}
+        Supervisor::Cron(_) if LockOwner::running(&target.paths).is_some() => {}
         Supervisor::Cron(table) => {
             let started = start_like_cron(table);
-            child = Some(started.map_err(|e| Failure::Runtime(format!("no shell can be started: {e}")))?);
+            child = Some(started.map_err(|e| CliError::Runtime(format!("no shell can be started: {e}")))?);
         }
     }
     let mut ending = None;
     let mut has_failed = || {
-        ending = ending.take().or_else(|| child.as_ref().and_then(Running::ended));
+        ending = ending.take().or_else(|| child.as_ref().and_then(Child::ended));
         // One that ended well found another at work, whom cron started at this very moment.
         ending.as_ref().is_some_and(|ending| !ending.is_empty())
     };
-    let runs = || Holder::running(&site.places).is_some();
+    let runs = || LockOwner::running(&target.paths).is_some();
     let is_up = wait_until(START_TIMEOUT, || has_failed() || runs()) && runs();
     // It has the lock before it has read its identity.
     if is_up
         && !wait_until(SETTLE_TIME, || has_failed() || !runs())
-        && let Some(holder) = Holder::running(&site.places)
+        && let Some(owner) = LockOwner::running(&target.paths)
     {
-        say(format_args!("the agent runs, as pid {}\n", holder.pid));
+        say(format_args!("the agent runs, as pid {}\n", owner.pid));
         return Ok(());
     }
     let how = match ending {
@@ -242,60 +240,60 @@ fn start_by(supervisor: &Supervisor, site: &Site, verb: &str) -> Result<(), Fail
         ending if is_up || ending.is_some() => "the agent ended at once".to_owned(),
         _ => format!("no agent runs after {} s", START_TIMEOUT.as_secs()),
     };
-    Err(Failure::Runtime(format!("{how}; {}", site.end_of_log())))
+    Err(CliError::Runtime(format!("{how}; {}", target.end_of_log())))
 }
 
-fn not_installed() -> Failure {
+fn not_installed() -> CliError {
     print("not installed; to have cron keep the agent running: usepod-agent service install\n");
-    Failure::Told(NOT_RUNNING)
+    CliError::AlreadyReported(NOT_RUNNING)
 }
 
-fn status(globals: &Globals) -> Result<(), Failure> {
+fn status(globals: &Globals) -> Result<(), CliError> {
     let supervisor = Supervisor::installed()?;
     let Some(supervisor) = supervisor else { return Err(not_installed()) };
-    say(format_args!("supervisor  {}\n", supervisor.place()));
-    let site = site_of(globals, Some(&supervisor))?;
-    let is_stopped = site.places.stopped().exists();
-    let Some(holder) = Holder::running(&site.places) else {
+    say(format_args!("supervisor  {}\n", supervisor.description()));
+    let target = target_of(globals, Some(&supervisor))?;
+    let is_stopped = target.paths.stopped().exists();
+    let Some(owner) = LockOwner::running(&target.paths) else {
         print(match is_stopped {
             true => "agent       stopped by hand; it stays so until: usepod-agent service start\n",
             false => "agent       not running; why: usepod-agent service logs\n",
         });
-        if matches!(supervisor, Supervisor::Cron(_)) && cron_runs() == Some(false) {
+        if matches!(supervisor, Supervisor::Cron(_)) && is_cron_running() == Some(false) {
             print("cron        no cron daemon seems to run, so that nobody starts the agent\n");
         }
-        return Err(Failure::Told(NOT_RUNNING));
+        return Err(CliError::AlreadyReported(NOT_RUNNING));
     };
-    let silence = holder.silence().as_secs();
-    say(format_args!("agent       running as pid {}, last sign of life {silence} s ago\n", holder.pid));
+    let silence = owner.since_last_liveness().as_secs();
+    say(format_args!("agent       running as pid {}, last sign of life {silence} s ago\n", owner.pid));
     if is_stopped {
         print("            it is to stop, by `service stop`, and has not left yet\n");
     }
     Ok(())
 }
 
-fn show_logs(globals: &Globals, options: &Service) -> Result<(), Failure> {
+fn show_logs(globals: &Globals, options: &Service) -> Result<(), CliError> {
     let lines = options.lines.unwrap_or(100);
-    let (supervisor, site) = found(globals)?;
-    if let (Some(Supervisor::Systemd(unit)), false) = (&supervisor, site.is_log_named) {
+    let (supervisor, target) = found(globals)?;
+    if let (Some(Supervisor::Systemd(unit)), false) = (&supervisor, target.is_log_named) {
         let lines = lines.to_string();
         let mut words = [&["journalctl"], unit.scope(), &["-u", UNIT, "-n", &lines]].concat();
         words.extend(options.follow.then_some("-f"));
-        return match subprocess::in_front(&words) {
+        return match subprocess::run_foreground(&words) {
             Ok(None) => Ok(()),
-            Ok(Some(failure)) => Err(Failure::Runtime(format!("`journalctl` failed: {failure}"))),
-            Err(e) => Err(Failure::Runtime(format!("`journalctl` cannot be run: {e}"))),
+            Ok(Some(failure)) => Err(CliError::Runtime(format!("`journalctl` failed: {failure}"))),
+            Err(e) => Err(CliError::Runtime(format!("`journalctl` cannot be run: {e}"))),
         };
     }
-    let log = &site.log;
+    let log = &target.log;
     let mut stdout = std::io::stdout().lock();
     let shown = if options.follow {
-        logs::follow(log, &older(log), lines, &mut stdout)
+        logs::follow(log, &rotated_path(log), lines, &mut stdout)
     } else {
-        logs::tail(log, &older(log), lines).map(|text| {
+        logs::tail(log, &rotated_path(log), lines).map(|text| {
             // Whoever closed it does not want to read it.
             let _ = stdout.write_all(&text);
         })
     };
-    shown.map_err(|e| Failure::Runtime(format!("failed to read `{}`: {e}", log.display())))
+    shown.map_err(|e| CliError::Runtime(format!("failed to read `{}`: {e}", log.display())))
 }

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::args::{Globals, Status};
-use super::{Failure, places_of, print, try_print};
+use super::{CliError, places_of, print, try_print};
 use crate::instance::wake_socket;
-use crate::instance::{Holder, Places, SILENCE_MAX};
+use crate::instance::{AgentPaths, LIVENESS_TIMEOUT, LockOwner};
 use crate::observe;
 
 /// The exit code of an agent that runs and does not serve.
@@ -29,16 +29,16 @@ const GLANCE: Duration = Duration::from_millis(5);
 const WATCH: Duration = Duration::from_secs(1);
 
 /// Prints how the agent is, once or for ever.
-pub fn run(globals: &Globals, options: &Status) -> Result<(), Failure> {
-    let places = places_of(globals)?;
+pub fn run(globals: &Globals, options: &Status) -> Result<(), CliError> {
+    let paths = places_of(globals)?;
     if !options.watch {
-        let state = look(&places);
+        let state = look(&paths);
         print(&shown(&state, options.json));
         return verdict(&state);
     }
     let redraw = std::io::stdout().is_terminal() && !options.json;
     loop {
-        let shown = shown(&look(&places), options.json);
+        let shown = shown(&look(&paths), options.json);
         // The page, each line cleared behind its end, from the top of the screen on.
         let page = if redraw { format!("\x1b[H{}\x1b[J", shown.replace('\n', "\x1b[K\n")) } else { shown };
         if try_print(&page).is_err() {
@@ -48,11 +48,11 @@ pub fn run(globals: &Globals, options: &Status) -> Result<(), Failure> {
     }
 }
 
-fn verdict(state: &Value) -> Result<(), Failure> {
+fn verdict(state: &Value) -> Result<(), CliError> {
     match (state["running"] == true, state["serving"] == true) {
         (true, true) => Ok(()),
-        (true, false) => Err(Failure::Told(NOT_SERVING)),
-        (false, _) => Err(Failure::Told(NOT_RUNNING)),
+        (true, false) => Err(CliError::AlreadyReported(NOT_SERVING)),
+        (false, _) => Err(CliError::AlreadyReported(NOT_RUNNING)),
     }
 }
 
@@ -61,24 +61,24 @@ fn shown(state: &Value, as_json: bool) -> String {
 }
 
 /// The state file, as new as the agent can make it, and what the lock says of the agent.
-fn look(places: &Places) -> Value {
-    let Some(holder) = Holder::running(places) else {
-        let mut state = observe::read(places).unwrap_or_else(|_| json!({}));
+fn look(paths: &AgentPaths) -> Value {
+    let Some(owner) = LockOwner::running(paths) else {
+        let mut state = observe::read(paths).unwrap_or_else(|_| json!({}));
         let last = state["state"].take();
         state["last_state"] = last;
         state["running"] = false.into();
         state["serving"] = false.into();
-        state["state"] = if places.stopped().exists() { "stopped" } else { "not_running" }.into();
+        state["state"] = if paths.stopped().exists() { "stopped" } else { "not_running" }.into();
         state["reason"] = Value::Null;
-        state["paused"] = places.paused().exists().into();
+        state["paused"] = paths.paused().exists().into();
         return state;
     };
-    let mut state = renewed(places, &holder).unwrap_or_else(|| json!({"state": "starting", "serving": false}));
-    let silence = holder.silence();
+    let mut state = renewed(paths, &owner).unwrap_or_else(|| json!({"state": "starting", "serving": false}));
+    let silence = owner.since_last_liveness();
     state["running"] = true.into();
-    state["pid"] = holder.pid.into();
+    state["pid"] = owner.pid.into();
     state["silent_seconds"] = silence.as_secs().into();
-    if holder.hangs() {
+    if owner.is_unresponsive() {
         state["state"] = "hung".into();
         state["serving"] = false.into();
         state["reason"] = format!("it has shown no sign of life for {} s", silence.as_secs()).into();
@@ -88,10 +88,10 @@ fn look(places: &Places) -> Value {
 
 /// Asks for a new state and waits for it; a hung agent's old one is better than none. One that an agent at work has not renewed
 /// for long says nothing any more of whether it serves.
-fn renewed(places: &Places, holder: &Holder) -> Option<Value> {
-    let read = || observe::of(places, holder);
+fn renewed(paths: &AgentPaths, owner: &LockOwner) -> Option<Value> {
+    let read = || observe::read_own(paths, owner);
     let before = read();
-    let is_rung = wake_socket::ring_at(&places.wake());
+    let is_rung = wake_socket::wake_process(&paths.wake());
     let count = |state: &Option<Value>| state.as_ref().and_then(|state| state["written"].as_u64());
     let until = Instant::now() + PATIENCE;
     while is_rung && Instant::now() < until {
@@ -102,9 +102,8 @@ fn renewed(places: &Places, holder: &Holder) -> Option<Value> {
         thread::sleep(GLANCE);
     }
     let mut state = read().or(before)?;
-    let age =
-        fs::metadata(places.state()).and_then(|found| found.modified()).map(|at| at.elapsed().unwrap_or_default());
-    if let Some(age) = age.ok().filter(|age| *age >= SILENCE_MAX) {
+    let age = fs::metadata(paths.state()).and_then(|found| found.modified()).map(|at| at.elapsed().unwrap_or_default());
+    if let Some(age) = age.ok().filter(|age| *age >= LIVENESS_TIMEOUT) {
         (state["last_state"], state["since"]) = (state["state"].take(), Value::Null);
         state["state"] = "unknown".into();
         state["serving"] = false.into();

@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 
 use serde_json::Value;
 
-use crate::cli::usdc;
-use crate::logging::shown;
+use crate::cli::format_usdc;
+use crate::logging::sanitize_for_log;
 use crate::sys::datetime;
 
 /// Models that are listed by name; an agent may have hundreds.
@@ -100,7 +100,7 @@ fn backends(page: &mut String, state: &Value) {
         let since = ago(&backend["since"]).map_or_else(String::new, |ago| format!(" for {ago}"));
         let condition = match (backend["offered"] == true, backend["error"].as_str()) {
             (true, _) => format!("healthy{since}, {} model(s)", backend["models"]),
-            (false, Some(why)) => format!("not offered{since}: {}", shown(why)),
+            (false, Some(why)) => format!("not offered{since}: {}", sanitize_for_log(why)),
             (false, None) => "not asked yet".to_owned(),
         };
         let last_error = &backend["last_error"];
@@ -118,7 +118,7 @@ fn models(page: &mut String, state: &Value) {
     let _ = writeln!(page, "  offered      {} model(s), USDC per million tokens", models.len());
     let width = models.iter().take(MODELS_SHOWN).map(|model| text(&model["model_id"]).chars().count()).max();
     for model in models.iter().take(MODELS_SHOWN) {
-        let price = |key: &str| usdc(model[key].as_u64().unwrap_or_default());
+        let price = |key: &str| format_usdc(model[key].as_u64().unwrap_or_default());
         let window = model["context_window"].as_u64().map_or_else(|| "unknown".to_owned(), |tokens| tokens.to_string());
         let _ = writeln!(
             page,
@@ -142,7 +142,7 @@ fn jobs(page: &mut String, state: &Value) {
     let causes: Vec<String> = causes
         .into_iter()
         .flatten()
-        .map(|(cause, count)| format!("{count} {}", shown(cause).replace('_', " ")))
+        .map(|(cause, count)| format!("{count} {}", sanitize_for_log(cause).replace('_', " ")))
         .collect();
     let causes = if causes.is_empty() { String::new() } else { format!(" ({})", causes.join(", ")) };
     let _ = writeln!(
@@ -173,7 +173,7 @@ fn list(value: &Value) -> &[Value] {
 
 /// A string, fit for a terminal.
 fn text(value: &Value) -> String {
-    value.as_str().map(shown).unwrap_or_default()
+    value.as_str().map(sanitize_for_log).unwrap_or_default()
 }
 
 /// How long ago a date was; nothing for what is none, or still to come.
