@@ -83,7 +83,7 @@ impl Agent {
                 let lock = Arc::new(lock);
                 _held = Some(lock.clone());
                 let mut recorder = StateFileWriter {
-                    paths: paths,
+                    paths,
                     lock,
                     fixed: observe::static_fields(&self.identity, self.coordinator.address()),
                     live: live.clone(),

@@ -87,7 +87,7 @@ impl<In: Transport> Connector<In> for BoxTransport {
     }
 }
 
-/// Connects, with a [`Wire`] to tell of it.
+/// Connects, with a [`ConnectionMonitor`] to tell of it.
 #[derive(Debug)]
 pub struct MonitoredConnector {
     inner: SharedConnector,
@@ -110,7 +110,7 @@ impl Connector<()> for MonitoredConnector {
     }
 }
 
-/// A connection that tells its [`Wire`] what happens on it.
+/// A connection that tells its [`ConnectionMonitor`] what happens on it.
 #[derive(Debug)]
 pub struct MonitoredTransport {
     inner: Box<dyn Transport>,

@@ -1,7 +1,7 @@
 //! Reads usage and the end mark off a stream as it passes. Sans-io: bytes in, verdict out.
 //!
 //! Invariant: the verdict depends on the bytes alone, never on how they were split. Nothing here alters, delays or
-//! keeps what is relayed; of a line only an [`Excerpt`] is held, until its end is known.
+//! keeps what is relayed; of a line only an [`BoundedJson`] is held, until its end is known.
 
 use memchr::memchr;
 use serde_json::Value;

@@ -1,7 +1,7 @@
 //! The command line: a file a command, and here what they share.
 //!
-//! stdout is for what a command was asked for, stderr for logs and errors. [`Failure`] is the complete list of what can
-//! go wrong, and [`Failure::exit_code`] of what the caller is told.
+//! stdout is for what a command was asked for, stderr for logs and errors. [`CliError`] is the complete list of what can
+//! go wrong, and [`CliError::exit_code`] of what the caller is told.
 
 mod args;
 mod countdown;

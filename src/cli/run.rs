@@ -123,7 +123,7 @@ fn serve(config: Config, lock: InstanceLock) -> Result<(), CliError> {
         coordinator: config.coordinator,
         use_proxy: true,
         identity,
-        instance: Some(InstanceHandle { paths: paths, lock }),
+        instance: Some(InstanceHandle { paths, lock }),
     };
     agent.run(&stop).map_err(|e| CliError::Runtime(format!("failed to start a thread: {e}")))
 }

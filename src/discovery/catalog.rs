@@ -134,7 +134,7 @@ impl OfferFeed {
         self.paused.load(Ordering::SeqCst)
     }
 
-    /// Offers nothing from here on, or everything again; true when that is a change.
+    /// OfferFeed nothing from here on, or everything again; true when that is a change.
     pub fn set_paused(&self, paused: bool) -> bool {
         let listener = self.listener();
         let is_change = self.paused.swap(paused, Ordering::SeqCst) != paused;
@@ -153,7 +153,7 @@ impl OfferFeed {
         *slot = Some(Box::new(listener));
     }
 
-    /// Ends what [`Offers::listen`] began.
+    /// Ends what [`OfferFeed::listen`] began.
     pub fn stop_listening(&self) {
         *self.listener() = None;
     }

@@ -1,8 +1,8 @@
 //! What can be offered right now: probes of the backends, prices, and the catalog that the rest of the agent reads.
 //!
-//! One thread, `prober`, owns the state of the backends ([`Probed`]) and is the only one to publish a [`Catalog`]; each round
+//! One thread, `prober`, owns the state of the backends ([`BackendStatus`]) and is the only one to publish a [`Catalog`]; each round
 //! all of them are asked side by side, so a hung backend delays nobody but itself. It is the agent's housekeeping thread too. Readers take a snapshot and hold no lock. How the
-//! jobs of a backend go is kept in its [`Member`]: one that fails them is not offered, whatever its health check says.
+//! jobs of a backend go is kept in its [`BackendHandle`]: one that fails them is not offered, whatever its health check says.
 
 mod catalog;
 mod local;

@@ -1,7 +1,7 @@
 //! What the housekeeping thread sleeps on: a socket, because another process can ring that too, and no thread has to listen
 //! for it.
 //!
-//! Invariants: ringing never waits; every ring is followed by a return from [`Bell::wait`], though several may share one. A
+//! Invariants: ringing never waits; every ring is followed by a return from [`WakeSocket::wait`], though several may share one. A
 //! ring says only that there is something to look at, never what, so whoever may ring cannot do harm by it.
 
 use std::io;

@@ -11,7 +11,7 @@ use super::table::MemoryPermit;
 use crate::backend::{Interrupt, Job};
 use crate::discovery::Slot;
 
-/// Invariant: once [`Ticket::is_cancelled`] is true no frame of this job is written, and whatever its worker blocks on
+/// Invariant: once [`InFlightJob::is_cancelled`] is true no frame of this job is written, and whatever its worker blocks on
 /// has been woken. The flag decides; closing sockets and channels only wakes.
 pub struct InFlightJob {
     pub job_id: Uuid,

@@ -78,7 +78,7 @@ pub enum Outbox {
 #[error("the coordinator sends jobs but does not read the answers")]
 pub struct Overflow;
 
-/// A frame of a job, on its way. The writer asks [`Frame::claim`] last thing before it writes.
+/// A frame of a job, on its way. The writer asks [`Frame::begin_write`] last thing before it writes.
 pub struct Frame {
     /// The JSON text.
     pub text: String,

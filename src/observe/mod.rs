@@ -1,6 +1,6 @@
 //! How the agent is, for other processes: whether it serves, and why not.
 //!
-//! The agent's threads note what they know on a [`Board`]; the housekeeping thread's [`Recorder`] puts it together with the
+//! The agent's threads note what they know on a [`LiveState`]; the housekeeping thread's [`StateFileWriter`] puts it together with the
 //! offer and the backends, and replaces the state file as a whole, at each heartbeat, at each change, and when another
 //! process asks for it. The state file is for reading alone: nothing in it decides what the agent does.
 //!

@@ -1,6 +1,6 @@
 //! The marked block in the user's crontab.
 //!
-//! Invariants: every byte outside the block stays as it is, and what [`Table::with`] adds [`Table::without`] takes away again.
+//! Invariants: every byte outside the block stays as it is, and what [`Crontab::with_block`] adds [`Crontab::without_block`] takes away again.
 //! A crontab whose marks, or the lines between them, are not as we write them is refused: what is there may be somebody's work.
 
 use std::io::{self, ErrorKind};

@@ -1,7 +1,7 @@
 //! Who starts the agent, and starts it again: cron, or systemd where the operator prefers it.
 //!
 //! Invariants: one supervisor at a time; what the operator has stopped stays so under both, by the file
-//! [`Places::stopped`](crate::instance::Places::stopped); a signal goes to the process that holds the lock and to no other.
+//! [`AgentPaths::stopped`](crate::instance::AgentPaths::stopped); a signal goes to the process that holds the lock and to no other.
 
 pub mod crontab;
 pub mod logs;

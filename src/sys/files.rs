@@ -76,7 +76,7 @@ pub fn create_marker(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Takes away what [`mark`] has made, if it is there.
+/// Takes away what [`create_marker`] has made, if it is there.
 ///
 /// # Errors
 /// It cannot be removed.
