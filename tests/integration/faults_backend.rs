@@ -100,6 +100,7 @@ fn assert_harmless((what, first, relayed, rest, more, then, end): Broken<'_>) {
 
 #[test]
 fn a_body_of_another_length_than_its_own_costs_the_job_alone() {
+    let _descriptors = reserve_descriptors(160);
     let first_chunk = || format!("{CHUNKED}{:x}\r\n{DONE}\r\n", DONE.len());
     // What lies behind an answer is not the answer to the next request.
     let forged = response(200, "text/event-stream", format!("data: forged\n\n{DONE}"));
@@ -328,6 +329,7 @@ fn never_accepts() {
 
 #[test]
 fn a_backend_that_refuses_resets_stalls_or_never_ends_costs_the_job_alone() {
+    let _descriptors = reserve_descriptors(240);
     let faults: [fn(); 9] = [
         refuses,
         never_accepts,

@@ -45,6 +45,7 @@ fn a_coordinator_that_falls_silent_in_the_handshake_leaves_nothing_behind() {
 
 #[test]
 fn whatever_breaks_the_websocket_ends_that_session_with_a_warning_and_nothing_else() {
+    let _descriptors = reserve_descriptors(180);
     let open = || encode(TEXT, false, b"{");
     let cases = [
         ("not WebSocket at all", b"SSH-2.0-OpenSSH_9.2\r\n".repeat(1000)),
@@ -276,6 +277,7 @@ fn fifty_sessions_that_end_right_after_auth_ok_cost_nothing() {
 /// Every place taken, and every buffer full on the way from each backend to the coordinator.
 #[test]
 fn jobs_in_all_256_places_behind_a_coordinator_that_reads_nothing_fit_into_64_mb() {
+    let _descriptors = reserve_descriptors(300);
     let patient = Patient::with(|setup| setup.limits("max_concurrent = 256"));
     let session = &patient.rig.session;
     session.pause(true);

@@ -69,6 +69,7 @@ fn jobs_above_the_limit_are_refused_at_once_and_the_others_go_on() {
 
 #[test]
 fn as_many_jobs_as_the_limit_can_be_run_side_by_side() {
+    let _descriptors = reserve_descriptors(300);
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::with(|setup| setup.backend(backend.toml()).limits("max_concurrent = 256"));
     let jobs: Vec<_> = (0..256).map(|_| rig.session.job("m", body())).collect();
@@ -388,6 +389,7 @@ fn the_end_of_a_session_ends_its_jobs_at_the_backend() {
 /// A worker cannot be woken out of a connect: whoever comes next must not wait for it.
 #[test]
 fn a_cancelled_job_that_still_connects_delays_no_other() {
+    let _descriptors = reserve_descriptors(160);
     let stuck = Backend::vllm(&["stuck"]);
     let healthy = answering(&["m"]);
     let rig = Rig::with(|setup| setup.backend(stuck.toml()).backend(healthy.toml()).limits("max_concurrent = 1"));

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::support::{Agent, Authority, Backend, Coordinator, Flaw, Held, Session, Setup, TlsProxy, side_by_side};
+use crate::support::*;
 
 /// An agent in session over TLS.
 fn session(backend: &Backend) -> (Session, TlsProxy, Agent, Coordinator) {
@@ -17,6 +17,7 @@ fn session(backend: &Backend) -> (Session, TlsProxy, Agent, Coordinator) {
 
 #[test]
 fn streams_pass_over_tls_and_new_keys_in_the_middle_change_no_byte() {
+    let _descriptors = reserve_descriptors(300);
     const JOBS: usize = 256;
     let backend = Backend::vllm(&["m"]);
     let (session, proxy, _agent, _coordinator) = session(&backend);
@@ -89,7 +90,7 @@ fn a_ca_file_that_is_none_is_a_config_error() {
             setup.scratch.write("ca.pem", content);
         }
         let mut agent = setup.coordinator(&format!("ca_file = {path:?}")).start();
-        assert_eq!(agent.wait(crate::support::SOON).code(), Some(2));
+        assert_eq!(agent.wait(SOON).code(), Some(2));
         agent.stderr.wait_line(&["ca_file", words]);
     }
 }

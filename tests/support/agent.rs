@@ -7,6 +7,7 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use super::descriptors::opened;
 use super::weigh::{Weight, weigh};
 use super::{SOON, Scratch, ms};
 
@@ -129,7 +130,7 @@ impl Setup {
 
     /// Nobody reads what it prints: its pipes are closed before it can write.
     pub fn start_unheard(&self) -> Agent {
-        let mut child = self.command(None).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the agent");
+        let mut child = spawn(self.command(None).stdout(Stdio::piped()).stderr(Stdio::piped()));
         drop((child.stdout.take(), child.stderr.take()));
         Agent { child, stdout: Log::closed(), stderr: Log::closed(), _scratch: Some(Arc::clone(&self.scratch)) }
     }
@@ -137,7 +138,7 @@ impl Setup {
     /// Nobody reads what it prints, and its pipes stay open: once they are full, who writes waits.
     pub fn start_unread(&self) -> Agent {
         let mut command = self.command(Some("debug"));
-        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the agent");
+        let child = spawn(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
         Agent { child, stdout: Log::closed(), stderr: Log::closed(), _scratch: Some(Arc::clone(&self.scratch)) }
     }
 
@@ -180,6 +181,10 @@ fn command(home: &Path, prelude: &str) -> Command {
     command
 }
 
+fn spawn(command: &mut Command) -> Child {
+    opened(command.spawn(), &format!("failed to start {:?}", command.get_program()))
+}
+
 /// Runs the binary to its end, with `home` as home and working folder.
 pub fn cli(home: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Output {
     cli_within(SOON, home, arguments, environment)
@@ -214,11 +219,7 @@ impl Agent {
     }
 
     fn spawn(mut command: Command, scratch: Option<Arc<Scratch>>) -> Self {
-        let mut child = command
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap_or_else(|e| panic!("failed to start {:?}: {e}", binary()));
+        let mut child = spawn(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
         let stdout = Log::follow(child.stdout.take().expect("a piped stdout"));
         let stderr = Log::follow(child.stderr.take().expect("a piped stderr"));
         Self { child, stdout, stderr, _scratch: scratch }
@@ -305,7 +306,11 @@ impl Agent {
 impl Drop for Agent {
     fn drop(&mut self) {
         let _ = self.child.kill();
-        let _ = self.child.wait();
+        let killed = Instant::now();
+        // A process that the system does not let go is left to it.
+        while matches!(self.child.try_wait(), Ok(None)) && killed.elapsed() < SOON {
+            std::thread::sleep(ms(1));
+        }
         let log = self.stderr.whole();
         if std::thread::panicking() {
             let lines: Vec<_> = log.lines().collect();

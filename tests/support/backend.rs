@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::io::{self, BufReader, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
@@ -12,8 +12,10 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use serde_json::{Value, json};
 
+use super::acceptor::Acceptor;
+use super::descriptors::opened;
 use super::http::{Request, read_request, response};
-use super::{QUIET, SOON, listen, ms};
+use super::{QUIET, SOON, ms};
 
 pub enum Answer {
     Json(u16, Value),
@@ -31,27 +33,32 @@ pub type Player = dyn FnOnce(&TcpStream) -> io::Result<bool> + Send;
 type Routes = dyn Fn(&Request) -> Answer + Send + Sync;
 
 pub struct Backend {
-    address: SocketAddr,
+    acceptor: Acceptor,
     shared: Arc<Shared>,
     held: Receiver<Held>,
-    acceptor: Option<JoinHandle<()>>,
 }
 
 struct Shared {
     routes: Box<Routes>,
     held: Sender<Held>,
-    stopped: AtomicBool,
-    /// The acceptor accepts no more.
-    deaf: AtomicBool,
-    parked: AtomicBool,
+    accepting: Mutex<Accepting>,
+    accepting_changed: Condvar,
     /// Bytes of each request's body that stay in the socket: closing it then sends a reset instead of an end.
     unread: AtomicUsize,
     /// Requests are not kept for [`Backend::seen`].
     forgetful: AtomicBool,
     connected: AtomicUsize,
-    open: Mutex<HashMap<usize, TcpStream>>,
+    open: Mutex<HashMap<usize, Arc<TcpStream>>>,
     seen: Mutex<Vec<Request>>,
     news: Condvar,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Accepting {
+    Yes,
+    /// The acceptor is to wait with the next connection in its hand.
+    ToPause,
+    Paused,
 }
 
 impl Backend {
@@ -61,15 +68,12 @@ impl Backend {
 
     /// On a given address, to come back where another backend was.
     pub fn on(address: &str, routes: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
-        let listener = listen(address);
-        let address = listener.local_addr().expect("a bound address");
         let (sender, held) = unbounded();
         let shared = Arc::new(Shared {
             routes: Box::new(routes),
             held: sender,
-            stopped: AtomicBool::new(false),
-            deaf: AtomicBool::new(false),
-            parked: AtomicBool::new(false),
+            accepting: Mutex::new(Accepting::Yes),
+            accepting_changed: Condvar::new(),
             unread: AtomicUsize::new(0),
             forgetful: AtomicBool::new(false),
             connected: AtomicUsize::new(0),
@@ -78,8 +82,8 @@ impl Backend {
             news: Condvar::new(),
         });
         let accepting = Arc::clone(&shared);
-        let acceptor = Some(std::thread::spawn(move || accepting.accept(&listener)));
-        Self { address, shared, held, acceptor }
+        let acceptor = Acceptor::new(address, move |stream| accepting.accept(stream));
+        Self { acceptor, shared, held }
     }
 
     /// Healthy, lists `models`, holds every job.
@@ -98,11 +102,11 @@ impl Backend {
     }
 
     pub fn address(&self) -> SocketAddr {
-        self.address
+        self.acceptor.address()
     }
 
     pub fn url(&self) -> String {
-        format!("http://{}", self.address)
+        format!("http://{}", self.address())
     }
 
     /// `[[backends]]` for this one as a vLLM.
@@ -128,17 +132,21 @@ impl Backend {
     /// From now on nobody who connects hears anything: the queue of the connections to be accepted is full, which it
     /// is for as long as what is returned.
     pub fn swallow_connects(&self) -> Vec<TcpStream> {
-        self.shared.deaf.store(true, Ordering::SeqCst);
+        self.shared.set_accepting(Accepting::ToPause);
         // The acceptor sits in `accept`: it has to leave before the queue can be full.
-        let last = TcpStream::connect(self.address).expect("the acceptor");
-        let began = Instant::now();
-        while !self.shared.parked.load(Ordering::SeqCst) {
-            assert!(began.elapsed() < SOON, "the acceptor goes on accepting");
-            std::thread::sleep(ms(1));
+        let last = opened(TcpStream::connect(self.address()), "a connection for the acceptor");
+        let accepting = self.shared.accepting.lock().expect("accepting");
+        let is_coming = |accepting: &mut Accepting| *accepting != Accepting::Paused;
+        let waited = self.shared.accepting_changed.wait_timeout_while(accepting, SOON, is_coming).expect("accepting").1;
+        assert!(!waited.timed_out(), "the acceptor goes on accepting");
+        let mut queue = vec![last];
+        loop {
+            // Over loopback only a full queue takes any time.
+            match TcpStream::connect_timeout(&self.address(), ms(500)) {
+                Err(e) if e.kind() == io::ErrorKind::TimedOut => break,
+                result => queue.push(opened(result, "a connection for the queue")),
+            }
         }
-        // Over loopback only a full queue takes any time.
-        let connect = || TcpStream::connect_timeout(&self.address, ms(500)).ok();
-        let queue = std::iter::once(last).chain(std::iter::from_fn(connect).take(5000)).collect();
         self.hang_up();
         queue
     }
@@ -146,13 +154,12 @@ impl Backend {
     /// Ends what [`Self::swallow_connects`] began; whoever still tries to connect gets through.
     pub fn accept_again(&self, queue: Vec<TcpStream>) {
         drop(queue);
-        self.shared.deaf.store(false, Ordering::SeqCst);
-        self.acceptor.as_ref().expect("a running acceptor").thread().unpark();
+        self.shared.set_accepting(Accepting::Yes);
     }
 
     /// How many connects to it the kernel still tries: nothing has answered their SYN yet.
     pub fn connects_under_way(&self) -> usize {
-        let port = format!(":{:04X}", self.address.port());
+        let port = format!(":{:04X}", self.address().port());
         let table = std::fs::read_to_string("/proc/net/tcp").expect("the TCP table");
         let rows = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
         rows.filter(|fields| fields.len() > 3 && fields[2].ends_with(&port) && fields[3] == "02").count()
@@ -240,40 +247,44 @@ fn serving(
 
 impl Drop for Backend {
     fn drop(&mut self) {
-        self.shared.stopped.store(true, Ordering::SeqCst);
-        // The acceptor sits in `accept`, or parks: one more connection, or this, lets it look at the flag.
-        let acceptor = self.acceptor.take().expect("a backend is dropped once");
-        acceptor.thread().unpark();
-        let _ = TcpStream::connect_timeout(&self.address, ms(200));
-        // Once it is gone, so is the listening socket: who connects from now on is refused.
-        let _ = acceptor.join();
+        self.shared.set_accepting(Accepting::Yes);
+        // Before the connections end, so that no new one takes their place.
+        self.acceptor.stop();
         self.hang_up();
     }
 }
 
 impl Shared {
-    fn accept(self: &Arc<Self>, listener: &TcpListener) {
-        for stream in listener.incoming() {
-            while self.deaf.load(Ordering::SeqCst) && !self.stopped.load(Ordering::SeqCst) {
-                self.parked.store(true, Ordering::SeqCst);
-                std::thread::park();
-            }
-            if self.stopped.load(Ordering::SeqCst) {
-                return;
-            }
-            let Ok(stream) = stream else { continue };
-            let (shared, id) = (Arc::clone(self), self.connected.fetch_add(1, Ordering::SeqCst));
-            std::thread::spawn(move || {
-                let _ = shared.serve(&stream, id);
-                // Nothing may keep the socket open once its thread is through with it.
-                shared.open.lock().expect("connections").remove(&id);
-            });
-        }
+    fn accept(self: &Arc<Self>, stream: TcpStream) {
+        self.pause_if_asked();
+        let (shared, id) = (Arc::clone(self), self.connected.fetch_add(1, Ordering::SeqCst));
+        let stream = Arc::new(stream);
+        self.open.lock().expect("connections").insert(id, Arc::clone(&stream));
+        std::thread::spawn(move || {
+            let _ = shared.serve(&stream, id);
+            // Nothing may keep the socket open once its thread is through with it.
+            shared.open.lock().expect("connections").remove(&id);
+        });
     }
 
-    fn serve(&self, mut stream: &TcpStream, id: usize) -> io::Result<()> {
+    fn set_accepting(&self, accepting: Accepting) {
+        *self.accepting.lock().expect("accepting") = accepting;
+        self.accepting_changed.notify_all();
+    }
+
+    fn pause_if_asked(&self) {
+        let mut accepting = self.accepting.lock().expect("accepting");
+        if *accepting == Accepting::ToPause {
+            *accepting = Accepting::Paused;
+            self.accepting_changed.notify_all();
+        }
+        let is_paused = |accepting: &mut Accepting| *accepting == Accepting::Paused;
+        drop(self.accepting_changed.wait_while(accepting, is_paused).expect("accepting"));
+    }
+
+    fn serve(&self, stream: &Arc<TcpStream>, id: usize) -> io::Result<()> {
         stream.set_nodelay(true)?;
-        self.open.lock().expect("connections").insert(id, stream.try_clone()?);
+        let (shared_stream, mut stream) = (stream, &**stream);
         // What is left unread has to stay in the socket, and not in a buffer.
         let capacity = if self.unread.load(Ordering::SeqCst) > 0 { 1 } else { 8 << 10 };
         let mut reader = BufReader::with_capacity(capacity, stream);
@@ -295,7 +306,7 @@ impl Shared {
                 }
                 Answer::Hold => {
                     let (release, released) = bounded(1);
-                    let held = Held { request, stream: stream.try_clone()?, release };
+                    let held = Held { request, stream: Arc::clone(shared_stream), release };
                     if self.held.send(held).is_err() || released.recv().is_err() {
                         return Ok(());
                     }
@@ -314,7 +325,7 @@ fn flood_chunk() -> Vec<u8> {
 pub struct Held {
     pub request: Request,
     // Before `release`: the connection's thread must find itself the last owner of the socket.
-    stream: TcpStream,
+    stream: Arc<TcpStream>,
     release: Sender<()>,
 }
 
@@ -326,7 +337,7 @@ impl Held {
 
     /// Whether the agent still takes them.
     pub fn try_send(&mut self, bytes: &[u8]) -> bool {
-        self.stream.write_all(bytes).is_ok()
+        (&*self.stream).write_all(bytes).is_ok()
     }
 
     /// Sends chunks of 64 KiB without end, until the agent hangs up. They hold one line without end.
@@ -393,7 +404,7 @@ impl Held {
 
     fn read_to_hang_up(&mut self, within: Duration) -> io::Result<()> {
         self.stream.set_read_timeout(Some(within)).expect("a read timeout");
-        match self.stream.read(&mut [0; 64]) {
+        match (&*self.stream).read(&mut [0; 64]) {
             Ok(0) => Ok(()),
             Ok(n) => panic!("{n} bytes where the agent should hang up"),
             Err(e) if e.kind() == io::ErrorKind::ConnectionReset => Ok(()),
@@ -406,7 +417,7 @@ impl Held {
         self.stream.set_read_timeout(Some(within)).expect("a read timeout");
         let (mut buffer, mut total) = ([0; 1 << 16], 0);
         loop {
-            match self.stream.read(&mut buffer) {
+            match (&*self.stream).read(&mut buffer) {
                 Ok(n @ 1..) => total += n,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     panic!("the agent did not hang up within {within:?}")
@@ -419,7 +430,7 @@ impl Held {
     /// Panics when the agent has closed the connection.
     pub fn assert_connected(&mut self) {
         self.stream.set_read_timeout(Some(ms(50))).expect("a read timeout");
-        let outcome = self.stream.read(&mut [0; 64]);
+        let outcome = (&*self.stream).read(&mut [0; 64]);
         self.stream.set_read_timeout(None).expect("no read timeout");
         match outcome {
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {}

@@ -4,22 +4,19 @@
 use std::io::{self, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, unbounded};
 use tungstenite::handshake::derive_accept_key;
 
+use super::SOON;
+use super::acceptor::Acceptor;
 use super::http::{Request, read_request};
 use super::session::Session;
-use super::{SOON, listen};
 
 pub struct Coordinator {
-    address: SocketAddr,
+    acceptor: Acceptor,
     dialled: Receiver<Dialled>,
-    stopped: Arc<AtomicBool>,
-    acceptor: Option<JoinHandle<()>>,
 }
 
 /// A connection of the agent's that nothing was said on yet.
@@ -34,19 +31,12 @@ impl Coordinator {
     }
 
     pub fn on(address: &str) -> Self {
-        let listener = listen(address);
-        let address = listener.local_addr().expect("a bound address");
         let (sender, dialled) = unbounded();
-        let stopped = Arc::new(AtomicBool::new(false));
-        let flag = Arc::clone(&stopped);
-        let acceptor = std::thread::spawn(move || {
-            for stream in listener.incoming().map_while(Result::ok) {
-                if flag.load(Ordering::SeqCst) || sender.send(Dialled { stream, at: Instant::now() }).is_err() {
-                    return;
-                }
-            }
+        let acceptor = Acceptor::new(address, move |stream| {
+            // The last ones may find nobody any more.
+            let _ = sender.send(Dialled { stream, at: Instant::now() });
         });
-        Self { address, dialled, stopped, acceptor: Some(acceptor) }
+        Self { acceptor, dialled }
     }
 
     /// One that plays the same part in each connection, on a thread of its own.
@@ -65,11 +55,11 @@ impl Coordinator {
     }
 
     pub fn address(&self) -> SocketAddr {
-        self.address
+        self.acceptor.address()
     }
 
     pub fn url(&self) -> String {
-        format!("ws://{}/provider/connect", self.address)
+        format!("ws://{}/provider/connect", self.address())
     }
 
     /// The next connection.
@@ -95,15 +85,6 @@ impl Coordinator {
     /// The next connection, taken through the handshake.
     pub fn session(&self) -> Session {
         self.accept().authenticate(None)
-    }
-}
-
-impl Drop for Coordinator {
-    fn drop(&mut self) {
-        self.stopped.store(true, Ordering::SeqCst);
-        // The acceptor sits in `accept`: one more connection lets it look at the flag.
-        let _ = TcpStream::connect(self.address);
-        let _ = self.acceptor.take().map(JoinHandle::join);
     }
 }
 

@@ -1,10 +1,11 @@
 //! A TCP relay that can cut, stall and trickle what passes.
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 
+use super::acceptor::Acceptor;
+use super::descriptors::opened;
 use super::ms;
 
 #[derive(Clone, Copy, PartialEq)]
@@ -19,7 +20,7 @@ pub enum Mode {
 }
 
 pub struct FaultProxy {
-    address: SocketAddr,
+    acceptor: Acceptor,
     shared: Arc<Shared>,
 }
 
@@ -27,7 +28,6 @@ struct Shared {
     target: SocketAddr,
     mode: Mutex<Mode>,
     changed: Condvar,
-    stopped: AtomicBool,
     open: Mutex<Vec<Weak<Connection>>>,
 }
 
@@ -38,29 +38,15 @@ struct Connection {
 
 impl FaultProxy {
     pub fn to(target: SocketAddr) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a loopback port");
-        let address = listener.local_addr().expect("a bound address");
-        let shared = Arc::new(Shared {
-            target,
-            mode: Mutex::new(Mode::Pass),
-            changed: Condvar::new(),
-            stopped: AtomicBool::new(false),
-            open: Mutex::default(),
-        });
-        let acceptor = Arc::clone(&shared);
-        std::thread::spawn(move || {
-            for stream in listener.incoming().map_while(Result::ok) {
-                if acceptor.stopped.load(Ordering::SeqCst) {
-                    return;
-                }
-                acceptor.relay(stream);
-            }
-        });
-        Self { address, shared }
+        let shared =
+            Arc::new(Shared { target, mode: Mutex::new(Mode::Pass), changed: Condvar::new(), open: Mutex::default() });
+        let accepting = Arc::clone(&shared);
+        let acceptor = Acceptor::new("127.0.0.1:0", move |stream| accepting.relay(stream));
+        Self { acceptor, shared }
     }
 
     pub fn address(&self) -> SocketAddr {
-        self.address
+        self.acceptor.address()
     }
 
     pub fn set(&self, mode: Mode) {
@@ -80,8 +66,7 @@ impl FaultProxy {
 
 impl Drop for FaultProxy {
     fn drop(&mut self) {
-        self.shared.stopped.store(true, Ordering::SeqCst);
-        let _ = TcpStream::connect(self.address);
+        self.acceptor.stop();
         self.cut();
         self.set(Mode::Pass);
     }
@@ -89,7 +74,10 @@ impl Drop for FaultProxy {
 
 impl Shared {
     fn relay(self: &Arc<Self>, near: TcpStream) {
-        let Ok(far) = TcpStream::connect(self.target) else { return };
+        let far = match TcpStream::connect(self.target) {
+            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => return,
+            result => opened(result, "the target of the proxy"),
+        };
         let connection = Arc::new(Connection { near, far });
         let mut open = self.open.lock().expect("connections");
         open.retain(|connection| connection.strong_count() > 0);

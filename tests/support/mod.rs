@@ -2,9 +2,11 @@
 //!
 //! [`Rig`] is what most tests want: one coordinator, one started agent, one session past its handshake.
 
+mod acceptor;
 mod agent;
 mod backend;
 mod coordinator;
+mod descriptors;
 mod endless;
 mod fault;
 mod http;
@@ -19,11 +21,13 @@ mod wire;
 
 use std::net::TcpListener;
 use std::path::Path;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 pub use agent::{Agent, Setup, binary, cli, cli_within};
 pub use backend::{Answer, Backend, Held};
 pub use coordinator::{Coordinator, Dialled};
+pub use descriptors::reserve_descriptors;
 pub use endless::EndlessLine;
 pub use fault::{FaultProxy, Mode};
 pub use http::{Request, response, sse};
@@ -80,17 +84,20 @@ pub fn wait_line_in(file: &Path, words: &[&str]) -> String {
     }
 }
 
-/// Listens where somebody may have listened until a moment ago: a process that was just forked holds its sockets until it
-/// becomes another program.
-fn listen(address: &str) -> TcpListener {
+/// Joins a thread, for a `drop`: one that does not end in time is reported and left, as the test must go on or fail.
+fn join_within(limit: Duration, thread: JoinHandle<()>, what: &str) {
     let began = Instant::now();
-    loop {
-        match TcpListener::bind(address) {
-            Ok(listener) => return listener,
-            Err(e) => assert!(began.elapsed() < SOON, "failed to bind {address}: {e}"),
+    while !thread.is_finished() {
+        if began.elapsed() > limit {
+            #[expect(clippy::print_stderr, reason = "the harness shows it with the failed test")]
+            {
+                eprintln!("{what} did not end within {limit:?}");
+            }
+            return;
         }
-        std::thread::sleep(ms(10));
+        std::thread::sleep(ms(1));
     }
+    let _ = thread.join();
 }
 
 pub fn base64(bytes: impl AsRef<[u8]>) -> String {

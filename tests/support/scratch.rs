@@ -1,10 +1,17 @@
-//! A folder of its own for each agent, inside cargo's own folder for test files.
+//! A folder of its own for each agent.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use super::descriptors::raise_limit;
+
 static NEXT: AtomicU32 = AtomicU32::new(0);
+
+/// Where the tests write: cargo's own folder for test files, or `TMPDIR` for a user who may not write there.
+pub fn temporary() -> PathBuf {
+    std::env::var_os("TMPDIR").unwrap_or_else(|| env!("CARGO_TARGET_TMPDIR").into()).into()
+}
 
 /// Removed on drop.
 pub struct Scratch(PathBuf);
@@ -12,7 +19,8 @@ pub struct Scratch(PathBuf);
 impl Scratch {
     pub fn new() -> Self {
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("agent-{}-{n}", std::process::id()));
+        raise_limit();
+        let path = temporary().join(format!("agent-{}-{n}", std::process::id()));
         fs::create_dir_all(&path).unwrap_or_else(|e| panic!("failed to create {}: {e}", path.display()));
         Self(path)
     }

@@ -40,16 +40,19 @@ pub struct Session {
     pub dialled_at: Instant,
     /// The first `capabilities`; null before the handshake is over.
     pub capabilities: Value,
-    out: Arc<Mutex<TcpStream>>,
+    connection: Arc<Connection>,
     events: Receiver<Event>,
     kept: RefCell<VecDeque<Event>>,
-    control: Arc<Control>,
 }
 
 /// Looks at a text message before it is taken apart; true when that was all there is to do with it.
 type Tap = Box<dyn FnMut(&[u8]) -> bool + Send>;
 
-struct Control {
+/// What the session shares with its reader.
+struct Connection {
+    stream: TcpStream,
+    /// Held while bytes are written.
+    writing: Mutex<()>,
     answers_pings: AtomicBool,
     /// We sent the first Close: the agent's is the answer.
     closing: AtomicBool,
@@ -65,8 +68,9 @@ impl Session {
     pub fn new(stream: TcpStream, dialled_at: Instant) -> Self {
         stream.set_read_timeout(None).expect("no read timeout");
         stream.set_nodelay(true).expect("no delay");
-        let out = Arc::new(Mutex::new(stream.try_clone().expect("a second handle of the socket")));
-        let control = Arc::new(Control {
+        let connection = Arc::new(Connection {
+            stream,
+            writing: Mutex::new(()),
             answers_pings: AtomicBool::new(true),
             closing: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
@@ -76,9 +80,9 @@ impl Session {
             tap: Mutex::new(Box::new(|_| false)),
         });
         let (sender, events) = unbounded();
-        let reader = Reader { out: Arc::clone(&out), control: Arc::clone(&control), events: sender };
-        std::thread::spawn(move || reader.run(stream));
-        Self { dialled_at, capabilities: Value::Null, out, events, kept: RefCell::default(), control }
+        let reader = Reader { connection: Arc::clone(&connection), events: sender };
+        std::thread::spawn(move || reader.run());
+        Self { dialled_at, capabilities: Value::Null, connection, events, kept: RefCell::default() }
     }
 
     /// Takes the agent through the handshake, checking its signature.
@@ -113,7 +117,7 @@ impl Session {
 
     /// Bytes onto the socket; that the agent is gone shows in what it does not answer.
     pub fn send_raw(&self, bytes: &[u8]) {
-        let _ = self.out.lock().expect("the writing half").write_all(bytes);
+        self.connection.write(bytes);
     }
 
     /// Sends a Close frame; the agent is to end the connection.
@@ -122,46 +126,45 @@ impl Session {
     }
 
     pub fn close_with(&self, payload: &[u8]) {
-        self.control.closing.store(true, Ordering::SeqCst);
+        self.connection.closing.store(true, Ordering::SeqCst);
         self.send_frame(CLOSE, payload);
     }
 
     /// Ends the TCP connection without a word.
     pub fn cut(&self) {
-        let _ = self.out.lock().expect("the writing half").shutdown(Shutdown::Both);
+        let _ = self.connection.stream.shutdown(Shutdown::Both);
     }
 
     /// Ends the TCP connection with a reset, which is what closing a socket with unread bytes in it sends.
     pub fn reset(self) {
-        self.control.leaving.store(true, Ordering::SeqCst);
+        self.connection.leaving.store(true, Ordering::SeqCst);
         // The first pong is the last thing that the reader takes, the second stays in the socket.
         self.send_frame(PING, b"");
         assert!(self.ends_within(SOON), "the agent does not answer a ping");
         self.send_frame(PING, b"");
-        let out = self.out.lock().expect("the writing half");
-        out.set_read_timeout(Some(SOON)).expect("a read timeout");
-        out.peek(&mut [0]).expect("the second pong");
+        self.connection.stream.set_read_timeout(Some(SOON)).expect("a read timeout");
+        self.connection.stream.peek(&mut [0]).expect("the second pong");
     }
 
     /// From now on one byte a second is read from the socket.
     pub fn read_slowly(&self) {
-        self.control.reads_slowly.store(true, Ordering::SeqCst);
+        self.connection.reads_slowly.store(true, Ordering::SeqCst);
     }
 
     /// Pings of the agent's are not answered any more.
     pub fn ignore_pings(&self) {
-        self.control.answers_pings.store(false, Ordering::SeqCst);
+        self.connection.answers_pings.store(false, Ordering::SeqCst);
     }
 
     /// Stops reading from the socket, or goes on.
     pub fn pause(&self, paused: bool) {
-        *self.control.paused.lock().expect("pause flag") = paused;
-        self.control.resumed.notify_all();
+        *self.connection.paused.lock().expect("pause flag") = paused;
+        self.connection.resumed.notify_all();
     }
 
     /// Shows each text message of the agent's to `tap` first: for more of them than an unoptimised test can take apart.
     pub fn tap(&self, tap: impl FnMut(&[u8]) -> bool + Send + 'static) {
-        *self.control.tap.lock().expect("the tap") = Box::new(tap);
+        *self.connection.tap.lock().expect("the tap") = Box::new(tap);
     }
 
     /// Sends a job with a deadline of 30 s and returns its id.
@@ -318,9 +321,9 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         self.pause(false);
-        self.control.reads_slowly.store(false, Ordering::SeqCst);
+        self.connection.reads_slowly.store(false, Ordering::SeqCst);
         // After a reset there is nothing left to say.
-        if !self.control.leaving.load(Ordering::SeqCst) {
+        if !self.connection.leaving.load(Ordering::SeqCst) {
             self.cut();
         }
     }
@@ -374,36 +377,42 @@ fn brief(events: &VecDeque<Event>) -> String {
     format!("{} events, the last: {texts:#?}", events.len())
 }
 
-/// The socket, at the pace that the test wants.
-struct Paced {
-    stream: TcpStream,
-    control: Arc<Control>,
+impl Connection {
+    /// That the agent is gone shows in what it does not answer.
+    fn write(&self, bytes: &[u8]) {
+        let _writing = self.writing.lock().expect("the writing half");
+        let _ = (&self.stream).write_all(bytes);
+    }
 }
 
-impl Read for Paced {
+/// The socket, at the pace that the test wants.
+struct Paced<'a>(&'a Connection);
+
+impl Read for Paced<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        if self.control.reads_slowly.load(Ordering::SeqCst) && !buffer.is_empty() {
+        let mut stream = &self.0.stream;
+        if self.0.reads_slowly.load(Ordering::SeqCst) && !buffer.is_empty() {
             std::thread::sleep(secs(1));
-            return self.stream.read(&mut buffer[..1]);
+            return stream.read(&mut buffer[..1]);
         }
-        self.stream.read(buffer)
+        stream.read(buffer)
     }
 }
 
 struct Reader {
-    out: Arc<Mutex<TcpStream>>,
-    control: Arc<Control>,
+    /// Before `events`: whoever sees their end is the last owner of the socket.
+    connection: Arc<Connection>,
     events: Sender<Event>,
 }
 
 impl Reader {
-    fn run(self, stream: TcpStream) {
-        let stream = Paced { stream, control: Arc::clone(&self.control) };
-        let mut from = BufReader::with_capacity(1 << 16, stream);
+    fn run(self) {
+        let connection = &*self.connection;
+        let mut from = BufReader::with_capacity(1 << 16, Paced(connection));
         let mut message: Option<Vec<u8>> = None;
         loop {
-            let paused = self.control.paused.lock().expect("pause flag");
-            drop(self.control.resumed.wait_while(paused, |paused| *paused).expect("pause flag"));
+            let paused = connection.paused.lock().expect("pause flag");
+            drop(connection.resumed.wait_while(paused, |paused| *paused).expect("pause flag"));
             let frame = match wire::read_frame(&mut from) {
                 Ok(frame) => frame,
                 Err(e) => {
@@ -413,49 +422,46 @@ impl Reader {
                     return;
                 }
             };
-            let event = match frame.opcode {
-                TEXT | CONTINUATION => {
-                    let mut text = message.take().unwrap_or_default();
-                    text.extend(frame.payload);
-                    if !frame.last {
-                        message = Some(text);
-                        continue;
+            let event =
+                match frame.opcode {
+                    TEXT | CONTINUATION => {
+                        let mut text = message.take().unwrap_or_default();
+                        text.extend(frame.payload);
+                        if !frame.last {
+                            message = Some(text);
+                            continue;
+                        }
+                        if (connection.tap.lock().expect("the tap"))(&text) {
+                            continue;
+                        }
+                        match serde_json::from_slice(&text) {
+                            Ok(value) => Event::Frame(value),
+                            Err(e) => Event::Violation(format!("a frame of the agent's is not JSON: {e}")),
+                        }
                     }
-                    if (self.control.tap.lock().expect("the tap"))(&text) {
-                        continue;
+                    PING => {
+                        if connection.answers_pings.load(Ordering::SeqCst) {
+                            connection.write(&encode(PONG, true, &frame.payload));
+                        }
+                        Event::Ping
                     }
-                    match serde_json::from_slice(&text) {
-                        Ok(value) => Event::Frame(value),
-                        Err(e) => Event::Violation(format!("a frame of the agent's is not JSON: {e}")),
-                    }
-                }
-                PING => {
-                    if self.control.answers_pings.load(Ordering::SeqCst) {
-                        let _ =
-                            self.out.lock().expect("the writing half").write_all(&encode(PONG, true, &frame.payload));
-                    }
-                    Event::Ping
-                }
-                PONG => Event::Pong(frame.payload),
-                CLOSE => {
-                    Event::Close(frame.payload.split_first_chunk().map(|(code, reason)| {
+                    PONG => Event::Pong(frame.payload),
+                    CLOSE => Event::Close(frame.payload.split_first_chunk().map(|(code, reason)| {
                         (u16::from_be_bytes(*code), String::from_utf8_lossy(reason).into_owned())
-                    }))
-                }
-                BINARY => Event::Violation("the agent sent a binary frame".to_owned()),
-                other => Event::Violation(format!("the agent sent opcode {other}")),
-            };
+                    })),
+                    BINARY => Event::Violation("the agent sent a binary frame".to_owned()),
+                    other => Event::Violation(format!("the agent sent opcode {other}")),
+                };
             let ended = matches!(event, Event::Close(_));
-            if self.events.send(event).is_err() || self.control.leaving.load(Ordering::SeqCst) {
+            if self.events.send(event).is_err() || connection.leaving.load(Ordering::SeqCst) {
                 return;
             }
             // Once the Close frames are exchanged it is the server that ends the connection (RFC 6455, 7.1.1).
             if ended {
-                let mut out = self.out.lock().expect("the writing half");
-                if !self.control.closing.load(Ordering::SeqCst) {
-                    let _ = out.write_all(&encode(CLOSE, true, &close_payload(1000, "")));
+                if !connection.closing.load(Ordering::SeqCst) {
+                    connection.write(&encode(CLOSE, true, &close_payload(1000, "")));
                 }
-                let _ = out.shutdown(Shutdown::Write);
+                let _ = connection.stream.shutdown(Shutdown::Write);
             }
         }
     }

@@ -6,6 +6,7 @@ use std::process::Command;
 use std::sync::{Arc, LazyLock};
 use std::time::Instant;
 
+use super::scratch::temporary;
 use super::{SOON, Scratch, Setup, ms};
 
 /// Built once for all tests of a run.
@@ -14,7 +15,7 @@ static LIBRARY: LazyLock<PathBuf> = LazyLock::new(|| compile("shim.c", "shim.so"
 /// Compiles a file of this folder to one of this name.
 pub fn compile(source: &str, name: &str, options: &[&str]) -> PathBuf {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support").join(source);
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let folder = temporary();
     let (fresh, target) = (folder.join(format!("{}-{name}", std::process::id())), folder.join(name));
     let status = Command::new("cc").args(options).arg("-o").args([&fresh, &source]).status();
     assert!(status.expect("a C compiler").success(), "{} does not compile", source.display());

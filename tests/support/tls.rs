@@ -1,7 +1,7 @@
 //! A certificate authority, and a proxy that speaks TLS with the agent and plain TCP with the scripted coordinator.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -11,6 +11,8 @@ use rustls::{ServerConfig, ServerConnection};
 use time::{Duration, OffsetDateTime};
 
 use super::Scratch;
+use super::acceptor::Acceptor;
+use super::descriptors::opened;
 
 /// An authority of this test alone.
 pub struct Authority(CertifiedIssuer<'static, KeyPair>);
@@ -64,7 +66,7 @@ impl Authority {
 
 /// Takes connections for as long as the test lives.
 pub struct TlsProxy {
-    address: SocketAddr,
+    acceptor: Acceptor,
     newest: Arc<Mutex<Option<Arc<Pipe>>>>,
 }
 
@@ -78,30 +80,26 @@ struct Pipe {
 impl TlsProxy {
     pub fn new(authority: &Authority, flaw: Flaw, coordinator: SocketAddr) -> Self {
         let config = Arc::new(authority.server_config(flaw));
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a loopback port");
-        let address = listener.local_addr().expect("a bound address");
         let newest = Arc::new(Mutex::new(None));
         let slot = Arc::clone(&newest);
-        std::thread::spawn(move || {
-            for agent in listener.incoming().map_while(Result::ok) {
-                let coordinator = TcpStream::connect(coordinator).expect("the scripted coordinator");
-                for socket in [&agent, &coordinator] {
-                    socket.set_nodelay(true).expect("no delay");
-                }
-                let tls = Mutex::new(ServerConnection::new(Arc::clone(&config)).expect("a TLS session"));
-                let pipe = Arc::new(Pipe { agent, coordinator, tls });
-                *slot.lock().expect("newest") = Some(Arc::clone(&pipe));
-                let up = Arc::clone(&pipe);
-                std::thread::spawn(move || up.pump_up());
-                std::thread::spawn(move || pipe.pump_down());
+        let acceptor = Acceptor::new("127.0.0.1:0", move |agent| {
+            let coordinator = opened(TcpStream::connect(coordinator), "the scripted coordinator");
+            for socket in [&agent, &coordinator] {
+                socket.set_nodelay(true).expect("no delay");
             }
+            let tls = Mutex::new(ServerConnection::new(Arc::clone(&config)).expect("a TLS session"));
+            let pipe = Arc::new(Pipe { agent, coordinator, tls });
+            *slot.lock().expect("newest") = Some(Arc::clone(&pipe));
+            let up = Arc::clone(&pipe);
+            std::thread::spawn(move || up.pump_up());
+            std::thread::spawn(move || pipe.pump_down());
         });
-        Self { address, newest }
+        Self { acceptor, newest }
     }
 
     /// Where the agent is to dial.
     pub fn url(&self) -> String {
-        format!("wss://localhost:{}/provider/connect", self.address.port())
+        format!("wss://localhost:{}/provider/connect", self.acceptor.address().port())
     }
 
     /// Gives the newest connection new keys in the middle of whatever flows, and asks the agent for new ones too.
