@@ -276,7 +276,7 @@ fn write(
     files::write_atomic(path, text.as_bytes()).map_err(|e| cannot_write(path, &e))?;
     say(format_args!("  wrote        {}\n", path.display()));
     if let Some(copy) = copy {
-        say(format_args!("  kept         {}: what it was before, with its comments\n", copy.display()));
+        say(format_args!("  kept         {}: what it was before\n", copy.display()));
     }
     Ok(config)
 }

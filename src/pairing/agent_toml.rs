@@ -1,328 +1,261 @@
-//! The `agent.toml` that a pairing leaves behind: a new text, in which the values that the pairing does not decide stand as the
-//! old one spells them.
+//! The `agent.toml` that a pairing leaves behind: a complete, commented file if there was none, otherwise the operator's file
+//! with only those values changed that the pairing decides.
 //!
-//! Written anew rather than edited: TOML has four ways to spell a table, and an edit would have to know its way around all of
-//! them to put a key in. What is lost are the comments of the old file, which its copy keeps.
-//!
-//! Invariants: no key of the old file is lost but those that the pairing decides; a host token is in it by its ends alone. Pure
-//! functions; whoever writes the text to a file reads it once more before.
+//! Invariants: an existing file keeps its comments, key order, spelling, line ends and unknown keys. One exception: dotted keys
+//! of the same table that are not adjacent are grouped, because `toml_edit` writes them so. A host token is only shown redacted.
+//! Pure functions; the caller parses the text again before writing it.
 
-use std::borrow::Cow;
-use std::fmt::{Arguments, Write as _};
-
-use toml::Spanned;
-use toml::de::{DeString, DeTable, DeValue};
+use toml_edit::{
+    ArrayOfTables, DocumentMut, InlineTable, Item, RawString, Table, TableLike, TomlError, Value, table, value,
+};
 
 use super::{CoordinatorUrls, ModelTerms, Paired};
 use crate::config::{BackendConfig, KEY_PATH_DEFAULT, MAX_CONCURRENT_RANGE, without_mark};
 use crate::logging::{redact, sanitize_for_log};
 
-/// Prices when neither the pairing nor the old file has any, USDC micro-units per million tokens.
+/// Prices of a new file when the pairing names none, USDC micro-units per million tokens.
 const INPUT_DEFAULT: u64 = 500_000;
 const OUTPUT_DEFAULT: u64 = 750_000;
 /// Jobs at a time, likewise.
 const MAX_CONCURRENT_DEFAULT: u32 = 4;
 
-/// The tables that have a place of their own in the new text.
-const KNOWN: [&str; 7] = ["operator", "coordinator", "identity", "backends", "pricing", "limits", "observability"];
+/// Start of the comment lines that record the pairing.
+const PAIRED_WITH: &str = "# paired with:  ";
+const PROVIDER_ID: &str = "# provider_id:  ";
+const HOST_TOKEN: &str = "# host token:   ";
 
-/// The new text. `old` is the text of the file so far, empty when there is none; `found` are backends that it does not have.
+/// Returns the new text of the file. `old` is the present text, empty if there is no file; `found` lists discovered backends
+/// that it does not name.
 ///
 /// # Errors
-/// `old` is not TOML.
-pub fn text(old: &str, site: &CoordinatorUrls, paired: &Paired, found: &[BackendConfig]) -> Result<String, String> {
-    let old = without_mark(old);
-    let table = DeTable::parse(old).map_err(|e| e.message().to_owned())?;
-    let root = table.get_ref();
-    let mut file = Writer { old, new: String::new() };
-    file.head(site, paired);
-    file.keys(root, &KNOWN);
-    file.operator(root);
-    file.coordinator(root, site);
-    file.identity(root);
-    file.backends(root, found);
-    file.pricing(root, &paired.models);
-    file.limits(root, paired.models.first());
-    file.observability(root);
-    file.tables("", root, &KNOWN);
-    Ok(file.new)
+/// `old` is not TOML, or has a value where a table belongs.
+pub fn text(old: &str, urls: &CoordinatorUrls, paired: &Paired, found: &[BackendConfig]) -> Result<String, String> {
+    if old.is_empty() {
+        return edit(&new_file(paired, found), urls, paired, &[]);
+    }
+    let body = without_mark(old);
+    let mark = &old[..old.len() - body.len()];
+    let mut new = edit(body, urls, paired, found)?;
+    // `toml_edit` ends every line with a `\n`.
+    if !body.ends_with('\n') {
+        new.truncate(new.trim_end_matches('\n').len());
+    }
+    if body.contains("\r\n") {
+        new = new.replace('\n', "\r\n");
+    }
+    Ok(format!("{mark}{new}"))
 }
 
-struct Writer<'a> {
-    /// The old text, which the spans are of.
-    old: &'a str,
-    new: String,
+/// Returns a complete, commented file, for [`edit`] to fill in what the pairing decides.
+fn new_file(Paired { models, .. }: &Paired, found: &[BackendConfig]) -> String {
+    let backends = if found.is_empty() {
+        "# [[backends]]\n# kind = \"llamacpp\"\n# url = \"http://localhost:8080\"\n".to_owned()
+    } else {
+        found.iter().map(|backend| format!("[[backends]]\n{}", backend_table(backend))).collect()
+    };
+    let default_price = |of_model: fn(&ModelTerms) -> Option<u64>, otherwise: u64| {
+        // With a default of 0, models that the pairing does not name would not be offered.
+        match models.first().and_then(of_model).filter(|price| *price > 0) {
+            Some(price) => price.to_string(),
+            None => format!("{otherwise}        # the pairing named none; set your own"),
+        }
+    };
+    let input = default_price(|model| model.input_per_1m, INPUT_DEFAULT);
+    let output = default_price(|model| model.output_per_1m, OUTPUT_DEFAULT);
+    let model_hint = if models.is_empty() {
+        "# \"my-big-model\" = { input_per_1m = 900_000, output_per_1m = 1_800_000 }\n"
+    } else {
+        ""
+    };
+    format!(
+        r#"# Written by `usepod-agent setup`. Edit it as you like: a later setup keeps what is not its own to decide, and
+# leaves a copy of this file beside it. `usepod-agent validate` checks it.
+#
+{PAIRED_WITH}
+{PROVIDER_ID}
+{HOST_TOKEN}
+
+[operator]                            # who runs this; all of it may be left out
+# display_name = "BlueBoxRig-01"
+# wallet = "…"
+# contact_email = "…"
+
+[coordinator]                         # where the agent dials; no port is opened
+url = ""
+# ca_file = "/etc/ssl/own-ca.pem"      # trusted beside the roots of the web
+
+[identity]                            # keep a copy of that file: it is who you are
+# key_path = "{KEY_PATH_DEFAULT}"
+
+# The servers whose models are offered. Of two that list a model, the kind that comes first serves it: vllm,
+# llamacpp, lmstudio, ollama, openai, venice, openrouter.
+{backends}# models = ["only-this-one"]          # of a backend: offer nothing else of it
+# max_concurrent = 4                  # of a backend: jobs of it at a time
+
+[pricing]                             # USDC micro-units per million tokens: 500_000 is 0.50 USDC
+default_input_per_1m = {input}
+default_output_per_1m = {output}
+
+[pricing.models]                      # those of single models; one whose price is 0 is not offered
+{model_hint}
+[limits]
+max_concurrent = {MAX_CONCURRENT_DEFAULT}                    # jobs at a time, 1 to 256
+# drain_seconds = 30                  # for jobs in flight when the agent is stopped
+# max_tokens_per_minute = 200_000     # prompts and answers of the last 60 s; beyond, jobs are refused
+
+[observability]
+# log_level = "info"                  # off, error, warn, info, debug or trace
+# log_file = "~/.usepod-agent/agent.log"    # in place of stderr; 8 MB, and one older of that size
+"#
+    )
 }
 
-type Entry<'a> = (&'a Spanned<DeString<'a>>, &'a Spanned<DeValue<'a>>);
-
-impl Writer<'_> {
-    fn line(&mut self, line: &str) {
-        self.new.push_str(line);
-        self.new.push('\n');
+/// Applies what the pairing decides to the text of a file.
+fn edit(old: &str, urls: &CoordinatorUrls, paired: &Paired, found: &[BackendConfig]) -> Result<String, String> {
+    let mut document: DocumentMut =
+        with_head(old, urls, paired).parse().map_err(|e: TomlError| e.message().to_owned())?;
+    let root = document.as_item_mut();
+    edit_coordinator(entry(root, "coordinator", table())?, urls)?;
+    add_backends(root, found)?;
+    edit_prices(entry(root, "pricing", table())?, &paired.models)?;
+    if let Some(jobs) = paired.models.first().and_then(|model| model.max_concurrent).filter(|jobs| *jobs > 0) {
+        let jobs = jobs.min(u64::from(*MAX_CONCURRENT_RANGE.end()));
+        set(entry(root, "limits", table())?, "max_concurrent", integer(jobs))?;
     }
-
-    fn put(&mut self, line: Arguments<'_>) {
-        // A string takes whatever is written to it.
-        let _ = self.new.write_fmt(line);
-        self.new.push('\n');
-    }
-
-    fn head(&mut self, site: &CoordinatorUrls, paired: &Paired) {
-        let known = |text: &Option<String>, show: fn(&str) -> String| {
-            text.as_deref().map_or_else(|| "none was given".to_owned(), show)
-        };
-        let (provider_id, host_token) =
-            (known(&paired.provider_id, sanitize_for_log), known(&paired.host_token, redact));
-        self.line("# Written by `usepod-agent setup`. Edit it as you like: a later setup keeps what is not its own to decide, and");
-        self.line("# leaves a copy of this file beside it. `usepod-agent validate` checks it.");
-        self.line("#");
-        self.put(format_args!("# paired with:  {}", sanitize_for_log(site.base())));
-        self.put(format_args!("# provider_id:  {provider_id}"));
-        self.put(format_args!("# host token:   {host_token}"));
-    }
-
-    fn operator(&mut self, root: &DeTable<'_>) {
-        self.line("\n[operator]                            # who runs this; all of it may be left out");
-        let hints = [
-            ("display_name", "# display_name = \"BlueBoxRig-01\""),
-            ("wallet", "# wallet = \"…\""),
-            ("contact_email", "# contact_email = \"…\""),
-        ];
-        self.rest_of("operator", section(root, "operator"), &[], &hints);
-    }
-
-    fn coordinator(&mut self, root: &DeTable<'_>, site: &CoordinatorUrls) {
-        self.line("\n[coordinator]                         # where the agent dials; no port is opened");
-        self.put(format_args!("url = {}", quoted(&site.connect())));
-        // A code is of the time before: the pairing has enrolled this identity.
-        let decided = ["url", "enrollment_code"];
-        let hint = "# ca_file = \"/etc/ssl/own-ca.pem\"      # trusted beside the roots of the web";
-        self.rest_of("coordinator", section(root, "coordinator"), &decided, &[("ca_file", hint)]);
-    }
-
-    fn identity(&mut self, root: &DeTable<'_>) {
-        self.line("\n[identity]                            # keep a copy of that file: it is who you are");
-        let hint = format!("# key_path = \"{KEY_PATH_DEFAULT}\"");
-        self.rest_of("identity", section(root, "identity"), &[], &[("key_path", &hint)]);
-    }
-
-    fn backends(&mut self, root: &DeTable<'_>, found: &[BackendConfig]) {
-        let old = root.get("backends").and_then(|value| value.get_ref().as_array());
-        let old: Vec<&DeTable<'_>> = old.into_iter().flatten().filter_map(|entry| entry.get_ref().as_table()).collect();
-        self.line("\n# The servers whose models are offered. Of two that list a model, the kind that comes first serves it: vllm,");
-        self.line("# llamacpp, lmstudio, ollama, openai, venice, openrouter.");
-        for table in &old {
-            self.line("[[backends]]");
-            self.contents("backends", table, &[]);
-        }
-        for backend in found {
-            self.line("[[backends]]");
-            self.put(format_args!("kind = {}", quoted(backend.kind.name())));
-            if let Some(url) = &backend.url {
-                self.put(format_args!("url = {}", quoted(url.as_str())));
-            }
-        }
-        if old.is_empty() && found.is_empty() {
-            self.line("# [[backends]]");
-            self.line("# kind = \"llamacpp\"");
-            self.line("# url = \"http://localhost:8080\"");
-        }
-        self.line("# models = [\"only-this-one\"]          # of a backend: offer nothing else of it");
-        self.line("# max_concurrent = 4                  # of a backend: jobs of it at a time");
-    }
-
-    fn pricing(&mut self, root: &DeTable<'_>, models: &[ModelTerms]) {
-        let table = section(root, "pricing");
-        self.line(
-            "\n[pricing]                             # USDC micro-units per million tokens: 500_000 is 0.50 USDC",
-        );
-        // A default of 0 would offer nothing of what the pairing does not name.
-        let of_first =
-            |price: fn(&ModelTerms) -> Option<u64>| models.first().and_then(price).filter(|price| *price > 0);
-        let defaults = [
-            ("default_input_per_1m", of_first(|m| m.input_per_1m), INPUT_DEFAULT),
-            ("default_output_per_1m", of_first(|m| m.output_per_1m), OUTPUT_DEFAULT),
-        ];
-        for (key, of_first, otherwise) in defaults {
-            if let Some(value) = table.and_then(|table| table.get(key)) {
-                let value = self.verbatim(value);
-                self.put(format_args!("{key} = {value}"));
-            } else if let Some(price) = of_first {
-                self.put(format_args!("{key} = {price}"));
-            } else {
-                self.put(format_args!("{key} = {otherwise}        # the pairing named none; set your own"));
-            }
-        }
-        let own = table.and_then(|table| section(table, "models"));
-        if let Some(table) = table {
-            self.keys(table, &["default_input_per_1m", "default_output_per_1m", "models"]);
-        }
-        self.line(
-            "\n[pricing.models]                      # those of single models; one whose price is 0 is not offered",
-        );
-        for ModelTerms { model_id, input_per_1m, output_per_1m, .. } in models {
-            let own = own.and_then(|own| section(own, model_id));
-            let mut terms = Vec::new();
-            for (key, price) in [("input_per_1m", input_per_1m), ("output_per_1m", output_per_1m)] {
-                // What the pairing does not say of it stays as it was.
-                let kept = || own.and_then(|own| own.get(key)).map(|value| self.verbatim(value));
-                terms
-                    .extend(price.map(|price| price.to_string()).or_else(kept).map(|price| format!("{key} = {price}")));
-            }
-            let others = own.map_or_else(Vec::new, |own| ordered(own, &["input_per_1m", "output_per_1m"]));
-            for (key, value) in others.into_iter().filter(|(_, value)| !self.is_section(value)) {
-                terms.push(format!("{} = {}", plain_or_quoted(key.get_ref()), self.verbatim(value)));
-            }
-            if !terms.is_empty() {
-                self.put(format_args!("{} = {{ {} }}", quoted(model_id), terms.join(", ")));
-            }
-        }
-        if let Some(own) = own {
-            let decided: Vec<&str> = models.iter().map(|model| model.model_id.as_str()).collect();
-            self.contents("pricing.models", own, &decided);
-        } else if models.is_empty() {
-            self.line("# \"my-big-model\" = { input_per_1m = 900_000, output_per_1m = 1_800_000 }");
-        }
-        if let Some(table) = table {
-            self.tables("pricing", table, &["models"]);
-        }
-    }
-
-    fn limits(&mut self, root: &DeTable<'_>, first: Option<&ModelTerms>) {
-        self.line("\n[limits]");
-        let table = section(root, "limits");
-        let own = table.and_then(|table| table.get("max_concurrent")).map(|value| self.verbatim(value));
-        let of_first = first.and_then(|model| model.max_concurrent).filter(|jobs| *jobs > 0);
-        let of_first = of_first.map(|jobs| jobs.min(u64::from(*MAX_CONCURRENT_RANGE.end())).to_string());
-        let jobs = of_first.or(own).unwrap_or_else(|| MAX_CONCURRENT_DEFAULT.to_string());
-        self.put(format_args!("max_concurrent = {jobs}                    # jobs at a time, 1 to 256"));
-        let drain = "# drain_seconds = 30                  # for jobs in flight when the agent is stopped";
-        let tokens =
-            "# max_tokens_per_minute = 200_000     # prompts and answers of the last 60 s; beyond, jobs are refused";
-        let hints = [("drain_seconds", drain), ("max_tokens_per_minute", tokens)];
-        self.rest_of("limits", table, &["max_concurrent"], &hints);
-    }
-
-    fn observability(&mut self, root: &DeTable<'_>) {
-        self.line("\n[observability]");
-        let level = "# log_level = \"info\"                  # off, error, warn, info, debug or trace";
-        let file =
-            "# log_file = \"~/.usepod-agent/agent.log\"    # in place of stderr; 8 MB, and one older of that size";
-        let hints = [("log_level", level), ("log_file", file)];
-        self.rest_of("observability", section(root, "observability"), &[], &hints);
-    }
-
-    /// What stands in a table, but for the keys that are decided, and how one would write those that are not there.
-    fn rest_of(&mut self, path: &str, table: Option<&DeTable<'_>>, decided: &[&str], hints: &[(&str, &str)]) {
-        if let Some(table) = table {
-            self.keys(table, decided);
-        }
-        for (_, hint) in hints.iter().filter(|(key, _)| table.is_none_or(|table| !table.contains_key(*key))) {
-            self.line(hint);
-        }
-        if let Some(table) = table {
-            self.tables(path, table, decided);
-        }
-    }
-
-    /// What stands in a table, but for the keys that somebody else writes.
-    fn contents(&mut self, path: &str, table: &DeTable<'_>, except: &[&str]) {
-        self.keys(table, except);
-        self.tables(path, table, except);
-    }
-
-    /// The keys whose values stand behind them.
-    fn keys(&mut self, table: &DeTable<'_>, except: &[&str]) {
-        for (key, value) in ordered(table, except) {
-            if !self.is_section(value) {
-                let value = self.verbatim(value);
-                self.put(format_args!("{} = {value}", plain_or_quoted(key.get_ref())));
-            }
-        }
-    }
-
-    /// The tables below a table, and those below them.
-    fn tables(&mut self, path: &str, table: &DeTable<'_>, except: &[&str]) {
-        for (key, value) in ordered(table, except) {
-            if !self.is_section(value) {
-                continue;
-            }
-            let key = plain_or_quoted(key.get_ref());
-            let path = if path.is_empty() { key.into_owned() } else { format!("{path}.{key}") };
-            match value.get_ref() {
-                DeValue::Array(entries) => {
-                    for entry in entries.iter().filter_map(|entry| entry.get_ref().as_table()) {
-                        self.put(format_args!("\n[[{path}]]"));
-                        self.contents(&path, entry, &[]);
-                    }
-                }
-                DeValue::Table(table) => {
-                    self.put(format_args!("\n[{path}]"));
-                    self.contents(&path, table, &[]);
-                }
-                _ => {}
-            }
-        }
-    }
-
-    /// Whether a value has headers or dotted keys in the old text, in place of standing behind its key.
-    fn is_section(&self, value: &Spanned<DeValue<'_>>) -> bool {
-        let in_braces = |value: &Spanned<DeValue<'_>>| self.verbatim(value).starts_with('{');
-        match value.get_ref() {
-            DeValue::Table(_) => !in_braces(value),
-            DeValue::Array(entries) => {
-                !entries.is_empty() && entries.iter().all(|entry| entry.get_ref().is_table() && !in_braces(entry))
-            }
-            _ => false,
-        }
-    }
-
-    /// A value as the old text spells it.
-    fn verbatim(&self, value: &Spanned<DeValue<'_>>) -> String {
-        self.old.get(value.span()).unwrap_or_default().to_owned()
-    }
+    Ok(document.to_string())
 }
 
-/// The entries in the order of the old text.
-fn ordered<'a>(table: &'a DeTable<'a>, except: &[&str]) -> Vec<Entry<'a>> {
-    let mut entries: Vec<Entry<'a>> = Vec::with_capacity(table.len());
-    for (key, value) in table.iter().filter(|(key, _)| !except.contains(&key.get_ref().as_ref())) {
-        let at = entries.partition_point(|(earlier, _)| earlier.span().start < key.span().start);
-        entries.insert(at, (key, value));
-    }
-    entries
-}
-
-fn section<'a>(table: &'a DeTable<'a>, key: &str) -> Option<&'a DeTable<'a>> {
-    table.get(key)?.get_ref().as_table()
-}
-
-fn plain_or_quoted(key: &str) -> Cow<'_, str> {
-    let is_plain = !key.is_empty() && key.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b));
-    if is_plain { key.into() } else { quoted(key).into() }
-}
-
-/// A text as TOML has it, on one line.
-fn quoted(text: &str) -> String {
-    let mut quoted = String::from("\"");
-    for c in text.chars() {
-        match c {
-            '"' | '\\' => quoted.extend(['\\', c]),
-            c if c.is_control() => {
-                // A string takes whatever is written to it.
-                let _ = write!(quoted, "\\u{:04X}", u32::from(c));
-            }
-            c => quoted.push(c),
+/// Records the pairing in the comment at the top, in place of an earlier one.
+fn with_head(text: &str, urls: &CoordinatorUrls, paired: &Paired) -> String {
+    let known = |text: &Option<String>, show: fn(&str) -> String| {
+        text.as_deref().map_or_else(|| "none was given".to_owned(), show)
+    };
+    let facts = [
+        (PAIRED_WITH, sanitize_for_log(urls.base())),
+        (PROVIDER_ID, known(&paired.provider_id, sanitize_for_log)),
+        (HOST_TOKEN, known(&paired.host_token, redact)),
+    ];
+    let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+    let head = lines.iter().take_while(|line| line.is_empty() || line.starts_with('#')).count();
+    let mut new = String::new();
+    for (label, fact) in facts {
+        match lines[..head].iter_mut().find(|line| line.starts_with(label)) {
+            Some(line) => *line = format!("{label}{fact}"),
+            None => new.extend([label, &fact, "\n"]),
         }
     }
-    quoted.push('"');
-    quoted
+    if !new.is_empty() {
+        new.push('\n');
+    }
+    new + &lines.join("\n") + "\n"
+}
+
+fn edit_coordinator(coordinator: &mut Item, urls: &CoordinatorUrls) -> Result<(), String> {
+    set(coordinator, "url", urls.connect().into())?;
+    // The pairing has enrolled this identity: the code is used up.
+    let coordinator = as_table(coordinator)?;
+    let comment = coordinator.key("enrollment_code").and_then(|key| key.leaf_decor().prefix()?.as_str());
+    let comment = comment.filter(|text| text.contains('#')).map(str::to_owned);
+    coordinator.remove("enrollment_code");
+    // The comment above it may be about something else.
+    if let (Some(comment), Some(mut url)) = (comment, coordinator.key_mut("url")) {
+        let decor = url.leaf_decor_mut();
+        let own = decor.prefix().and_then(RawString::as_str).unwrap_or_default();
+        decor.set_prefix(comment + own);
+    }
+    Ok(())
+}
+
+fn add_backends(root: &mut Item, found: &[BackendConfig]) -> Result<(), String> {
+    if found.is_empty() {
+        return Ok(());
+    }
+    let backends = entry(root, "backends", Item::ArrayOfTables(ArrayOfTables::new()))?;
+    for backend in found.iter().map(backend_table) {
+        match backends {
+            Item::ArrayOfTables(tables) => tables.push(backend),
+            Item::Value(Value::Array(list)) => list.push(backend.into_inline_table()),
+            other => return Err(format!("backends is of type {}", other.type_name())),
+        }
+    }
+    Ok(())
+}
+
+fn backend_table(backend: &BackendConfig) -> Table {
+    let url = backend.url.as_ref().map(|url| ("url", value(url.as_str())));
+    [("kind", value(backend.kind.name()))].into_iter().chain(url).collect()
+}
+
+/// Sets the prices that the pairing names; a price that it does not name stays.
+fn edit_prices(pricing: &mut Item, models: &[ModelTerms]) -> Result<(), String> {
+    for ModelTerms { model_id, input_per_1m, output_per_1m, .. } in models {
+        for (key, price) in [("input_per_1m", input_per_1m), ("output_per_1m", output_per_1m)] {
+            if let Some(price) = price {
+                let of_models = entry(pricing, "models", table())?;
+                set(entry(of_models, model_id, InlineTable::new().into())?, key, integer(*price))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Returns an entry of a table, however the table is spelled; inserts `absent` if there is none.
+fn entry<'a>(table: &'a mut Item, key: &str, absent: Item) -> Result<&'a mut Item, String> {
+    let table = as_table(table)?;
+    if !table.contains_key(key) {
+        table.insert(key, absent);
+    }
+    table.get_mut(key).ok_or_else(|| format!("{key} is missing"))
+}
+
+/// Sets a value and keeps the comment beside it. An equal value keeps its spelling.
+fn set(table: &mut Item, key: &str, mut new: Value) -> Result<(), String> {
+    if let Item::Value(Value::InlineTable(table)) = table
+        && !table.contains_key(key)
+    {
+        // `toml_edit` counts the space before the closing brace to the last value.
+        if let Some((_, last)) = table.iter_mut().last() {
+            let decor = last.decor_mut();
+            if decor.suffix().and_then(RawString::as_str).is_some_and(|suffix| suffix.trim().is_empty()) {
+                decor.set_suffix("");
+            }
+        }
+    }
+    let table = as_table(table)?;
+    match table.get_mut(key) {
+        Some(Item::Value(old)) => {
+            let is_same = match (&*old, &new) {
+                (Value::Integer(old), Value::Integer(new)) => old.value() == new.value(),
+                (Value::String(old), Value::String(new)) => old.value() == new.value(),
+                _ => false,
+            };
+            if !is_same {
+                *new.decor_mut() = old.decor().clone();
+                *old = new;
+            }
+        }
+        _ => {
+            table.insert(key, new.into());
+        }
+    }
+    Ok(())
+}
+
+fn as_table(item: &mut Item) -> Result<&mut dyn TableLike, String> {
+    let kind = item.type_name();
+    item.as_table_like_mut().ok_or_else(|| format!("a {kind} stands where a table belongs"))
+}
+
+/// Converts a number; TOML has none above `i64::MAX`.
+fn integer(number: u64) -> Value {
+    i64::try_from(number).unwrap_or(i64::MAX).into()
 }
 
 #[cfg(test)]
 mod tests {
     use std::path::Path;
+
+    use toml_edit::Key;
 
     use super::*;
     use crate::backend::{BaseUrl, Kind};
@@ -376,7 +309,8 @@ list = [
   "two",
 ]
 operator = { display_name = 'Rig "1"', "odd key" = 1979-05-27T07:32:00Z }
-coordinator.url = "wss://old/"
+# Where it dials.
+coordinator.url = "wss://old/"    # theirs
 coordinator.enrollment_code = "POD-ENROLL-1"
 coordinator.odd = """
 two
@@ -393,11 +327,12 @@ default_output_per_1m = 2_000
 odd = true
 [pricing.models]
 mine = { input_per_1m = 5, output_per_1m = 6 }
-paired.input_per_1m = 1
+paired.input_per_1m = 1   # low
 [pricing.models."also.mine"]
 input_per_1m = 9
-[limits]
-max_concurrent = 200
+
+  [limits] # of this box
+max_concurrent = 200  # of a big box
 drain_seconds = 7
 [observability]
 log_level = "debug"
@@ -408,18 +343,43 @@ name = "x"
 deep = [[1, 2], [{ a = 1 }]]
 [[plugins]]
 name = "y"
+# The end.
 "#;
 
+    /// The lines that are only in `old`, and those only in `new`; what both have is in the same order.
+    fn changed<'a>(old: &'a str, new: &'a str) -> [Vec<&'a str>; 2] {
+        let (of_old, of_new): (Vec<&str>, Vec<&str>) = (old.lines().collect(), new.lines().collect());
+        let (kept, gone) =
+            of_old.iter().filter(|line| !line.is_empty()).partition::<Vec<&str>, _>(|l| of_new.contains(l));
+        let (left, added) =
+            of_new.iter().filter(|line| !line.is_empty()).partition::<Vec<&str>, _>(|l| of_old.contains(l));
+        assert_eq!(kept, left);
+        [gone, added]
+    }
+
+    const HEAD: [&str; 3] =
+        ["# paired with:  https://c.example", "# provider_id:  prov_1", "# host token:   host…6789"];
+
     #[test]
-    fn what_is_made_by_hand_survives_in_whatever_spelling() {
+    fn an_old_file_keeps_everything_but_what_the_pairing_decides() {
         let (text, config) = written(OLD, &paired(vec![model("paired", 3, 4, 5)]), &[]);
-        let (was, is) = (DeTable::parse(OLD).expect("TOML"), DeTable::parse(&text).expect("TOML"));
-        let (was, is) = (was.get_ref(), is.get_ref());
-        for key in ["odd", "list", "operator", "backends", "identity", "observability", "plugins"] {
-            assert_eq!(plain(&is[key]), plain(&was[key]), "{key}:\n{text}");
-        }
-        assert_eq!(is["coordinator"].get_ref()["odd"].get_ref().as_str(), Some("two\nlines"));
-        assert!(!text.contains("ENROLL") && !text.contains("wss://old"), "{text}");
+        let [gone, new] = changed(OLD, &text);
+        assert_eq!(
+            gone,
+            [
+                "coordinator.url = \"wss://old/\"    # theirs",
+                "coordinator.enrollment_code = \"POD-ENROLL-1\"",
+                "paired.input_per_1m = 1   # low",
+                "max_concurrent = 200  # of a big box",
+            ]
+        );
+        let decided = [
+            "coordinator.url = \"wss://c.example/provider/connect\"    # theirs",
+            "paired.input_per_1m = 3   # low",
+            "paired.output_per_1m = 4",
+            "max_concurrent = 5  # of a big box",
+        ];
+        assert_eq!(new, [&HEAD[..], &decided].concat());
         let price = |id| (config.pricing.of(id).input_per_1m, config.pricing.of(id).output_per_1m);
         assert_eq!(
             [price("mine"), price("also.mine"), price("paired"), price("?")],
@@ -427,10 +387,102 @@ name = "y"
         );
         assert_eq!((config.limits.max_concurrent, config.limits.drain.as_secs()), (5, 7));
         assert_eq!(config.key_path, Path::new("/keys/\u{e9}.key"));
-        // Once more over its own work: nothing more is lost, nothing is gained.
+        // The same pairing over it changes nothing, and another one nothing but its own lines.
         assert_eq!(written(&text, &paired(vec![model("paired", 3, 4, 5)]), &[]).0, text);
+        let other = Paired { provider_id: Some("prov_2".to_owned()), ..paired(vec![model("paired", 3, 8, 5)]) };
+        let (repaired, _) = written(&text, &other, &[]);
+        let [gone, new] = changed(&text, &repaired);
+        assert_eq!(gone, [HEAD[1], "paired.output_per_1m = 4"]);
+        assert_eq!(new, ["# provider_id:  prov_2", "paired.output_per_1m = 8"]);
         // Without models the pairing decides no limit.
         assert_eq!(written(OLD, &Paired::default(), &[]).1.limits.max_concurrent, 200);
+    }
+
+    #[test]
+    fn line_ends_a_byte_order_mark_and_a_last_line_without_an_end_stay() {
+        let lines = OLD.lines().map(|line| format!("{line}\r\n")).collect::<String>();
+        for old in [lines.as_str(), lines.trim_end(), OLD.trim_end(), &format!("\u{feff}{OLD}")] {
+            let (text, _) = written(old, &paired(vec![model("paired", 3, 4, 5)]), &[]);
+            let plain = written(OLD, &paired(vec![model("paired", 3, 4, 5)]), &[]).0;
+            assert_eq!(text.replace("\r\n", "\n").trim_start_matches('\u{feff}').trim_end(), plain.trim_end());
+            assert_eq!(
+                text.matches('\n').count(),
+                text.matches(if old.contains('\r') { "\r\n" } else { "\n" }).count()
+            );
+            assert_eq!(text.starts_with('\u{feff}'), old.starts_with('\u{feff}'));
+            assert_eq!(text.ends_with('\n'), old.ends_with('\n'));
+            assert_eq!(written(&text, &paired(vec![model("paired", 3, 4, 5)]), &[]).0, text);
+        }
+    }
+
+    #[test]
+    fn every_spelling_of_a_table_takes_what_is_new() {
+        const PRICES: &str = "default_input_per_1m = 1\ndefault_output_per_1m = 2\n";
+        let backends = "[[backends]]\nkind = \"llamacpp\"\nurl = \"http://localhost:8080\"\n";
+        let found = [BackendConfig::at(Kind::LlamaCpp, BaseUrl::parse("http://localhost:8080").expect("a URL"))];
+        let cases = [
+            // No table for the models, the limits and the backends.
+            (
+                format!("[coordinator]\nurl = \"wss://c\"\n[pricing]\n{PRICES}# the end\n"),
+                format!(
+                    "[coordinator]\nurl = \"wss://c.example/provider/connect\"\n[pricing]\n{PRICES}\n[pricing.models]\n\
+                     m = {{ input_per_1m = 3, output_per_1m = 4 }}\n\n{backends}\n[limits]\nmax_concurrent = 5\n# the end\n"
+                ),
+            ),
+            // In braces, with and without room.
+            (
+                "backends = [\n  { kind = \"vllm\", url = \"http://h:1\" }, # mine\n]\n\
+                 coordinator = { url = \"wss://c\", enrollment_code = \"C\" }\nlimits = {}\n\
+                 pricing = { default_input_per_1m = 1, default_output_per_1m = 2, models = {m={input_per_1m=1}} }\n"
+                    .to_owned(),
+                "backends = [\n  { kind = \"vllm\", url = \"http://h:1\" }, { kind = \"llamacpp\", url = \"http://localhost:8080\" }, # mine\n]\n\
+                 coordinator = { url = \"wss://c.example/provider/connect\"}\nlimits = { max_concurrent = 5 }\n\
+                 pricing = { default_input_per_1m = 1, default_output_per_1m = 2, models = {m={input_per_1m=3, output_per_1m = 4 }} }\n"
+                    .to_owned(),
+            ),
+            // Dotted.
+            (
+                "coordinator.url = \"wss://c\"\npricing.default_input_per_1m = 1\npricing.default_output_per_1m = 2\n\
+                 limits.drain_seconds = 1\n[[backends]]\nkind = \"vllm\"\nurl = \"http://h:1\"\n# the end\n"
+                    .to_owned(),
+                format!(
+                    "coordinator.url = \"wss://c.example/provider/connect\"\npricing.default_input_per_1m = 1\n\
+                     pricing.default_output_per_1m = 2\nlimits.drain_seconds = 1\nlimits.max_concurrent = 5\n\n\
+                     [pricing.models]\nm = {{ input_per_1m = 3, output_per_1m = 4 }}\n\
+                     [[backends]]\nkind = \"vllm\"\nurl = \"http://h:1\"\n\n{backends}# the end\n"
+                ),
+            ),
+            // A table of its own for each model, and a comment that the code leaves behind.
+            (
+                format!(
+                    "[pricing]\n{PRICES}[pricing.models.\"x\"] # dear\ninput_per_1m = 9\n[pricing.models.m]\n\
+                     output_per_1m = 0x4 # hex\n[limits]\n[coordinator]\nurl = 'wss://c'\n# of May\nenrollment_code = \"C\"\n"
+                ),
+                format!(
+                    "[pricing]\n{PRICES}[pricing.models.\"x\"] # dear\ninput_per_1m = 9\n[pricing.models.m]\n\
+                     output_per_1m = 0x4 # hex\ninput_per_1m = 3\n[limits]\nmax_concurrent = 5\n[coordinator]\n# of May\n\
+                     url = \"wss://c.example/provider/connect\"\n\n{backends}"
+                ),
+            ),
+            // The same, of other models.
+            (
+                format!(
+                    "[limits]\n[pricing]\n{PRICES}[pricing.models.\"x\"] # dear\ninput_per_1m = 9\n[coordinator]\nurl = 'wss://c'\n"
+                ),
+                format!(
+                    "[limits]\nmax_concurrent = 5\n[pricing]\n{PRICES}\n[pricing.models]\n\
+                     m = {{ input_per_1m = 3, output_per_1m = 4 }}\n[pricing.models.\"x\"] # dear\ninput_per_1m = 9\n[coordinator]\n\
+                     url = \"wss://c.example/provider/connect\"\n\n{backends}"
+                ),
+            ),
+        ];
+        for (old, new) in cases {
+            let (text, config) = written(&old, &paired(vec![model("m", 3, 4, 5)]), &found);
+            assert_eq!(text.strip_prefix(&format!("{}\n\n", HEAD.join("\n"))), Some(new.as_str()), "{text}");
+            assert_eq!((config.pricing.of("m").output_per_1m, config.limits.max_concurrent), (4, 5));
+            assert_eq!(config.backends.last().map(|backend| backend.kind), Some(Kind::LlamaCpp));
+            assert_eq!(written(&text, &paired(vec![model("m", 3, 4, 5)]), &[]).0, text);
+        }
     }
 
     #[test]
@@ -442,20 +494,8 @@ name = "y"
             ModelTerms { model_id, input_per_1m: input, output_per_1m: None, max_concurrent: None }
         };
         let (text, config) = written(old, &paired(vec![terms("m", Some(5)), terms("n", None)]), &[]);
-        assert!(text.contains("\n\"m\" = { input_per_1m = 5, output_per_1m = 0x8, \"my note\" = \"}\" }\n"), "{text}");
+        assert!(text.contains("\nm = { input_per_1m = 5, output_per_1m = 0x8, \"my note\" = \"}\" }\n"), "{text}");
         assert_eq!((config.pricing.of("m").output_per_1m, config.pricing.of("n").input_per_1m), (8, 1));
-    }
-
-    /// A value without its place.
-    fn plain(value: &Spanned<DeValue<'_>>) -> String {
-        match value.get_ref() {
-            DeValue::Table(table) => {
-                let entry = |(key, value): Entry<'_>| format!("{:?}: {}", key.get_ref(), plain(value));
-                format!("{{{}}}", table.iter().map(entry).collect::<Vec<_>>().join(", "))
-            }
-            DeValue::Array(entries) => format!("[{}]", entries.iter().map(plain).collect::<Vec<_>>().join(", ")),
-            scalar => format!("{scalar:?}"),
-        }
     }
 
     #[test]
@@ -469,17 +509,17 @@ name = "y"
             let paired =
                 Paired { host_token: Some(host_token.clone()), provider_id: Some(provider_id.clone()), models };
             let old = format!(
-                "[operator]\ndisplay_name = {}\n[coordinator]\nurl = \"wss://c\"\n[{}]\nx = 1\n[pricing.models]\n{} = {{}}\n",
-                quoted(name),
-                quoted(&format!("odd {odd}")),
-                quoted(odd)
+                "[operator]\ndisplay_name = {}\n[coordinator]\nurl = \"wss://c\"\n[{}]\nx = 1\n[pricing]\n\
+                 default_input_per_1m = 1\ndefault_output_per_1m = 2\n[pricing.models]\n{} = {{}}\n",
+                Value::from(name),
+                Key::new(format!("odd {odd}")),
+                Key::new(odd)
             );
             let (text, config) = written(&old, &paired, &[]);
             assert_eq!(config.pricing.of(id).input_per_1m, prices[0].input_per_1m.unwrap_or_default(), "{text}");
-            let is = DeTable::parse(&text).expect("TOML");
-            let operator = is.get_ref()["operator"].get_ref();
-            assert_eq!(operator["display_name"].get_ref().as_str(), Some(name.as_str()), "{text}");
-            assert!(is.get_ref().contains_key(format!("odd {odd}").as_str()), "{text}");
+            let document: DocumentMut = text.parse().expect("TOML");
+            assert_eq!(document["operator"]["display_name"].as_str(), Some(name.as_str()), "{text}");
+            assert!(document.contains_key(&format!("odd {odd}")), "{text}");
             Ok(())
         });
     }

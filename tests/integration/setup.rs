@@ -245,7 +245,7 @@ fn what_was_made_by_hand_survives_and_is_what_the_coordinator_is_told_of() {
          [[backends]]\nkind = \"venice\"\napi_key_env = \"NOT_SET\"\nmarkup = 0.05\n\
          [pricing]\ndefault_input_per_1m = 111\ndefault_output_per_1m = 222\n\
          [pricing.models]\nm = {{ input_per_1m = 1 }}\nother = {{ input_per_1m = 5 }}\n\
-         [limits]\nmax_concurrent = 99\ndrain_seconds = 7\n[my.own]\nkey = [1, 2]\n",
+         [limits]\nmax_concurrent = 99 # mine, too\ndrain_seconds = 7\n[my.own]\nkey = [1, 2]\n",
         home.join("keys/id.key").display(),
         backend.toml(),
     );
@@ -271,8 +271,9 @@ fn what_was_made_by_hand_survives_and_is_what_the_coordinator_is_told_of() {
         "other = { input_per_1m = 5 }",
         "drain_seconds = 7",
         "[my.own]\nkey = [1, 2]",
-        "\"m\" = { input_per_1m = 300000, output_per_1m = 450000 }",
-        "max_concurrent = 6 ",
+        "m = { input_per_1m = 300000, output_per_1m = 450000 }",
+        "max_concurrent = 6 # mine, too\n",
+        "# mine\n[operator]\n",
     ] {
         assert!(new.contains(kept), "no `{kept}` in {new}");
     }
@@ -293,9 +294,10 @@ fn what_was_made_by_hand_survives_and_is_what_the_coordinator_is_told_of() {
     assert_done(&set_up(&home, &server.url(), &["--config", named]));
     assert_eq!((text(&file), text(&bak)), (new.clone(), old.clone()));
     // Nor is the first copy lost to a third.
-    let edited = format!("{new}# edited\n");
+    let edited = format!("{}# edited\n", new.replace("max_concurrent = 6", "max_concurrent = 7"));
     fs::write(&file, &edited).expect("an edit");
     assert_done(&set_up(&home, &server.url(), &["--config", named]));
+    assert_eq!(text(&file), format!("{new}# edited\n"));
     assert_eq!((text(&bak), text(home.join("conf/agent.toml.bak.1"))), (edited, old));
 }
 
@@ -311,8 +313,55 @@ fn an_edit_that_is_made_while_the_code_is_waited_for_is_not_lost() {
         active()
     });
     assert_done(&set_up(&home, &server.url(), &[]));
-    assert!(text(&file).contains("default_output_per_1m = 3\n"), "{}", text(&file));
+    for kept in ["default_output_per_1m = 3\n", "# mine\n"] {
+        assert!(text(&file).contains(kept), "{}", text(&file));
+    }
     assert_eq!(text(file.with_file_name("agent.toml.bak")), edited);
+}
+
+#[test]
+fn setup_changes_only_what_the_pairing_decides_however_the_file_is_spelled() {
+    let server = coordinator(|_| active());
+    let url = server.url().replace("http", "ws") + "/provider/connect";
+    let head = format!("# paired with:  {}\n# provider_id:  prov_7\n# host token:   host…cdef\n\n", server.url());
+    // A server on a usual port of this machine would be added, were it not in the file.
+    let usual = [("vllm", 8000), ("llamacpp", 8080), ("llamacpp", 9931), ("lmstudio", 1234), ("ollama", 11434)];
+    let listed =
+        usual.map(|(kind, port)| format!("  {{kind = '{kind}',url=\"http://localhost:{port}\"}}, # one\n")).concat();
+    let headed =
+        usual.map(|(kind, port)| format!("[[backends]]#one\nkind='{kind}'\nurl = \"http://localhost:{port}\"\n"));
+    let tables = "# dotted\ncoordinator . url=\"URL\"#here\n  pricing.default_input_per_1m = 1_0 # in\n\
+                  pricing.\"default_output_per_1m\" = 0x2\n\n# each of its own\n[pricing.models.\"m\"]\t# ours\n\
+                  output_per_1m=OUTPUT\ninput_per_1m =  INPUT\n[limits]\nmax_concurrent=JOBS\n# the end";
+    let braces = "coordinator = {url=\"URL\"} # here\n\
+                  pricing = { default_input_per_1m = 1, default_output_per_1m = 2, models = { \n\
+                  m = { input_per_1m = INPUT, # in\n output_per_1m = OUTPUT } } }\n\
+                  limits = {max_concurrent = JOBS, \"odd\" = [ 1,2 ]}\nunknown = '''\n  text'''\n";
+    let files = [format!("backends = [\n{listed}]\n{tables}"), format!("{braces}{}", headed.concat())];
+    let filled = |text: &str, [url, input, output, jobs]: [&str; 4]| {
+        text.replace("URL", url).replace("INPUT", input).replace("OUTPUT", output).replace("JOBS", jobs)
+    };
+    let spellings: [fn(String) -> String; 3] =
+        [|text| text, |text| text.replace('\n', "\r\n"), |text| format!("\u{feff}{text}")];
+    side_by_side(spellings, |spelled| {
+        for template in &files {
+            let home = Scratch::new();
+            let old = spelled(filled(template, ["wss://old/", "1", "0o7", "2"]));
+            let file = home.write(USUAL, &old);
+            assert_done(&set_up(&home, &server.url(), &[]));
+            let body = filled(template, [&url, "300000", "450000", "6"]);
+            assert_eq!(text(&file), spelled(format!("{head}{body}")));
+            let bak = file.with_file_name("agent.toml.bak");
+            assert_eq!(text(&bak), old);
+
+            // A second one says the same, so that nothing is written.
+            fs::remove_file(&bak).expect("a copy");
+            let modified = || fs::metadata(&file).and_then(|file| file.modified()).expect("a time");
+            let before = modified();
+            assert_done(&set_up(&home, &server.url(), &[]));
+            assert_eq!((modified(), bak.exists()), (before, false));
+        }
+    });
 }
 
 #[test]
