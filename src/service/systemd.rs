@@ -211,6 +211,8 @@ fn argument(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
 
     fn text(unit: &Unit, launch: &ServiceCommand, uid: Option<u32>) -> String {
@@ -252,12 +254,16 @@ mod tests {
             let uid = (!is_users).then(|| Uid::current().as_raw());
             fs::write(&unit.path, text(&unit, &launch(), uid)).expect("written");
             assert_eq!(unit.config(), Some(launch().config));
-            // Where there is no systemd there is nobody to ask.
-            if let Ok(output) =
-                std::process::Command::new("systemd-analyze").arg("verify").arg("--man=no").arg(&unit.path).output()
-            {
-                let said = String::from_utf8_lossy(&output.stderr).into_owned();
-                assert!(!said.contains(UNIT), "{said}");
+            match std::process::Command::new("systemd-analyze").arg("verify").arg("--man=no").arg(&unit.path).output() {
+                Ok(output) => {
+                    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+                    assert!(!said.contains(UNIT), "{said}");
+                }
+                // Past the capture of output, for the test passes.
+                Err(e) => {
+                    let mut stderr = std::io::stderr();
+                    writeln!(stderr, "the check of the units by systemd-analyze was left out: {e}").expect("written");
+                }
             }
         }
         fs::remove_dir_all(folder).expect("removed");

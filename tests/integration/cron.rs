@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::support::*;
 
@@ -41,14 +41,6 @@ fn make_silent(setup: &Setup) {
     let older = format!("{:<20}", beat.checked_sub(200_000).expect("a box that is up for some minutes"));
     lines[2] = &older;
     fs::write(&path, lines.join("\n") + "\n").expect("the lock file");
-}
-
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !is_so() {
-        assert!(began.elapsed() < SOON, "it never came to this: {what}");
-        std::thread::sleep(ms(5));
-    }
 }
 
 /// Whether a call has looked once at an agent that hangs.

@@ -226,28 +226,25 @@ fn a_beat_needs_both_directions_of_the_link() {
         let text = std::fs::read_to_string(&lock).expect("the lock file");
         text.lines().nth(2).expect("a beat").trim().parse::<u64>().expect("milliseconds")
     };
+    let wait_for_a_beat_after = |before: u64, what: &str| {
+        wait_until(what, || beat() != before);
+        beat()
+    };
     let first = beat();
     rig.session.frame("heartbeat", secs(20));
-    let began = Instant::now();
-    while beat() == first {
-        assert!(began.elapsed() < SOON, "no beat with the first heartbeat");
-        std::thread::sleep(ms(10));
-    }
-    // From here on the reader hears nothing.
+    let second = wait_for_a_beat_after(first, "a beat with the first heartbeat");
+    // From its pong on the reader hears nothing.
+    rig.session.wait("the ping behind the heartbeat", SOON, |event| matches!(event, Event::Ping).then_some(()));
     rig.session.ignore_pings();
     rig.session.frame("heartbeat", secs(20));
-    let before = beat();
+    let before = wait_for_a_beat_after(second, "a beat for the pong");
     rig.session.frame("heartbeat", secs(20));
     std::thread::sleep(QUIET);
     assert_eq!(beat(), before, "a heartbeat without anything heard is no sign of life");
     // A message may take minutes to come: the beginning of one of 60 KiB.
     rig.session.send_raw(&[0x81, 126, 0xf0, 0x00, b' ']);
     rig.session.frame("heartbeat", secs(20));
-    let began = Instant::now();
-    while beat() == before {
-        assert!(began.elapsed() < SOON, "no beat while a message comes");
-        std::thread::sleep(ms(10));
-    }
+    wait_for_a_beat_after(before, "a beat while a message comes");
 }
 
 #[test]

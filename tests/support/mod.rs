@@ -19,6 +19,7 @@ mod vitals;
 mod weigh;
 mod wire;
 
+use std::io::Write;
 use std::net::TcpListener;
 use std::path::Path;
 use std::thread::JoinHandle;
@@ -71,6 +72,16 @@ pub fn nobody_at(loopback: &str) -> String {
     listener.local_addr().expect("a bound address").to_string()
 }
 
+/// Waits until it is so.
+#[track_caller]
+pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !is_so() {
+        assert!(began.elapsed() < SOON, "within {SOON:?} it never came to this: {what}");
+        std::thread::sleep(ms(5));
+    }
+}
+
 /// Waits for the first line of a file that holds every one of `words`.
 pub fn wait_line_in(file: &Path, words: &[&str]) -> String {
     let began = Instant::now();
@@ -82,6 +93,12 @@ pub fn wait_line_in(file: &Path, words: &[&str]) -> String {
         assert!(began.elapsed() < SOON, "no line with {words:?} in {}; all there is:\n{text}", file.display());
         std::thread::sleep(ms(5));
     }
+}
+
+/// Says that this test does not run here, and why: past the capture of output, for the test passes.
+pub fn left_out(why: &str) {
+    let thread = std::thread::current();
+    let _ = writeln!(std::io::stderr(), "test {} was left out: {why}", thread.name().unwrap_or_default());
 }
 
 /// Joins a thread, for a `drop`: one that does not end in time is reported and left, as the test must go on or fail.
