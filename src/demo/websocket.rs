@@ -53,7 +53,7 @@ struct Frame {
 pub(super) fn accept<'a>(key: &str, input: &'a mut BufReader<TcpStream>) -> io::Result<(Reader<'a>, Sender)> {
     let tcp = input.get_ref().try_clone()?;
     let sender = Sender(Arc::new(Shared { tcp, turn: Mutex::new(()) }));
-    let (accept, date) = (derive_accept_key(key.as_bytes()), datetime::http(SystemTime::now()));
+    let (accept, date) = (derive_accept_key(key.as_bytes()), datetime::format_http(SystemTime::now()));
     let head = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept";
     sender.write(format!("{head}: {accept}\r\nDate: {date}\r\n\r\n").as_bytes())?;
     Ok((Reader { input, replies: sender.clone() }, sender))

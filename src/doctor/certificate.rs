@@ -2,7 +2,9 @@
 //!
 //! Nothing is decided here; whether a certificate is believed is rustls' affair. Whatever the bytes are, every read is within them.
 
-use crate::sys::datetime::{moment, number};
+use std::ops::Range;
+
+use crate::sys::datetime::parse_rfc3339;
 
 const SEQUENCE: u8 = 0x30;
 const SET: u8 = 0x31;
@@ -69,14 +71,19 @@ fn issuer(mut name: Der<'_>) -> String {
 
 fn time(fields: &mut Der<'_>) -> Option<i64> {
     let (tag, text) = fields.next()?;
-    let digits: &[u8] = text.strip_suffix(b"Z")?;
-    let (year, rest) = match (tag, digits.len()) {
-        // A window of years that the standard states.
-        (UTC_TIME, 12) => (number(digits, 0..2).map(|year| if year < 50 { 2000 + year } else { 1900 + year })?, 2),
-        (GENERALIZED_TIME, 14) => (number(digits, 0..4)?, 4),
+    let digits = str::from_utf8(text.strip_suffix(b"Z")?).ok()?;
+    // X.509 has a window for years of two digits.
+    let century = match (tag, digits.len()) {
+        (UTC_TIME, 12) if digits < "50" => "20",
+        (UTC_TIME, 12) => "19",
+        (GENERALIZED_TIME, 14) => "",
         _ => return None,
     };
-    moment(year, [0, 2, 4, 6, 8].map(|at| number(digits, rest + at..rest + at + 2)))
+    let digits = format!("{century}{digits}");
+    let part = |range: Range<usize>| digits.get(range);
+    let (year, month, day) = (part(0..4)?, part(4..6)?, part(6..8)?);
+    let (hour, minute, second) = (part(8..10)?, part(10..12)?, part(12..14)?);
+    parse_rfc3339(&format!("{year}-{month}-{day}T{hour}:{minute}:{second}Z"))
 }
 
 /// What is left of a run of tagged values.
@@ -123,8 +130,8 @@ mod tests {
         params.self_signed(&KeyPair::generate().expect("a key")).expect("a certificate").der().to_vec()
     }
 
-    fn midnight(year: i64, month: i64, day: i64) -> i64 {
-        moment(year, [month, day, 0, 0, 0].map(Some)).expect("a date")
+    fn midnight(year: i32, month: u8, day: u8) -> i64 {
+        date_time_ymd(year, month, day).unix_timestamp()
     }
 
     #[test]

@@ -15,7 +15,7 @@ const FIX: &str = "timedatectl set-ntp true (as root), or whatever keeps this bo
 pub fn compare(report: &mut Report<'_>, theirs: i64, ours: i64) {
     let off = ours.saturating_sub(theirs);
     let way = if off > 0 { "ahead of" } else { "behind" };
-    let span = datetime::span(off.unsigned_abs());
+    let span = datetime::format_duration(off.unsigned_abs());
     let what = format_args!("{span} {way} the coordinator's");
     match i64::try_from(off.unsigned_abs()).unwrap_or(i64::MAX) {
         0..=OFF_SEEN_SECONDS => report.pass("clock", format_args!("that of the coordinator, within 30 s")),

@@ -108,7 +108,7 @@ impl DialObserver for DialReport<'_, '_> {
         let version = if version == Some(ProtocolVersion::TLSv1_2) { "TLS 1.2" } else { "TLS 1.3" };
         let Some(certificate) = certificate::parse(certificate) else { return self.pass(format_args!("{version}")) };
         let days = certificate.not_after.saturating_sub(datetime::now()) / 86400;
-        let (issuer, until) = (issuer(&certificate), datetime::day(certificate.not_after));
+        let (issuer, until) = (issuer(&certificate), datetime::format_date(certificate.not_after));
         let what = format_args!("{version}, issuer {issuer}, expires in {days} day(s), on {until}");
         if days < EXPIRY_DAYS_MIN {
             self.report.warn(
@@ -204,8 +204,8 @@ impl DialReport<'_, '_> {
             format!(
                 "; issuer {}, holds from {} to {}",
                 issuer(&c),
-                datetime::day(c.not_before),
-                datetime::day(c.not_after)
+                datetime::format_date(c.not_before),
+                datetime::format_date(c.not_after)
             )
         });
         let (what, fix) = match fault {
@@ -226,7 +226,7 @@ impl DialReport<'_, '_> {
             ),
             _ => ("it is no good", "whoever runs the coordinator must mend it"),
         };
-        let today = datetime::day(datetime::now());
+        let today = datetime::format_date(datetime::now());
         self.fail(
             format_args!("the certificate for `{}`: {what} ({today}){shown}; {e}", self.dialer.host()),
             format_args!("{fix}; or something between here and there answers in the coordinator's place"),

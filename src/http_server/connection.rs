@@ -232,7 +232,7 @@ impl Exchange<'_> {
         // An unread body stands between us and the next request.
         self.head.close |= !matches!(self.body_left, Body::Read);
         let connection = if self.head.close { "close" } else { "keep-alive" };
-        let (reason, date) = (reason(status), datetime::http(SystemTime::now()));
+        let (reason, date) = (reason(status), datetime::format_http(SystemTime::now()));
         format!(
             "HTTP/1.1 {status} {reason}\r\nContent-Type: {content}\r\nDate: {date}\r\nConnection: {connection}\r\n\r\n"
         )

@@ -119,7 +119,7 @@ fn start_connection(mut tcp: TcpStream, shared: &Arc<Shared>, handle: &Handler) 
     open.threads.retain(|thread| !thread.is_finished());
     if open.connections.len() >= CONNECTIONS_MAX {
         drop(open);
-        let date = datetime::http(SystemTime::now());
+        let date = datetime::format_http(SystemTime::now());
         let head = format!(
             "HTTP/1.1 503 Service Unavailable\r\nDate: {date}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
         );

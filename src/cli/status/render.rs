@@ -179,7 +179,7 @@ fn text(value: &Value) -> String {
 /// How long ago a date was; nothing for what is none, or still to come.
 fn ago(date: &Value) -> Option<String> {
     let passed = datetime::now() - datetime::parse_rfc3339(date.as_str()?)?;
-    Some(datetime::span(u64::try_from(passed).unwrap_or(0)))
+    Some(datetime::format_duration(u64::try_from(passed).unwrap_or(0)))
 }
 
 #[cfg(test)]
