@@ -8,7 +8,6 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use super::descriptors::opened;
-use super::weigh::{Weight, weigh};
 use super::{SOON, Scratch, ms};
 
 /// The binary under test: another one where `AGENT` names it.
@@ -144,18 +143,9 @@ impl Setup {
 
     /// As a line of crontab does, at the level that the file says.
     pub fn start_by_cron(&self) -> Agent {
-        Agent::spawn(self.command_of_cron(), Some(Arc::clone(&self.scratch)))
-    }
-
-    /// What such a call costs that finds an agent at work.
-    pub fn weigh_by_cron(&self) -> Weight {
-        weigh(&self.command_of_cron())
-    }
-
-    fn command_of_cron(&self) -> Command {
         let mut command = self.command(None);
         command.args(["run", "--cron"]);
-        command
+        Agent::spawn(command, Some(Arc::clone(&self.scratch)))
     }
 
     /// Where an agent logs that was started so.

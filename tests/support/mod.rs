@@ -16,7 +16,6 @@ mod session;
 mod shim;
 mod tls;
 mod vitals;
-mod weigh;
 mod wire;
 
 use std::io::Write;
