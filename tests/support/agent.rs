@@ -271,6 +271,13 @@ impl Agent {
         ids.into_iter().filter_map(|id| name(id).ok()).map(|name| name.trim().to_owned()).collect()
     }
 
+    /// How often its threads that are still there have gone to sleep: once for each wake-up.
+    pub fn wake_ups(&self) -> u64 {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("the agent's threads");
+        let statuses = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("status")).ok());
+        statuses.map(|status| field_of(&status, "voluntary_ctxt_switches")).sum()
+    }
+
     /// The most memory that it ever held.
     pub fn peak_kib(&self) -> u64 {
         self.status_kib("VmHWM")
@@ -279,8 +286,7 @@ impl Agent {
     /// A line of `/proc/PID/status`.
     pub fn status_kib(&self, name: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("the agent's status");
-        let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).expect(name);
-        value.trim().trim_end_matches(" kB").parse().expect("a number")
+        field_of(&status, name)
     }
 
     pub fn is_running(&mut self) -> bool {
@@ -291,6 +297,12 @@ impl Agent {
         let status = self.child.try_wait().expect("the state of our own child");
         assert!(status.is_none(), "the agent should be running, but ended with {status:?}");
     }
+}
+
+/// A number of `/proc/PID/status`.
+fn field_of(status: &str, name: &str) -> u64 {
+    let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).expect(name);
+    value.trim().trim_end_matches(" kB").parse().expect("a number")
 }
 
 impl Drop for Agent {

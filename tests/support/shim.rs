@@ -10,14 +10,13 @@ use super::scratch::temporary;
 use super::{SOON, Scratch, Setup, ms};
 
 /// Built once for all tests of a run.
-static LIBRARY: LazyLock<PathBuf> = LazyLock::new(|| compile("shim.c", "shim.so", &["-shared", "-fPIC", "-O1"]));
+static LIBRARY: LazyLock<PathBuf> = LazyLock::new(compile);
 
-/// Compiles a file of this folder to one of this name.
-pub fn compile(source: &str, name: &str, options: &[&str]) -> PathBuf {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support").join(source);
+fn compile() -> PathBuf {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/shim.c");
     let folder = temporary();
-    let (fresh, target) = (folder.join(format!("{}-{name}", std::process::id())), folder.join(name));
-    let status = Command::new("cc").args(options).arg("-o").args([&fresh, &source]).status();
+    let (fresh, target) = (folder.join(format!("{}-shim.so", std::process::id())), folder.join("shim.so"));
+    let status = Command::new("cc").args(["-shared", "-fPIC", "-O1", "-o"]).args([&fresh, &source]).status();
     assert!(status.expect("a C compiler").success(), "{} does not compile", source.display());
     // Another run may be using the one that is there.
     fs::rename(fresh, &target).expect("the file in its place");
