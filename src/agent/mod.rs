@@ -20,12 +20,12 @@ use crate::discovery::{BackendOffer, Housekeeping, OfferFeed, OfferTerms, Prober
 use crate::instance::identity::Identity;
 use crate::instance::wake_socket::WakeSocket;
 use crate::instance::{AgentPaths, InstanceLock};
-use crate::job_executor::stats::Statistics;
+use crate::job_executor::stats::JobStats;
 use crate::job_executor::token_limit::TokenLimit;
 use crate::link::Dialer;
 use crate::link::protocol::OfferLimits;
 use crate::logging::sanitize_for_log;
-use crate::observe::{self, Connection, LastWritten, LiveState, StateFileWriter, Tally};
+use crate::observe::{self, Connection, LastWritten, LiveState, StateFileWriter};
 
 /// Everything that an agent is made of.
 pub struct Agent {
@@ -70,9 +70,8 @@ impl Agent {
     /// The system refused a thread at the start.
     pub fn run(mut self, stop: &Arc<Stop>) -> std::io::Result<()> {
         let offers = Arc::new(OfferFeed::default());
-        let statistics = Arc::new(Statistics::default());
+        let stats = Arc::new(JobStats::default());
         let token_limit = Arc::new(TokenLimit::new(self.max_tokens_per_minute));
-        let tally = Arc::new(Tally::default());
         let wake_socket = self.wake_socket()?;
         let live = Arc::new(LiveState::new(self.identity.provider_id(), wake_socket.waker()));
         let mut _held = None;
@@ -88,8 +87,7 @@ impl Agent {
                     fixed: observe::static_fields(&self.identity, self.coordinator.address()),
                     live: live.clone(),
                     offers: offers.clone(),
-                    statistics: statistics.clone(),
-                    tally: tally.clone(),
+                    stats: stats.clone(),
                     token_limit: token_limit.clone(),
                     last_written: LastWritten::default(),
                 };
@@ -109,9 +107,8 @@ impl Agent {
         let context = session::Context {
             offers: &offers,
             prober: &prober,
-            statistics: &statistics,
+            stats: &stats,
             token_limit: &token_limit,
-            tally: &tally,
             live: &live,
             limits,
             drain: self.drain,

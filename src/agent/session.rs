@@ -15,7 +15,7 @@ use tungstenite::{Error as WsError, Message};
 use crate::agent::shutdown::{ActiveState, GracefulStop, Stop};
 use crate::discovery::{OfferFeed, Prober};
 use crate::instance::identity::Identity;
-use crate::job_executor::stats::Statistics;
+use crate::job_executor::stats::JobStats;
 use crate::job_executor::token_limit::TokenLimit;
 use crate::job_executor::{
     CONTROL_LANE_MAX, Control, ExecutorDeps, JobExecutor, Lanes, Outbox, Overflow, REQUEST_BYTES_MAX, RejectReason,
@@ -25,7 +25,7 @@ use crate::link::waking_channel::WakingSender;
 use crate::link::writer::Writer;
 use crate::link::{Link, MESSAGE_BYTES_MAX, ReadHalf, STALL_TIMEOUT};
 use crate::logging::sanitize_for_log;
-use crate::observe::{LiveState, Tally};
+use crate::observe::LiveState;
 use crate::sys::malloc;
 
 /// For each frame of the handshake.
@@ -146,12 +146,10 @@ pub struct Context<'a> {
     pub offers: &'a Arc<OfferFeed>,
     /// Told of backends that are gone.
     pub prober: &'a Prober,
-    /// Figures over all sessions.
-    pub statistics: &'a Arc<Statistics>,
+    /// How jobs ended, over all sessions.
+    pub stats: &'a Arc<JobStats>,
     /// `max_tokens_per_minute`, over all sessions.
     pub token_limit: &'a Arc<TokenLimit>,
-    /// What became of the jobs of all sessions.
-    pub tally: &'a Arc<Tally>,
     /// Where it is noted how the agent is.
     pub live: &'a Arc<LiveState>,
     /// Stated with the offer.
@@ -181,11 +179,13 @@ pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) 
         outbox,
         ExecutorDeps {
             offers: context.offers.clone(),
-            statistics: context.statistics.clone(),
+            stats: context.stats.clone(),
             token_limit: context.token_limit.clone(),
             prober: Some(context.prober.clone()),
-            tally: context.tally.clone(),
-            live: Some(context.live.clone()),
+            on_throttled: Some(Box::new({
+                let live = context.live.clone();
+                move || live.throttled()
+            })),
         },
     ));
     let link = half.link();
@@ -250,14 +250,14 @@ fn heartbeat_of(
     let executor = Arc::downgrade(executor);
     let in_flight = move || executor.upgrade().map_or(0, |executor| executor.queue_depth());
     context.live.set_in_flight_source(in_flight.clone());
-    let (statistics, live) = (context.statistics.clone(), context.live.clone());
+    let (stats, live) = (context.stats.clone(), context.live.clone());
     move || {
         if link.take_received() {
             live.mark_alive();
         } else {
             live.mark_changed();
         }
-        statistics.heartbeat(in_flight()).to_frame()
+        stats.heartbeat(in_flight()).to_frame()
     }
 }
 

@@ -6,10 +6,9 @@
 
 use std::sync::Arc;
 
+use super::Shared;
 use super::in_flight::InFlightJob;
-use super::{ExecutorDeps, Shared};
 use crate::backend::BackendError;
-use crate::link::protocol;
 
 /// Runs until no job has been in flight for a while.
 pub fn watch(shared: &Shared) {
@@ -23,19 +22,10 @@ fn end(shared: &Shared, ticket: &Arc<InFlightJob>) {
         // Its worker finds that the time is over.
         ticket.interrupt();
     } else if shared.table.abandon(ticket) {
-        // Nothing of it is in the data lane, so that nothing can be overtaken.
         let error = BackendError::DeadlinePassed;
         log::warn!("job {} failed in the queue: {error}", ticket.job_id);
         if let Some(code) = error.code() {
-            let frame = protocol::job_error(ticket.job_id, code, &error.to_string(), 0);
-            let (latency, why) = (ticket.accepted.elapsed(), error.for_log());
-            let ExecutorDeps { statistics, tally, .. } = &shared.deps;
-            if shared.outbox.control(frame).is_ok() {
-                statistics.failed(latency, 0, code);
-                tally.failed(None, latency, 0, code, why);
-            } else {
-                tally.lost(1);
-            }
+            shared.answer_with_error(ticket, code, &error.to_string());
         }
     }
 }

@@ -15,6 +15,7 @@ use crate::discovery::Slot;
 /// has been woken. The flag decides; closing sockets and channels only wakes.
 pub struct InFlightJob {
     pub job_id: Uuid,
+    pub model_id: String,
     pub accepted: Instant,
     /// `None` when it is too far off for the clock to hold.
     pub deadline: Option<Instant>,
@@ -37,7 +38,7 @@ struct State {
 }
 
 impl InFlightJob {
-    pub fn new(job_id: Uuid, deadline: Duration) -> InFlightJob {
+    pub fn new(job: &Job) -> InFlightJob {
         let accepted = Instant::now();
         let (sender, cancel_signal) = bounded(0);
         let state = Mutex::new(State {
@@ -47,11 +48,11 @@ impl InFlightJob {
             cancel_signal: Some(sender),
             slot: None,
         });
-        let deadline = accepted.checked_add(deadline);
         InFlightJob {
-            job_id,
+            job_id: job.job_id,
+            model_id: job.model_id.clone(),
             accepted,
-            deadline,
+            deadline: accepted.checked_add(Duration::from_millis(u64::from(job.deadline_ms))),
             tokens_emitted: AtomicU32::new(0),
             cancelled: AtomicBool::new(false),
             expired: AtomicBool::new(false),
@@ -156,19 +157,25 @@ impl InFlightJob {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
+    use crate::backend::WireFormat;
+
+    pub fn job(job_id: Uuid, deadline_ms: u32) -> Job {
+        let (model_id, request) = ("m".to_owned(), serde_json::Value::Null);
+        Job { job_id, model_id, request, format: WireFormat::Openai, deadline_ms }
+    }
 
     #[test]
     fn a_job_has_begun_when_a_worker_comes_and_no_sooner() {
-        let ticket = InFlightJob::new(Uuid::nil(), Duration::ZERO);
+        let ticket = InFlightJob::new(&job(Uuid::nil(), 0));
         assert!(!ticket.is_started(), "it may yet have to wait for a worker");
         assert!(ticket.take_job().is_none() && ticket.is_started());
     }
 
     #[test]
     fn no_token_is_new_twice() {
-        let ticket = InFlightJob::new(Uuid::nil(), Duration::ZERO);
+        let ticket = InFlightJob::new(&job(Uuid::nil(), 0));
         let new = [5, 9, 2, 9, 10].map(|tokens| ticket.note_tokens_emitted(tokens));
         assert_eq!((new, ticket.tokens_emitted()), ([5, 4, 0, 0, 1], 10));
     }

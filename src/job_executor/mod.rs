@@ -13,13 +13,12 @@ mod rejection;
 mod table;
 mod in_flight;
 pub mod stats;
-pub mod tally;
 pub mod token_limit;
 pub mod worker_pool;
 mod worker;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crossbeam_channel::Sender;
 use tungstenite::Message;
@@ -33,11 +32,10 @@ use table::{AdmitError, JobTable};
 
 use crate::backend::{BackendError, BackendResult, Job, JobResult};
 use crate::discovery::{BackendHandle, Catalog, DiscoveredBackend, Listing, OfferFeed, Prober};
-use crate::job_executor::stats::Statistics;
+use crate::job_executor::stats::{JobStats, Outcome};
 use crate::job_executor::token_limit::TokenLimit;
 use crate::job_executor::worker_pool::WorkerPool;
 use crate::link::protocol::{self, ErrorCode};
-use crate::observe::{LiveState, Tally};
 use crate::sys::threads;
 
 /// A cancel frees the place at once, but a worker that is resolving a name or connecting notices only afterwards: others
@@ -55,16 +53,14 @@ pub struct JobExecutor {
 pub struct ExecutorDeps {
     /// Where jobs may go.
     pub offers: Arc<OfferFeed>,
-    /// Figures of the jobs that ended.
-    pub statistics: Arc<Statistics>,
-    /// Refuses jobs while it is used up.
+    /// Records how each job ends.
+    pub stats: Arc<JobStats>,
+    /// Rejects jobs while it is used up.
     pub token_limit: Arc<TokenLimit>,
-    /// Told of backends that are gone or fail their jobs.
+    /// Notified of backends that are gone or fail their jobs.
     pub prober: Option<Prober>,
-    /// What became of all jobs.
-    pub tally: Arc<Tally>,
-    /// Told when the token limit refuses jobs.
-    pub live: Option<Arc<LiveState>>,
+    /// Called when the token limit rejects a job.
+    pub on_throttled: Option<Box<dyn Fn() + Send + Sync>>,
 }
 
 /// What the workers see of it.
@@ -86,6 +82,24 @@ impl Shared {
         if outcome.as_ref().is_err_and(BackendError::invalidates_offer) {
             prober.request_refresh();
         }
+    }
+
+    /// Answers a job that was cancelled by its table, not by the coordinator. The frame goes ahead of the data lane, where
+    /// a cancelled job has no frame left that it could overtake.
+    fn answer_with_error(&self, job: &InFlightJob, code: ErrorCode, message: &str) {
+        let output_tokens = job.tokens_emitted();
+        let sent = self.outbox.control(protocol::job_error(job.job_id, code, message, output_tokens));
+        self.deps.stats.record(match sent {
+            Ok(()) => Outcome::Failed {
+                model_id: &job.model_id,
+                latency: job.accepted.elapsed(),
+                output_tokens,
+                code,
+                reason: message.to_owned(),
+                is_requesters_fault: false,
+            },
+            Err(Overflow) => Outcome::Lost,
+        });
     }
 }
 
@@ -177,10 +191,10 @@ impl JobExecutor {
     /// # Errors
     /// As [`JobExecutor::try_dispatch`].
     pub fn refuse(&self, job_id: Uuid, cause: RejectReason, message: &str) -> Result<(), Overflow> {
-        let ExecutorDeps { tally, live, .. } = &self.shared.deps;
-        tally.refused(cause.name());
-        if let Some(live) = live.as_ref().filter(|_| cause == RejectReason::TokenLimit) {
-            live.throttled();
+        let ExecutorDeps { stats, on_throttled, .. } = &self.shared.deps;
+        stats.record(Outcome::Rejected(cause));
+        if let Some(on_throttled) = on_throttled.as_ref().filter(|_| cause == RejectReason::TokenLimit) {
+            on_throttled();
         }
         self.shared.outbox.control(protocol::job_error(job_id, cause.code(), message, 0))
     }
@@ -206,8 +220,7 @@ impl JobExecutor {
                 false => refusal(RejectReason::Paused, "the operator has paused the agent".into()),
             };
         }
-        let deadline = Duration::from_millis(u64::from(job.deadline_ms));
-        let (ticket, share) = match table.admit(job.job_id, deadline, request_bytes) {
+        let (ticket, share) = match table.admit(&job, request_bytes) {
             Ok(admitted) => admitted,
             Err(AdmitError::Duplicate) => return Err(NotAdmitted::Duplicate),
             Err(AdmitError::Closed) => return refusal(RejectReason::Stopping, "the agent is stopping".into()),
@@ -249,7 +262,7 @@ impl JobExecutor {
     /// Ends the job without a word; does nothing when it is not in flight.
     pub fn cancel(&self, job_id: Uuid) {
         if let Some(ticket) = self.shared.table.cancel(job_id) {
-            self.shared.deps.tally.cancelled(ticket.tokens_emitted());
+            self.shared.deps.stats.record(Outcome::Cancelled { output_tokens: ticket.tokens_emitted() });
             crate::debug!("job {job_id} cancelled");
         }
     }
@@ -272,17 +285,16 @@ impl JobExecutor {
     /// Ends what is in flight with a `job_error` each.
     pub fn abandon_all(&self, message: &str) {
         for ticket in self.shared.table.cancel_all() {
-            let (tokens, code) = (ticket.tokens_emitted(), ErrorCode::Internal);
-            self.shared.deps.tally.failed(None, ticket.accepted.elapsed(), tokens, code, message.to_owned());
-            let _ = self.shared.outbox.control(protocol::job_error(ticket.job_id, code, message, tokens));
+            self.shared.answer_with_error(&ticket, ErrorCode::Internal, message);
         }
     }
 
     /// Ends what is in flight without a word, for nobody would hear it.
     pub fn cancel_all(&self) {
         self.close_admission();
-        let lost = self.shared.table.cancel_all();
-        self.shared.deps.tally.lost(lost.len());
+        for _ in self.shared.table.cancel_all() {
+            self.shared.deps.stats.record(Outcome::Lost);
+        }
     }
 }
 
@@ -294,6 +306,8 @@ impl Drop for JobExecutor {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::backend::{Backend, BackendHealth, BackendModel, JobSink, WireFormat};
     use crate::discovery::ResolvedModel;
@@ -326,6 +340,16 @@ mod tests {
         }
     }
 
+    fn job(model_id: &str) -> Job {
+        Job {
+            job_id: Uuid::nil(),
+            model_id: model_id.to_owned(),
+            request: serde_json::Value::Null,
+            format: WireFormat::Openai,
+            deadline_ms: 60_000,
+        }
+    }
+
     #[test]
     fn an_answer_that_nobody_can_be_sent_counts_as_lost() {
         let model = |id: &str| ResolvedModel {
@@ -340,28 +364,13 @@ mod tests {
         let out = crossbeam_channel::unbounded().0;
         let executor = JobExecutor::new(vec![DiscoveredBackend { backend: Arc::new(Answering), models }], 1, out);
         for model_id in ["silent", "chatty"] {
-            executor.dispatch(Job {
-                job_id: Uuid::nil(),
-                model_id: model_id.to_owned(),
-                request: serde_json::Value::Null,
-                format: WireFormat::Openai,
-                deadline_ms: 60_000,
-            });
+            executor.dispatch(job(model_id));
             assert!(executor.wait_idle(Instant::now() + Duration::from_secs(10), || false));
         }
         let shared = executor.shared.clone();
         drop(executor);
         let until = Instant::now() + Duration::from_secs(10);
-        let lost = || {
-            let mut lost = None;
-            shared.deps.tally.describe(0, &mut |key, value| {
-                if key == "jobs" {
-                    lost = value["lost"].as_u64();
-                }
-            });
-            lost == Some(2)
-        };
-        while !lost() {
+        while shared.deps.stats.totals().lost != 2 {
             assert!(Instant::now() < until, "not counted");
             std::thread::yield_now();
         }
@@ -371,7 +380,7 @@ mod tests {
     fn a_job_that_has_had_its_end_is_not_turned_away_as_well() {
         let executor = JobExecutor::new(Vec::new(), 1, crossbeam_channel::unbounded().0);
         let table = &executor.shared.table;
-        let admit = || table.admit(Uuid::nil(), Duration::ZERO, 0).expect("a place").0;
+        let admit = || table.admit(&job("m"), 0).expect("a place").0;
         let turn_away =
             |ticket: &Arc<InFlightJob>| executor.reject_admitted(ticket, RejectReason::NoThread, String::new());
         assert!(matches!(turn_away(&admit()), NotAdmitted::Answer(RejectReason::NoThread, _)));

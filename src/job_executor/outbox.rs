@@ -172,10 +172,10 @@ fn send_unless_cancelled<T>(
 #[cfg(test)]
 mod tests {
     use std::net::TcpListener;
-    use std::time::Duration;
 
     use uuid::Uuid;
 
+    use super::super::in_flight::tests::job;
     use super::*;
     use crate::link::Dialer;
     use crate::link::writer::Writer;
@@ -193,7 +193,7 @@ mod tests {
         let mut half = dialer.dial(&crossbeam_channel::never(), |_| ()).expect("a session");
         let (link, lanes) = (half.link(), Lanes::default());
         let outbox = Outbox::Lanes { control: lanes.control.clone(), data: lanes.data.clone() };
-        let ticket = Arc::new(InFlightJob::new(Uuid::nil(), Duration::MAX));
+        let ticket = Arc::new(InFlightJob::new(&job(Uuid::nil(), u32::MAX)));
         (0..frames).for_each(|_| outbox.chunk(&ticket, "x".repeat(length)).expect("room in the lane"));
         let before = link.writes();
         let writer = Writer::spawn(half.split(|_| Ok(())), lanes, String::new).expect("a thread");

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use super::in_flight::InFlightJob;
+use crate::backend::Job;
 
 /// Of all requests in flight, as text, in bytes, with those that the worker of a cancelled job has yet to let go of. Parsed,
 /// one may take several times its text.
@@ -87,15 +88,10 @@ impl JobTable {
     }
 
     /// Gives a job a place, and its request of so many bytes a share of the memory.
-    pub fn admit(
-        &self,
-        job_id: Uuid,
-        deadline: Duration,
-        bytes: usize,
-    ) -> Result<(Arc<InFlightJob>, MemoryPermit), AdmitError> {
+    pub fn admit(&self, job: &Job, bytes: usize) -> Result<(Arc<InFlightJob>, MemoryPermit), AdmitError> {
         let state = &mut *self.lock();
         let taken = state.jobs.len();
-        match state.jobs.entry(job_id) {
+        match state.jobs.entry(job.job_id) {
             Entry::Occupied(_) => Err(AdmitError::Duplicate),
             Entry::Vacant(_) if state.closed => Err(AdmitError::Closed),
             Entry::Vacant(_) if taken >= self.capacity => Err(AdmitError::Full),
@@ -105,7 +101,7 @@ impl JobTable {
             Entry::Vacant(place) => {
                 self.bytes.fetch_add(bytes, Ordering::SeqCst);
                 let share = MemoryPermit { bytes, taken: self.bytes.clone() };
-                let ticket = place.insert(Arc::new(InFlightJob::new(job_id, deadline))).clone();
+                let ticket = place.insert(Arc::new(InFlightJob::new(job))).clone();
                 if ticket.deadline.is_some_and(|deadline| state.next_wakeup.is_some_and(|at| deadline < at)) {
                     self.deadlines.notify_one();
                 }
@@ -247,9 +243,11 @@ impl JobTable {
 
 #[cfg(test)]
 mod tests {
+    use super::super::in_flight::tests::job;
     use super::*;
 
     const LONG: Duration = Duration::from_secs(3600);
+    const LONG_MS: u32 = 3_600_000;
 
     #[test]
     fn deadlines_are_told_once_each_and_in_time_and_nobody_watches_a_closed_table() {
@@ -262,7 +260,7 @@ mod tests {
                 expired.iter().for_each(|ticket| told.send(ticket.job_id).expect("the test listens"));
             }
         });
-        let admit = |n, ms| table.admit(Uuid::from_u128(n), Duration::from_millis(ms), 0).expect("a place").0;
+        let admit = |n, ms| table.admit(&job(Uuid::from_u128(n), ms), 0).expect("a place").0;
         let jobs = [admit(1, 3_600_000), admit(2, 300), admit(3, 150)];
         table.finish(&admit(4, 200));
         let next = || inbox.recv_timeout(LONG).expect("told").as_u128();
@@ -278,24 +276,28 @@ mod tests {
     fn a_place_is_free_once_whatever_order_ends_meet_in() {
         let table = JobTable::new(1);
         let id = Uuid::from_u128(1);
-        let (first, _) = table.admit(id, LONG, 0).expect("a place");
-        assert_eq!(table.admit(id, LONG, 0).err(), Some(AdmitError::Duplicate));
-        assert_eq!(table.admit(Uuid::from_u128(2), LONG, 0).err(), Some(AdmitError::Full));
+        let (first, _) = table.admit(&job(id, LONG_MS), 0).expect("a place");
+        assert_eq!(table.admit(&job(id, LONG_MS), 0).err(), Some(AdmitError::Duplicate));
+        assert_eq!(table.admit(&job(Uuid::from_u128(2), LONG_MS), 0).err(), Some(AdmitError::Full));
         assert!(table.cancel(id).is_some());
         assert!(table.cancel(id).is_none());
-        let (again, _) = table.admit(id, LONG, 0).expect("the same id, anew");
+        let (again, _) = table.admit(&job(id, LONG_MS), 0).expect("the same id, anew");
         table.finish(&first);
         assert_eq!(table.len(), 1, "the first job's end does not end the second");
         table.finish(&again);
         table.finish(&again);
         assert_eq!(table.len(), 0);
         assert!(first.is_cancelled() && !again.is_cancelled());
-        let (_, share) = table.admit(id, LONG, REQUEST_BYTES_MAX).expect("room for it alone");
+        let (_, share) = table.admit(&job(id, LONG_MS), REQUEST_BYTES_MAX).expect("room for it alone");
         assert!(table.cancel(id).is_some());
-        assert_eq!(table.admit(id, LONG, 1).err(), Some(AdmitError::TooLarge), "a worker still holds the request");
+        assert_eq!(
+            table.admit(&job(id, LONG_MS), 1).err(),
+            Some(AdmitError::TooLarge),
+            "a worker still holds the request"
+        );
         drop(share);
-        assert_eq!(table.admit(id, LONG, REQUEST_BYTES_MAX + 1).err(), Some(AdmitError::TooLarge));
+        assert_eq!(table.admit(&job(id, LONG_MS), REQUEST_BYTES_MAX + 1).err(), Some(AdmitError::TooLarge));
         table.close();
-        assert_eq!(table.admit(id, LONG, 0).err(), Some(AdmitError::Closed));
+        assert_eq!(table.admit(&job(id, LONG_MS), 0).err(), Some(AdmitError::Closed));
     }
 }

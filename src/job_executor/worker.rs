@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::in_flight::InFlightJob;
-use super::{ExecutorDeps, FallbackRoute, Shared};
+use super::stats::Outcome;
+use super::{FallbackRoute, Shared};
 use crate::backend::{BackendError, BackendResult, Interrupt, JobResult, JobSink};
 use crate::discovery::BackendHandle;
 use crate::link::protocol::{self, JobChunks};
@@ -21,9 +22,8 @@ pub fn run(
     alternatives: FallbackRoute,
 ) {
     // From here on the job is answered, whatever happens: also when the backend panics.
-    let mut ending = TerminalGuard { shared, ticket, model_id: String::new(), outcome: Err(BackendError::Panicked) };
+    let mut ending = TerminalGuard { shared, ticket, outcome: Err(BackendError::Panicked) };
     let Some((mut job, _share)) = ticket.take_job() else { return };
-    ending.model_id.clone_from(&job.model_id);
     let mut relay = JobRelay { shared, ticket, chunks: JobChunks::of(ticket.job_id), has_sent: false };
     let mut alternatives = alternatives.into_iter();
     loop {
@@ -105,7 +105,6 @@ impl JobSink for JobRelay<'_> {
 struct TerminalGuard<'a> {
     shared: &'a Arc<Shared>,
     ticket: &'a Arc<InFlightJob>,
-    model_id: String,
     outcome: BackendResult<JobResult>,
 }
 
@@ -125,7 +124,7 @@ impl Drop for TerminalGuard<'_> {
             // Whoever took it out counts it.
             _ if self.ticket.is_cancelled() => {}
             true => self.record(),
-            false => self.shared.deps.tally.lost(1),
+            false => self.shared.deps.stats.record(Outcome::Lost),
         }
     }
 }
@@ -151,22 +150,25 @@ impl TerminalGuard<'_> {
     }
 
     fn record(&self) {
-        let ExecutorDeps { statistics, tally, .. } = &self.shared.deps;
-        let latency = self.ticket.accepted.elapsed();
-        match &self.outcome {
-            Ok(result) => {
-                let output_tokens = result.output_tokens.unwrap_or(0);
-                statistics.done(latency, output_tokens);
-                tally.done(&self.model_id, latency, result.input_tokens.unwrap_or(0), output_tokens);
-            }
+        let (model_id, latency) = (self.ticket.model_id.as_str(), self.ticket.accepted.elapsed());
+        self.shared.deps.stats.record(match &self.outcome {
+            Ok(result) => Outcome::Done {
+                model_id,
+                latency,
+                input_tokens: result.input_tokens.unwrap_or(0),
+                output_tokens: result.output_tokens.unwrap_or(0),
+            },
             Err(e) => {
                 let Some(code) = e.code() else { return };
-                let output_tokens = self.ticket.tokens_emitted();
-                if !e.is_requesters_fault() {
-                    statistics.failed(latency, output_tokens, code);
+                Outcome::Failed {
+                    model_id,
+                    latency,
+                    output_tokens: self.ticket.tokens_emitted(),
+                    code,
+                    reason: e.for_log(),
+                    is_requesters_fault: e.is_requesters_fault(),
                 }
-                tally.failed(Some(&self.model_id), latency, output_tokens, code, e.for_log());
             }
-        }
+        });
     }
 }

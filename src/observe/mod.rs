@@ -14,7 +14,6 @@ use std::time::SystemTime;
 
 use serde_json::{Map, Value};
 
-pub use crate::job_executor::tally::Tally;
 pub use live::{Connection, LiveState};
 pub use state_file::{LastWritten, StateFileWriter};
 

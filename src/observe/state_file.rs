@@ -6,12 +6,12 @@ use std::time::SystemTime;
 use serde_json::{Map, Value};
 
 use super::live::Snapshot;
-use super::{Connection, LiveState, Tally, object};
+use super::{Connection, LiveState, object};
 use crate::discovery::{BackendStatus, Catalog, OfferFeed, ResolvedModel};
 use crate::instance::{AgentPaths, InstanceLock};
-use crate::job_executor::stats::Statistics;
+use crate::job_executor::stats::{JobStats, Totals};
 use crate::job_executor::token_limit::TokenLimit;
-use crate::link::protocol::AGENT_VERSION;
+use crate::link::protocol::{AGENT_VERSION, ErrorCode};
 use crate::sys::datetime::rfc3339;
 use crate::sys::files;
 
@@ -27,10 +27,8 @@ pub struct StateFileWriter {
     pub live: Arc<LiveState>,
     /// The offer, which a pause empties.
     pub offers: Arc<OfferFeed>,
-    /// Of the jobs that ended of late.
-    pub statistics: Arc<Statistics>,
-    /// Of all jobs.
-    pub tally: Arc<Tally>,
+    /// How jobs ended.
+    pub stats: Arc<JobStats>,
     /// Which may be used up.
     pub token_limit: Arc<TokenLimit>,
     /// Nothing, to begin with.
@@ -99,7 +97,7 @@ impl StateFileWriter {
         if self.last_written.condition != condition.name {
             (self.last_written.condition, self.last_written.since) = (condition.name, now);
         }
-        let figures = self.statistics.heartbeat(noted.in_flight);
+        let figures = self.stats.heartbeat(noted.in_flight);
         self.last_written.times += 1;
         let date = |at| Value::from(rfc3339(at));
         let mut state = self.fixed.clone();
@@ -123,7 +121,7 @@ impl StateFileWriter {
         set("p50_latency_ms", figures.p50_latency_ms.into());
         set("p95_latency_ms", figures.p95_latency_ms.into());
         set("tokens_per_sec_p50", figures.tokens_per_sec_p50.into());
-        self.tally.describe(noted.in_flight, &mut set);
+        describe_jobs(&self.stats.totals(), noted.in_flight, &mut set);
         Value::Object(state)
     }
 
@@ -180,6 +178,39 @@ fn backend_json(backend: &BackendStatus) -> Value {
         ("error", backend.unavailable().into()),
         ("last_error", last_error.into()),
     ])
+}
+
+/// `jobs`, `tokens`, `last_job` and `last_error`.
+fn describe_jobs(totals: &Totals, in_flight: u32, set: &mut dyn FnMut(&str, Value)) {
+    let by_reason = totals.rejected.iter().map(|(reason, count)| (reason.name().to_owned(), Value::from(*count)));
+    let jobs = object([
+        ("in_flight", in_flight.into()),
+        ("done", totals.done.into()),
+        ("failed", totals.failed.into()),
+        ("cancelled", totals.cancelled.into()),
+        ("lost", totals.lost.into()),
+        ("refused", totals.rejected.iter().map(|(_, count)| count).sum::<u64>().into()),
+        ("refused_by_cause", Value::Object(by_reason.collect())),
+    ]);
+    set("jobs", jobs);
+    set("tokens", object([("input", totals.input_tokens.into()), ("output", totals.output_tokens.into())]));
+    let last_job = totals.last_job.as_ref().map(|job| {
+        object([
+            ("at", rfc3339(job.at).into()),
+            ("model_id", job.model_id.as_str().into()),
+            ("outcome", job.error.map_or("done", ErrorCode::as_str).into()),
+            ("duration_ms", u64::try_from(job.latency.as_millis()).unwrap_or(u64::MAX).into()),
+        ])
+    });
+    set("last_job", last_job.into());
+    let last_error = totals.last_error.as_ref().map(|error| {
+        object([
+            ("at", rfc3339(error.at).into()),
+            ("code", error.code.as_str().into()),
+            ("message", error.reason.as_str().into()),
+        ])
+    });
+    set("last_error", last_error.into());
 }
 
 fn model_json(model: &ResolvedModel) -> Value {
