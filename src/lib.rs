@@ -1,36 +1,39 @@
-//! The provider agent: it offers the models of local inference servers on a market, over one outbound WebSocket, runs the
-//! chat jobs that it is handed, and streams the answers back byte for byte.
+//! The provider agent: offers the models of local inference servers on a market over one outbound WebSocket, runs the chat
+//! jobs that the coordinator sends, and streams the answers back byte for byte.
 //!
-//! Everything is synchronous and threaded; there is no runtime.
+//! Everything is synchronous and threaded; there is no async runtime.
 //!
 //! ```text
 //!  coordinator ══wss══╗                                               ╔══wss══▶ coordinator
 //!                     ▼ ReadHalf (blocks without a lock)               ║ WriteHalf (only this thread writes)
-//!  main = supervisor + session ──control (pong, refusal, offer)──▶ writer ◀── tick 15 s → heartbeat, ping
+//!  main = agent + session ──control (pong, rejection, offer)────▶ writer ◀── every 15 s: heartbeat, ping
 //!    │ job             │ job_cancel                                   ▲
 //!    ▼                 ▼                                              │ data, bounded: the backpressure
-//!  JobExecutor      JobTable: out of it, marked, woken                │
+//!  JobExecutor      JobTable: removed, marked, interrupted            │
 //!    │                                                                │
 //!    ▼                                                                │
-//!  job-0 … job-N (on demand, small stacks, idle exit) ─── ureq ⇄ backend
-//!  prober: keeps the catalog true, writes      signals: 1st → drain, 2nd → stop now
-//!    the state file, heeds a pause
-//!  deadlines: there while jobs are, wakes those whose time is over
+//!  job-0 … job-N (on demand, small stacks, exit when idle) ─── ureq ⇄ backend
+//!  housekeeping: probes the backends, writes   signals: 1st → drain, 2nd → stop now
+//!    the state file, applies a pause
+//!  deadlines: interrupts jobs whose time is up; exists only while there are jobs
 //! ```
 //!
 //! # Invariants
-//! - The reader blocks on nothing but its socket: a cancel never waits behind the data it is to stop.
-//! - Only the writer writes. Control never waits behind a flood of chunks.
+//! - The reader blocks only in its socket: a cancel never waits behind the data that it is to stop.
+//! - Only the writer writes. Control frames never wait behind data.
 //! - Every queue, buffer, retry and wait has a named limit; memory is bounded whatever the other side does.
 //! - Backpressure, not loss: a slow coordinator fills the data lane, which blocks the workers, which stop reading their
 //!   backends.
 //! - Every accepted job ends with exactly one terminal frame, or with none after a cancel or at the end of its session.
 //! - The end of a session ends its jobs.
 //! - No lock is held across a blocking send, a join or I/O.
-//! - Whoever serves waits for no disk: the log and the state file are written by threads that serve nobody.
-//! - The lock file tells a working agent from a hung one, also on a full disk: its beat needs the writer, the coordinator and
-//!   the reader, or an attempt to connect.
+//! - Job-serving threads never wait for the disk; the log and the state file are written by dedicated threads.
+//! - The lock file tells a working agent from a hung one, even on a full disk. Liveness is recorded only after a heartbeat was
+//!   written and data was received from the coordinator, or while the agent tries to connect.
 //! - Prompts, completions, keys, seeds and enrollment codes are never logged, at any level.
+//!
+//! # Modules
+//! Dependencies run downwards in the list of modules below: a module uses only modules that stand after it.
 //!
 //! # Limits
 //! | what | limit |
@@ -48,20 +51,23 @@
 //! | a log file, and the one before it | `FILE_BYTES_MAX` in `logging::file` |
 //! | jobs at a time | [`config::MAX_CONCURRENT_RANGE`] |
 
+// The operator's commands and tools.
 pub mod cli;
 pub mod doctor;
 pub mod demo;
 pub mod service;
 pub mod pairing;
 
+// The agent: from the connection down to one request to a backend.
 pub mod agent;
 pub mod observe;
 pub mod job_executor;
 pub mod link;
 pub mod discovery;
+pub mod config;
 pub mod backend;
 
-pub mod config;
+// What all of them build on.
 pub mod instance;
 mod http_server;
 pub mod logging;
