@@ -1,40 +1,9 @@
-//! Why a job failed: a variant for each cause, and the one place where a cause becomes an error code.
+//! Why a backend call failed: one variant per cause, and what each cause means for the backend and its offer.
 
 use std::fmt;
 
 /// How much of a backend's error body travels on, in bytes.
 pub const ERROR_BODY_MAX: usize = 512;
-
-/// The six codes that the coordinator knows; there are no others.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum ErrorCode {
-    /// No place is free, here or at the backend.
-    OutOfCapacity,
-    /// The model is not offered, not there, or still loading.
-    ModelNotLoaded,
-    /// The backend could not be reached, or went away before its first byte.
-    BackendUnreachable,
-    /// The deadline passed.
-    BackendTimeout,
-    /// The backend refused our key, or the key is missing.
-    AuthRejectedByBackend,
-    /// Everything else, cut streams among it.
-    Internal,
-}
-
-impl ErrorCode {
-    /// The spelling on the wire.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            ErrorCode::OutOfCapacity => "out_of_capacity",
-            ErrorCode::ModelNotLoaded => "model_not_loaded",
-            ErrorCode::BackendUnreachable => "backend_unreachable",
-            ErrorCode::BackendTimeout => "backend_timeout",
-            ErrorCode::AuthRejectedByBackend => "auth_rejected_by_backend",
-            ErrorCode::Internal => "internal",
-        }
-    }
-}
 
 /// What [`Backend`](super::Backend) methods return.
 pub type BackendResult<T> = Result<T, BackendError>;
@@ -127,30 +96,6 @@ pub enum BackendError {
 }
 
 impl BackendError {
-    /// The code that the coordinator is told; `None` when it is to be told nothing.
-    pub fn code(&self) -> Option<ErrorCode> {
-        match self {
-            BackendError::Cancelled | BackendError::SessionGone => None,
-            BackendError::DeadlinePassed => Some(ErrorCode::BackendTimeout),
-            BackendError::Unreachable(_)
-            | BackendError::FailingJobs(_)
-            | BackendError::ProbeTimeout(_)
-            | BackendError::NotHttp(_)
-            | BackendError::BadGateway(_) => Some(ErrorCode::BackendUnreachable),
-            BackendError::Loading(_) | BackendError::ModelNotFound(_) => Some(ErrorCode::ModelNotLoaded),
-            BackendError::Overloaded(_) | BackendError::Exhausted(_) => Some(ErrorCode::OutOfCapacity),
-            BackendError::MissingKey(_) | BackendError::AuthRejected(_) => Some(ErrorCode::AuthRejectedByBackend),
-            BackendError::BadRequest(_)
-            | BackendError::Status(_)
-            | BackendError::Broken(_)
-            | BackendError::CutStream(_)
-            | BackendError::StreamError(_)
-            | BackendError::Aborted
-            | BackendError::BadAnswer(_)
-            | BackendError::Panicked => Some(ErrorCode::Internal),
-        }
-    }
-
     /// Whether the requester is to blame, so that it counts neither against us nor against the backend.
     pub fn is_requesters_fault(&self) -> bool {
         matches!(self, BackendError::BadRequest(_))
@@ -245,31 +190,6 @@ pub fn truncated_body(body: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn statuses_become_codes_after_the_table() {
-        let table: &[(u16, &str, ErrorCode)] = &[
-            (400, r#"{"error":{"message":"too long"}}"#, ErrorCode::Internal),
-            (400, r#"{"error":{"message":"model 'x' not found"}}"#, ErrorCode::ModelNotLoaded),
-            (401, "", ErrorCode::AuthRejectedByBackend),
-            (402, "", ErrorCode::OutOfCapacity),
-            (403, "", ErrorCode::AuthRejectedByBackend),
-            (404, r#"{"error":"model \"x\" not found, try pulling it first"}"#, ErrorCode::ModelNotLoaded),
-            (404, "No models loaded. Please load a model.", ErrorCode::ModelNotLoaded),
-            (413, "", ErrorCode::Internal),
-            (422, "", ErrorCode::Internal),
-            (429, "", ErrorCode::OutOfCapacity),
-            (500, "", ErrorCode::Internal),
-            (502, "", ErrorCode::BackendUnreachable),
-            (503, r#"{"error":{"message":"Loading model","code":503}}"#, ErrorCode::ModelNotLoaded),
-            (503, "server busy, please try again.", ErrorCode::OutOfCapacity),
-            (504, "", ErrorCode::BackendUnreachable),
-            (307, "", ErrorCode::Internal),
-        ];
-        for (status, body, code) in table {
-            assert_eq!(BackendError::from_status(*status, body.as_bytes()).code(), Some(*code), "{status} {body}");
-        }
-    }
 
     #[test]
     fn a_quote_is_bounded_whatever_the_bytes() {

@@ -5,6 +5,7 @@
 
 mod context_window;
 mod error;
+mod error_code;
 mod event;
 mod diagnosis;
 mod bounded_json;
@@ -25,7 +26,8 @@ use uuid::Uuid;
 
 pub use api_key::ApiKey;
 pub use diagnosis::Diagnosis;
-pub use error::{BackendError, BackendResult, ERROR_BODY_MAX, ErrorCode, HttpStatus};
+pub use error::{BackendError, BackendResult, ERROR_BODY_MAX, HttpStatus};
+pub use error_code::ErrorCode;
 pub use http::{Client, Interrupt, proxy_from_env, read_bounded};
 pub use http_backend::HttpBackend;
 pub use kind::{BaseUrl, Kind};
