@@ -45,6 +45,10 @@ impl Interrupt {
         }
     }
 
+    fn was_used(&self) -> bool {
+        self.agent().is_none()
+    }
+
     /// The agent, unless it was interrupted.
     fn take(&self) -> Option<Agent> {
         self.agent().take()
@@ -150,16 +154,13 @@ impl Client {
                 wire.reset();
                 AgentLease::new(self, agent, wire)
             }
-            None => self.fresh_lease(),
+            None => {
+                let wire = Arc::new(ConnectionMonitor::default());
+                let connector = MonitoredConnector::new(self.connector.clone(), wire.clone());
+                let agent = Agent::with_parts(self.config.clone(), connector, LocalFirstResolver);
+                AgentLease::new(self, agent, wire)
+            }
         }
-    }
-
-    /// An agent without a connection.
-    pub fn fresh_lease(&self) -> AgentLease<'_> {
-        let wire = Arc::new(ConnectionMonitor::default());
-        let connector = MonitoredConnector::new(self.connector.clone(), wire.clone());
-        let agent = Agent::with_parts(self.config.clone(), connector, LocalFirstResolver);
-        AgentLease::new(self, agent, wire)
     }
 }
 
@@ -182,23 +183,26 @@ impl<'a> AgentLease<'a> {
         self.interrupt.clone()
     }
 
-    /// `GET`, bounded in time.
+    /// Sends a `GET`; `time` covers the whole exchange, including the response body.
     pub fn get(&self, url: &str, time: Duration) -> Result<Response<Body>, ureq::Error> {
-        self.exchange(self.request(url, ())?, time)
+        self.exchange(|| self.request(url, ()), time)
     }
 
-    /// `POST` of JSON; `time` covers the whole exchange, the body of the answer included.
+    /// Sends a `POST` with a JSON body; `time` covers the whole exchange, including the response body.
     pub fn post(&self, url: &str, body: &[u8], time: Duration) -> Result<Response<Body>, ureq::Error> {
-        let mut request = self.request(url, body)?;
-        *request.method_mut() = Method::POST;
-        request.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        let request = || {
+            let mut request = self.request(url, body)?;
+            *request.method_mut() = Method::POST;
+            request.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+            Ok(request)
+        };
         self.exchange(request, time)
     }
 
     fn request<B>(&self, url: &str, body: B) -> Result<Request<B>, ureq::http::Error> {
         let mut request = Request::new(body);
         *request.uri_mut() = url.parse()?;
-        // It is kept as long as the answer comes; by itself a map takes room for six.
+        // The map lives as long as the response; by default it reserves space for six headers.
         *request.headers_mut() = HeaderMap::with_capacity(2);
         if let ApiKey::Bearer(key) = &self.client.key {
             request.headers_mut().insert(header::AUTHORIZATION, key.parse()?);
@@ -206,9 +210,29 @@ impl<'a> AgentLease<'a> {
         Ok(request)
     }
 
-    fn exchange(&self, request: Request<impl AsSendBody>, time: Duration) -> Result<Response<Body>, ureq::Error> {
-        let request = self.agent.configure_request(request).timeout_global(Some(time)).build();
-        self.agent.run(request)
+    /// Sends a request. Sends it a second time if the server had closed the kept-alive connection, and so never saw it:
+    /// the agent then opens a new connection, which the same [`Interrupt`] ends.
+    fn exchange<B: AsSendBody>(
+        &self,
+        request: impl Fn() -> Result<Request<B>, ureq::http::Error>,
+        time: Duration,
+    ) -> Result<Response<Body>, ureq::Error> {
+        let started = Instant::now();
+        let answer = self.run(request()?, time);
+        let never_arrived = matches!(answer, Err(ureq::Error::Io(_))) && self.wire.reused_dead_connection();
+        if !never_arrived || self.interrupt.was_used() {
+            return answer;
+        }
+        let left = time.saturating_sub(started.elapsed());
+        if left.is_zero() {
+            return Err(ureq::Error::Timeout(ureq::Timeout::Global));
+        }
+        self.wire.reset();
+        self.run(request()?, left)
+    }
+
+    fn run(&self, request: Request<impl AsSendBody>, time: Duration) -> Result<Response<Body>, ureq::Error> {
+        self.agent.run(self.agent.configure_request(request).timeout_global(Some(time)).build())
     }
 
     /// What was seen on its connection.

@@ -143,7 +143,6 @@ impl Probe<'_> {
         answer
     }
 
-    /// Asked again when a kept-alive connection turned out to be closed.
     fn answer(
         &self,
         put: impl Fn(&AgentLease<'_>, Duration) -> Result<Response<Body>, ureq::Error>,
@@ -151,15 +150,10 @@ impl Probe<'_> {
         if Instant::now() >= self.until {
             return Err(BackendError::ProbeTimeout(PROBE_TIME.as_secs()));
         }
-        let time = || self.until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        let time = self.until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
         let client = &self.backend.client;
-        let mut lease = client.lease();
-        let mut answer = put(&lease, time());
-        if matches!(answer, Err(ureq::Error::Io(_))) && lease.wire().reused_dead_connection() {
-            lease = client.fresh_lease();
-            answer = put(&lease, time());
-        }
-        let response = answer.map_err(probe_error)?;
+        let lease = client.lease();
+        let response = put(&lease, time).map_err(probe_error)?;
         let status = response.status().as_u16();
         let (body, end) = read_bounded(response.into_body(), ANSWER_MAX);
         if !(200..300).contains(&status) {

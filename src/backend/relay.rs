@@ -42,7 +42,8 @@ pub fn relay(
     sink: &mut dyn JobSink,
 ) -> BackendResult<JobResult> {
     let started = Instant::now();
-    let (lease, response) = post(client, url, &body, deadline, sink)?;
+    let lease = client.lease();
+    let response = post(&lease, url, &body, deadline, sink)?;
     // It may be 60 MB, and the answer may take minutes.
     drop(body);
     let status = response.status().as_u16();
@@ -60,35 +61,23 @@ pub fn relay(
     Ok(JobResult { input_tokens: usage.input, output_tokens: usage.output, duration_ms })
 }
 
-/// Posts, and posts once more when the first went into a kept-alive connection that the backend had closed.
-fn post<'a>(
-    client: &'a Client,
+fn post(
+    lease: &AgentLease<'_>,
     url: &str,
     body: &[u8],
     deadline: Duration,
     sink: &mut dyn JobSink,
-) -> BackendResult<(AgentLease<'a>, Response<Body>)> {
+) -> BackendResult<Response<Body>> {
     let started = Instant::now();
-    let mut lease = client.lease();
-    for retry in [true, false] {
-        sink.interrupt_with(lease.interrupt());
+    sink.interrupt_with(lease.interrupt());
+    sink.still_wanted()?;
+    lease.post(url, body, deadline).or_else(|e| {
         sink.still_wanted()?;
-        let time_left = deadline.saturating_sub(started.elapsed());
-        match lease.post(url, body, time_left) {
-            Ok(response) => return Ok((lease, response)),
-            Err(e) => {
-                sink.still_wanted()?;
-                if deadline.saturating_sub(started.elapsed()) <= CONNECT_PRECISION {
-                    return Err(BackendError::DeadlinePassed);
-                }
-                if !(retry && lease.wire().reused_dead_connection() && matches!(e, ureq::Error::Io(_))) {
-                    return Err(connect_error(e));
-                }
-                lease = client.fresh_lease();
-            }
+        if deadline.saturating_sub(started.elapsed()) <= CONNECT_PRECISION {
+            return Err(BackendError::DeadlinePassed);
         }
-    }
-    Err(BackendError::Unreachable("the connection was closed twice".into()))
+        Err(connect_error(e))
+    })
 }
 
 // Not in its caller's frame: that one is below the deepest calls of the exchange, and what they touch of the stack stays.

@@ -142,13 +142,8 @@ fn json_string(text: &str) -> String {
 type Answer = (u16, Option<String>, Option<i64>, Vec<u8>);
 
 fn exchange(client: &Client, url: &str, body: &[u8]) -> Result<Answer, Error> {
-    let mut lease = client.lease();
-    let mut answer = lease.post(url, body, EXCHANGE_TIME);
-    if matches!(answer, Err(Error::Io(_))) && lease.wire().reused_dead_connection() {
-        lease = client.fresh_lease();
-        answer = lease.post(url, body, EXCHANGE_TIME);
-    }
-    let response = answer?;
+    let lease = client.lease();
+    let response = lease.post(url, body, EXCHANGE_TIME)?;
     let (status, location) = (response.status().as_u16(), text_of(&response, header::LOCATION));
     let date = text_of(&response, header::DATE).and_then(|date| datetime::parse_http(&date));
     let (body, end) = read_bounded(response.into_body(), ANSWER_MAX + 1);
