@@ -3,8 +3,8 @@
 
 use serde_json::{Value, json};
 
-use super::http_backend::Probe;
 use super::listing::{Listed, window};
+use super::probe::Probe;
 use super::{BackendModel, Kind};
 
 /// The listed models, with their windows.

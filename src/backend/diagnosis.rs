@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::context_window::get;
-use super::http_backend::{PROBE_TIME, Probe};
+use super::probe::Probe;
 use super::{BackendModel, BackendResult, HttpBackend, Kind};
 
 /// The answers of a server that is healthy.
@@ -27,17 +27,17 @@ impl HttpBackend {
     pub fn diagnose(&self) -> BackendResult<Diagnosis> {
         let kind = self.server_kind();
         let began = Instant::now();
-        let probe = self.probe_for(PROBE_TIME);
+        let probe = self.start_probe();
         probe.health()?;
         let mut took = began.elapsed();
-        let mut models = probe.models();
+        let mut models = self.models(&probe);
         if kind.health_path().is_none() {
             // The listing is the check.
             models = Ok(models?);
             took = began.elapsed();
         }
         let unloaded = match &models {
-            Ok(listed) => unloaded(kind, listed, &self.probe_for(PROBE_TIME)),
+            Ok(listed) => unloaded(kind, listed, &self.start_probe()),
             Err(_) => Vec::new(),
         };
         Ok(Diagnosis { latency: took, models, unloaded })

@@ -1,28 +1,19 @@
 //! The one backend implementation: an HTTP server of some [`Kind`].
 
-use std::cell::Cell;
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use ureq::Body;
-use ureq::http::Response;
-
 use super::api_key::ApiKey;
 use super::context_window;
-use super::error::{BackendError, BackendResult};
-use super::http::{AgentLease, Client, read_bounded};
+use super::error::BackendResult;
+use super::http::Client;
 use super::kind::{BaseUrl, Kind};
 use super::listing;
-use super::relay::{connect_error, relay};
+use super::probe::Probe;
+use super::relay::relay;
 use super::request::body_of;
 use super::{Backend, BackendHealth, BackendModel, Job, JobResult, JobSink, WireFormat};
-
-/// Time for one probe, all its questions together.
-pub const PROBE_TIME: Duration = Duration::from_secs(3);
-
-/// The largest answer that a probe reads, in bytes; OpenRouter's listing is about 1 MB.
-const ANSWER_MAX: usize = 16 << 20;
 
 /// An HTTP server of a known kind.
 pub struct HttpBackend {
@@ -83,93 +74,16 @@ impl HttpBackend {
         self.kind
     }
 
-    /// Questions that share so much time.
-    pub(super) fn probe_for(&self, time: Duration) -> Probe<'_> {
-        Probe { backend: self, until: Instant::now() + time, failed: Cell::new(false) }
-    }
-}
-
-/// The questions of one probe, which share its time.
-pub struct Probe<'a> {
-    backend: &'a HttpBackend,
-    until: Instant,
-    /// Whether a question got no answer.
-    failed: Cell<bool>,
-}
-
-impl Probe<'_> {
-    /// Passes where the kind has no health check of its own, or this server lacks it: then the listing is the check.
-    pub(super) fn health(&self) -> BackendResult<()> {
-        let Some(path) = self.backend.kind.health_path() else { return Ok(()) };
-        match self.get_below_root(path) {
-            Ok(_) => Ok(()),
-            Err(BackendError::ModelNotFound(answer)) if answer.status == 404 => Ok(()),
-            Err(e) => Err(e),
-        }
+    /// Starts a probe.
+    pub(super) fn start_probe(&self) -> Probe<'_> {
+        Probe::start(self.kind, &self.root, &self.api, &self.client)
     }
 
-    /// The listing, with its windows.
-    pub(super) fn models(&self) -> BackendResult<Vec<BackendModel>> {
-        let listed = listing::parse(self.backend.kind, &self.listing()?)?;
-        let models = context_window::fill_in(self.backend.kind, listed, self);
-        Ok(self.backend.remember_windows(models, self.failed.get()))
-    }
-
-    fn listing(&self) -> BackendResult<Vec<u8>> {
-        let url = format!("{}/models", self.backend.api);
-        self.ask(|lease, time| lease.get(&url, time))
-    }
-
-    /// `GET` of one of the server's own routes.
-    pub fn get_below_root(&self, path: &str) -> BackendResult<Vec<u8>> {
-        let url = format!("{}{path}", self.backend.root);
-        self.ask(|lease, time| lease.get(&url, time))
-    }
-
-    /// `POST` of JSON to one of the server's own routes.
-    pub fn post_below_root(&self, path: &str, body: &[u8]) -> BackendResult<Vec<u8>> {
-        let url = format!("{}{path}", self.backend.root);
-        self.ask(|lease, time| lease.post(&url, body, time))
-    }
-
-    fn ask(
-        &self,
-        put: impl Fn(&AgentLease<'_>, Duration) -> Result<Response<Body>, ureq::Error>,
-    ) -> BackendResult<Vec<u8>> {
-        let answer = self.answer(put);
-        if answer.is_err() {
-            self.failed.set(true);
-        }
-        answer
-    }
-
-    fn answer(
-        &self,
-        put: impl Fn(&AgentLease<'_>, Duration) -> Result<Response<Body>, ureq::Error>,
-    ) -> BackendResult<Vec<u8>> {
-        if Instant::now() >= self.until {
-            return Err(BackendError::ProbeTimeout(PROBE_TIME.as_secs()));
-        }
-        let time = self.until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        let client = &self.backend.client;
-        let lease = client.lease();
-        let response = put(&lease, time).map_err(probe_error)?;
-        let status = response.status().as_u16();
-        let (body, end) = read_bounded(response.into_body(), ANSWER_MAX);
-        if !(200..300).contains(&status) {
-            return Err(client.status_error(status, &body));
-        }
-        end.map_err(|e| probe_error(e.into()))?;
-        lease.give_back();
-        Ok(body)
-    }
-}
-
-/// A probe has no deadline of a job's: its time being over means that the backend does not answer.
-fn probe_error(e: ureq::Error) -> BackendError {
-    match connect_error(e) {
-        BackendError::DeadlinePassed => BackendError::ProbeTimeout(PROBE_TIME.as_secs()),
-        e => e,
+    /// The listed models, with their context windows.
+    pub(super) fn models(&self, probe: &Probe<'_>) -> BackendResult<Vec<BackendModel>> {
+        let listed = listing::parse(self.kind, &probe.listing()?)?;
+        let models = context_window::fill_in(self.kind, listed, probe);
+        Ok(self.remember_windows(models, probe.has_failed()))
     }
 }
 
@@ -183,12 +97,12 @@ impl Backend for HttpBackend {
     }
 
     fn list_models(&self) -> BackendResult<Vec<BackendModel>> {
-        self.probe_for(PROBE_TIME).models()
+        self.models(&self.start_probe())
     }
 
     fn health(&self) -> BackendResult<BackendHealth> {
         let asked = Instant::now();
-        let probe = self.probe_for(PROBE_TIME);
+        let probe = self.start_probe();
         let checked = match self.kind.health_path() {
             Some(_) => probe.health(),
             None => probe.listing().map(drop),
@@ -203,9 +117,9 @@ impl Backend for HttpBackend {
     }
 
     fn probe(&self) -> BackendResult<Vec<BackendModel>> {
-        let probe = self.probe_for(PROBE_TIME);
+        let probe = self.start_probe();
         probe.health()?;
-        probe.models()
+        self.models(&probe)
     }
 
     fn ready(&self) -> BackendResult<()> {

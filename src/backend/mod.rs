@@ -13,6 +13,7 @@ mod http;
 mod http_backend;
 mod kind;
 mod listing;
+mod probe;
 mod relay;
 mod request;
 mod resolver;
