@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use uuid::Uuid;
 
-use super::backends::fix_of;
+use super::backend_fixes::fix_of;
 use super::report::Report;
 use crate::backend::{Backend, BackendError, BackendResult, Job, JobResult, JobSink, Kind, WireFormat};
 use crate::discovery::ResolvedModel;

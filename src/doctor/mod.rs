@@ -4,6 +4,7 @@
 //! answered, no lock is taken, so that it may run beside the agent. Every wait has a limit: without inference all of them together
 //! are some 30 s. A layer that rests on a broken one is not called broken. No secret and no answer of a model is printed.
 
+mod backend_fixes;
 mod backends;
 mod certificate;
 mod clock;
