@@ -103,6 +103,11 @@ pub(super) fn provider_id(key: &[u8]) -> String {
     format!("demo-{id}")
 }
 
+/// The frame that cancels a job.
+pub(super) fn cancel_frame(job_id: Uuid) -> String {
+    format!("{{\"type\":\"job_cancel\",\"job_id\":\"{job_id}\"}}")
+}
+
 /// One model as an agent offers it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OfferedModel {

@@ -6,7 +6,8 @@ use std::io::Write;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 
-use super::coordinator::{Coordinator, Offer};
+use super::agent_sessions::Offer;
+use super::coordinator::Coordinator;
 use super::front_door::FrontDoor;
 use super::output::Output;
 use super::{DemoError, STOP_POLL, backends, bind_door};

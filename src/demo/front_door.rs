@@ -16,7 +16,8 @@ use uuid::Uuid;
 
 use super::agent_protocol::OfferedModel;
 use super::assemble;
-use super::coordinator::{Coordinator, CoordinatorError, Format, Job, JobEvent, JobOrder, Waited};
+use super::coordinator::{Coordinator, CoordinatorError, Format, Job, JobOrder, Waited};
+use super::job_events::JobEvent;
 use crate::http_server::connection::{Exchange, percent_decoded, quoted};
 use crate::http_server::{self, HttpServer};
 

@@ -7,12 +7,34 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use super::coordinator::JobEvent;
+use super::agent_protocol::JobEnd;
 
 /// Bytes that may wait for a slow taker of one job; a job beyond it is given up, so that the others go on.
 const UNREAD_BYTES_MAX: usize = 64 * 1024 * 1024;
 
-/// The taker's end.
+/// What the agent says about a job.
+#[derive(Debug, Clone, PartialEq)]
+pub enum JobEvent {
+    /// Bytes of the backend's answer.
+    Chunk(Vec<u8>),
+    /// The job is complete.
+    Done(JobEnd),
+    /// The job has failed, with a code of the protocol.
+    Failed {
+        /// The protocol's error code.
+        code: String,
+        /// What the agent says about it.
+        message: String,
+    },
+}
+
+impl JobEvent {
+    pub(super) fn failed(code: &str, message: &str) -> Self {
+        Self::Failed { code: code.to_owned(), message: message.to_owned() }
+    }
+}
+
+/// The receiving end.
 pub(super) struct Inbox(Arc<Shared>);
 
 /// The connection's end. Dropped, it ends the queue after what is in it.

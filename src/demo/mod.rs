@@ -17,6 +17,7 @@ mod echo;
 pub mod front_door;
 mod job_events;
 mod agent_protocol;
+mod agent_sessions;
 mod overhead;
 mod output;
 mod pairing;
@@ -44,8 +45,9 @@ use crate::instance::identity::{Identity, IdentityError};
 use crate::sys::shell_quote;
 use crate::sys::threads;
 
+use agent_sessions::Offer;
 use backends::Chosen;
-use coordinator::{Coordinator, CoordinatorError, Offer};
+use coordinator::{Coordinator, CoordinatorError};
 use front_door::FrontDoor;
 use output::{Output, ms};
 use overhead::{OverheadMeter, Through};

@@ -14,7 +14,8 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::agent_protocol::JobEnd;
-use super::coordinator::{Coordinator, Format, Job, JobEvent, JobOrder, Waited};
+use super::coordinator::{Coordinator, Format, Job, JobOrder, Waited};
+use super::job_events::JobEvent;
 use super::recording_backend::Recording;
 use super::timed_response::Timed;
 use super::{DemoError, STOP_POLL, compare, echo};

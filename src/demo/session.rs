@@ -6,20 +6,21 @@ use std::io::BufReader;
 use std::net::TcpStream;
 use std::time::Instant;
 
-use super::agent_protocol::{self, Frame, HandshakeError, OfferedModel};
-use super::coordinator::{JobEvent, Offer, Shared, Stages, cancel_frame};
+use super::agent_protocol::{self, Frame, HandshakeError, OfferedModel, cancel_frame};
+use super::agent_sessions::{Offer, Sessions, Stages};
+use super::job_events::JobEvent;
 use super::websocket::{self, Reader, Sender};
 
 /// Answers the upgrade of a client with this `Sec-WebSocket-Key`, and serves it to its end.
-pub(super) fn run(key: &str, input: &mut BufReader<TcpStream>, shared: &Shared) {
-    let connection = shared.connect();
-    let end = talk(key, input, connection, shared);
-    shared.leave(connection, &end);
+pub(super) fn run(key: &str, input: &mut BufReader<TcpStream>, sessions: &Sessions) {
+    let connection = sessions.connect();
+    let end = talk(key, input, connection, sessions);
+    sessions.leave(connection, &end);
     log::info!("agent connection {connection} ended: {end}");
 }
 
 /// Runs one connection, and says how it ended.
-fn talk(key: &str, input: &mut BufReader<TcpStream>, connection: u64, shared: &Shared) -> String {
+fn talk(key: &str, input: &mut BufReader<TcpStream>, connection: u64, sessions: &Sessions) -> String {
     let connected_at = Instant::now();
     let opened = websocket::accept(key, input).map_err(HandshakeError::from);
     let authenticated = opened.and_then(|(mut reader, sender)| {
@@ -32,21 +33,21 @@ fn talk(key: &str, input: &mut BufReader<TcpStream>, connection: u64, shared: &S
     };
     let authenticated_at = Instant::now();
     log::info!("agent connection {connection} is {} ({})", verified.provider_id, verified.agent_version);
-    shared.enter(connection, sender.clone());
-    let connect = shared.expected_for(connected_at);
+    sessions.enter(connection, sender.clone());
+    let connect = sessions.expected_for(connected_at);
     let auth = authenticated_at - connected_at;
     let offer = |models| {
         let stages = Stages { connect, auth, discovery: authenticated_at.elapsed() };
         let (agent_version, provider_id) = (verified.agent_version.clone(), verified.provider_id.clone());
         Offer { models, stages, agent_version, provider_id }
     };
-    read_frames(&mut reader, connection, shared, &sender, offer)
+    read_frames(&mut reader, connection, sessions, &sender, offer)
 }
 
 fn read_frames(
     reader: &mut Reader<'_>,
     connection: u64,
-    shared: &Shared,
+    sessions: &Sessions,
     sender: &Sender,
     offer: impl Fn(Vec<OfferedModel>) -> Offer,
 ) -> String {
@@ -57,15 +58,15 @@ fn read_frames(
             Err(error) => return format!("the connection broke: {error}"),
         };
         match agent_protocol::parse_frame(&text) {
-            Ok(Frame::Capabilities(models)) => shared.offered(connection, offer(models)),
+            Ok(Frame::Capabilities(models)) => sessions.offered(connection, offer(models)),
             Ok(Frame::Chunk { job_id, bytes }) => {
-                if shared.deliver_chunk(job_id, bytes).is_err() {
+                if sessions.deliver_chunk(job_id, bytes).is_err() {
                     let _ = sender.send(&cancel_frame(job_id));
                 }
             }
-            Ok(Frame::Done { job_id, end }) => shared.deliver_end(job_id, JobEvent::Done(end)),
+            Ok(Frame::Done { job_id, end }) => sessions.deliver_end(job_id, JobEvent::Done(end)),
             Ok(Frame::Error { job_id, code, message }) => {
-                shared.deliver_end(job_id, JobEvent::Failed { code, message });
+                sessions.deliver_end(job_id, JobEvent::Failed { code, message });
             }
             Ok(Frame::Heartbeat) => crate::debug!("heartbeat of the agent"),
             Ok(Frame::Other(kind)) => crate::debug!("unknown frame `{kind}` of the agent"),

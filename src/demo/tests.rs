@@ -15,9 +15,10 @@ use serde_json::{Value, json};
 use tungstenite::{Message, WebSocket};
 use uuid::Uuid;
 
-use super::coordinator::{Coordinator, CoordinatorError, Format, Job, JobEvent, JobOrder};
+use super::coordinator::{Coordinator, CoordinatorError, Format, Job, JobOrder};
 use super::echo::Echo;
 use super::front_door::{self, FrontDoor};
+use super::job_events::JobEvent;
 use super::*;
 
 /// No wait of a test is longer.
@@ -347,7 +348,7 @@ fn the_model_asked_is_one_to_chat_with() {
         context_window,
         max_concurrent: 1,
     };
-    let stages = coordinator::Stages { connect: LIMIT, auth: LIMIT, discovery: LIMIT };
+    let stages = agent_sessions::Stages { connect: LIMIT, auth: LIMIT, discovery: LIMIT };
     let models = vec![model("a-embed", Some(1)), model("b-cold", None), model("c-warm", Some(1))];
     let mut offer = Offer { models, stages, agent_version: String::new(), provider_id: String::new() };
     assert_eq!(model_to_ask(&offer), offer.models.last());
