@@ -4,6 +4,7 @@
 //! [`crate::agent::backoff`].
 
 pub mod backoff;
+mod drain;
 pub mod session;
 pub mod shutdown;
 
@@ -11,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::agent::backoff::{AttemptEnd, Backoff};
-use crate::agent::session::{HandshakeError, SessionEnd};
+use crate::agent::session::SessionEnd;
 use crate::agent::shutdown::{ActiveState, Stop};
 use crate::backend;
 use crate::config::CoordinatorConfig;
@@ -23,6 +24,7 @@ use crate::instance::{AgentPaths, InstanceLock};
 use crate::job_executor::stats::JobStats;
 use crate::job_executor::token_limit::TokenLimit;
 use crate::link::Dialer;
+use crate::link::handshake::{self, HandshakeError};
 use crate::link::protocol::OfferLimits;
 use crate::logging::sanitize_for_log;
 use crate::observe::{self, Connection, LastWritten, LiveState, StateFileWriter};
@@ -151,7 +153,7 @@ impl Agent {
             Err(e) => return Attempt::Failed(Connection::Connecting(Some(e.to_string()))),
         };
         let code = self.coordinator.enrollment_code.as_deref();
-        match session::authenticate(&mut half, &self.identity, code) {
+        match handshake::authenticate(&mut half, &self.identity, code) {
             Ok(provider_id) => {
                 if let Some(id) = provider_id {
                     self.identity.set_provider_id(id);

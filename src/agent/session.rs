@@ -5,16 +5,16 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, select};
 use tungstenite::protocol::CloseFrame;
 use tungstenite::protocol::frame::coding::CloseCode;
 use tungstenite::{Error as WsError, Message};
 
-use crate::agent::shutdown::{ActiveState, GracefulStop, Stop};
+use super::drain::{SessionHandle, WRITER_TIMEOUT};
+use super::shutdown::{ActiveState, Stop};
 use crate::discovery::{OfferFeed, Prober};
-use crate::instance::identity::Identity;
 use crate::job_executor::stats::JobStats;
 use crate::job_executor::token_limit::TokenLimit;
 use crate::job_executor::{
@@ -23,27 +23,16 @@ use crate::job_executor::{
 use crate::link::protocol::{self, Inbound, OfferLimits};
 use crate::link::waking_channel::WakingSender;
 use crate::link::writer::Writer;
-use crate::link::{Link, MESSAGE_BYTES_MAX, ReadHalf, STALL_TIMEOUT};
+use crate::link::{Link, MESSAGE_BYTES_MAX, ReadHalf, STALL_TIMEOUT, close};
 use crate::logging::sanitize_for_log;
 use crate::observe::LiveState;
 use crate::sys::malloc;
 
-/// For each frame of the handshake.
-const AUTH_FRAME_TIMEOUT: Duration = Duration::from_secs(10);
 /// The first offer waits no longer for the probes, which have a limit of their own below it.
 const FIRST_OFFER_TIMEOUT: Duration = Duration::from_secs(5);
-/// A stopping agent's last frames have so long to reach the wire.
-const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
-/// The coordinator has so long to answer our close.
-const CLOSE_REPLY_TIMEOUT: Duration = Duration::from_millis(300);
-/// The end of a session waits so long for its writer, which may be blocked in a dead socket.
-const WRITER_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The memory of a frame of this size or more is worth giving back.
 const LARGE_FRAME_BYTES: usize = 256 << 10;
-
-/// How soon a second signal is noticed; only a stopping agent looks so often.
-const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 const _: () = assert!(REQUEST_BYTES_MAX >= MESSAGE_BYTES_MAX);
 
@@ -56,88 +45,6 @@ pub enum SessionEnd {
     Stopped,
     /// Anything else.
     Unexpected(String),
-}
-
-/// Why a handshake failed.
-#[derive(Debug, thiserror::Error)]
-pub enum HandshakeError {
-    /// The coordinator does not want us.
-    #[error("the coordinator rejected this agent: {0}")]
-    Rejected(String),
-    /// Nothing came in time.
-    #[error("no `{0}` from the coordinator within {limit} s", limit = AUTH_FRAME_TIMEOUT.as_secs())]
-    TimedOut(&'static str),
-    /// A binary message.
-    #[error("the coordinator sent a binary message during the handshake")]
-    Binary,
-    /// The connection ended.
-    #[error("the connection ended during the handshake: {0}")]
-    Connection(String),
-}
-
-/// Waits for the challenge; returns its nonce.
-///
-/// # Errors
-/// None comes.
-pub fn challenge(half: &mut ReadHalf) -> Result<Vec<u8>, HandshakeError> {
-    expect(half, "auth_challenge", |frame| match frame {
-        Inbound::AuthChallenge(nonce) => Some(nonce),
-        _ => None,
-    })
-}
-
-/// Answers the challenge; returns the provider id that `auth_ok` named.
-///
-/// # Errors
-/// We are not let in.
-pub fn authenticate(
-    half: &mut ReadHalf,
-    identity: &Identity,
-    enrollment_code: Option<&str>,
-) -> Result<Option<String>, HandshakeError> {
-    let nonce = challenge(half)?;
-    // The code is for enrolling: one who has an id has enrolled.
-    let code = enrollment_code.filter(|_| identity.provider_id().is_none());
-    let response = protocol::auth_response(identity.public_key(), &identity.sign(&nonce), code);
-    half.send(response).map_err(|e| HandshakeError::Connection(e.to_string()))?;
-    expect(half, "auth_ok", |frame| match frame {
-        Inbound::AuthOk(provider_id) => Some(Ok(provider_id)),
-        Inbound::AuthFailed(reason) => Some(Err(HandshakeError::Rejected(sanitize_for_log(&reason)))),
-        _ => None,
-    })?
-}
-
-/// Reads until `wanted` finds its frame. Others are passed over, as in the session.
-fn expect<T>(
-    half: &mut ReadHalf,
-    name: &'static str,
-    wanted: impl Fn(Inbound) -> Option<T>,
-) -> Result<T, HandshakeError> {
-    let connection = |e: &dyn std::fmt::Display| HandshakeError::Connection(e.to_string());
-    half.set_deadline(Some(Instant::now() + AUTH_FRAME_TIMEOUT)).map_err(|e| connection(&e))?;
-    loop {
-        match half.read() {
-            Ok(Message::Text(text)) => match protocol::parse(&text) {
-                Ok(frame) => {
-                    if let Some(found) = wanted(frame) {
-                        return Ok(found);
-                    }
-                    crate::debug!("a frame other than `{name}` is ignored during the handshake");
-                }
-                Err(e) => log::warn!("a frame of the handshake cannot be read: {e}"),
-            },
-            Ok(Message::Binary(_)) => return Err(HandshakeError::Binary),
-            Ok(Message::Close(frame)) => {
-                half.flush();
-                return Err(HandshakeError::Connection(frame.map_or_else(|| "closed".into(), |f| describe(&f))));
-            }
-            Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_)) => {}
-            Err(WsError::Io(e)) if e.kind() == std::io::ErrorKind::TimedOut => {
-                return Err(HandshakeError::TimedOut(name));
-            }
-            Err(e) => return Err(connection(&e)),
-        }
-    }
 }
 
 /// What a session needs that outlives it.
@@ -201,7 +108,7 @@ pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) 
         control: writer.control.clone(),
         link: link.clone(),
         limits: context.limits,
-        drain: context.drain,
+        drain_timeout: context.drain,
         writer_ended: writer.ended.clone(),
         session_ended: ended,
         live: context.live.clone(),
@@ -319,66 +226,7 @@ fn handle_frame(text: &str, executor: &JobExecutor) -> Result<(), Overflow> {
 fn close_of(frame: Option<CloseFrame>) -> SessionEnd {
     match frame {
         None => SessionEnd::Planned("closed without a reason".into()),
-        Some(frame) if frame.code == CloseCode::Away => SessionEnd::Planned(describe(&frame)),
-        Some(frame) => SessionEnd::Unexpected(describe(&frame)),
-    }
-}
-
-fn describe(frame: &CloseFrame) -> String {
-    let meaning = match frame.reason.as_str() {
-        "drain:deploy" => ", the coordinator is being deployed",
-        "drain:operator" => ", an operator asked for it",
-        _ => "",
-    };
-    format!("closed with {} \"{}\"{meaning}", u16::from(frame.code), sanitize_for_log(frame.reason.as_str()))
-}
-
-/// What it takes to end a session from another thread.
-pub struct SessionHandle {
-    executor: Arc<JobExecutor>,
-    control: WakingSender<Control>,
-    link: Arc<Link>,
-    limits: OfferLimits,
-    drain: Duration,
-    writer_ended: Receiver<()>,
-    session_ended: Receiver<()>,
-    live: Arc<LiveState>,
-}
-
-impl GracefulStop for SessionHandle {
-    /// Offer nothing, take nothing, finish what is in flight, close. When `urgent` says so, or the time for it is over,
-    /// what is in flight is answered with an error.
-    fn drain(&self, urgent: &dyn Fn() -> bool) {
-        self.executor.close_admission();
-        self.live.draining();
-        let _ = self.control.send(Control::Withdraw(protocol::capabilities(&[], self.limits)));
-        let in_flight = self.executor.queue_depth();
-        if in_flight > 0 {
-            log::info!("stopping: {in_flight} job(s) in flight have up to {} s", self.drain.as_secs());
-        }
-        if !self.executor.wait_idle(Instant::now() + self.drain, urgent) {
-            log::warn!("stopping with {} job(s) unfinished", self.executor.queue_depth());
-            self.executor.abandon_all("the agent is stopping");
-        }
-        let _ = self.control.send(Control::Close);
-        self.wait_for_writer(urgent);
-        let _ = self.session_ended.recv_timeout(CLOSE_REPLY_TIMEOUT);
-        self.abort();
-    }
-
-    fn abort(&self) {
-        self.link.shutdown();
-    }
-}
-
-impl SessionHandle {
-    /// A coordinator that does not read holds an urgent stop up no longer than the end of any session.
-    fn wait_for_writer(&self, urgent: &dyn Fn() -> bool) {
-        let began = Instant::now();
-        while began.elapsed() < if urgent() { WRITER_TIMEOUT } else { FLUSH_TIMEOUT } {
-            if self.writer_ended.recv_timeout(POLL_INTERVAL) != Err(RecvTimeoutError::Timeout) {
-                return;
-            }
-        }
+        Some(frame) if frame.code == CloseCode::Away => SessionEnd::Planned(close::describe(&frame)),
+        Some(frame) => SessionEnd::Unexpected(close::describe(&frame)),
     }
 }

@@ -12,9 +12,9 @@ use tungstenite::http::HeaderMap;
 
 use super::report::Report;
 use super::{certificate, clock};
-use crate::agent::session;
 use crate::backend::proxy_from_env;
 use crate::config::CoordinatorConfig;
+use crate::link::handshake;
 use crate::link::{DialError, DialObserver, Dialer};
 use crate::sys::datetime;
 
@@ -42,7 +42,7 @@ pub fn examine(report: &mut Report<'_>, config: &CoordinatorConfig) {
     match dialer.dial_observed(&mut way) {
         Ok(mut half) => {
             way.pass(format_args!("upgraded after {} ms", way.since.elapsed().as_millis()));
-            match session::challenge(&mut half) {
+            match handshake::challenge(&mut half) {
                 Ok(_) => way.pass(format_args!("received; not answered, for that could displace a running agent")),
                 Err(e) => {
                     let fix = format_args!(

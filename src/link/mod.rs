@@ -1,6 +1,8 @@
 //! The connection to the coordinator: its frames, how it is dialled, and who writes to it.
 
+pub mod close;
 pub mod dial;
+pub mod handshake;
 pub mod peer_certificate;
 pub mod protocol;
 pub mod transport;

@@ -1,0 +1,96 @@
+//! Authentication: receives the coordinator's challenge, signs it, and waits for `auth_ok`.
+
+use std::time::{Duration, Instant};
+
+use tungstenite::{Error as WsError, Message};
+
+use super::close;
+use super::protocol::{self, Inbound};
+use super::transport::ReadHalf;
+use crate::instance::identity::Identity;
+use crate::logging::sanitize_for_log;
+
+/// Limit for each frame of the handshake.
+const AUTH_FRAME_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why a handshake failed.
+#[derive(Debug, thiserror::Error)]
+pub enum HandshakeError {
+    /// The coordinator refused the agent, for this reason.
+    #[error("the coordinator rejected this agent: {0}")]
+    Rejected(String),
+    /// This frame did not arrive in time.
+    #[error("no `{0}` from the coordinator within {limit} s", limit = AUTH_FRAME_TIMEOUT.as_secs())]
+    TimedOut(&'static str),
+    /// The coordinator sent a binary message.
+    #[error("the coordinator sent a binary message during the handshake")]
+    Binary,
+    /// The connection failed or was closed.
+    #[error("the connection ended during the handshake: {0}")]
+    Connection(String),
+}
+
+/// Waits for the challenge and returns its nonce.
+///
+/// # Errors
+/// No challenge arrives.
+pub fn challenge(half: &mut ReadHalf) -> Result<Vec<u8>, HandshakeError> {
+    expect(half, "auth_challenge", |frame| match frame {
+        Inbound::AuthChallenge(nonce) => Some(nonce),
+        _ => None,
+    })
+}
+
+/// Waits for the challenge and answers it; returns the provider id in `auth_ok`, if there is one.
+///
+/// # Errors
+/// The coordinator does not admit the agent.
+pub fn authenticate(
+    half: &mut ReadHalf,
+    identity: &Identity,
+    enrollment_code: Option<&str>,
+) -> Result<Option<String>, HandshakeError> {
+    let nonce = challenge(half)?;
+    // An agent that has a provider id is enrolled already.
+    let code = enrollment_code.filter(|_| identity.provider_id().is_none());
+    let response = protocol::auth_response(identity.public_key(), &identity.sign(&nonce), code);
+    half.send(response).map_err(|e| HandshakeError::Connection(e.to_string()))?;
+    expect(half, "auth_ok", |frame| match frame {
+        Inbound::AuthOk(provider_id) => Some(Ok(provider_id)),
+        Inbound::AuthFailed(reason) => Some(Err(HandshakeError::Rejected(sanitize_for_log(&reason)))),
+        _ => None,
+    })?
+}
+
+/// Reads frames until `wanted` returns a value; other frames are ignored, as in a session.
+fn expect<T>(
+    half: &mut ReadHalf,
+    name: &'static str,
+    wanted: impl Fn(Inbound) -> Option<T>,
+) -> Result<T, HandshakeError> {
+    let connection = |e: &dyn std::fmt::Display| HandshakeError::Connection(e.to_string());
+    half.set_deadline(Some(Instant::now() + AUTH_FRAME_TIMEOUT)).map_err(|e| connection(&e))?;
+    loop {
+        match half.read() {
+            Ok(Message::Text(text)) => match protocol::parse(&text) {
+                Ok(frame) => {
+                    if let Some(found) = wanted(frame) {
+                        return Ok(found);
+                    }
+                    crate::debug!("ignored a frame during the handshake: not `{name}`");
+                }
+                Err(e) => log::warn!("ignored an unreadable frame during the handshake: {e}"),
+            },
+            Ok(Message::Binary(_)) => return Err(HandshakeError::Binary),
+            Ok(Message::Close(frame)) => {
+                half.flush();
+                return Err(HandshakeError::Connection(frame.map_or_else(|| "closed".into(), |f| close::describe(&f))));
+            }
+            Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_)) => {}
+            Err(WsError::Io(e)) if e.kind() == std::io::ErrorKind::TimedOut => {
+                return Err(HandshakeError::TimedOut(name));
+            }
+            Err(e) => return Err(connection(&e)),
+        }
+    }
+}
