@@ -9,6 +9,7 @@
 pub mod identity;
 mod paths;
 pub mod takeover;
+pub mod terminate;
 pub mod wake_socket;
 
 use std::fs::{self, File, OpenOptions, TryLockError};

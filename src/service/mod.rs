@@ -9,6 +9,7 @@ pub mod subprocess;
 pub mod systemd;
 
 use std::io;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::{Uid, User};
 
 use crate::instance::LockOwner;
+use crate::instance::terminate::{self, TerminateError};
 use crontab::Crontab;
 use subprocess::Child;
 use systemd::Unit;
@@ -25,8 +27,6 @@ use systemd::Unit;
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// Between the end of the drain and SIGKILL.
 pub const STOP_MARGIN: Duration = Duration::from_secs(15);
-/// How long a process may take to go after SIGKILL.
-const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// What cron has its commands find.
 const CRON_PATH: &str = "/usr/bin:/bin";
 
@@ -139,24 +139,14 @@ pub fn is_cron_running() -> Option<bool> {
     Some(std::fs::read_dir("/proc").ok()?.flatten().any(is_cron))
 }
 
-/// Ends the agent: SIGTERM, and SIGKILL when it is still there after `patience`. Whether it took the second.
+/// Terminates the agent: SIGTERM, then SIGKILL once `grace` has passed. Returns whether SIGKILL was needed.
 ///
 /// # Errors
-/// It is not ours to end, or does not go.
-pub fn terminate(owner: &LockOwner, patience: Duration) -> Result<bool, String> {
-    for (signal, patience) in [(Signal::SIGTERM, patience), (Signal::SIGKILL, KILL_TIMEOUT)] {
-        if !owner.is_running() {
-            return Ok(false);
-        }
-        let pid = owner.pid;
-        owner
-            .signal(signal)
-            .map_err(|e| format!("pid {pid} cannot be sent {signal}: {e}; it belongs to another user"))?;
-        if wait_until(patience, || !owner.is_running()) {
-            return Ok(signal == Signal::SIGKILL);
-        }
-    }
-    Err(format!("pid {} did not even go after SIGKILL: it hangs in the kernel, on a disk perhaps", owner.pid))
+/// A signal was refused, or the process outlived SIGKILL.
+pub fn terminate(owner: &LockOwner, grace: Duration) -> Result<bool, String> {
+    let before_signal = || if owner.is_running() { ControlFlow::Continue(()) } else { ControlFlow::Break(false) };
+    let has_ended = |signal| Ok((!owner.is_running()).then_some(signal == Signal::SIGKILL));
+    terminate::terminate(owner, grace, before_signal, has_ended).map_err(|e: TerminateError| e.to_string())
 }
 
 /// Whether `holds` did within `limit`.

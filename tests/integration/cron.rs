@@ -139,8 +139,8 @@ fn one_that_hangs_is_killed_and_replaced_by_one_call_of_several() {
     wait_line_in(&setup.log(), &["offering"]);
     assert_leaves_alone(&setup, &coordinator, "the new one");
     let (old, new) = (hung.pid().to_string(), calls[serves].pid().to_string());
-    wait_line_in(&setup.log(), &["WARN", &old, "hangs", "it has not shown for 20"]);
-    wait_line_in(&setup.log(), &["WARN", &old, "has ended", &new]);
+    wait_line_in(&setup.log(), &["WARN", &old, "has shown no sign of life for 20"]);
+    wait_line_in(&setup.log(), &["WARN", &old, "ended after", &new]);
 }
 
 /// `service stop` came while the call looked again, or ended the agent that hung.
@@ -148,7 +148,7 @@ fn one_that_hangs_is_killed_and_replaced_by_one_call_of_several() {
 fn a_stop_that_was_said_meanwhile_is_heeded() {
     let moments: [fn(&Setup, &Agent); 2] = [
         |_, call| wait_until("the call looks again", || waits(call)),
-        |setup, _| drop(wait_line_in(&setup.log(), &["WARN", "hangs"])),
+        |setup, _| drop(wait_line_in(&setup.log(), &["WARN", "no sign of life"])),
     ];
     side_by_side(moments, |wait| {
         let coordinator = Coordinator::new();
@@ -198,7 +198,7 @@ fn one_that_hangs_and_still_heeds_a_signal_ends_in_order() {
     assert_eq!(hung.wait(SOON).code(), Some(0));
     let _next = coordinator.session();
     call.assert_running();
-    wait_line_in(&setup.log(), &["WARN", &hung.pid().to_string(), "has ended, after SIGTERM"]);
+    wait_line_in(&setup.log(), &["WARN", &hung.pid().to_string(), "ended after SIGTERM"]);
 }
 
 #[test]
