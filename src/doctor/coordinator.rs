@@ -67,10 +67,12 @@ pub fn examine(report: &mut Report<'_>, config: &CoordinatorConfig) {
 
 /// The coordinator's time, and ours when it came.
 fn ask_date(dialer: &Dialer) -> Option<(i64, i64)> {
-    let head = dialer.fetch_head(LOOK_TIME).ok()?;
-    let fields = head.lines().filter_map(|line| line.split_once(':'));
-    let date = fields.into_iter().find(|(name, _)| name.eq_ignore_ascii_case("date"))?.1;
-    Some((datetime::parse_http(date)?, datetime::now()))
+    date_in(&dialer.fetch_headers(LOOK_TIME).ok()?)
+}
+
+/// The time that the headers of an answer give, and ours when it came.
+fn date_in(headers: &HeaderMap) -> Option<(i64, i64)> {
+    Some((datetime::parse_http(headers.get("date")?.to_str().ok()?)?, datetime::now()))
 }
 
 /// The dial under way.
@@ -123,8 +125,7 @@ impl DialObserver for DialReport<'_, '_> {
     }
 
     fn answered(&mut self, headers: &HeaderMap) {
-        let date = headers.get("date").and_then(|date| date.to_str().ok()).and_then(datetime::parse_http);
-        self.date = date.map(|theirs| (theirs, datetime::now()));
+        self.date = date_in(headers);
     }
 }
 

@@ -7,6 +7,7 @@ use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, SystemTime};
 
+use httparse::Status;
 use serde_json::Value;
 
 use crate::sys::datetime;
@@ -16,6 +17,9 @@ pub(crate) const BODY_BYTES_MAX: u64 = 64 * 1024 * 1024;
 
 /// The largest head of a request, and the largest line that announces a chunk.
 const HEAD_BYTES_MAX: u64 = 64 * 1024;
+
+/// The most headers of a request.
+const HEADERS_MAX: usize = 128;
 
 /// How long a look at the socket may take when we only want to know whether the client is still there.
 const PEEK_TIMEOUT: Duration = Duration::from_millis(1);
@@ -76,7 +80,7 @@ pub(crate) fn read_head(input: &mut BufReader<TcpStream>) -> io::Result<Option<E
     }
     let parsed = match text.len() as u64 {
         HEAD_BYTES_MAX.. => Err(bad(431, "the head of the request is too long")),
-        _ => parse_head(&String::from_utf8_lossy(&text)),
+        _ => parse_head(&text),
     };
     match parsed {
         Ok((head, body_left)) => Ok(Some(Exchange { input, head, body_left, answered: false })),
@@ -89,20 +93,24 @@ pub(crate) fn read_head(input: &mut BufReader<TcpStream>) -> io::Result<Option<E
     }
 }
 
-fn parse_head(text: &str) -> Result<(Head, Body), Bad> {
-    let mut lines = text.lines();
-    let request_line: Vec<&str> = lines.next().unwrap_or_default().split(' ').collect();
-    let [method, target, version @ ("HTTP/1.1" | "HTTP/1.0")] = request_line[..] else {
-        return Err(bad(400, "this is no HTTP/1.1 request"));
-    };
-    let http_1_0 = version == "HTTP/1.0";
+fn parse_head(text: &[u8]) -> Result<(Head, Body), Bad> {
+    let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
+    let mut request = httparse::Request::new(&mut headers);
+    match request.parse(text) {
+        Ok(Status::Complete(_)) => {}
+        Err(httparse::Error::TooManyHeaders) => return Err(bad(431, "the request has too many headers")),
+        _ => return Err(bad(400, "this is no HTTP/1.1 request")),
+    }
+    let target = request.path.unwrap_or_default();
     let path = target.split_once('?').map_or(target, |(path, _)| path);
-    let mut head = Head { method: method.to_owned(), path: path.to_owned(), http_1_0, ..Head::default() };
-    head.close = http_1_0;
+    let http_1_0 = request.version == Some(0);
+    let mut head = Head { path: path.to_owned(), http_1_0, close: http_1_0, ..Head::default() };
+    head.method = request.method.unwrap_or_default().to_owned();
     let mut body = Body::Read;
-    for (name, exact) in lines.filter_map(|line| line.split_once(':')) {
-        let value = exact.trim().to_ascii_lowercase();
-        match name.to_ascii_lowercase().as_str() {
+    for header in request.headers.iter() {
+        let exact = String::from_utf8_lossy(header.value);
+        let value = exact.to_ascii_lowercase();
+        match header.name.to_ascii_lowercase().as_str() {
             "content-length" => {
                 let length = value.parse().map_err(|_| bad(400, "the Content-Length is no number"))?;
                 body = Body::Length(length);
@@ -110,7 +118,7 @@ fn parse_head(text: &str) -> Result<(Head, Body), Bad> {
             "transfer-encoding" if value == "chunked" => body = Body::Chunked,
             "transfer-encoding" => return Err(bad(501, "only the chunked transfer encoding is known")),
             "connection" => head.close |= value.contains("close"),
-            "sec-websocket-key" => head.websocket_key = Some(exact.trim().to_owned()),
+            "sec-websocket-key" => head.websocket_key = Some(exact.into_owned()),
             "expect" => head.expects_continue = value == "100-continue",
             _ => {}
         }
@@ -172,27 +180,27 @@ impl Exchange<'_> {
 
     fn read_chunks(&mut self, body: &mut Vec<u8>) -> Result<(), Bad> {
         loop {
-            let line = self.read_line()?;
-            let size = line.split(';').next().unwrap_or_default().trim();
-            let size = u64::from_str_radix(size, 16).map_err(|_| bad(400, "a chunk's size is no number"))?;
+            let Ok(Status::Complete((_, size))) = httparse::parse_chunk_size(&self.read_line()?) else {
+                return Err(bad(400, "a chunk's size is no number"));
+            };
             if size == 0 {
-                while !self.read_line()?.is_empty() {} // trailers
+                while self.read_line()? != b"\r\n" {} // trailers
                 return Ok(());
             }
             if size.saturating_add(body.len() as u64) >= BODY_BYTES_MAX {
                 return Err(bad(413, format!("the body is not below {BODY_BYTES_MAX} bytes")));
             }
             self.read_exactly(size, body)?;
-            if !self.read_line()?.is_empty() {
+            if self.read_line()? != b"\r\n" {
                 return Err(bad(400, "a chunk does not end where it said"));
             }
         }
     }
 
-    fn read_line(&mut self) -> Result<String, Bad> {
+    fn read_line(&mut self) -> Result<Vec<u8>, Bad> {
         let mut line = Vec::new();
         match self.input.by_ref().take(HEAD_BYTES_MAX).read_until(b'\n', &mut line) {
-            Ok(1..) if line.ends_with(b"\n") => Ok(String::from_utf8_lossy(&line).trim().to_owned()),
+            Ok(1..) if line.ends_with(b"\n") => Ok(line),
             Ok(_) => Err(bad(400, "the body is cut short")),
             Err(error) => Err(bad(400, format!("failed to read the body: {error}"))),
         }

@@ -248,6 +248,10 @@ mod tests {
             ("POST /json HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n".to_owned(), "400"),
             (format!("POST /json HTTP/1.1\r\nContent-Length: 1\r\n{CLOSE}{{"), "400"),
             (format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(100_000)), "431"),
+            (format!("GET / HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(129)), "431"),
+            ("GET / HTTP/1.1\r\nno colon\r\n\r\n".to_owned(), "400"),
+            ("GET / HTTP/1.1\r\nname : value\r\n\r\n".to_owned(), "400"),
+            ("GET / HTTP/2.0\r\n\r\n".to_owned(), "400"),
         ] {
             let answer = talk(&server, &request);
             assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{status}: {answer}");

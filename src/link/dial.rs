@@ -11,7 +11,7 @@ use crossbeam_channel::{Receiver, bounded, never, select};
 use rustls::pki_types::ServerName;
 use rustls::{CertificateError, ClientConfig, ClientConnection, ProtocolVersion};
 use tungstenite::HandshakeError;
-use tungstenite::http::{HeaderMap, Uri};
+use tungstenite::http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use tungstenite::protocol::WebSocketConfig;
 use ureq::Proxy;
 
@@ -30,6 +30,8 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// The longest head of an answer of HTTP that we read ourselves, in bytes.
 const HEAD_BYTES_MAX: usize = 8 << 10;
+/// The most headers in it.
+const HEADERS_MAX: usize = 128;
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -155,11 +157,11 @@ impl Dialer {
         self.upgrade(self.link(tcp, deadline, steps)?, deadline, steps)
     }
 
-    /// Asks the server for an ordinary answer of HTTP, over a connection of its own, and returns the head of it.
+    /// Asks the server for an ordinary HTTP answer, over a connection of its own, and returns its headers.
     ///
     /// # Errors
     /// By step.
-    pub fn fetch_head(&self, time: Duration) -> Result<String, DialError> {
+    pub fn fetch_headers(&self, time: Duration) -> Result<HeaderMap, DialError> {
         let deadline = Instant::now() + time;
         let link = self.link(self.connect(deadline, &never(), &mut ())?, deadline, &mut ())?;
         let mut stream = LinkReader::new(link, deadline);
@@ -167,7 +169,9 @@ impl Dialer {
         let host = host.rsplit('@').next().unwrap_or_default();
         write!(stream, "HEAD / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")?;
         stream.flush()?;
-        read_head(&mut stream)?.ok_or_else(|| DialError::Upgrade("the server does not answer as HTTP".into()))
+        let head =
+            read_head(&mut stream)?.ok_or_else(|| DialError::Upgrade("the server does not answer as HTTP".into()));
+        Ok(head?.headers)
     }
 
     /// The certificate that the server presents, believed or not, DER; over a connection of its own, which ends there.
@@ -266,10 +270,9 @@ impl Dialer {
         stream.write_all(request.as_bytes()).map_err(timed_out_or(|e| DialError::Proxy(e.to_string())))?;
         let head = read_head(&mut stream).map_err(timed_out_or(|e| DialError::Proxy(e.to_string())))?;
         let head = head.ok_or_else(|| DialError::Proxy("it does not answer as an HTTP proxy".into()))?;
-        let status_line = head.lines().next().unwrap_or_default();
-        match status_line.split(' ').nth(1) {
-            Some(status) if status_line.starts_with("HTTP/1.") && status.starts_with('2') => Ok(()),
-            _ => Err(DialError::Proxy(sanitize_for_log(status_line))),
+        match head.status {
+            200..=299 => Ok(()),
+            _ => Err(DialError::Proxy(sanitize_for_log(&head.status_line))),
         }
     }
 
@@ -334,8 +337,15 @@ impl Dialer {
     }
 }
 
-/// Up to the blank line, byte by byte, for what follows belongs to somebody else; `None` when that is not what comes.
-fn read_head(stream: &mut impl Read) -> io::Result<Option<String>> {
+/// The head of an HTTP answer.
+struct Head {
+    status: u16,
+    status_line: String,
+    headers: HeaderMap,
+}
+
+/// Reads byte by byte, for what follows the head belongs to somebody else; `None` if the answer is not HTTP.
+fn read_head(stream: &mut impl Read) -> io::Result<Option<Head>> {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         let mut byte = [0];
@@ -344,7 +354,21 @@ fn read_head(stream: &mut impl Read) -> io::Result<Option<String>> {
         }
         head.push(byte[0]);
     }
-    Ok(Some(String::from_utf8_lossy(&head).into_owned()))
+    Ok(parse_head(&head))
+}
+
+fn parse_head(head: &[u8]) -> Option<Head> {
+    let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
+    let mut response = httparse::Response::new(&mut headers);
+    response.parse(head).ok()?;
+    let header = |header: &httparse::Header<'_>| {
+        Some((HeaderName::from_bytes(header.name.as_bytes()).ok()?, HeaderValue::from_bytes(header.value).ok()?))
+    };
+    Some(Head {
+        status: response.code?,
+        status_line: String::from_utf8_lossy(head).lines().next()?.to_owned(),
+        headers: response.headers.iter().filter_map(header).collect(),
+    })
 }
 
 fn tls_error(e: rustls::Error) -> DialError {
