@@ -39,15 +39,19 @@ fn help_names_every_command_and_has_an_example() {
     for arguments in [&["--help"][..], &["help"], &["-h"]] {
         let ran = run(&plain(), arguments, &[]);
         assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""), "{arguments:?}");
-        let others = ["--config", "--log-level", "--allow-insecure", "xample", "$ usepod-agent"];
-        for word in COMMANDS.into_iter().chain(others) {
+        for word in ["--config", "--log-level", "--allow-insecure", "xample", "$ usepod-agent"] {
             assert!(ran.stdout.contains(word), "{arguments:?}: no `{word}` in {}", ran.stdout);
+        }
+        for command in COMMANDS {
+            let is_listed = |line: &str| line.starts_with("  ") && line.split_whitespace().next() == Some(command);
+            assert!(ran.stdout.lines().any(is_listed), "{arguments:?}: `{command}` is not listed in {}", ran.stdout);
         }
     }
     for command in COMMANDS {
         let ran = run(&plain(), &[command, "--help"], &[]);
         assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""), "{command} --help");
-        assert!(ran.stdout.contains(command), "{command} --help: {}", ran.stdout);
+        let usage = format!("Usage: usepod-agent {command}");
+        assert!(ran.stdout.lines().any(|line| line.starts_with(&usage)), "{command} --help: {}", ran.stdout);
     }
 }
 

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use arbtest::arbtest;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use provider_agent::backend::{
-    Backend, BackendError, BackendHealth, BackendModel, BackendResult, Job, JobResult, JobSink, WireFormat,
+    Backend, BackendError, BackendHealth, BackendModel, BackendResult, BaseUrl, HttpBackend, Job, JobResult, JobSink,
+    Kind, WireFormat,
 };
 use provider_agent::discovery::{DiscoveredBackend, ResolvedModel};
 use provider_agent::job_executor::JobExecutor;
@@ -16,7 +17,7 @@ use serde_json::{Value, json};
 use tungstenite::Message;
 use uuid::Uuid;
 
-use crate::support::{QUIET, SOON, ms, side_by_side};
+use crate::support::{Answer, QUIET, Request, SOON, ms, response, side_by_side, sse, wait_until};
 
 type Execute = dyn Fn(&Job, &mut dyn JobSink) -> BackendResult<JobResult> + Send + Sync;
 
@@ -108,11 +109,7 @@ impl Bench {
     }
 
     fn wait_idle(&self) {
-        let deadline = Instant::now() + SOON;
-        while self.executor.queue_depth() != 0 {
-            assert!(Instant::now() < deadline, "queue_depth stays at {}", self.executor.queue_depth());
-            std::thread::sleep(ms(1));
-        }
+        wait_until("queue_depth is 0", || self.executor.queue_depth() == 0);
     }
 }
 
@@ -417,11 +414,7 @@ fn nobody_reading_the_frames_blocks_neither_dispatch_nor_cancel() {
             id
         })
         .collect();
-    let deadline = Instant::now() + SOON;
-    while out.is_empty() {
-        assert!(Instant::now() < deadline, "no chunk came");
-        std::thread::sleep(ms(1));
-    }
+    wait_until("a chunk comes", || !out.is_empty());
     let began = Instant::now();
     executor.dispatch(job("another"));
     for id in ids {
@@ -450,23 +443,20 @@ fn the_end_of_the_session_stops_its_jobs() {
     let Bench { executor, out } = bench;
     drop(out);
     seen.recv_timeout(SOON).expect("the sink to report that nobody listens");
-    let deadline = Instant::now() + SOON;
-    while executor.queue_depth() != 0 {
-        assert!(Instant::now() < deadline, "queue_depth stays at {}", executor.queue_depth());
-        std::thread::sleep(ms(1));
-    }
+    wait_until("queue_depth is 0", || executor.queue_depth() == 0);
 }
 
 #[test]
-fn a_backend_can_be_driven_without_an_executor() {
-    let backend = Scripted::new(|_, sink| {
-        sink.send_chunk(b"alone")?;
-        Ok(JobResult::default())
-    });
+fn the_agents_own_backend_can_be_driven_without_an_executor() {
+    let answer = |_: &Request| Answer::Raw(response(200, "text/event-stream", sse(7, 13)));
+    let server = crate::support::Backend::vllm_with(&["m"], answer);
+    let url = BaseUrl::parse(&server.url()).expect("a URL");
+    let backend: Box<dyn Backend> = Box::new(HttpBackend::new(Kind::Vllm, Some(url), None));
     let mut sink = Gathered(Vec::new());
     let result: Result<JobResult, BackendError> = backend.execute(&job("m"), &mut sink);
     let result = result.unwrap_or_else(|e| panic!("{e:?}"));
-    assert_eq!((result.input_tokens, result.output_tokens, sink.0), (None, None, b"alone".to_vec()));
+    assert_eq!((result.input_tokens, result.output_tokens), (Some(7), Some(13)));
+    assert_eq!(String::from_utf8_lossy(&sink.0), sse(7, 13));
     assert!(backend.health().is_ok_and(|health| health.reachable));
     assert!(backend.list_models().is_ok_and(|models| models.len() == 1 && models[0].native));
 }

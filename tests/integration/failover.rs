@@ -1,5 +1,7 @@
 //! A model that several backends list: the advertised one is preferred, the others are there when it cannot take a job.
 
+use std::time::Instant;
+
 use serde_json::{Value, json};
 
 use crate::support::*;
@@ -70,13 +72,14 @@ fn when_no_backend_can_take_a_job_it_ends_once_within_its_deadline() {
 
     let id = uuid::Uuid::new_v4().to_string();
     let mut frame = job(&id, "m", json!({}));
-    frame["deadline_ms"] = json!(600);
+    frame["deadline_ms"] = json!(1500);
     rig.session.send(&frame);
-    let held = first.next();
-    std::thread::sleep(ms(400));
+    let (sent, held) = (Instant::now(), first.next());
+    second.assert_none(secs(1));
     drop(held);
     let _silent = second.next();
     assert_eq!(rig.session.outcome(&id).error(), "backend_timeout");
+    assert!(sent.elapsed() < ms(2500), "the deadline began anew with the second backend: {:?}", sent.elapsed());
 }
 
 /// `[[backends]]` for a vLLM that takes so many jobs at a time.

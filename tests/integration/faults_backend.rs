@@ -396,7 +396,7 @@ fn an_answer_before_the_request_was_read_is_relayed_or_an_error_and_costs_the_jo
         patient.backend.leave_unread(usize::MAX);
         patient.backend.hang_up();
         let id = send_large_job(&patient, secs(30));
-        patient.backend.next().send(answer);
+        patient.backend.next_within(3 * SOON).send(answer);
         let outcome = patient.rig.session.outcome(&id);
         assert_eq!(outcome.end["error_code"].as_str().unwrap_or("done"), end, "{}", outcome.end);
         patient.backend.leave_unread(0);
@@ -486,9 +486,13 @@ fn of_two_backends_one_dies_and_the_other_goes_on_until_it_is_back() {
     assert_eq!(rig.session.outcome(&id).error(), "model_not_loaded");
     assert_eq!(advertised(&rig.session.frame("capabilities", SOON)), "vllm");
     // Connections to the other are kept until they are too old to be used, and closed by the next exchange.
-    std::thread::sleep(secs(5));
-    let id = rig.session.job("n", json!({}));
-    other.next().finish();
-    rig.session.outcome(&id).done();
+    let began = Instant::now();
+    while Vitals::of(&rig.agent).descriptors > before.descriptors {
+        assert!(began.elapsed() < SOON, "before: {before:?}, now: {:?}", Vitals::of(&rig.agent));
+        std::thread::sleep(ms(100));
+        let id = rig.session.job("n", json!({}));
+        other.next().finish();
+        rig.session.outcome(&id).done();
+    }
     before.assert_restored(&rig.agent, &rig.session, &back);
 }

@@ -1,5 +1,6 @@
 //! The response's bytes on their way to the coordinator. How a broken response ends is in `failures`.
 
+use crossbeam_channel::{RecvTimeoutError, unbounded};
 use serde_json::json;
 
 use crate::support::*;
@@ -328,17 +329,19 @@ fn a_slow_coordinator_slows_the_backend_down_and_loses_nothing() {
     // More than every buffer on the way together; the writing must come to a stop.
     let body = noise(48 << 20);
     let copy = body.clone();
+    let (wrote, written) = unbounded();
     let writer = std::thread::spawn(move || {
         for piece in copy.chunks(1 << 16) {
             held.chunk(piece);
+            wrote.send(()).expect("the test");
         }
         held.chunk("\n\ndata: [DONE]\n\n");
         held.end();
     });
     rig.session.cancel(&silent_job.0);
     silent_job.1.wait_hang_up();
-    std::thread::sleep(ms(500));
-    assert!(!writer.is_finished(), "48 MiB went into an agent whose coordinator reads nothing");
+    let stopped = std::iter::repeat_with(|| written.recv_timeout(ms(500))).find_map(Result::err);
+    assert_eq!(stopped, Some(RecvTimeoutError::Timeout), "48 MiB went into an agent whose coordinator reads nothing");
 
     assert!(rig.agent.peak_kib() < 40 << 10, "a blocked stream took {} KiB of memory", rig.agent.peak_kib());
 

@@ -124,13 +124,16 @@ fn a_drain_ends_with_its_last_job() {
 fn a_second_signal_stops_at_once() {
     let backend = Backend::vllm(&["m"]);
     let mut rig = Rig::new(&backend);
-    rig.session.job("m", json!({}));
+    let id = rig.session.job("m", json!({}));
     let mut held = backend.next();
     rig.agent.signal("TERM");
     assert_empty_offer(&rig.session);
     let asked = Instant::now();
     rig.agent.signal("TERM");
-    rig.agent.wait(secs(2));
+    let outcome = rig.session.outcome(&id);
+    assert_eq!((outcome.error(), outcome.message()), ("internal", "the agent is stopping"));
+    assert_eq!(rig.session.ended(secs(2)).map(|(code, _)| code), Some(1000));
+    assert_eq!(rig.agent.wait(secs(2)).code(), Some(0));
     assert!(asked.elapsed() < ms(1500), "a second signal took {:?}", asked.elapsed());
     held.wait_hang_up();
 }
@@ -145,7 +148,7 @@ fn an_agent_whose_session_ends_while_it_drains_stops_and_does_not_reconnect() {
     assert_empty_offer(&rig.session);
     rig.session.cut();
     held.wait_hang_up();
-    rig.agent.wait(secs(3));
+    assert_eq!(rig.agent.wait(secs(3)).code(), Some(0));
     rig.coordinator.assert_not_dialled(Duration::ZERO);
 }
 
@@ -161,7 +164,7 @@ fn a_stuck_coordinator_does_not_outlast_the_drain() {
     let flood =
         std::thread::spawn(move || while held.try_send(&[b"10000\r\n", &[b'x'; 1 << 16][..], b"\r\n"].concat()) {});
     rig.agent.signal("TERM");
-    rig.agent.wait(secs(10));
+    assert_eq!(rig.agent.wait(SOON).code(), Some(0));
     flood.join().expect("the flood to end with its job");
 }
 
@@ -243,7 +246,7 @@ fn a_second_signal_waits_for_no_coordinator_that_does_not_read() {
     rig.agent.stderr.wait_line(&["stopping"]);
     let asked = Instant::now();
     rig.agent.signal("TERM");
-    rig.agent.wait(SOON);
+    assert_eq!(rig.agent.wait(SOON).code(), Some(0));
     assert!(asked.elapsed() < secs(2), "a second signal took {:?}", asked.elapsed());
     flood.join().expect("the flood to end with its job");
 }

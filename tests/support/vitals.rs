@@ -49,7 +49,7 @@ impl Vitals {
         let mut now = Self::after_a_job(agent, session, backend);
         while now.threads > self.threads || now.descriptors > self.descriptors {
             assert!(began.elapsed() < secs(40), "before: {self:?}, now: {now:?}, {:?}", agent.threads());
-            std::thread::sleep(secs(5));
+            std::thread::sleep(ms(100));
             now = Self::after_a_job(agent, session, backend);
         }
         assert!(now.resident_kib <= self.resident_kib + MEMORY_SLACK_KIB, "before: {self:?}, now: {now:?}");
