@@ -44,7 +44,7 @@
 //! | frames of jobs that wait for the socket | [`job_executor::DATA_LANE_MAX`] |
 //! | control messages that wait for the socket | [`job_executor::CONTROL_LANE_MAX`] |
 //! | requests in flight, together | [`job_executor::REQUEST_BYTES_MAX`] |
-//! | what one backend connection has read and not passed on | `INPUT_MAX` in `backend::tcp`, twice that for a head |
+//! | what one backend connection has read and not passed on | `INPUT_MAX` in `backend::http::tcp`, twice that for a head |
 //! | tasks that wait for a worker | `TASKS_MAX` in `worker_pool` |
 //! | JSON values in one request | `VALUES_MAX` in `protocol` |
 //! | log lines that wait to be written | `QUEUE_LINES_MAX` in `logging` |

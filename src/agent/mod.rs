@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 use crate::agent::backoff::{AttemptEnd, Backoff};
 use crate::agent::session::SessionEnd;
 use crate::agent::shutdown::{ActiveState, Stop};
-use crate::backend;
 use crate::config::CoordinatorConfig;
 use crate::discovery;
 use crate::discovery::{BackendOffer, Housekeeping, OfferFeed, OfferTerms, Prober};
@@ -27,6 +26,7 @@ use crate::link::Dialer;
 use crate::link::handshake::{self, HandshakeError};
 use crate::link::protocol::OfferLimits;
 use crate::logging::sanitize_for_log;
+use crate::net::proxy;
 use crate::observe::{self, Connection, LastWritten, LiveState, StateFileWriter};
 
 /// Everything that an agent is made of.
@@ -100,7 +100,7 @@ impl Agent {
         };
         let backends = std::mem::take(&mut self.backends);
         let prober = Prober::spawn(backends, self.terms.clone(), offers.clone(), wake_socket, housekeeping)?;
-        let proxy = if self.use_proxy { backend::proxy_from_env() } else { None };
+        let proxy = if self.use_proxy { proxy::from_env() } else { None };
         let dialer = Dialer::new(self.coordinator.url.clone(), self.coordinator.roots.clone(), proxy);
         let limits = OfferLimits {
             max_concurrent_total: self.terms.max_concurrent,

@@ -4,15 +4,14 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::api_key::ApiKey;
 use super::context_window;
 use super::error::BackendResult;
-use super::http::Client;
+use super::http::{ApiKey, Client};
 use super::kind::{BaseUrl, Kind};
 use super::listing;
 use super::probe::Probe;
-use super::relay::relay;
 use super::request::body_of;
+use super::stream::relay;
 use super::{Backend, BackendHealth, BackendModel, Job, JobResult, JobSink, WireFormat};
 
 /// An HTTP server of a known kind.

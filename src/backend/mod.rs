@@ -3,35 +3,28 @@
 //! [`Backend`] is the seam: everything above it (admission, cancellation, the wire) works with any implementation.
 //! Data flows one way, from [`Backend::execute`] into a [`JobSink`]; an error from the sink ends the job at once.
 
-mod context_window;
-mod error;
-mod error_code;
-mod event;
-mod diagnosis;
-mod bounded_json;
-mod http;
 mod http_backend;
 mod kind;
-mod listing;
 mod probe;
-mod relay;
+mod listing;
+mod context_window;
+mod diagnosis;
 mod request;
-mod resolver;
-mod api_key;
-mod sse;
-mod tcp;
-mod tls;
-mod monitor;
+mod stream;
+mod http;
+mod error;
+mod error_code;
 
 use uuid::Uuid;
 
-pub use api_key::ApiKey;
 pub use diagnosis::Diagnosis;
 pub use error::{BackendError, BackendResult, ERROR_BODY_MAX, HttpStatus};
 pub use error_code::ErrorCode;
-pub use http::{Client, Interrupt, proxy_from_env, read_bounded};
+pub use http::{ApiKey, Client, Interrupt, read_bounded};
 pub use http_backend::HttpBackend;
 pub use kind::{BaseUrl, Kind};
+
+use error::truncated_body;
 
 /// One chat request that the coordinator handed us.
 #[derive(Debug, Clone)]

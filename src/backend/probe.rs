@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 use ureq::Body;
 use ureq::http::Response;
 
-use super::http::{AgentLease, Client, read_bounded};
-use super::relay::connect_error;
+use super::http::{AgentLease, Client, connect_error, read_bounded};
 use super::{BackendError, BackendResult, Kind};
 
 /// Time limit of one probe, all its requests together.

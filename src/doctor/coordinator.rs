@@ -12,10 +12,10 @@ use tungstenite::http::HeaderMap;
 
 use super::report::Report;
 use super::{certificate, clock};
-use crate::backend::proxy_from_env;
 use crate::config::CoordinatorConfig;
 use crate::link::handshake;
 use crate::link::{DialError, DialObserver, Dialer};
+use crate::net::proxy;
 use crate::sys::datetime;
 
 /// For another look: at the certificate that was refused, or for a date where the answer to the upgrade has none.
@@ -35,7 +35,7 @@ const WEBSOCKET: usize = 4;
 
 /// Dials, and tells of each layer as it is passed.
 pub fn examine(report: &mut Report<'_>, config: &CoordinatorConfig) {
-    let dialer = Dialer::new(config.url.clone(), config.roots.clone(), proxy_from_env());
+    let dialer = Dialer::new(config.url.clone(), config.roots.clone(), proxy::from_env());
     let secure = config.url.scheme_str() == Some("wss");
     let mut way = DialReport { report, dialer: &dialer, secure, layer: DNS, since: Instant::now(), date: None };
     way.report.pending(LAYERS[DNS]);

@@ -6,45 +6,16 @@
 use memchr::memchr;
 use serde_json::Value;
 
-use super::BackendError;
 use super::bounded_json::{BoundedJson, WHOLE_MAX};
-use super::error::truncated_body;
 use super::event::EventClassifier;
+use super::usage::Usage;
+use crate::backend::{BackendError, truncated_body};
 
 /// What a line begins with that is looked into; what is longer than a field's name and none of these is not held.
 const FIELDS: [&[u8]; 3] = [b"data:", b"event:", b"error:"];
 
 /// The longest of them.
 const FIELD_LEN: usize = 6;
-
-/// Tokens, each field as its last mention says.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Usage {
-    /// Tokens of the prompt.
-    pub input: Option<u32>,
-    /// Tokens of the answer.
-    pub output: Option<u32>,
-}
-
-impl Usage {
-    /// Takes what a `usage` object says.
-    fn merge(&mut self, usage: &Value) {
-        let read = |names: [&str; 3]| {
-            names.into_iter().find_map(|n| usage[n].as_u64().and_then(|tokens| u32::try_from(tokens).ok()))
-        };
-        self.input = read(["input_tokens", "prompt_tokens", "input"]).or(self.input);
-        self.output = read(["output_tokens", "completion_tokens", "output"]).or(self.output);
-    }
-
-    /// The usage of a JSON body that is not a stream.
-    pub fn of_body(body: &[u8]) -> Usage {
-        let mut usage = Usage::default();
-        if let Ok(body) = serde_json::from_slice::<Value>(body) {
-            usage.merge(&body["usage"]);
-        }
-        usage
-    }
-}
 
 /// The scanner of one `text/event-stream`.
 #[derive(Debug, Default)]
@@ -170,7 +141,7 @@ impl Scanner {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::bounded_json::EXCERPT_MAX;
+    use crate::backend::stream::bounded_json::EXCERPT_MAX;
 
     fn verdict(stream: &[u8]) -> (Result<Usage, BackendError>, u32) {
         verdict_of([stream])

@@ -16,7 +16,7 @@ const STRING_KEPT: usize = 1 << 10;
 /// The same once half of the excerpt is used up, so that the fortieth paragraph does not cost the usage behind it.
 const STRING_KEPT_LATER: usize = 64;
 
-const _: () = assert!(STRING_KEPT > super::ERROR_BODY_MAX && WHOLE_MAX <= EXCERPT_MAX);
+const _: () = assert!(STRING_KEPT > crate::backend::ERROR_BODY_MAX && WHOLE_MAX <= EXCERPT_MAX);
 
 /// The excerpt of one text.
 #[derive(Debug, Default)]

@@ -11,11 +11,13 @@ use std::time::{Duration, Instant};
 use ureq::config::Config;
 use ureq::http::uri::Scheme;
 use ureq::http::{HeaderMap, HeaderValue, Method, Request, Response, Uri, header};
-use ureq::{Agent, AsSendBody, Body, Proxy};
+use ureq::{Agent, AsSendBody, Body};
 
 use super::api_key::ApiKey;
 use super::monitor::{ConnectionMonitor, MonitoredConnector, SharedConnector, connector, plain_connector};
 use super::resolver::LocalFirstResolver;
+use crate::backend::{BackendError, BackendResult};
+use crate::net::proxy;
 use crate::net::tls::ExtraRoots;
 
 /// Agents kept for the next request, each with at most one open connection and its buffers.
@@ -100,7 +102,7 @@ impl Client {
             .http_status_as_error(false)
             // A redirect would carry the prompt to an address that the operator never named.
             .max_redirects(0)
-            .proxy(if hosted { proxy_from_env() } else { None })
+            .proxy(if hosted { proxy::from_env() } else { None })
             .timeout_connect(Some(if hosted { CONNECT_TIMEOUT_HOSTED } else { CONNECT_TIMEOUT_LOCAL }))
             .input_buffer_size(BUFFER_BYTES)
             .output_buffer_size(BUFFER_BYTES)
@@ -119,21 +121,21 @@ impl Client {
     ///
     /// # Errors
     /// The variable that should hold the key does not.
-    pub fn ready(&self) -> super::BackendResult<()> {
+    pub fn ready(&self) -> BackendResult<()> {
         match &self.key {
-            ApiKey::Missing { variable } => Err(super::BackendError::MissingKey(variable.clone())),
+            ApiKey::Missing { variable } => Err(BackendError::MissingKey(variable.clone())),
             ApiKey::NotNeeded | ApiKey::Bearer(_) => Ok(()),
         }
     }
 
     /// The error that a status stands for. Some gateways repeat the key that they refuse: it goes no further.
-    pub fn status_error(&self, status: u16, body: &[u8]) -> super::BackendError {
+    pub fn status_error(&self, status: u16, body: &[u8]) -> BackendError {
         match &self.key {
             ApiKey::Bearer(header) => {
                 let key = header.trim_start_matches("Bearer ");
-                super::BackendError::from_status(status, without_key(body, key).as_bytes())
+                BackendError::from_status(status, without_key(body, key).as_bytes())
             }
-            ApiKey::NotNeeded | ApiKey::Missing { .. } => super::BackendError::from_status(status, body),
+            ApiKey::NotNeeded | ApiKey::Missing { .. } => BackendError::from_status(status, body),
         }
     }
 
@@ -263,30 +265,4 @@ pub fn read_bounded(body: Body, max: usize) -> (Vec<u8>, std::io::Result<()>) {
     let mut bytes = Vec::new();
     let end = body.into_reader().take(max as u64).read_to_end(&mut bytes).map(drop);
     (bytes, end)
-}
-
-/// The proxy of `HTTPS_PROXY`, with the exceptions of `NO_PROXY`; for hosted backends and the coordinator.
-pub fn proxy_from_env() -> Option<Proxy> {
-    let read = |names: [&str; 2]| names.iter().find_map(|n| std::env::var(n).ok().filter(|v| !v.trim().is_empty()));
-    let address = read(["HTTPS_PROXY", "https_proxy"])?;
-    let parsed = match Proxy::new(address.trim()) {
-        Ok(parsed) if parsed.protocol() == ureq::ProxyProtocol::Http => parsed,
-        // The address may hold a password, so it is not shown.
-        _ => {
-            log::warn!("HTTPS_PROXY is ignored: it is not an address of the form http://HOST:PORT");
-            return None;
-        }
-    };
-    let mut proxy = Proxy::builder(parsed.protocol()).host(parsed.host()).port(parsed.port());
-    if let Some(user) = parsed.username() {
-        proxy = proxy.username(user).password(parsed.password().unwrap_or_default());
-    }
-    for exception in read(["NO_PROXY", "no_proxy"]).unwrap_or_default().split(',') {
-        let exception = exception.trim();
-        if !exception.is_empty() {
-            // A bare name stands for what is below it too, as everywhere else.
-            proxy = proxy.no_proxy(exception).no_proxy(&format!(".{}", exception.trim_start_matches(['*', '.'])));
-        }
-    }
-    proxy.build().ok()
 }

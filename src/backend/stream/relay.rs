@@ -10,10 +10,10 @@ use ureq::Body;
 use ureq::http::Response;
 
 use super::bounded_json::BoundedJson;
-use super::http::{AgentLease, Client, read_bounded};
-use super::resolver::NoThread;
-use super::sse::{Scanner, Usage};
-use super::{BackendError, BackendResult, ERROR_BODY_MAX, JobResult, JobSink};
+use super::sse::Scanner;
+use super::usage::Usage;
+use crate::backend::http::{AgentLease, Client, connect_error, read_bounded};
+use crate::backend::{BackendError, BackendResult, ERROR_BODY_MAX, JobResult, JobSink};
 
 /// The most that one chunk carries, in bytes of the answer: what the backend has sent when we look, up to this.
 const CHUNK_MAX: usize = 16 << 10;
@@ -26,9 +26,6 @@ const ERROR_READ_MAX: usize = 4 * ERROR_BODY_MAX;
 
 /// The body of an error has so much time.
 const ERROR_READ_TIME: Duration = Duration::from_secs(1);
-
-/// `EMFILE` and `ENFILE`: this process, or the box, has no descriptor left. That says nothing of the backend.
-const NO_DESCRIPTOR: [i32; 2] = [24, 23];
 
 /// A connect is given whole milliseconds, so that one which the deadline ends may end just before it.
 const CONNECT_PRECISION: Duration = Duration::from_millis(1);
@@ -131,20 +128,6 @@ fn empty_stream_error(e: BackendError) -> BackendError {
     match e {
         BackendError::CutStream(how) => broken_error(&how, false),
         e => e,
-    }
-}
-
-/// Why there is no response at all.
-pub fn connect_error(e: ureq::Error) -> BackendError {
-    match e {
-        ureq::Error::Timeout(ureq::Timeout::Global) => BackendError::DeadlinePassed,
-        ureq::Error::Protocol(_) | ureq::Error::LargeResponseHeader(..) => BackendError::NotHttp(e.to_string()),
-        ureq::Error::Io(e) if e.raw_os_error().is_some_and(|code| NO_DESCRIPTOR.contains(&code)) => {
-            BackendError::Exhausted(e.to_string())
-        }
-        ureq::Error::Other(e) if e.is::<NoThread>() => BackendError::Exhausted(e.to_string()),
-        ureq::Error::Io(e) => BackendError::Unreachable(e.to_string()),
-        e => BackendError::Unreachable(e.to_string()),
     }
 }
 

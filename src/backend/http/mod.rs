@@ -1,0 +1,13 @@
+//! HTTP to one backend, over `ureq`: agents that serve one exchange at a time, and the transport below them.
+
+mod api_key;
+mod client;
+mod error;
+mod monitor;
+mod resolver;
+mod tcp;
+mod tls;
+
+pub use api_key::ApiKey;
+pub use client::{AgentLease, Client, Interrupt, read_bounded};
+pub use error::connect_error;
