@@ -3,11 +3,11 @@
 //! Invariants: every byte outside the block stays as it is, and what [`Crontab::with_block`] adds [`Crontab::without_block`] takes away again.
 //! A crontab whose marks, or the lines between them, are not as we write them is refused: what is there may be somebody's work.
 
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Write};
 use std::ops::Range;
+use std::process::{Command, Output, Stdio};
 
-use super::ServiceCommand;
-use super::subprocess;
+use super::{ServiceCommand, command, error_text};
 
 const BEGIN: &str =
     "# >>> usepod-agent: written by `usepod-agent service install`, removed by `usepod-agent service uninstall`";
@@ -34,14 +34,14 @@ impl Crontab {
     /// # Errors
     /// `crontab` fails, or somebody edited the block.
     pub fn read() -> Result<Option<Crontab>, String> {
-        let output = match subprocess::output(&["crontab", "-l"], b"") {
+        let output = match command("crontab").arg("-l").output() {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
             ran => ran.map_err(not_started)?,
         };
-        if output.failure.is_none() {
+        if output.status.success() {
             return Crontab::parse(output.stdout).map(Some);
         }
-        let said = output.error_text();
+        let said = error_text(&output);
         // The words of cron, cronie and dcron; those of busybox.
         let is_none = said.contains("no crontab for") || (said.contains("can't open") && said.contains("No such file"));
         match is_none && output.stdout.is_empty() {
@@ -166,10 +166,10 @@ impl Crontab {
     pub fn write(text: &[u8]) -> Result<(), String> {
         // An empty one is none.
         let how = if text.is_empty() { "-r" } else { "-" };
-        let output = subprocess::output(&["crontab", how], text).map_err(not_started)?;
-        match output.failure {
-            None => Ok(()),
-            Some(_) => Err(format!("`crontab` did not take the new crontab: {}", output.error_text())),
+        let output = output_with_input(command("crontab").arg(how), text).map_err(not_started)?;
+        match output.status.success() {
+            true => Ok(()),
+            false => Err(format!("`crontab` did not take the new crontab: {}", error_text(&output))),
         }
     }
 
@@ -177,6 +177,16 @@ impl Crontab {
     pub fn text(&self) -> &[u8] {
         &self.text
     }
+}
+
+/// Runs a program to its end, with `input` as its stdin.
+fn output_with_input(command: &mut Command, input: &[u8]) -> io::Result<Output> {
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // A program that stops reading explains itself on stderr.
+        let _ = stdin.write_all(input);
+    }
+    child.wait_with_output()
 }
 
 /// The command of our lines, as it stands in a crontab.
@@ -331,5 +341,14 @@ mod tests {
         let found = table(&text).environment();
         let found: Vec<(&str, &str)> = found.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
         assert_eq!(found, [("A", "1"), ("B", "two words"), ("C", "3"), ("D", "")]);
+    }
+
+    #[test]
+    fn a_program_with_much_to_say_on_stderr_comes_to_its_end() {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", "cat; head -c 300000 /dev/zero >&2; echo out; exit 3"]);
+        let output = output_with_input(&mut shell, b"in ").expect("a shell");
+        assert_eq!((&output.stdout[..], output.status.code()), (&b"in out\n"[..], Some(3)));
+        assert_eq!(output.stderr.len(), 300_000);
     }
 }

@@ -5,12 +5,13 @@
 
 pub mod crontab;
 pub mod logs;
-pub mod subprocess;
 pub mod systemd;
 
 use std::io;
 use std::ops::ControlFlow;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use log::LevelFilter;
@@ -20,7 +21,6 @@ use nix::unistd::{Uid, User};
 use crate::instance::LockOwner;
 use crate::instance::terminate::{self, TerminateError};
 use crontab::Crontab;
-use subprocess::Child;
 use systemd::Unit;
 
 /// How often a process is looked at that is to end or to start.
@@ -104,7 +104,33 @@ impl Supervisor {
     }
 }
 
-/// Starts what cron would start, as cron would: its shell, its environment.
+/// A program on the PATH, with its messages in English: some of them are recognized.
+pub fn command(program: &str) -> Command {
+    let mut command = Command::new(program);
+    command.env("LC_ALL", "C");
+    command
+}
+
+/// Why a program failed: its error messages, or how it ended when it wrote none.
+pub fn error_text(output: &Output) -> String {
+    match String::from_utf8_lossy(&output.stderr).trim() {
+        "" => exit_text(output.status),
+        messages => messages.to_owned(),
+    }
+}
+
+/// `exit code 1`, `SIGKILL`.
+pub fn exit_text(status: ExitStatus) -> String {
+    let signal = status.signal().and_then(|number| Signal::try_from(number).ok());
+    match (status.code(), signal) {
+        (Some(code), _) => format!("exit code {code}"),
+        (_, Some(signal)) => signal.to_string(),
+        _ => status.to_string(),
+    }
+}
+
+/// Starts what cron would start, as cron would: its shell, its environment. In a process group of its own, so that closing the
+/// terminal does not end it.
 ///
 /// # Errors
 /// There is no shell.
@@ -122,7 +148,16 @@ pub fn start_like_cron(table: &Crontab) -> io::Result<Child> {
         }
     }
     let shell = variables.iter().find(|(name, _)| name == "SHELL").map_or("/bin/sh", |(_, shell)| shell);
-    subprocess::start_detached(&[shell, "-c", &table.command().unwrap_or_default()], &variables)
+    Command::new(shell)
+        .arg("-c")
+        .arg(table.command().unwrap_or_default())
+        .env_clear()
+        .envs(variables.iter().map(|(name, value)| (name, value)))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .process_group(0)
+        .spawn()
 }
 
 /// Who runs this, by the box's own list.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use nix::unistd::{Uid, User};
 
-use super::{STOP_MARGIN, ServiceCommand, subprocess};
+use super::{STOP_MARGIN, ServiceCommand, command, error_text};
 use crate::config;
 
 /// The unit's name.
@@ -179,11 +179,11 @@ impl Unit {
     /// # Errors
     /// It refuses, in its own words, or there is none.
     pub fn systemctl(&self, arguments: &[&str]) -> Result<(), String> {
-        let words = [&["systemctl"], self.scope(), arguments].concat();
-        let shown = words.join(" ");
-        match subprocess::output(&words, b"") {
-            Ok(output) if output.failure.is_none() => Ok(()),
-            Ok(output) => Err(format!("`{shown}` failed: {}", output.error_text())),
+        let arguments = [self.scope(), arguments].concat();
+        let shown = format!("systemctl {}", arguments.join(" "));
+        match command("systemctl").args(arguments).output() {
+            Ok(output) if output.status.success() => Ok(()),
+            Ok(output) => Err(format!("`{shown}` failed: {}", error_text(&output))),
             Err(e) if e.kind() == ErrorKind::NotFound => {
                 Err("there is no `systemctl` on this box: use cron, with `usepod-agent service install`".into())
             }

@@ -18,10 +18,9 @@ use crate::config::Config;
 use crate::instance::{AgentPaths, LockOwner};
 use crate::logging::{self, rotated_path};
 use crate::service::crontab::Crontab;
-use crate::service::subprocess::Child;
 use crate::service::systemd::{self, UNIT, Unit};
 use crate::service::{
-    STOP_MARGIN, Supervisor, is_cron_running, logs, start_like_cron, subprocess, terminate, wait_until,
+    STOP_MARGIN, Supervisor, command, exit_text, is_cron_running, logs, start_like_cron, terminate, wait_until,
 };
 use crate::sys::files;
 
@@ -219,11 +218,11 @@ fn start_by(supervisor: &Supervisor, target: &ServiceTarget, verb: &str) -> Resu
             child = Some(started.map_err(|e| CliError::Runtime(format!("no shell can be started: {e}")))?);
         }
     }
-    let mut ending = None;
+    let mut exit = None;
     let mut has_failed = || {
-        ending = ending.take().or_else(|| child.as_ref().and_then(Child::ended));
-        // One that ended well found another at work, whom cron started at this very moment.
-        ending.as_ref().is_some_and(|ending| !ending.is_empty())
+        exit = child.as_mut().and_then(|child| child.try_wait().ok().flatten());
+        // An agent that exits with 0 has found another at work, which cron started at this very moment.
+        exit.is_some_and(|status| !status.success())
     };
     let runs = || LockOwner::running(&target.paths).is_some();
     let is_up = wait_until(START_TIMEOUT, || has_failed() || runs()) && runs();
@@ -235,9 +234,9 @@ fn start_by(supervisor: &Supervisor, target: &ServiceTarget, verb: &str) -> Resu
         say(format_args!("the agent runs, as pid {}\n", owner.pid));
         return Ok(());
     }
-    let how = match ending {
-        Some(ending) if !ending.is_empty() => format!("the agent ended at once ({ending})"),
-        ending if is_up || ending.is_some() => "the agent ended at once".to_owned(),
+    let how = match exit {
+        Some(status) if !status.success() => format!("the agent ended at once ({})", exit_text(status)),
+        exit if is_up || exit.is_some() => "the agent ended at once".to_owned(),
         _ => format!("no agent runs after {} s", START_TIMEOUT.as_secs()),
     };
     Err(CliError::Runtime(format!("{how}; {}", target.end_of_log())))
@@ -277,11 +276,11 @@ fn show_logs(globals: &Globals, options: &Service) -> Result<(), CliError> {
     let (supervisor, target) = found(globals)?;
     if let (Some(Supervisor::Systemd(unit)), false) = (&supervisor, target.is_log_named) {
         let lines = lines.to_string();
-        let mut words = [&["journalctl"], unit.scope(), &["-u", UNIT, "-n", &lines]].concat();
-        words.extend(options.follow.then_some("-f"));
-        return match subprocess::run_foreground(&words) {
-            Ok(None) => Ok(()),
-            Ok(Some(failure)) => Err(CliError::Runtime(format!("`journalctl` failed: {failure}"))),
+        let mut journalctl = command("journalctl");
+        journalctl.args(unit.scope()).args(["-u", UNIT, "-n", &lines]).args(options.follow.then_some("-f"));
+        return match journalctl.status() {
+            Ok(status) if status.success() => Ok(()),
+            Ok(status) => Err(CliError::Runtime(format!("`journalctl` failed: {}", exit_text(status)))),
             Err(e) => Err(CliError::Runtime(format!("`journalctl` cannot be run: {e}"))),
         };
     }
