@@ -180,11 +180,9 @@ fn events(delays: &[Duration]) -> String {
     format!("p99 {}; {} events", figure(percentile(delays, 99)), delays.len())
 }
 
-/// Where the system tells, on how many CPUs this runs; the standard library would ask the control groups too, at some
-/// kilobytes of code.
+/// On how many CPUs this runs, where the system says.
 fn cpus() -> String {
-    let cpus = std::fs::read_to_string("/proc/cpuinfo").map_or(0, |text| text.matches("processor\t").count());
-    if cpus == 0 { String::new() } else { format!(" (CPUs: {cpus})") }
+    std::thread::available_parallelism().map_or_else(|_| String::new(), |cpus| format!(" (CPUs: {cpus})"))
 }
 
 /// Whether the two ways differ by more than the backend differs from itself.

@@ -49,13 +49,9 @@ pub(super) fn ms(duration: Duration) -> String {
     format!("{} ms", millis(duration, digits))
 }
 
-/// Milliseconds with so many digits, six at the most; floating point would cost 15 KB of the binary.
-pub(super) fn millis(duration: Duration, digits: usize) -> String {
-    let scale = 10_u64.pow(digits as u32);
-    let unit = 1_000_000 / scale;
-    let rounded = (duration.as_nanos() as u64 + unit / 2) / unit;
-    let whole = rounded / scale;
-    if digits == 0 { whole.to_string() } else { format!("{whole}.{:0digits$}", rounded % scale) }
+/// Milliseconds with this many decimals.
+pub(super) fn millis(duration: Duration, decimals: usize) -> String {
+    format!("{:.decimals$}", duration.as_secs_f64() * 1e3)
 }
 
 #[cfg(test)]

@@ -57,12 +57,14 @@ impl Catalog {
     }
 
     /// Adds the members for the models that have none yet; returns those models, by their names.
-    fn route(&mut self, listings: Vec<Listing>) -> Vec<ResolvedModel> {
+    fn route(&mut self, mut listings: Vec<Listing>) -> Vec<ResolvedModel> {
         let rank_of = |member: &BackendHandle| Kind::rank_of(member.backend.kind());
         let mut added: BTreeMap<String, (ResolvedModel, Vec<Tier>)> = BTreeMap::new();
-        for (rank, Listing { member, models }) in in_order(listings.iter().map(|of| (rank_of(&of.member), of))) {
-            for model in models.iter().filter(|model| !self.routes.contains_key(&model.model_id)) {
-                let (_, tiers) = added.entry(model.model_id.clone()).or_insert_with(|| (model.clone(), Vec::new()));
+        listings.sort_by_key(|listing| rank_of(&listing.member));
+        for Listing { member, models } in listings {
+            let rank = rank_of(&member);
+            for model in models.into_iter().filter(|model| !self.routes.contains_key(&model.model_id)) {
+                let (_, tiers) = added.entry(model.model_id.clone()).or_insert_with(|| (model, Vec::new()));
                 match tiers.last_mut() {
                     Some(tier) if tier.rank == rank => tier.members.push(member.clone()),
                     _ => tiers.push(Tier { rank, members: vec![member.clone()] }),
@@ -82,23 +84,13 @@ impl Catalog {
     pub fn candidates(&self, model_id: &str) -> Vec<Arc<BackendHandle>> {
         let mut route = Vec::new();
         for tier in self.routes.get(model_id).into_iter().flatten() {
-            // Each is asked once, as slots come and go meanwhile.
-            let equals = in_order(tier.members.iter().map(|member| (Reverse(member.slots_free()), member)));
-            route.extend(equals.into_iter().map(|(_, member)| member.clone()));
+            let mut equals = tier.members.clone();
+            // The keys are cached because they change meanwhile, and a sort may panic on keys that do.
+            equals.sort_by_cached_key(|member| Reverse(member.slots_free()));
+            route.append(&mut equals);
         }
         route
     }
-}
-
-/// By their keys; of equal ones the first stays the first. For the backends of one agent: the library's sorts would be 15 KB of
-/// the binary.
-fn in_order<K: Ord, T>(all: impl Iterator<Item = (K, T)>) -> Vec<(K, T)> {
-    let mut ordered: Vec<(K, T)> = Vec::new();
-    for (key, item) in all {
-        let place = ordered.iter().position(|(other, _)| *other > key).unwrap_or(ordered.len());
-        ordered.insert(place, (key, item));
-    }
-    ordered
 }
 
 /// The newest catalog, and whoever wants to know when the offer changes.

@@ -26,7 +26,7 @@ pub fn read_bounded(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
 /// # Errors
 /// The first thing that failed; nothing is left behind.
 pub fn write_atomic(path: &Path, content: &[u8]) -> io::Result<()> {
-    put(path, content, &|temporary, target| fs::rename(temporary, target))
+    put(path, content, |temporary, target| fs::rename(temporary, target))
 }
 
 /// Replaces the content of `path` as a whole, by what need not survive a power cut: it waits for no disk. For files of one
@@ -50,7 +50,7 @@ pub fn replace_without_fsync(path: &Path, content: &[u8]) -> io::Result<()> {
 /// # Errors
 /// `AlreadyExists`, or the first thing that failed; nothing is left behind.
 pub fn create_atomic(path: &Path, content: &[u8]) -> io::Result<()> {
-    put(path, content, &|temporary, target| match fs::hard_link(temporary, target) {
+    put(path, content, |temporary, target| match fs::hard_link(temporary, target) {
         Ok(()) => {
             // What matters is there; the other name goes with the leftovers if it must.
             let _ = fs::remove_file(temporary);
@@ -94,7 +94,7 @@ pub fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
-fn put(path: &Path, content: &[u8], move_in: &dyn Fn(&Path, &Path) -> io::Result<()>) -> io::Result<()> {
+fn put(path: &Path, content: &[u8], move_in: impl Fn(&Path, &Path) -> io::Result<()>) -> io::Result<()> {
     let (target, prefix) = places_of(path)?;
     // Unique, so that two writers cannot spoil each other's.
     let temporary = target.with_file_name(format!("{prefix}{}", uuid::Uuid::new_v4().simple()));
@@ -115,7 +115,7 @@ fn put(path: &Path, content: &[u8], move_in: &dyn Fn(&Path, &Path) -> io::Result
 /// # Errors
 /// Why it could not.
 pub fn check_writable(path: &Path) -> io::Result<()> {
-    put(path, b"", &|temporary, _| fs::remove_file(temporary))
+    put(path, b"", |temporary, _| fs::remove_file(temporary))
 }
 
 /// Removes what crashes in the middle of writing `path` left behind, but not what somebody may be writing right now.

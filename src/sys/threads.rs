@@ -7,17 +7,12 @@ use std::thread::{Builder, JoinHandle};
 /// more. Address space alone: pages that are not touched cost nothing.
 const STACK_BYTES: usize = if cfg!(debug_assertions) { 1 << 20 } else { 512 << 10 };
 
-/// Starts a thread. The body is boxed, for what the standard library compiles around each kind of closure would come to
-/// more machine code than the threads themselves.
+/// Starts a thread.
 ///
 /// # Errors
 /// The system refused it; the body is dropped.
 pub fn spawn(name: impl Into<String>, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
-    start(name.into(), Box::new(body))
-}
-
-fn start(name: String, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>> {
-    Builder::new().name(name).stack_size(STACK_BYTES).spawn(body)
+    Builder::new().name(name.into()).stack_size(STACK_BYTES).spawn(body)
 }
 
 /// Has the calling thread wait for the one that wakes it to be through, instead of taking its core at once. For a thread that

@@ -49,7 +49,6 @@ impl<In: Transport> Connector<In> for TcpConnector {
     }
 }
 
-/// Once for all types of chains.
 fn open(details: &ConnectionDetails) -> Result<Tcp, Error> {
     let socket = Arc::new(connect(&details.addrs, details.timeout)?);
     socket.set_nodelay(true)?;
