@@ -10,12 +10,11 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use ring::rand::{SecureRandom, SystemRandom};
 use ring::signature::{ED25519, UnparsedPublicKey};
-use serde_json::Value;
+use serde_json::{Value, json};
 use thiserror::Error;
 use uuid::Uuid;
 
 use super::websocket::{Reader, Sender};
-use crate::http_server::connection::quoted;
 
 /// How long the agent may take for each step of the handshake, as long as the agent itself allows the coordinator.
 pub(super) const HANDSHAKE_STEP_TIMEOUT: Duration = Duration::from_secs(10);
@@ -48,9 +47,7 @@ pub(super) fn authenticate(reader: &mut Reader<'_>, sender: &Sender) -> Result<V
     let mut nonce = [0_u8; NONCE_BYTES];
     SystemRandom::new().fill(&mut nonce).map_err(|_| std::io::Error::other("the system has no random numbers"))?;
     reader.set_timeout(Some(HANDSHAKE_STEP_TIMEOUT))?;
-    let say = |kind: &str, key: &str, value: &str| {
-        sender.send(&format!("{{\"type\":\"{kind}\",\"{key}\":{}}}", quoted(value)))
-    };
+    let say = |kind: &str, key: &str, value: &str| sender.send(&json!({"type": kind, key: value}).to_string());
     say("auth_challenge", "nonce", &STANDARD.encode(nonce))?;
     match read_auth_response(reader).and_then(|answer| verify(&nonce, &answer)) {
         Ok(verified) => {
@@ -105,7 +102,7 @@ pub(super) fn provider_id(key: &[u8]) -> String {
 
 /// The frame that cancels a job.
 pub(super) fn cancel_frame(job_id: Uuid) -> String {
-    format!("{{\"type\":\"job_cancel\",\"job_id\":\"{job_id}\"}}")
+    json!({"type": "job_cancel", "job_id": job_id.to_string()}).to_string()
 }
 
 /// One model as an agent offers it.
@@ -188,8 +185,6 @@ fn parse_json(text: &str) -> Result<Value, String> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     const ID: &str = "00000000-0000-4000-8000-000000000001";

@@ -12,7 +12,7 @@ use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use thiserror::Error;
 use uuid::Uuid;
 
@@ -22,7 +22,7 @@ use super::job_events::{self, Inbox, JobEvent, Received};
 use super::pairing::Pairings;
 use super::session;
 use super::websocket::Sender;
-use crate::http_server::connection::{Exchange, quoted};
+use crate::http_server::connection::Exchange;
 use crate::http_server::{self, HttpServer};
 
 /// How much later than its deadline a job is given up when the agent stays silent.
@@ -146,13 +146,14 @@ impl Coordinator {
         let JobOrder { job_id, model_id, request, format, deadline } = order;
         let (events, inbox) = job_events::channel();
         let sender = self.sessions.add_job(job_id, events).ok_or(CoordinatorError::NoAgent)?;
-        let frame = format!(
-            "{{\"type\":\"job\",\"job_id\":\"{job_id}\",\"model_id\":{},\"request\":{request},\"format\":\"{}\",\
-             \"deadline_ms\":{}}}",
-            quoted(&model_id),
-            format.as_str(),
-            deadline.as_millis(),
-        );
+        let frame = json!({
+            "type": "job",
+            "job_id": job_id.to_string(),
+            "model_id": model_id,
+            "request": request,
+            "format": format.as_str(),
+            "deadline_ms": u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX),
+        });
         let give_up = Instant::now() + deadline + DEADLINE_GRACE;
         let job = Job {
             job_id,
@@ -163,7 +164,7 @@ impl Coordinator {
             sender,
             sessions: self.sessions.clone(),
         };
-        job.sender.send(&frame).map_err(CoordinatorError::Send)?;
+        job.sender.send(&frame.to_string()).map_err(CoordinatorError::Send)?;
         Ok(job)
     }
 }

@@ -8,17 +8,14 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::coordinator::Format;
-use crate::http_server::connection::{Exchange, quoted, refusal};
+use crate::http_server::connection::{Exchange, refusal};
 use crate::http_server::{self, HttpServer};
 
 /// The only model that the echo backend lists.
 pub(super) const MODEL: &str = "echo";
-
-/// The listing of that model.
-const LISTING: &str = r#"{"object":"list","data":[{"id":"echo","object":"model","created":0,"owned_by":"demo"}]}"#;
 
 /// Pause between two words, so that a person sees the stream.
 const WORD_PAUSE: Duration = Duration::from_millis(10);
@@ -48,16 +45,20 @@ pub(super) fn exact_answer(request: &Value, format: Format) -> Vec<u8> {
 
 fn handle(exchange: &mut Exchange<'_>) {
     let format = match (exchange.method(), exchange.path()) {
-        ("GET", "/health") => return exchange.respond_text(200, r#"{"status":"ok"}"#),
-        ("GET", "/v1/models") => return exchange.respond_text(200, LISTING),
+        ("GET", "/health") => return exchange.respond_json(200, &json!({"status": "ok"})),
+        ("GET", "/v1/models") => return exchange.respond_json(200, &listing()),
         ("POST", "/v1/chat/completions") => Format::Openai,
         ("POST", "/v1/messages") => Format::Anthropic,
-        _ => return exchange.respond_text(404, r#"{"error":{"message":"no such route"}}"#),
+        _ => return exchange.respond_json(404, &refusal("no such route")),
     };
     match exchange.read_json() {
         Ok(body) => stream(exchange, &answer_pieces(&body, format)),
-        Err(bad) => exchange.respond_text(bad.status, &refusal(&bad.message)),
+        Err(bad) => exchange.respond_json(bad.status, &refusal(&bad.message)),
     }
+}
+
+fn listing() -> Value {
+    json!({"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "demo"}]})
 }
 
 fn stream(exchange: &mut Exchange<'_>, pieces: &[String]) {
@@ -101,49 +102,54 @@ struct Answer<'a> {
 }
 
 fn openai_pieces(answer: &Answer, with_usage: bool) -> Vec<String> {
-    let head = r#""id":"chatcmpl-echo","object":"chat.completion.chunk","created":0"#;
-    let head = format!("data: {{{head},\"model\":{}", quoted(answer.model));
-    let delta = |delta: &str, finish: &str| {
-        format!("{head},\"choices\":[{{\"index\":0,\"delta\":{{{delta}}},\"finish_reason\":{finish}}}]}}\n\n")
+    let chunk = |choices: Value| {
+        let (id, object) = ("chatcmpl-echo", "chat.completion.chunk");
+        json!({"id": id, "object": object, "created": 0, "model": answer.model, "choices": choices})
     };
-    let content = |word: &&str| delta(&format!("\"content\":{}", quoted(word)), "null");
+    let event = |chunk: Value| format!("data: {chunk}\n\n");
+    let delta = |delta: Value, finish: Option<&str>| {
+        event(chunk(json!([{"index": 0, "delta": delta, "finish_reason": finish}])))
+    };
+    let content = |word: &&str| delta(json!({"content": word}), None);
     let mut pieces: Vec<String> = answer.words.iter().map(content).collect();
     if pieces.is_empty() {
         pieces.push(String::new());
     }
-    pieces[0].insert_str(0, &delta(r#""role":"assistant","content":"""#, "null"));
-    let mut end = delta("", if answer.cut { r#""length""# } else { r#""stop""# });
+    pieces[0].insert_str(0, &delta(json!({"role": "assistant", "content": ""}), None));
+    let mut end = delta(json!({}), Some(if answer.cut { "length" } else { "stop" }));
     if with_usage {
         let (input, output) = (answer.input_tokens, answer.words.len());
-        let usage =
-            format!("\"prompt_tokens\":{input},\"completion_tokens\":{output},\"total_tokens\":{}", input + output);
-        end += &format!("{head},\"choices\":[],\"usage\":{{{usage}}}}}\n\n");
+        let mut last = chunk(json!([]));
+        last["usage"] = json!({"prompt_tokens": input, "completion_tokens": output, "total_tokens": input + output});
+        end += &event(last);
     }
     finished(pieces, &(end + "data: [DONE]\n\n"))
 }
 
 fn anthropic_pieces(answer: &Answer) -> Vec<String> {
-    let event = |kind: &str, rest: &str| format!("event: {kind}\ndata: {{\"type\":\"{kind}\",{rest}}}\n\n");
-    let message =
-        r#""id":"msg_echo","type":"message","role":"assistant","content":[],"stop_reason":null,"stop_sequence":null"#;
-    let usage = format!("\"usage\":{{\"input_tokens\":{},\"output_tokens\":0}}", answer.input_tokens);
-    let start = format!("\"message\":{{{message},\"model\":{},{usage}}}", quoted(answer.model));
-    let block = r#""index":0,"content_block":{"type":"text","text":""}"#;
+    let event = |data: Value| format!("event: {}\ndata: {data}\n\n", data["type"].as_str().unwrap_or_default());
+    let start = event(json!({"type": "message_start", "message": {
+        "id": "msg_echo", "type": "message", "role": "assistant", "content": [], "stop_reason": null, "stop_sequence": null,
+        "model": answer.model, "usage": {"input_tokens": answer.input_tokens, "output_tokens": 0},
+    }}));
+    let block =
+        event(json!({"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}));
     let delta = |word: &&str| {
-        let delta = format!("\"index\":0,\"delta\":{{\"type\":\"text_delta\",\"text\":{}}}", quoted(word));
-        event("content_block_delta", &delta)
+        event(json!({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}}))
     };
     let mut pieces: Vec<String> = answer.words.iter().map(delta).collect();
     if pieces.is_empty() {
         pieces.push(String::new());
     }
-    pieces[0].insert_str(0, &(event("message_start", &start) + &event("content_block_start", block)));
+    pieces[0].insert_str(0, &(start + &block));
     let (reason, output) = (if answer.cut { "max_tokens" } else { "end_turn" }, answer.words.len());
-    let delta = format!(
-        "\"delta\":{{\"stop_reason\":\"{reason}\",\"stop_sequence\":null}},\"usage\":{{\"output_tokens\":{output}}}"
-    );
-    let end = event("content_block_stop", r#""index":0"#) + &event("message_delta", &delta);
-    finished(pieces, &(end + "event: message_stop\ndata: {\"type\":\"message_stop\"}\n\n"))
+    let ends = [
+        json!({"type": "content_block_stop", "index": 0}),
+        json!({"type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": null},
+               "usage": {"output_tokens": output}}),
+        json!({"type": "message_stop"}),
+    ];
+    finished(pieces, &ends.map(event).concat())
 }
 
 /// The end of the stream comes with the last word.
@@ -167,8 +173,6 @@ fn last_user_text(request: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::super::assemble;
     use super::*;
 

@@ -11,14 +11,14 @@ use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::agent_protocol::OfferedModel;
 use super::assemble;
 use super::coordinator::{Coordinator, CoordinatorError, Format, Job, JobOrder, Waited};
 use super::job_events::JobEvent;
-use crate::http_server::connection::{Exchange, percent_decoded, quoted};
+use crate::http_server::connection::{Exchange, percent_decoded};
 use crate::http_server::{self, HttpServer};
 
 /// How long a request may take: long enough for a cold model on a slow machine.
@@ -71,11 +71,10 @@ impl Refusal {
     }
 
     /// One body for both formats: OpenAI's clients look at `error`, Anthropic's at `type` as well.
-    fn body(&self) -> String {
+    fn body(&self) -> Value {
         let kind = if self.status < 500 { "invalid_request_error" } else { "api_error" };
-        let (message, code) = (quoted(&self.message), quoted(&self.code));
-        let error = format!("{{\"message\":{message},\"type\":\"{kind}\",\"param\":null,\"code\":{code}}}");
-        format!("{{\"type\":\"error\",\"error\":{error}}}")
+        let error = json!({"message": self.message, "type": kind, "param": null, "code": self.code});
+        json!({"type": "error", "error": error})
     }
 }
 
@@ -104,7 +103,7 @@ fn status_of(code: &str) -> u16 {
 fn handle(coordinator: &Coordinator, exchange: &mut Exchange<'_>) {
     match (exchange.method(), exchange.path()) {
         ("GET", "/health") => health(coordinator, exchange),
-        ("GET", "/v1/models") => exchange.respond_text(200, &listing(&offered(coordinator))),
+        ("GET", "/v1/models") => exchange.respond_json(200, &listing(&offered(coordinator))),
         ("POST", "/v1/chat/completions") => answer(coordinator, exchange, Format::Openai),
         ("POST", "/v1/messages") => answer(coordinator, exchange, Format::Anthropic),
         (_, path @ ("/health" | "/v1/models" | "/v1/chat/completions" | "/v1/messages")) => {
@@ -127,33 +126,32 @@ fn offered(coordinator: &Coordinator) -> Vec<OfferedModel> {
 
 fn health(coordinator: &Coordinator, exchange: &mut Exchange<'_>) {
     match coordinator.offer() {
-        Some(offer) => {
-            exchange.respond_text(200, &format!("{{\"status\":\"ok\",\"models\":{}}}", offer.models.len()));
-        }
-        None => exchange.respond_text(503, r#"{"status":"no agent"}"#),
+        Some(offer) => exchange.respond_json(200, &json!({"status": "ok", "models": offer.models.len()})),
+        None => exchange.respond_json(503, &json!({"status": "no agent"})),
     }
 }
 
-fn listing(models: &[OfferedModel]) -> String {
-    let entries: Vec<String> = models.iter().map(listed).collect();
-    format!("{{\"object\":\"list\",\"data\":[{}]}}", entries.join(","))
+fn listing(models: &[OfferedModel]) -> Value {
+    json!({"object": "list", "data": models.iter().map(listed).collect::<Vec<_>>()})
 }
 
-fn listed(model: &OfferedModel) -> String {
-    let (id, owner) = (quoted(&model.model_id), quoted(&model.backend));
-    let window = model.context_window.map_or_else(String::new, |tokens| format!(",\"context_length\":{tokens}"));
-    format!("{{\"id\":{id},\"object\":\"model\",\"created\":0,\"owned_by\":{owner}{window}}}")
+fn listed(model: &OfferedModel) -> Value {
+    let mut entry = json!({"id": model.model_id, "object": "model", "created": 0, "owned_by": model.backend});
+    if let Some(tokens) = model.context_window {
+        entry["context_length"] = tokens.into();
+    }
+    entry
 }
 
 fn one_model(coordinator: &Coordinator, exchange: &mut Exchange<'_>, model_id: &str) {
     match offered(coordinator).iter().find(|model| model.model_id == model_id) {
-        Some(model) => exchange.respond_text(200, &listed(model)),
+        Some(model) => exchange.respond_json(200, &listed(model)),
         None => refuse(exchange, &Refusal::new(404, "model_not_found", format!("no model `{model_id}` is offered"))),
     }
 }
 
 fn refuse(exchange: &mut Exchange<'_>, refusal: &Refusal) {
-    exchange.respond_text(refusal.status, &refusal.body());
+    exchange.respond_json(refusal.status, &refusal.body());
 }
 
 fn answer(coordinator: &Coordinator, exchange: &mut Exchange<'_>, format: Format) {
@@ -309,8 +307,8 @@ mod tests {
             max_concurrent: 1,
         };
         let plain = r#"{"object":"list","data":[{"id":"m","object":"model","created":0,"owned_by":"vllm"}]}"#;
-        assert_eq!(listing(&[model.clone()]), plain);
+        assert_eq!(listing(&[model.clone()]).to_string(), plain);
         model.context_window = Some(4096);
-        assert!(listing(&[model]).contains(r#""vllm","context_length":4096}"#));
+        assert!(listing(&[model]).to_string().contains(r#""vllm","context_length":4096}"#));
     }
 }

@@ -34,6 +34,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use serde_json::json;
 use thiserror::Error;
 
 use crate::agent::Agent;
@@ -344,9 +345,9 @@ fn compare(arrived: &[u8], given: &[u8], expected: Option<&[u8]>) -> Result<(), 
 }
 
 fn curl(door: &FrontDoor, model_id: &str) -> String {
-    let messages = r#"[{"role":"user","content":"Hello, who are you?"}]"#;
-    let model = crate::http_server::connection::quoted(model_id);
-    let data = shell_quote::shell_quote(&format!("{{\"model\":{model},\"stream\":true,\"messages\":{messages}}}"));
+    let messages = json!([{"role": "user", "content": "Hello, who are you?"}]);
+    let request = json!({"model": model_id, "stream": true, "messages": messages});
+    let data = shell_quote::shell_quote(&request.to_string());
     format!("curl -N http://{}/v1/chat/completions -H 'Content-Type: application/json' -d {data}", door.address())
 }
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use ring::rand::{SecureRandom, SystemRandom};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::DEMO_PRICE_PER_1M;
 use super::agent_protocol::provider_id;
@@ -43,7 +43,7 @@ struct Pairing {
 }
 
 /// The status of an answer and what is in it.
-type Answer = (u16, String);
+type Answer = (u16, Value);
 
 impl Pairings {
     /// Answers one request.
@@ -60,9 +60,9 @@ impl Pairings {
                 Err(bad) => page(exchange, bad.status, "The form could not be read."),
             },
             (_, "/v1/host/pair/issue" | "/v1/host/pair/poll" | "/host/pair") => {
-                exchange.respond_text(405, &refusal("this route does not take this method"));
+                exchange.respond_json(405, &refusal("this route does not take this method"));
             }
-            _ => exchange.respond_text(404, &refusal("there is no such route")),
+            _ => exchange.respond_json(404, &refusal("there is no such route")),
         }
     }
 
@@ -81,9 +81,8 @@ impl Pairings {
         if open.len() >= OPEN_MAX {
             return (429, refusal("too many pairings are open; try again in a few minutes"));
         }
-        // None of these needs an escape.
         let expires_at = rfc3339(SystemTime::now() + LIFETIME);
-        let given = format!(r#"{{"pair_code":"{code}","poll_token":"{poll_token}","expires_at":"{expires_at}"}}"#);
+        let given = json!({"pair_code": code, "poll_token": poll_token, "expires_at": expires_at});
         open.push(Pairing { code, poll_token, key, issued_at: Instant::now(), host_token: None });
         (200, given)
     }
@@ -104,16 +103,13 @@ impl Pairings {
         }
         let terms = |model_id: &&Value| {
             let price = DEMO_PRICE_PER_1M;
-            format!(
-                r#"{{"model_id":{model_id},"input_per_1m":{price},"output_per_1m":{price},"max_concurrent":{MAX_CONCURRENT}}}"#
-            )
+            json!({
+                "model_id": model_id, "input_per_1m": price, "output_per_1m": price, "max_concurrent": MAX_CONCURRENT,
+            })
         };
-        let terms = models.iter().map(terms).collect::<Vec<_>>().join(",");
+        let terms: Vec<Value> = models.iter().map(terms).collect();
         let id = provider_id(&pairing.key);
-        let active = format!(
-            r#"{{"status":"active","host_token":"{host_token}","provider_id":"{id}","model_config":[{terms}]}}"#
-        );
-        (200, active)
+        (200, json!({"status": "active", "host_token": host_token, "provider_id": id, "model_config": terms}))
     }
 
     /// Whether there is a pairing with this code, which is approved from now on.
@@ -139,11 +135,11 @@ fn answer(exchange: &mut Exchange<'_>, of: impl FnOnce(&Value) -> Answer) {
         Ok(body) => of(&body),
         Err(bad) => (bad.status, refusal(&bad.message)),
     };
-    exchange.respond_text(status, &document);
+    exchange.respond_json(status, &document);
 }
 
 fn status(status: &str) -> Answer {
-    (200, format!("{{\"status\":\"{status}\"}}"))
+    (200, json!({"status": status}))
 }
 
 /// The page, with `says`, which is HTML of our own.
@@ -177,14 +173,12 @@ fn random<const N: usize>() -> Option<[u8; N]> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     fn issued(pairings: &Pairings) -> Value {
         let (status, given) = pairings.issue(&json!({"agent_pubkey": STANDARD.encode([7_u8; 32])}));
         assert_eq!(status, 200);
-        serde_json::from_str(&given).unwrap()
+        given
     }
 
     #[test]
@@ -198,8 +192,7 @@ mod tests {
         );
         let poll = |of: &Value| {
             let capabilities = json!({"backends": [{"models": ["b", "a", "b"]}]});
-            let answer = pairings.poll(&json!({"poll_token": of["poll_token"], "capabilities": capabilities})).1;
-            serde_json::from_str::<Value>(&answer).unwrap()
+            pairings.poll(&json!({"poll_token": of["poll_token"], "capabilities": capabilities})).1
         };
         assert_eq!(poll(&other)["status"], "pending");
         let active = poll(&given);

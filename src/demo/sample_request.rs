@@ -2,14 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::agent_protocol::JobEnd;
 use super::assemble;
 use super::overhead::{OverheadMeter, Through};
 use super::sse::EventSplitter;
 use super::{DemoError, Output};
-use crate::http_server::connection::quoted;
 
 /// The longest answer that the demo shows.
 pub(super) const ANSWER_TOKENS_MAX: u32 = 128;
@@ -19,12 +18,13 @@ const PATIENCE: Duration = Duration::from_secs(3);
 
 /// A request of the demo.
 pub(super) fn request(model_id: &str, prompt: &str, tokens_max: u32) -> Value {
-    let (model, prompt) = (quoted(model_id), quoted(prompt));
-    let text = format!(
-        "{{\"model\":{model},\"messages\":[{{\"role\":\"user\",\"content\":{prompt}}}],\"max_tokens\":{tokens_max},\
-         \"stream\":true,\"stream_options\":{{\"include_usage\":true}}}}"
-    );
-    serde_json::from_str(&text).unwrap_or_default()
+    json!({
+        "model": model_id,
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": tokens_max,
+        "stream": true,
+        "stream_options": {"include_usage": true},
+    })
 }
 
 /// Waits for the answer and prints its text as it comes.

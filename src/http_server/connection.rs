@@ -8,7 +8,7 @@ use std::net::TcpStream;
 use std::time::{Duration, SystemTime};
 
 use httparse::Status;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::sys::datetime;
 
@@ -87,7 +87,7 @@ pub(crate) fn read_head(input: &mut BufReader<TcpStream>) -> io::Result<Option<E
         Err(Bad { status, message }) => {
             let head = Head { close: true, ..Head::default() };
             let mut refused = Exchange { input, head, body_left: Body::Read, answered: false };
-            refused.respond_text(status, &refusal(&message));
+            refused.respond_json(status, &refusal(&message));
             Ok(None)
         }
     }
@@ -208,12 +208,7 @@ impl Exchange<'_> {
 
     /// Answers with a JSON document. A client that has gone is no error of ours.
     pub(crate) fn respond_json(&mut self, status: u16, document: &Value) {
-        self.respond_text(status, &document.to_string());
-    }
-
-    /// Likewise, with the document's text.
-    pub(crate) fn respond_text(&mut self, status: u16, body: &str) {
-        self.respond(status, "application/json", body);
+        self.respond(status, "application/json", &document.to_string());
     }
 
     /// Likewise, with a text of this type.
@@ -309,14 +304,9 @@ fn client_is_gone(tcp: &TcpStream) -> bool {
     }
 }
 
-/// `text` as JSON has it. Most documents here are written as text: as trees of values they are five times the machine code.
-pub(crate) fn quoted(text: &str) -> String {
-    Value::from(text).to_string()
-}
-
 /// The document that says why there is no other.
-pub(crate) fn refusal(message: &str) -> String {
-    format!("{{\"error\":{{\"message\":{}}}}}", quoted(message))
+pub(crate) fn refusal(message: &str) -> Value {
+    json!({"error": {"message": message}})
 }
 
 /// Takes the escapes of a URL away: clients write the slash in a model's name as `%2F`. What is no escape stays as it is.

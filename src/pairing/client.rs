@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use ureq::http::{Response, header};
 use ureq::{Body, Error};
 
@@ -69,7 +69,7 @@ impl PairingClient {
     /// # Errors
     /// There is none.
     pub fn issue(&self, public_key_base64: &str) -> Result<Issued, PairingError> {
-        let request = format!("{{\"agent_pubkey\":{}}}", json_string(public_key_base64));
+        let request = json!({"agent_pubkey": public_key_base64});
         let (answer, date) = self.post(&self.site.issue(), &request)?;
         let text = |key: &str| answer[key].as_str().filter(|text| !text.trim().is_empty()).map(str::to_owned);
         let missing =
@@ -101,8 +101,8 @@ impl PairingClient {
     }
 
     /// The document that was answered, and when by the server's clock.
-    fn post(&self, url: &str, body: &str) -> Result<(Value, Option<i64>), PairingError> {
-        let (status, location, date, body) = exchange(&self.client, url, body.as_bytes())
+    fn post(&self, url: &str, body: &Value) -> Result<(Value, Option<i64>), PairingError> {
+        let (status, location, date, body) = exchange(&self.client, url, body.to_string().as_bytes())
             .map_err(|error| PairingError::Transient(format!("no answer from {url}: {error}")))?;
         let place = || format!("{url} answers HTTP {status}");
         match status {
@@ -123,20 +123,11 @@ impl PairingClient {
     }
 }
 
-fn poll_request(poll_token: &str, backends: &[Advertised]) -> String {
-    let list = |items: Vec<String>| format!("[{}]", items.join(","));
-    let of = |backend: &Advertised| {
-        let models = list(backend.models.iter().map(|id| json_string(id)).collect());
-        format!("{{\"kind\":\"{}\",\"url\":{},\"models\":{models}}}", backend.kind, json_string(&backend.url))
-    };
-    let backends = list(backends.iter().map(of).collect());
-    let capabilities = format!("{{\"backends\":{backends},\"agent_version\":\"{AGENT_VERSION}\"}}");
-    format!("{{\"poll_token\":{},\"capabilities\":{capabilities}}}", json_string(poll_token))
-}
-
-/// A text as JSON has it.
-fn json_string(text: &str) -> String {
-    Value::from(text).to_string()
+fn poll_request(poll_token: &str, backends: &[Advertised]) -> Value {
+    let advertised =
+        |Advertised { kind, url, models }: &Advertised| json!({"kind": kind.name(), "url": url, "models": models});
+    let backends: Vec<Value> = backends.iter().map(advertised).collect();
+    json!({"poll_token": poll_token, "capabilities": {"backends": backends, "agent_version": AGENT_VERSION}})
 }
 
 type Answer = (u16, Option<String>, Option<i64>, Vec<u8>);
@@ -207,8 +198,6 @@ fn paired(answer: &Value) -> Paired {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
     use crate::backend::Kind;
 
@@ -218,7 +207,7 @@ mod tests {
         let backend = Advertised { kind: Kind::Vllm, url: "http://h:1".to_owned(), models: models.clone() };
         let expected = json!({"poll_token": "t\\", "capabilities": {
             "backends": [{"kind": "vllm", "url": "http://h:1", "models": models}], "agent_version": AGENT_VERSION}});
-        assert_eq!(serde_json::from_str::<Value>(&poll_request("t\\", &[backend])).expect("JSON"), expected);
+        assert_eq!(poll_request("t\\", &[backend]), expected);
     }
 
     #[test]
@@ -269,7 +258,7 @@ mod tests {
             ("gateway\u{1b}[2J", ": gateway\\u{1b}[2J"),
             ("", ""),
         ] {
-            assert_eq!(message_in(body.as_bytes()), message);
+            assert_eq!(message_in(body.to_string().as_bytes()), message);
         }
     }
 }
