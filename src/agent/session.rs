@@ -120,7 +120,7 @@ pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) 
     executor.cancel_all();
     let _ = writer.control.send(Control::Finish);
     if writer.ended.recv_timeout(WRITER_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
-        crate::debug!("the writer is blocked in a dead socket");
+        log::debug!("the writer is blocked in a dead socket");
     }
     link.shutdown();
     writer.join();
@@ -197,7 +197,7 @@ fn handle_frame(text: &str, executor: &JobExecutor) -> Result<(), Overflow> {
     }
     match protocol::parse(text) {
         Ok(Inbound::Job(job)) => {
-            crate::debug!("job {} for model `{}`", job.job_id, sanitize_for_log(&job.model_id));
+            log::debug!("job {} for model `{}`", job.job_id, sanitize_for_log(&job.model_id));
             executor.try_dispatch(*job, text.len())
         }
         Ok(Inbound::UnreadableJob(job_id, why)) => {
@@ -209,11 +209,11 @@ fn handle_frame(text: &str, executor: &JobExecutor) -> Result<(), Overflow> {
             Ok(())
         }
         Ok(Inbound::Other(kind)) => {
-            crate::debug!("a frame of type `{}` is ignored", sanitize_for_log(&kind));
+            log::debug!("a frame of type `{}` is ignored", sanitize_for_log(&kind));
             Ok(())
         }
         Ok(Inbound::AuthChallenge(_) | Inbound::AuthOk(_) | Inbound::AuthFailed(_)) => {
-            crate::debug!("a frame of the handshake is ignored within the session");
+            log::debug!("a frame of the handshake is ignored within the session");
             Ok(())
         }
         Err(e) => {

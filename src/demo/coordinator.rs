@@ -232,7 +232,7 @@ impl Job {
             return; // the end was on its way already, or the agent is gone
         }
         if let Err(error) = self.sender.send(&cancel_frame(self.job_id)) {
-            crate::debug!("the cancel of job {} did not go out: {error}", self.job_id);
+            log::debug!("the cancel of job {} did not go out: {error}", self.job_id);
         }
     }
 }

@@ -72,7 +72,7 @@ fn stream(exchange: &mut Exchange<'_>, pieces: &[String]) {
         body.finish()
     });
     if let Err(error) = sent {
-        crate::debug!("the echo was not wanted to its end: {error}");
+        log::debug!("the echo was not wanted to its end: {error}");
     }
 }
 

@@ -216,7 +216,7 @@ impl Exchange<'_> {
         let head = self.answer_head(status, &format!("{content_type}\r\nContent-Length: {}", body.len()));
         match self.input.get_mut().write_all(&[head.as_bytes(), body.as_bytes()].concat()) {
             Ok(()) => self.answered = true,
-            Err(error) => crate::debug!("a client left before its answer: {error}"),
+            Err(error) => log::debug!("a client left before its answer: {error}"),
         }
     }
 

@@ -164,13 +164,13 @@ fn serve(tcp: TcpStream, shared: &Shared, handle: &Handler) {
             }
             Ok(None) => break,
             Err(error) => {
-                crate::debug!("{}: a connection ended: {error}", shared.name);
+                log::debug!("{}: a connection ended: {error}", shared.name);
                 return;
             }
         }
     }
     if let Err(error) = close_gently(input.get_mut()) {
-        crate::debug!("{}: a connection did not close well: {error}", shared.name);
+        log::debug!("{}: a connection did not close well: {error}", shared.name);
     }
 }
 

@@ -169,7 +169,7 @@ impl JobExecutor {
             }
             NotAdmitted::AlreadyEnded => Ok(()),
             NotAdmitted::Answer(cause, message) => {
-                crate::debug!("job {job_id} refused: {}", cause.name());
+                log::debug!("job {job_id} refused: {}", cause.name());
                 self.refuse(job_id, cause, &message)
             }
         }
@@ -263,7 +263,7 @@ impl JobExecutor {
     pub fn cancel(&self, job_id: Uuid) {
         if let Some(ticket) = self.shared.table.cancel(job_id) {
             self.shared.deps.stats.record(Outcome::Cancelled { output_tokens: ticket.tokens_emitted() });
-            crate::debug!("job {job_id} cancelled");
+            log::debug!("job {job_id} cancelled");
         }
     }
 

@@ -63,7 +63,7 @@ impl Writer {
             let _ended = ended_sender;
             threads::set_batch_scheduling();
             if let Err(e) = actor.run() {
-                crate::debug!("writing ended: {e}");
+                log::debug!("writing ended: {e}");
                 // The reader finds out, and ends the session.
                 actor.half.shutdown();
             }

@@ -1,16 +1,13 @@
 //! What TLS computes with and whom it trusts, for the coordinator and the hosted backends alike: ring's algorithms, the roots of
-//! the web, and the operator's own.
-//!
-//! Invariant: no code that signs with a certificate's key is linked, for the agent never shows one. It proves who it is by its
-//! identity, inside the connection.
+//! the web, and the operator's own. The agent shows no certificate of its own: it proves who it is by its identity, inside the
+//! connection.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use rustls::crypto::{CryptoProvider, KeyProvider};
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::sign::SigningKey;
 use rustls::{ClientConfig, RootCertStore};
 
 use crate::sys::files;
@@ -20,16 +17,7 @@ const PEM_BYTES_MAX: u64 = 1 << 20;
 
 /// To be given wherever a TLS configuration is made; there is no default.
 pub fn provider() -> Arc<CryptoProvider> {
-    Arc::new(CryptoProvider { key_provider: &NoClientKeys, ..rustls::crypto::ring::default_provider() })
-}
-
-#[derive(Debug)]
-struct NoClientKeys;
-
-impl KeyProvider for NoClientKeys {
-    fn load_private_key(&self, _: PrivateKeyDer<'static>) -> Result<Arc<dyn SigningKey>, rustls::Error> {
-        Err(rustls::Error::General("this client has no certificate".into()))
-    }
+    Arc::new(rustls::crypto::ring::default_provider())
 }
 
 /// Certificates that are trusted beside those of the web: an operator's own authority, for instance.
