@@ -1,22 +1,12 @@
 //! Commands, options, exit codes, and what is printed where.
 
-use std::process::Output;
-
 use serde_json::json;
 
 use crate::support::*;
 
-struct Ran {
-    code: Option<i32>,
-    stdout: String,
-    stderr: String,
-}
-
 fn run(setup: &Setup, arguments: &[&str], environment: &[(&str, &str)]) -> Ran {
     setup.write();
-    let Output { status, stdout, stderr } = cli(setup.scratch.path(), arguments, environment);
-    let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
-    Ran { code: status.code(), stdout: text(stdout), stderr: text(stderr) }
+    cli(setup.scratch.path(), arguments, environment)
 }
 
 /// Its `agent.toml` lies in the working folder.
@@ -123,9 +113,8 @@ fn the_config_is_looked_for_in_xdg_config_home_then_home_then_here() {
 fn no_config_at_all_exits_2_and_says_where_it_looked() {
     let home = Scratch::new();
     for command in ["run", "validate", "enroll"] {
-        let output = cli(home.path(), &[command], &[]);
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(2), "{command}: {stderr}");
+        let Ran { code, stderr, .. } = cli(home.path(), &[command], &[]);
+        assert_eq!(code, Some(2), "{command}: {stderr}");
         for word in [".config/usepod-agent/agent.toml", "./agent.toml", "--config"] {
             assert!(stderr.contains(word), "{command}: no `{word}` in {stderr}");
         }
@@ -173,7 +162,7 @@ fn a_second_agent_on_the_same_identity_exits_4_and_names_the_first() {
     // Commands that only look are not in its way.
     let config = setup.write();
     let enroll = ["enroll", "--allow-insecure", "-c", config.to_str().expect("UTF-8")];
-    assert_eq!(cli(setup.scratch.path(), &enroll, &[]).status.code(), Some(0));
+    assert_eq!(cli(setup.scratch.path(), &enroll, &[]).code, Some(0));
     // The lock goes with its holder, however that ends; the file stays and hinders nobody.
     drop((first, session));
     assert!(setup.scratch.join(".usepod-agent/identity.key.lock").exists());

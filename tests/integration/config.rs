@@ -25,13 +25,11 @@ fn header<'a>(text: &'a str, name: &str) -> Option<&'a str> {
 }
 
 /// `validate`, in a home of its own and without a way to the internet.
-fn validate(file: &Path) -> (Option<i32>, String, String) {
+fn validate(file: &Path) -> Ran {
     let home = Scratch::new();
     let proxy = format!("http://{}", nobody_at("127.0.0.8"));
     let config = file.to_str().expect("a path in UTF-8");
-    let output = cli(home.path(), &["validate", "--config", config], &[("HTTPS_PROXY", &proxy)]);
-    let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
-    (output.status.code(), text(output.stdout), text(output.stderr))
+    cli(home.path(), &["validate", "--config", config], &[("HTTPS_PROXY", &proxy)])
 }
 
 #[test]
@@ -39,7 +37,7 @@ fn every_valid_file_is_taken() {
     for file in data_files("config/valid", 10) {
         let text = fs::read_to_string(&file).expect("a data file");
         let backends = header(&text, "backends").expect("# backends:");
-        let (code, stdout, stderr) = validate(&file);
+        let Ran { code, stdout, stderr } = validate(&file);
         let name = file.display();
         assert_eq!(code, Some(0), "{name}: {stderr}");
         let expected = format!("ok: parsed {backends} backend(s)");
@@ -51,7 +49,7 @@ fn every_valid_file_is_taken() {
 fn every_invalid_file_is_refused_by_line_key_value_and_fix() {
     for file in data_files("config/invalid", 25) {
         let text = fs::read_to_string(&file).expect("a data file");
-        let (code, stdout, stderr) = validate(&file);
+        let Ran { code, stdout, stderr } = validate(&file);
         let name = file.file_name().and_then(|name| name.to_str()).expect("a name");
         assert_eq!((code, stdout.as_str()), (Some(2), ""), "{name}: {stderr}");
         let place = match header(&text, "line").expect("# line:") {
@@ -83,7 +81,7 @@ fn a_file_that_cannot_be_read_is_named() {
             None => scratch.join(name),
         };
         let path = if name.contains('/') { path.parent().expect("a folder").to_owned() } else { path };
-        let (code, stdout, stderr) = validate(&path);
+        let Ran { code, stdout, stderr } = validate(&path);
         assert_eq!((code, stdout.as_str()), (Some(2), ""), "{name}: {stderr}");
         assert!(stderr.contains(path.to_str().expect("UTF-8")), "{name}: {stderr}");
     }
@@ -96,7 +94,7 @@ fn validate_prints_what_would_be_offered_and_at_which_prices() {
         "[pricing.models]\ndear = { input_per_1m = 12_345_678, output_per_1m = 2_000_000 }\n\
              free = { input_per_1m = 0, output_per_1m = 1 }",
     );
-    let (code, stdout, stderr) = validate(&setup.write());
+    let Ran { code, stdout, stderr } = validate(&setup.write());
     assert_eq!(code, Some(0), "{stderr}");
     let line = |model: &str| stdout.lines().find(|line| line.contains(model)).map(str::to_owned);
     let cheap = line("cheap").unwrap_or_else(|| panic!("no line for `cheap`: {stdout}"));
@@ -111,7 +109,7 @@ fn validate_names_a_backend_that_does_not_answer_and_the_file_is_still_valid() {
     let address = nobody_at("127.0.0.9");
     let setup =
         Setup::new("wss://coordinator.example/").backend(format!("kind = \"ollama\"\nurl = \"http://{address}\""));
-    let (code, stdout, stderr) = validate(&setup.write());
+    let Ran { code, stdout, stderr } = validate(&setup.write());
     assert_eq!(code, Some(0), "{stderr}");
     assert!(stdout.contains(&address) && stdout.to_lowercase().contains("refused"), "{stdout}");
 }

@@ -1,8 +1,7 @@
 //! `run --cron`, the line that cron calls each minute.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::time::Duration;
 
@@ -62,7 +61,7 @@ fn where_no_agent_runs_the_call_becomes_it_and_logs_to_a_file() {
     let mut agent = setup.start_by_cron();
     let session = coordinator.session();
     wait_line_in(&setup.log(), &["INFO", "connected as"]);
-    assert_eq!(fs::metadata(setup.log()).expect("the log").permissions().mode() & 0o777, 0o600);
+    assert_eq!(mode(setup.log()), 0o600);
     agent.signal("TERM");
     assert_eq!(session.ended(SOON).map(|(code, _)| code), Some(1000));
     assert_eq!(agent.wait(SOON).code(), Some(0));
@@ -254,9 +253,8 @@ fn a_fault_before_the_log_is_known_is_in_the_default_one() {
     let path = home.write("agent.toml", "[coordinator]\nurl = \"nowhere\"\n");
     let arguments = ["run", "--cron", "--config", path.to_str().expect("UTF-8")];
     for calls in 1..=2 {
-        let output = cli(home.path(), &arguments, &[]);
-        assert_eq!(output.status.code(), Some(2));
-        let stderr = String::from_utf8(output.stderr).expect("UTF-8");
+        let Ran { code, stderr, .. } = cli(home.path(), &arguments, &[]);
+        assert_eq!(code, Some(2));
         assert!(stderr.starts_with("error: ") && stderr.contains("agent.toml:2"), "{stderr}");
         let text = fs::read_to_string(&log).expect("the log");
         assert_eq!(text.lines().count(), calls, "{text}");
@@ -273,10 +271,6 @@ fn a_fault_of_the_identity_is_in_the_log() {
     call.stderr.wait_line(&["error", "identity.key"]);
     wait_line_in(&setup.scratch.join("own.log"), &["ERROR", "identity.key"]);
     assert!(!setup.log().exists());
-}
-
-fn set_mode(path: &Path, mode: u32) {
-    fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("the mode set");
 }
 
 /// By hand the agent would run, with a warning; under cron there would be one more each minute.

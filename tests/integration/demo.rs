@@ -3,7 +3,6 @@
 use std::io::Write;
 use std::net::TcpStream;
 use std::path::Path;
-use std::process::Output;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::{Value, json};
@@ -41,9 +40,8 @@ const STAGES: [&str; 6] = ["connect", "auth", "discovery", "first byte", "total"
 #[test]
 fn demo_once_without_any_set_up_answers_and_exits_0() {
     let home = Scratch::new();
-    let output = cli(home.path(), &["demo", "--once", "--port", "0"], &[]);
-    let stdout = String::from_utf8(output.stdout).expect("UTF-8");
-    assert_eq!(output.status.code(), Some(0), "{stdout}\n{}", String::from_utf8_lossy(&output.stderr));
+    let Ran { code, stdout, stderr } = cli(home.path(), &["demo", "--once", "--port", "0"], &[]);
+    assert_eq!(code, Some(0), "{stdout}\n{stderr}");
     for stage in STAGES {
         assert!(stdout.lines().any(|line| line.trim_start().starts_with(stage)), "no line for `{stage}`: {stdout}");
     }
@@ -56,9 +54,8 @@ fn demo_once_asks_the_backends_of_the_config_and_prints_their_answer() {
     let config = setup.write();
     let arguments =
         ["demo", "--once", "--port=0", "--prompt", "a prompt of our own", "-c", config.to_str().expect("UTF-8")];
-    let output = cli(setup.scratch.path(), &arguments, &[]);
-    let stdout = String::from_utf8(output.stdout).expect("UTF-8");
-    assert_eq!(output.status.code(), Some(0), "{stdout}\n{}", String::from_utf8_lossy(&output.stderr));
+    let Ran { code, stdout, stderr } = cli(setup.scratch.path(), &arguments, &[]);
+    assert_eq!(code, Some(0), "{stdout}\n{stderr}");
     assert!(stdout.contains("hello world") && stdout.contains("a prompt of our own"), "{stdout}");
     let asked = backend.seen();
     assert!(
@@ -72,8 +69,8 @@ fn demo_once_fails_when_the_answer_does() {
     let backend = Backend::vllm_with(&["m"], |_| Answer::Raw(response(500, "text/plain", "boom")));
     let setup = Setup::new("wss://never-dialled.example/").backend(backend.toml());
     let config = setup.write();
-    let output = cli(setup.scratch.path(), &["demo", "--once", "--port=0", "-c", config.to_str().expect("UTF-8")], &[]);
-    assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stdout));
+    let ran = cli(setup.scratch.path(), &["demo", "--once", "--port=0", "-c", config.to_str().expect("UTF-8")], &[]);
+    assert_eq!(ran.code, Some(1), "{}", ran.stdout);
 }
 
 /// What `demo --bench` printed behind a row's name, as words: `first byte`, for instance.
@@ -92,18 +89,14 @@ fn spread(words: &[&str]) -> f64 {
     median
 }
 
-/// Exit code, stdout and stderr of `demo --bench`.
-fn run_bench(home: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> (Option<i32>, String, String) {
-    let arguments = [&["demo", "--bench", "--port=0"], arguments].concat();
-    let Output { status, stdout, stderr } = cli_within(secs(60), home, &arguments, environment);
-    let [stdout, stderr] = [stdout, stderr].map(|text| String::from_utf8(text).expect("UTF-8"));
-    (status.code(), stdout, stderr)
+fn run_bench(home: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Ran {
+    cli_within(secs(60), home, &[&["demo", "--bench", "--port=0"], arguments].concat(), environment)
 }
 
 #[test]
 fn a_bench_without_any_set_up_measures_on_the_echo() {
     let home = Scratch::new();
-    let (code, stdout, stderr) = run_bench(home.path(), &["--prompt", "one two three"], &[]);
+    let Ran { code, stdout, stderr } = run_bench(home.path(), &["--prompt", "one two three"], &[]);
     assert_eq!(code, Some(0), "{stdout}\n{stderr}");
     for name in ["first byte", "last byte"] {
         let words = row(&stdout, name);
@@ -136,7 +129,7 @@ fn a_bench_finds_the_pace_of_the_backend_and_keeps_to_what_the_agent_takes() {
     });
     let setup = Setup::new("wss://never-dialled.example/").backend(format!("{}\nmax_concurrent = 2", backend.toml()));
     let config = setup.write();
-    let (code, stdout, stderr) = run_bench(setup.scratch.path(), &["-c", config.to_str().expect("UTF-8")], &[]);
+    let Ran { code, stdout, stderr } = run_bench(setup.scratch.path(), &["-c", config.to_str().expect("UTF-8")], &[]);
     assert_eq!(code, Some(0), "{stdout}\n{stderr}");
     let figures = |name: &str| [0, 2].map(|at| spread(&row(&stdout, name)[at..]));
     assert!(figures("first byte").iter().all(|ms| *ms >= WAIT as f64), "{stdout}");
@@ -165,7 +158,7 @@ fn a_bench_fails_when_an_answer_does() {
     });
     let setup = Setup::new("wss://never-dialled.example/").backend(backend.toml());
     let config = setup.write();
-    let (code, stdout, stderr) = run_bench(setup.scratch.path(), &["-c", config.to_str().expect("UTF-8")], &[]);
+    let Ran { code, stdout, stderr } = run_bench(setup.scratch.path(), &["-c", config.to_str().expect("UTF-8")], &[]);
     assert_eq!(code, Some(1), "{stdout}\n{stderr}");
     assert!(stdout.contains("\nBench") && !stdout.contains("first byte differ by"), "{stdout}");
 }
@@ -180,7 +173,7 @@ fn a_bench_costs_nobody_money() {
     let setup = Setup::new("wss://never-dialled.example/").backend(toml);
     let config = setup.write();
     let arguments = ["-c", config.to_str().expect("UTF-8")];
-    let (code, stdout, stderr) = run_bench(setup.scratch.path(), &arguments, &[("THE_KEY", "k")]);
+    let Ran { code, stdout, stderr } = run_bench(setup.scratch.path(), &arguments, &[("THE_KEY", "k")]);
     assert_eq!(code, Some(1), "{stdout}\n{stderr}");
     assert!(stderr.contains("costs money"), "{stderr}");
     assert_eq!(backend.posts(), 1, "the one that is shown");
@@ -199,7 +192,7 @@ fn a_bench_does_not_overflow_to_a_hosted_backend() {
         .backend(hosted_toml);
     let config = setup.write();
     let arguments = ["-c", config.to_str().expect("UTF-8")];
-    let (code, stdout, stderr) = run_bench(setup.scratch.path(), &arguments, &[("THE_KEY", "k")]);
+    let Ran { code, stdout, stderr } = run_bench(setup.scratch.path(), &arguments, &[("THE_KEY", "k")]);
     assert_eq!(code, Some(1), "{stdout}\n{stderr}");
     assert!(stderr.contains("costs money"), "{stderr}");
     assert_eq!((local.posts(), hosted.posts()), (1, 0), "the one that is shown");

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::Read;
-use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use serde_json::json;
@@ -115,10 +114,6 @@ fn setup(coordinator_url: &str) -> Setup {
     let identity = fs::read_to_string(setup.identity()).expect("the identity");
     fs::write(setup.identity(), identity.replace("-----END", "provider_id: prov_7\n-----END")).expect("written");
     setup
-}
-
-fn set_mode(path: impl AsRef<std::path::Path>, mode: u32) {
-    fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("the mode set");
 }
 
 #[test]

@@ -2,7 +2,6 @@
 //! it, and each test shows that its fault was there.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -14,10 +13,6 @@ use crate::support::*;
 
 /// Files can be made, and not a byte be written into them: a full disk, without one.
 const DISK_FULL: &str = "trap '' XFSZ; ulimit -f 0";
-
-fn set_mode(path: &Path, mode: u32) {
-    fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("the mode set");
-}
 
 /// A setup whose identity has a folder of its own, which is there.
 fn with_folder(url: &str) -> Setup {
@@ -213,7 +208,7 @@ fn a_probe_that_finds_no_descriptor_withdraws_no_offer() {
     drop(held);
     assert_eq!(session.outcome(&id).error(), "model_not_loaded");
     patient.rig.agent.stderr.wait_line(&["vllm", "Too many open files"]);
-    session.assert_no_frame("a changed offer", QUIET, |frame| frame["type"] == "capabilities");
+    session.assert_no_frame("a changed offer", QUIET, is_offer);
     patient.rig.agent.limit_descriptors(1024);
     patient.assert_unharmed();
 }
@@ -275,7 +270,7 @@ fn an_agent_that_can_start_no_thread_for_a_session_comes_back_by_itself() {
         shim.refuse_threads();
         session.send(&json!({"type": "auth_ok"}));
         session.ended(SOON);
-        session.assert_no_frame("an offer", Duration::ZERO, |frame| frame["type"] == "capabilities");
+        session.assert_no_frame("an offer", Duration::ZERO, is_offer);
         shim.allow_threads();
         patient.assert_recovers();
     };

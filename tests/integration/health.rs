@@ -25,10 +25,6 @@ fn run(session: &Session, answer: impl Into<Value>) -> Outcome {
     session.outcome(&session.job("m", json!({"answer": answer.into()})))
 }
 
-fn is_offer(frame: &Value) -> bool {
-    frame["type"] == "capabilities"
-}
-
 #[test]
 fn three_failures_running_withdraw_a_backend_until_a_probe_succeeds() {
     let cases: [[Value; 3]; 4] = [

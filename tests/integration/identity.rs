@@ -1,7 +1,7 @@
 //! The identity file, which 0.3.5 and we share.
 
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use serde_json::json;
@@ -21,19 +21,17 @@ fn with_identity(url: &str, content: &[u8]) -> Setup {
 }
 
 /// `enroll` over a setup's files.
-fn enroll(setup: &Setup) -> (Option<i32>, String, String) {
+fn enroll(setup: &Setup) -> Ran {
     let config = setup.write();
     let arguments = ["enroll", "--allow-insecure", "--config", config.to_str().expect("UTF-8")];
-    let output = cli(setup.scratch.path(), &arguments, &[]);
-    let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
-    (output.status.code(), text(output.stdout), text(output.stderr))
+    cli(setup.scratch.path(), &arguments, &[])
 }
 
 #[test]
 fn every_valid_file_gives_the_same_key() {
     for file in data_files("identity/valid", 8) {
         let content = fs::read(&file).expect("a data file");
-        let (code, stdout, stderr) = enroll(&with_identity("ws://127.0.0.1:1/", &content));
+        let Ran { code, stdout, stderr } = enroll(&with_identity("ws://127.0.0.1:1/", &content));
         let name = file.display();
         assert_eq!(code, Some(0), "{name}: {stderr}");
         assert!(stdout.lines().any(|line| line == format!("public_key: {PUBLIC}")), "{name}: {stdout}");
@@ -50,7 +48,7 @@ fn every_invalid_file_is_refused_by_name_and_left_alone() {
         let content = fs::read(&file).expect("a data file");
         let setup = with_identity("ws://127.0.0.1:1/", &content);
         let name = file.display();
-        let (code, stdout, stderr) = enroll(&setup);
+        let Ran { code, stdout, stderr } = enroll(&setup);
         assert_eq!((code, stdout.as_str()), (Some(1), ""), "{name}: {stderr}");
         assert!(stderr.contains("identity.key"), "{name}: the error names the file: {stderr}");
         assert!(!stderr.contains(&SECRET[..20]), "{name}: the seed was printed: {stderr}");
@@ -64,7 +62,7 @@ fn every_invalid_file_is_refused_by_name_and_left_alone() {
 #[test]
 fn the_first_run_makes_a_private_file_in_the_format_of_0_3_5() {
     let setup = Setup::new("ws://127.0.0.1:1/");
-    let (code, stdout, stderr) = enroll(&setup);
+    let Ran { code, stdout, stderr } = enroll(&setup);
     assert_eq!(code, Some(0), "{stderr}");
     let text = fs::read_to_string(setup.identity()).expect("the identity file");
     let lines: Vec<_> = text.lines().collect();
@@ -79,16 +77,15 @@ fn the_first_run_makes_a_private_file_in_the_format_of_0_3_5() {
     assert!(created.ends_with("+00:00") && created.as_bytes()[10] == b'T', "{created}");
     assert_eq!(unbase64(&field(3, "secret")).len(), 32);
     assert_eq!(stdout.lines().next(), Some(format!("public_key: {}", field(4, "public")).as_str()));
-    let mode = fs::metadata(setup.identity()).expect("the file").permissions().mode();
-    assert_eq!(mode & 0o777, 0o600, "the file's mode");
+    assert_eq!(mode(setup.identity()), 0o600, "the file's mode");
     assert!(!stdout.contains(&field(3, "secret")) && !stderr.contains(&field(3, "secret")), "the seed was printed");
     // A second run finds it.
-    assert_eq!(enroll(&setup).1, stdout);
+    assert_eq!(enroll(&setup).stdout, stdout);
 }
 
 #[test]
 fn two_agents_do_not_share_a_key() {
-    let [first, second] = [(), ()].map(|()| enroll(&Setup::new("ws://127.0.0.1:1/")).1);
+    let [first, second] = [(), ()].map(|()| enroll(&Setup::new("ws://127.0.0.1:1/")).stdout);
     assert_ne!(first.lines().next(), second.lines().next());
 }
 
@@ -96,7 +93,7 @@ fn two_agents_do_not_share_a_key() {
 fn key_path_is_honoured_and_its_tilde_expanded() {
     for path in ["~/keys/of/mine.key", "keys/of/mine.key"] {
         let setup = Setup::new("ws://127.0.0.1:1/").more(&format!("[identity]\nkey_path = \"{path}\""));
-        let (code, _, stderr) = enroll(&setup);
+        let Ran { code, stderr, .. } = enroll(&setup);
         assert_eq!(code, Some(0), "{path}: {stderr}");
         assert!(setup.scratch.join("keys/of/mine.key").exists(), "{path}");
     }
@@ -121,8 +118,7 @@ fn the_key_in_the_file_signs_and_a_new_provider_id_is_kept_with_every_other_line
         assert!(text.lines().any(|l| l == line), "no `{line}` in the file");
     }
     assert!(text.contains(SECRET) && text.contains(PUBLIC) && !text.contains("prov_123"));
-    let mode = fs::metadata(setup.identity()).expect("the file").permissions().mode();
-    assert_eq!(mode & 0o777, 0o600, "the file's mode");
+    assert_eq!(mode(setup.identity()), 0o600, "the file's mode");
     let names = names_in(setup.identity().parent().expect("a folder"));
     // The state file is replaced in this very moment, perhaps.
     let is_kept = |name: &String| KEPT.contains(&name.as_str()) || name == "identity.key.state.new";
@@ -173,7 +169,7 @@ fn an_agent_that_cannot_write_the_file_serves_on_with_what_it_learnt() {
 #[test]
 fn an_identity_that_cannot_be_made_is_a_runtime_error() {
     let setup = Setup::new("ws://127.0.0.1:1/").more("[identity]\nkey_path = \"agent.toml/identity.key\"");
-    let (code, _, stderr) = enroll(&setup);
+    let Ran { code, stderr, .. } = enroll(&setup);
     assert_eq!(code, Some(1), "{stderr}");
     assert!(stderr.contains(Path::new("agent.toml/identity.key").to_str().expect("UTF-8")), "{stderr}");
 }
@@ -237,7 +233,7 @@ fn no_provider_id_makes_the_file_unreadable() {
         let agent = setup.start();
         let first = pubkey(&coordinator.accept());
         drop(agent);
-        let (code, stdout, stderr) = enroll(&setup);
+        let Ran { code, stdout, stderr } = enroll(&setup);
         assert_eq!(code, Some(0), "{what:?}: {stderr}");
         assert!(stdout.contains(&first), "{what:?}: {stdout}");
         let _agent = setup.start();

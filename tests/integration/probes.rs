@@ -16,10 +16,6 @@ fn provoke_a_probe(rig: &Rig, backend: &Backend, model: &str) {
     assert_eq!(rig.session.outcome(&id).error(), "model_not_loaded");
 }
 
-fn is_offer(frame: &Value) -> bool {
-    frame["type"] == "capabilities"
-}
-
 #[test]
 fn two_probes_in_a_row_without_an_answer_end_an_offer_and_one_does_not() {
     let hangs = Arc::new(AtomicBool::new(false));

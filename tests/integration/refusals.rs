@@ -70,9 +70,8 @@ fn a_key_that_the_backend_repeats_is_not_printed_by_validate() {
     let setup = Setup::new("ws://127.0.0.1:1/").backend(format!("{}\napi_key_env = \"THE_KEY\"", backend.toml()));
     let config = setup.write();
     let arguments = ["validate", "--allow-insecure", "--config", config.to_str().expect("UTF-8")];
-    let output = cli(setup.scratch.path(), &arguments, &[("THE_KEY", &key)]);
-    for text in [output.stdout, output.stderr] {
-        let text = String::from_utf8(text).expect("UTF-8");
+    let ran = cli(setup.scratch.path(), &arguments, &[("THE_KEY", &key)]);
+    for text in [ran.stdout, ran.stderr] {
         assert!(!text.contains(&key[..10]), "the key was printed: {text}");
     }
 }

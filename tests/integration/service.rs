@@ -3,9 +3,8 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::process::{Command, Output};
+use std::process::Command;
 use std::time::Instant;
 
 use serde_json::json;
@@ -38,32 +37,6 @@ struct Operator {
     environment: Vec<(String, String)>,
 }
 
-struct Ran {
-    code: Option<i32>,
-    stdout: String,
-    stderr: String,
-}
-
-impl Ran {
-    #[track_caller]
-    fn ok(self) -> String {
-        assert_eq!(self.code, Some(0), "{}{}", self.stdout, self.stderr);
-        assert_eq!(self.stderr, "");
-        self.stdout
-    }
-
-    /// It failed with this code, and told each of `words` to whoever typed it.
-    #[track_caller]
-    fn fails(self, code: i32, words: &[&str]) -> String {
-        let told = format!("{}{}", self.stdout, self.stderr);
-        assert_eq!(self.code, Some(code), "{told}");
-        for word in words {
-            assert!(told.contains(word), "no `{word}` in: {told}");
-        }
-        told
-    }
-}
-
 impl Operator {
     fn new() -> Self {
         Self::of(Setup::new("ws://127.0.0.1:9/provider/connect"))
@@ -85,7 +58,7 @@ impl Operator {
 
     fn program(&self, name: &str, text: &str) {
         let path = self.setup.scratch.write(&format!("bin/{name}"), text);
-        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("a program");
+        set_mode(path, 0o755);
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -95,7 +68,7 @@ impl Operator {
     fn run(&self, arguments: &[&str]) -> Ran {
         let environment: Vec<(&str, &str)> =
             self.environment.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
-        ran(cli_within(secs(40), self.setup.scratch.path(), arguments, &environment))
+        cli_within(secs(40), self.setup.scratch.path(), arguments, &environment)
     }
 
     fn service(&self, arguments: &[&str]) -> Ran {
@@ -139,11 +112,6 @@ impl Drop for Operator {
             self.signal("KILL");
         }
     }
-}
-
-fn ran(output: Output) -> Ran {
-    let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
-    Ran { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
 }
 
 #[test]
@@ -450,7 +418,7 @@ fn as_user(operator: &Operator, arguments: &[&str]) -> Ran {
     };
     command.arg("service").args(arguments).current_dir(home).env_clear().env("HOME", home);
     command.envs(operator.environment.iter().map(|(name, value)| (name, value)));
-    ran(command.output().expect("the agent"))
+    command.output().expect("the agent").into()
 }
 
 /// A system unit that names a folder which is not there does not start, and under it the agent could not make one.

@@ -1,7 +1,6 @@
 //! `setup`: the pairing with a scripted coordinator at its worst, and with the demo's, and what it does to `agent.toml`.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
@@ -45,16 +44,8 @@ fn arguments<'a>(base: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     [&["setup", "--coordinator", base, "--allow-insecure"], more].concat()
 }
 
-struct Ran {
-    code: Option<i32>,
-    stdout: String,
-    stderr: String,
-}
-
 fn set_up(home: &Scratch, base: &str, more: &[&str]) -> Ran {
-    let output = cli_within(secs(30), home.path(), &arguments(base, more), &[]);
-    let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
-    let ran = Ran { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) };
+    let ran = cli_within(secs(30), home.path(), &arguments(base, more), &[]);
     for secret in [POLL_TOKEN, HOST_TOKEN] {
         assert!(!ran.stdout.contains(secret) && !ran.stderr.contains(secret), "a secret is shown: {}", ran.stdout);
     }
@@ -69,10 +60,6 @@ const USUAL: &str = ".config/usepod-agent/agent.toml";
 
 fn text(path: impl AsRef<Path>) -> String {
     fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.as_ref().display()))
-}
-
-fn mode(path: &Path) -> u32 {
-    fs::metadata(path).expect("a file").permissions().mode() & 0o777
 }
 
 #[test]
@@ -111,8 +98,7 @@ fn a_pairing_asks_as_the_protocol_says_and_writes_a_file_that_the_agent_takes() 
     }
     assert!(!toml.contains(HOST_TOKEN), "{toml}");
     let enroll = cli(home.path(), &["enroll", "--allow-insecure"], &[]);
-    let enrolled = String::from_utf8_lossy(&enroll.stdout).into_owned();
-    assert!(enroll.status.success() && enrolled.contains(&key), "{enrolled}");
+    assert!(enroll.code == Some(0) && enroll.stdout.contains(&key), "{enroll:?}");
     assert!(!file.with_file_name("agent.toml.bak").exists(), "there was nothing to keep");
 }
 
@@ -120,18 +106,16 @@ fn a_pairing_asks_as_the_protocol_says_and_writes_a_file_that_the_agent_takes() 
 fn without_encryption_nothing_is_said_unless_it_is_allowed() {
     let home = Scratch::new();
     for base in ["http://192.0.2.7:8787", "ftp://h", "api.usepod.ai", "https://h:x"] {
-        let output = cli(home.path(), &["setup", "--coordinator", base], &[]);
-        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(2), "{base}: {stderr}");
+        let Ran { code, stderr, .. } = cli(home.path(), &["setup", "--coordinator", base], &[]);
+        assert_eq!(code, Some(2), "{base}: {stderr}");
         let word = if base.starts_with("http:") { "--allow-insecure" } else { "https://" };
         assert!(stderr.contains(base) && stderr.contains(word), "{base}: {stderr}");
     }
     assert!(fs::read_dir(home.path()).expect("a home").next().is_none());
     // On this machine there is nobody to read it; what dials then wants to be told.
     let server = coordinator(|_| active());
-    let output = cli(home.path(), &["setup", "--coordinator", &server.url()], &[]);
-    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success() && stdout.contains("service install --allow-insecure"), "{output:?}");
+    let ran = cli(home.path(), &["setup", "--coordinator", &server.url()], &[]);
+    assert!(ran.code == Some(0) && ran.stdout.contains("service install --allow-insecure"), "{ran:?}");
 }
 
 #[test]
@@ -250,7 +234,7 @@ fn what_was_made_by_hand_survives_and_is_what_the_coordinator_is_told_of() {
         backend.toml(),
     );
     let file = home.write("conf/agent.toml", &old);
-    fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).expect("a mode");
+    set_mode(&file, 0o644);
     let named = file.to_str().expect("UTF-8");
     let ran = set_up(&home, &server.url(), &["--config", named]);
     assert_done(&ran);
@@ -419,9 +403,9 @@ fn the_operators_own_authority_counts_for_the_pairing_too() {
         ),
     );
     // What stands in the file will do for the base.
-    let output = cli_within(secs(30), home.path(), &["setup", "--coordinator", &proxy.url()], &[]);
-    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "{stdout}\n{}", String::from_utf8_lossy(&output.stderr));
+    let Ran { code, stdout, stderr } =
+        cli_within(secs(30), home.path(), &["setup", "--coordinator", &proxy.url()], &[]);
+    assert_eq!(code, Some(0), "{stdout}\n{stderr}");
     let next = "  usepod-agent service install\n  usepod-agent service start\n  usepod-agent status --watch\n";
     assert!(stdout.ends_with(next), "{stdout}");
     let new = text(home.join(USUAL));
@@ -481,9 +465,8 @@ fn a_demo_that_waits_for_an_agent_runs_none_and_stays_on_this_machine() {
         (&["demo", "--await-agent", "--listen", "8080"], "8080"),
         (&["demo", "--listen", "127.0.0.1:0"], "--await-agent"),
     ] {
-        let output = cli(home.path(), arguments, &[]);
-        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {stderr}");
+        let Ran { code, stderr, .. } = cli(home.path(), arguments, &[]);
+        assert_eq!(code, Some(2), "{arguments:?}: {stderr}");
         assert!(stderr.contains(word), "{arguments:?}: {stderr}");
     }
 }

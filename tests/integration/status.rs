@@ -1,6 +1,5 @@
 //! `status` names each reason for not serving, and the state file behind it is always whole; `pause` and `resume`.
 
-use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -11,9 +10,9 @@ use crate::support::*;
 
 /// `status --json` and its exit code.
 fn status(setup: &Setup) -> (Value, i32) {
-    let output = cli(setup.scratch.path(), &["status", "--json", "--config", "agent.toml"], &[]);
-    let state = serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {output:?}"));
-    (state, output.status.code().expect("an exit"))
+    let ran = cli(setup.scratch.path(), &["status", "--json", "--config", "agent.toml"], &[]);
+    let state = serde_json::from_str(&ran.stdout).unwrap_or_else(|e| panic!("{e}: {ran:?}"));
+    (state, ran.code.expect("an exit"))
 }
 
 /// Waits until `status` names this state, and says so with this exit code in every form.
@@ -35,8 +34,8 @@ fn assert_state(setup: &Setup, name: &str, code: i32) -> Value {
 
 /// `status` for people.
 fn page(setup: &Setup) -> (String, i32) {
-    let output = cli(setup.scratch.path(), &["status", "--config", "agent.toml"], &[]);
-    (String::from_utf8(output.stdout).expect("text"), output.status.code().expect("an exit"))
+    let ran = cli(setup.scratch.path(), &["status", "--config", "agent.toml"], &[]);
+    (ran.stdout, ran.code.expect("an exit"))
 }
 
 fn assert_page(setup: &Setup, words: &[&str]) {
@@ -45,9 +44,9 @@ fn assert_page(setup: &Setup, words: &[&str]) {
 }
 
 fn command(setup: &Setup, name: &str) -> String {
-    let output = cli(setup.scratch.path(), &[name, "--config", "agent.toml"], &[]);
-    assert!(output.status.success(), "{output:?}");
-    String::from_utf8(output.stdout).expect("text")
+    let ran = cli(setup.scratch.path(), &[name, "--config", "agent.toml"], &[]);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    ran.stdout
 }
 
 #[test]
@@ -275,7 +274,7 @@ fn a_pause_empties_the_offer_at_once_lets_jobs_finish_and_survives_a_restart() {
     command(&rig.setup, "resume");
     assert_eq!(session.frame("capabilities", SOON)["models"][0]["model_id"], "m");
     assert_state(&rig.setup, "serving", 0);
-    session.assert_no_frame("another offer", Duration::ZERO, |frame| frame["type"] == "capabilities");
+    session.assert_no_frame("another offer", Duration::ZERO, is_offer);
 }
 
 /// As where the path of the socket is longer than the system allows.
@@ -284,8 +283,8 @@ fn a_pause_without_a_socket_takes_a_heartbeat_and_does_not_fail() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     std::fs::remove_file(rig.setup.identity().with_file_name("identity.key.wake")).expect("a socket");
-    let output = cli_within(secs(30), rig.setup.scratch.path(), &["pause", "--config", "agent.toml"], &[]);
-    assert!(output.status.success(), "{output:?}");
+    let ran = cli_within(secs(30), rig.setup.scratch.path(), &["pause", "--config", "agent.toml"], &[]);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
     assert_eq!(rig.session.frame("capabilities", SOON)["models"], json!([]));
 }
 
@@ -295,16 +294,13 @@ fn a_pause_that_cannot_be_read_any_more_goes_on() {
     let mut rig = Rig::with(|setup| setup.backend(backend.toml()).bound_by_modes());
     command(&rig.setup, "pause");
     let folder = rig.setup.scratch.join(".usepod-agent");
-    let set_mode = |mode| {
-        std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(mode)).expect("the mode set");
-    };
-    set_mode(0o000);
+    set_mode(&folder, 0o000);
     // A new session has the agent look.
     rig.session.close(1001, "drain:deploy");
     rig.session = rig.coordinator.session();
-    set_mode(0o700);
+    set_mode(&folder, 0o700);
     assert_eq!(rig.session.capabilities["models"], json!([]));
-    rig.session.assert_no_frame("an offer", QUIET, |frame| frame["type"] == "capabilities");
+    rig.session.assert_no_frame("an offer", QUIET, is_offer);
 }
 
 #[test]
@@ -374,16 +370,13 @@ fn a_state_file_that_is_not_renewed_any_more_is_not_believed() {
     let rig = Rig::with(|setup| setup.backend(backend.toml()).bound_by_modes());
     assert_state(&rig.setup, "serving", 0);
     let folder = rig.setup.scratch.join(".usepod-agent");
-    let set_mode = |mode| {
-        std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(mode)).expect("the mode set");
-    };
-    set_mode(0o500);
+    set_mode(&folder, 0o500);
     assert_state(&rig.setup, "serving", 0);
     let state = std::fs::File::options().write(true).open(folder.join("identity.key.state")).expect("the file");
     state.set_modified(std::time::SystemTime::now() - secs(200)).expect("an older date");
     assert_state(&rig.setup, "unknown", 1);
     assert_page(&rig.setup, &["whether it serves is unknown", "is the disk full?"]);
-    set_mode(0o700);
+    set_mode(&folder, 0o700);
     assert_state(&rig.setup, "serving", 0);
 }
 

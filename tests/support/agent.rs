@@ -3,12 +3,12 @@
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use super::descriptors::opened;
-use super::{SOON, Scratch, ms};
+use super::{Ran, SOON, Scratch, ms};
 
 /// The binary under test: another one where `AGENT` names it.
 pub fn binary() -> OsString {
@@ -176,15 +176,15 @@ fn spawn(command: &mut Command) -> Child {
 }
 
 /// Runs the binary to its end, with `home` as home and working folder.
-pub fn cli(home: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Output {
+pub fn cli(home: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Ran {
     cli_within(SOON, home, arguments, environment)
 }
 
 /// Likewise, for what takes its time.
-pub fn cli_within(limit: Duration, home: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Output {
+pub fn cli_within(limit: Duration, home: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Ran {
     let mut agent = Agent::spawn_in(home, arguments, environment);
     let status = agent.wait(limit);
-    Output { status, stdout: agent.stdout.whole().into_bytes(), stderr: agent.stderr.whole().into_bytes() }
+    Ran { code: status.code(), stdout: agent.stdout.whole(), stderr: agent.stderr.whole() }
 }
 
 /// A running agent; killed on drop, and its log is shown when the test fails.

@@ -10,6 +10,7 @@ mod descriptors;
 mod endless;
 mod fault;
 mod http;
+mod ran;
 mod rig;
 mod scratch;
 mod session;
@@ -20,6 +21,7 @@ mod wire;
 
 use std::io::Write;
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -31,9 +33,10 @@ pub use descriptors::reserve_descriptors;
 pub use endless::EndlessLine;
 pub use fault::{FaultProxy, Mode};
 pub use http::{Request, response, sse};
+pub use ran::Ran;
 pub use rig::Rig;
 pub use scratch::Scratch;
-pub use session::{Event, Outcome, Session, Take, job, job_within};
+pub use session::{Event, Outcome, Session, Take, is_offer, job, job_within};
 pub use shim::Shim;
 pub use tls::{Authority, Flaw, TlsProxy};
 pub use vitals::{Patient, Vitals};
@@ -69,6 +72,16 @@ pub const fn secs(n: u64) -> Duration {
 pub fn nobody_at(loopback: &str) -> String {
     let listener = TcpListener::bind((loopback, 0)).expect("a loopback port");
     listener.local_addr().expect("a bound address").to_string()
+}
+
+/// Sets the permission bits of a file or folder.
+pub fn set_mode(path: impl AsRef<Path>, mode: u32) {
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("the mode set");
+}
+
+/// The permission bits of a file or folder.
+pub fn mode(path: impl AsRef<Path>) -> u32 {
+    std::fs::metadata(path).expect("its metadata").permissions().mode() & 0o7777
 }
 
 /// Waits until it is so.

@@ -329,6 +329,11 @@ impl Drop for Session {
     }
 }
 
+/// Whether a frame is an offer.
+pub fn is_offer(frame: &Value) -> bool {
+    frame["type"] == "capabilities"
+}
+
 /// A `job` frame with a deadline of 30 s.
 pub fn job(id: &str, model: &str, request: Value) -> Value {
     json!({"type": "job", "job_id": id, "model_id": model, "request": request, "format": "openai", "deadline_ms": 30_000})
