@@ -5,7 +5,7 @@
 //! Started by `scripts/soak`. All chance comes from `SOAK_SEED`; with the same seed every job gets the same treatment,
 //! though not at the same instant.
 
-mod board;
+mod play_log;
 mod coordinator;
 mod fleet;
 mod job;
@@ -13,18 +13,18 @@ mod ledger;
 mod rng;
 mod script;
 mod stream;
-mod tally;
-mod verdict;
-mod weather;
-mod whims;
+mod totals;
+mod oracle;
+mod link_faults;
+mod coordinator_actions;
 
 use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
-use board::Board;
 use fleet::Fleet;
+use link_faults::Weather;
+use play_log::Board;
 use rng::Rng;
-use weather::Weather;
 
 use crate::support::{FaultProxy, Setup, secs};
 
@@ -55,7 +55,7 @@ fn soak() {
         // Also when a check panics: the others must not wait for ever.
         let _over = Over(&world.weather);
         scope.spawn(|| world.fleet.run(Rng::of(seed, "fleet"), &started));
-        scope.spawn(|| weather::disturb(&link, &world.weather, Rng::of(seed, "link")));
+        scope.spawn(|| link_faults::disturb(&link, &world.weather, Rng::of(seed, "link")));
         started.wait();
         let limits = format!("max_concurrent = {MAX_CONCURRENT}\ndrain_seconds = {}", DRAIN.as_secs());
         let setup = Setup::new(&format!("ws://{}/provider/connect", link.address())).limits(&limits);
@@ -63,7 +63,7 @@ fn soak() {
             world: &world,
             agent: world.fleet.configure(setup).start_at_level(Some("info")),
             door,
-            tally: tally::Tally::new(),
+            tally: totals::Tally::new(),
             rng: Rng::of(seed, "coordinator"),
             timetable: coordinator::Timetable::new(minutes),
         };

@@ -16,7 +16,7 @@ mod scratch;
 mod session;
 mod shim;
 mod tls;
-mod vitals;
+mod resource_usage;
 mod wire;
 
 use std::io::Write;
@@ -34,12 +34,12 @@ pub use endless::EndlessLine;
 pub use fault::{FaultProxy, Mode};
 pub use http::{Request, response, sse};
 pub use ran::Ran;
+pub use resource_usage::{Patient, Vitals};
 pub use rig::Rig;
 pub use scratch::Scratch;
 pub use session::{Event, Outcome, Session, Take, is_offer, job, job_within};
 pub use shim::Shim;
 pub use tls::{Authority, Flaw, TlsProxy};
-pub use vitals::{Patient, Vitals};
 pub use wire::{BINARY, CLOSE, CONTINUATION, PING, TEXT, close_payload, encode, verify_auth};
 
 /// How long anything that should happen at once may take on a loaded machine.

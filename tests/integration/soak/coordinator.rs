@@ -7,13 +7,13 @@ use crossbeam_channel::RecvTimeoutError;
 use serde_json::json;
 
 use super::World;
+use super::coordinator_actions::{Whim, Whims};
 use super::fleet::BACKENDS;
 use super::job::Job;
 use super::ledger::Ledger;
+use super::link_faults::Moment;
 use super::rng::Rng;
-use super::tally::Tally;
-use super::weather::Moment;
-use super::whims::{Whim, Whims};
+use super::totals::Tally;
 use crate::support::*;
 
 /// Between two looks at what is to be done.

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::board::Board;
+use super::link_faults::Weather;
+use super::play_log::Board;
 use super::rng::Rng;
 use super::script::{self, Ending, Framing, Refusal, Script, refusal_at};
 use super::stream::Format;
-use super::weather::Weather;
 use crate::support::*;
 
 /// Kind, and the models that it lists: some of them its own, some shared, so that jobs fail over.

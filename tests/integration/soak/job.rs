@@ -5,12 +5,12 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::board::Play;
 use super::fleet::BACKENDS;
+use super::link_faults::{Moment, Weather};
+use super::play_log::Play;
 use super::rng::Rng;
 use super::script::{LARGE_SEEDS, PLAIN_SEEDS, RANDOM_SEEDS, Script, Verdict, refusal_at};
 use super::stream::Format;
-use super::weather::{Moment, Weather};
 use crate::support::{ms, secs};
 
 /// A model that nobody lists.

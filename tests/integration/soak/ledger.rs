@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::job::Job;
-use super::tally::Tally;
-use super::verdict::{Case, Offer};
-use super::weather::Moment;
+use super::link_faults::Moment;
+use super::oracle::{Case, Offer};
+use super::totals::Tally;
 use super::{MAX_CONCURRENT, World};
 use crate::support::*;
 
@@ -245,7 +245,7 @@ impl<'a> Ledger<'a> {
     }
 }
 
-fn describe(job: &Job, plays: &[super::board::Play], frame: &Value, fault: &str) -> String {
+fn describe(job: &Job, plays: &[super::play_log::Play], frame: &Value, fault: &str) -> String {
     let took = job.sent.at.elapsed();
     let plays: Vec<_> = plays.iter().map(|play| (play.backend, play.refusal.map(|refusal| &refusal.answer))).collect();
     let job = json!({

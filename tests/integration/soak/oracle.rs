@@ -7,8 +7,8 @@ use serde_json::Value;
 
 use super::MAX_CONCURRENT;
 use super::World;
-use super::board::Play;
 use super::job::{Job, NOBODYS};
+use super::play_log::Play;
 use super::script::{Framing, Verdict};
 use crate::support::ms;
 

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 use super::MAX_CONCURRENT;
 use super::job::{Job, LONG_DEADLINE};
 use super::ledger::Ledger;
+use super::link_faults::{Moment, Trouble, Weather};
 use super::rng::Rng;
 use super::script::Verdict;
-use super::weather::{Moment, Trouble, Weather};
 use crate::support::*;
 
 /// Jobs begun at one time, outside of a burst.

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::board::{Board, Play};
 use super::job::Job;
+use super::play_log::{Board, Play};
 use crate::support::*;
 
 /// So many faults, and the rest would only repeat them.

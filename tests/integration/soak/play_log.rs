@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use super::link_faults::{Moment, Weather};
 use super::script::Refusal;
-use super::weather::{Moment, Weather};
 use crate::support::secs;
 
 /// By when a backend must have been rid of a job that is over.
