@@ -25,7 +25,7 @@ fn with_folder(url: &str) -> Setup {
 fn a_first_start_that_can_write_nowhere_ends_with_an_error_and_leaves_nothing_behind() {
     type Break = fn(Setup) -> Setup;
     let read_only: Break = |setup| {
-        set_mode(&setup.scratch.join("own"), 0o555);
+        set_mode(setup.scratch.join("own"), 0o555);
         setup.bound_by_modes()
     };
     let cases: [(&str, Break, &str, &[&str]); 3] = [
@@ -52,8 +52,8 @@ fn an_identity_that_cannot_be_written_is_used_and_stays_whole() {
         (
             |setup, folder| {
                 fs::write(folder.join("identity.key.lock"), "").expect("a lock file");
-                set_mode(&folder.join("identity.key.lock"), 0o444);
-                set_mode(&folder.join("identity.key"), 0o444);
+                set_mode(folder.join("identity.key.lock"), 0o444);
+                set_mode(folder.join("identity.key"), 0o444);
                 set_mode(folder, 0o555);
                 setup.bound_by_modes()
             },
