@@ -5,6 +5,7 @@
 
 pub mod backoff;
 mod drain;
+mod housekeeping;
 pub mod session;
 pub mod shutdown;
 
@@ -12,11 +13,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::agent::backoff::{AttemptEnd, Backoff};
+use crate::agent::housekeeping::InstanceFiles;
 use crate::agent::session::SessionEnd;
 use crate::agent::shutdown::{ActiveState, Stop};
 use crate::config::CoordinatorConfig;
-use crate::discovery;
-use crate::discovery::{BackendOffer, Housekeeping, OfferFeed, OfferTerms, Prober};
+use crate::discovery::{BackendOffer, OfferFeed, OfferTerms, Prober};
 use crate::instance::identity::Identity;
 use crate::instance::wake_socket::WakeSocket;
 use crate::instance::{AgentPaths, InstanceLock};
@@ -28,6 +29,7 @@ use crate::link::protocol::OfferLimits;
 use crate::logging::sanitize_for_log;
 use crate::net::proxy;
 use crate::observe::{self, Connection, LastWritten, LiveState, StateFileWriter};
+use crate::sys::jitter;
 
 /// Everything that an agent is made of.
 pub struct Agent {
@@ -76,30 +78,30 @@ impl Agent {
         let token_limit = Arc::new(TokenLimit::new(self.max_tokens_per_minute));
         let wake_socket = self.wake_socket()?;
         let live = Arc::new(LiveState::new(self.identity.provider_id(), wake_socket.waker()));
-        let mut _held = None;
-        let housekeeping: Housekeeping = match self.instance.take() {
-            None => Box::new(|_, _| ()),
-            Some(InstanceHandle { paths, lock }) => {
-                // Also here: should a bug end the housekeeping, the agent is one that hangs, and no second one comes beside it.
-                let lock = Arc::new(lock);
-                _held = Some(lock.clone());
-                let mut recorder = StateFileWriter {
-                    paths,
-                    lock,
-                    fixed: observe::static_fields(&self.identity, self.coordinator.address()),
-                    live: live.clone(),
-                    offers: offers.clone(),
-                    stats: stats.clone(),
-                    token_limit: token_limit.clone(),
-                    last_written: LastWritten::default(),
-                };
-                // Before the first offer.
-                recorder.apply_pause_marker();
-                Box::new(move |asked, backends| recorder.tick(asked, backends))
-            }
-        };
+        // The lock is held here too: if a bug ends the housekeeping thread, the agent counts as unresponsive, but no second agent
+        // starts beside it.
+        let mut _lock = None;
+        let files = self.instance.take().map(|InstanceHandle { paths, lock }| {
+            let lock = Arc::new(lock);
+            _lock = Some(lock.clone());
+            let state_file = StateFileWriter {
+                path: paths.state(),
+                fixed: observe::static_fields(&self.identity, self.coordinator.address()),
+                live: live.clone(),
+                offers: offers.clone(),
+                stats: stats.clone(),
+                token_limit: token_limit.clone(),
+                last_written: LastWritten::default(),
+            };
+            let files = InstanceFiles { paths, lock, state_file, live: live.clone(), offers: offers.clone() };
+            // Before the first offer.
+            files.apply_pause_marker();
+            files
+        });
         let backends = std::mem::take(&mut self.backends);
-        let prober = Prober::spawn(backends, self.terms.clone(), offers.clone(), wake_socket, housekeeping)?;
+        let waker = wake_socket.waker();
+        let (prober, rounds) = Prober::new(backends, self.terms.clone(), offers.clone(), move || waker.wake());
+        housekeeping::spawn(wake_socket, rounds, files)?;
         let proxy = if self.use_proxy { proxy::from_env() } else { None };
         let dialer = Dialer::new(self.coordinator.url.clone(), self.coordinator.roots.clone(), proxy);
         let limits = OfferLimits {
@@ -124,8 +126,8 @@ impl Agent {
                 break;
             }
             let ended = log_and_record_end(&attempt, &live);
-            let delay = backoff.delay_after(ended, discovery::jitter());
-            log::info!("connecting again in {} ms", delay.as_millis());
+            let delay = backoff.delay_after(ended, jitter::random());
+            log::info!("reconnecting in {} ms", delay.as_millis());
             let _ = stop.signal().recv_timeout(delay);
         }
         log::info!("stopped");

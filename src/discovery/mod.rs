@@ -1,7 +1,7 @@
 //! What can be offered right now: probes of the backends, prices, and the catalog that the rest of the agent reads.
 //!
-//! One thread, `prober`, owns the state of the backends ([`BackendStatus`]) and is the only one to publish a [`Catalog`]; each round
-//! all of them are asked side by side, so a hung backend delays nobody but itself. It is the agent's housekeeping thread too. Readers take a snapshot and hold no lock. How the
+//! [`ProbeRounds`], driven by the agent's housekeeping thread, owns the state of the backends ([`BackendStatus`]) and alone publishes a
+//! [`Catalog`]; each round probes all of them side by side, so a hung backend delays nobody but itself. Readers take a snapshot and hold no lock. How the
 //! jobs of a backend go is kept in its [`BackendHandle`]: one that fails them is not offered, whatever its health check says.
 
 mod catalog;
@@ -17,7 +17,7 @@ pub use backend_handle::{BackendHandle, Slot};
 pub use backend_status::BackendStatus;
 pub use catalog::{Catalog, Listing, OfferFeed};
 pub use local::{LocalBackend, find_local};
-pub use prober::{Housekeeping, Prober, jitter, probe_all};
+pub use prober::{ProbeRounds, Prober, probe_all};
 
 use crate::backend::{Backend, BackendModel, HttpBackend};
 use crate::config::{BackendConfig, Pricing};

@@ -1,10 +1,11 @@
-//! The housekeeping thread: it keeps the catalog true, and looks after what else has to be kept while nobody has time for it.
+//! Probe rounds: in each, all backends are probed side by side, and a new [`Catalog`] is published as the results arrive.
 //!
-//! Invariants: it waits for nothing but its bell. Each backend is asked in a thread of its own, so that one that hangs delays
-//! neither the others nor the housekeeping. A request is a note that the thread finds when it wakes; the same note twice is one.
+//! [`ProbeRounds`] is a state machine that the housekeeping thread drives; [`Prober`] is the handle by which other threads request
+//! rounds.
+//!
+//! Invariants: nothing here blocks. Each backend is probed in a thread of its own, so a hung backend delays nothing but itself.
+//! Requests that arrive before the next round share it.
 
-use std::collections::hash_map::RandomState;
-use std::hash::{BuildHasher, Hasher};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,9 +15,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use super::backend_status::ProbeResult;
 use super::{BackendOffer, BackendStatus, Catalog, OfferFeed, OfferTerms};
 use crate::backend::{Backend, BackendError};
-use crate::instance::wake_socket::{WakeSocket, Waker, Wakeup};
-use crate::sys::malloc;
-use crate::sys::threads;
+use crate::sys::{jitter, threads};
 
 /// The catalog is refreshed this often, give or take a fifth.
 const REFRESH: Duration = Duration::from_secs(30);
@@ -29,7 +28,7 @@ const REFRESH_SPACING: Duration = Duration::from_secs(1);
 
 const _: () = assert!(REFRESH_SOON.as_secs() <= REFRESH.as_secs());
 
-/// The handle. The thread leaves when the last clone is dropped.
+/// Requests probe rounds. Once the last clone is dropped, [`ProbeRounds::poll`] returns `None`.
 #[derive(Clone)]
 pub struct Prober(Arc<Handle>);
 
@@ -37,10 +36,10 @@ struct Handle {
     inbox: Arc<Inbox>,
 }
 
-/// What was noted for the thread.
+/// What the next [`ProbeRounds::poll`] finds.
 struct Inbox {
     notes: Mutex<Notes>,
-    waker: Waker,
+    wake: Box<dyn Fn() + Send + Sync>,
 }
 
 #[derive(Default)]
@@ -65,7 +64,7 @@ struct Requests {
 impl Inbox {
     fn note(&self, change: impl FnOnce(&mut Notes)) {
         change(&mut self.notes());
-        self.waker.wake();
+        (self.wake)();
     }
 
     fn notes(&self) -> MutexGuard<'_, Notes> {
@@ -73,37 +72,27 @@ impl Inbox {
     }
 }
 
-/// Called in the thread each time that it has been woken, when it is through with its own work: whether that work brought
-/// news or another process asked, and how the backends are.
-pub type Housekeeping = Box<dyn FnMut(bool, &[BackendStatus]) + Send>;
-
 impl Prober {
-    /// Starts the thread, which sleeps on `bell`; its first round begins with the first request.
-    ///
-    /// # Errors
-    /// The system refused a thread.
-    pub fn spawn(
+    /// A prober and its rounds, of which the first begins with the first request. `wake` is called whenever
+    /// [`ProbeRounds::poll`] has something to do; it must not block.
+    pub fn new(
         backends: Vec<BackendOffer>,
         terms: OfferTerms,
         offers: Arc<OfferFeed>,
-        wake_socket: WakeSocket,
-        housekeeping: Housekeeping,
-    ) -> std::io::Result<Prober> {
-        let inbox = Arc::new(Inbox { notes: Mutex::default(), waker: wake_socket.waker() });
-        let backends = backends.into_iter().map(|offered| BackendStatus::new(offered, &terms)).collect();
-        let actor = Actor {
-            backends,
+        wake: impl Fn() + Send + Sync + 'static,
+    ) -> (Prober, ProbeRounds) {
+        let inbox = Arc::new(Inbox { notes: Mutex::default(), wake: Box::new(wake) });
+        let rounds = ProbeRounds {
+            backends: backends.into_iter().map(|offered| BackendStatus::new(offered, &terms)).collect(),
             terms,
             offers,
             inbox: inbox.clone(),
-            housekeeping,
             round: None,
             wanted: Requests::default(),
             due: None,
             last_round: Instant::now(),
         };
-        threads::spawn("prober", move || actor.run(wake_socket))?;
-        Ok(Prober(Arc::new(Handle { inbox })))
+        (Prober(Arc::new(Handle { inbox })), rounds)
     }
 
     /// Asks for a round. The receiver disconnects when every backend has been heard, or enough of them to begin with.
@@ -130,13 +119,13 @@ impl Drop for Handle {
     }
 }
 
-struct Actor {
+/// The backends and the rounds in which they are probed.
+pub struct ProbeRounds {
     backends: Vec<BackendStatus>,
     terms: OfferTerms,
     offers: Arc<OfferFeed>,
     inbox: Arc<Inbox>,
-    housekeeping: Housekeeping,
-    /// The one that is on.
+    /// The round in progress.
     round: Option<Round>,
     /// What asks for the next round.
     wanted: Requests,
@@ -155,21 +144,14 @@ struct Round {
     waiting: Vec<Sender<()>>,
 }
 
-impl Actor {
-    /// The bell goes before the housekeeping, whose lock keeps others from hanging up one of their own in its place.
-    fn run(mut self, wake_socket: WakeSocket) {
-        loop {
-            let woken = wake_socket.wait(self.next_wakeup());
-            let notes = std::mem::take(&mut *self.inbox.notes());
-            if notes.is_over {
-                return;
-            }
-            let is_news = self.work(notes);
-            (self.housekeeping)(is_news || woken == Wakeup::External, &self.backends);
-        }
+impl ProbeRounds {
+    /// The backends in the order of the configuration.
+    pub fn backends(&self) -> &[BackendStatus] {
+        &self.backends
     }
 
-    fn next_wakeup(&self) -> Option<Instant> {
+    /// When [`ProbeRounds::poll`] has something to do even if it is not woken.
+    pub fn next_wakeup(&self) -> Option<Instant> {
         match &self.round {
             Some(round) if round.has_found && !round.waiting.is_empty() => Some(round.began + FIRST_OFFER_GRACE),
             // Every probe has a time of its own, and answers.
@@ -178,9 +160,13 @@ impl Actor {
         }
     }
 
-    /// Everything that there is to do now; true when it changed how a backend is, or the offer.
-    fn work(&mut self, notes: Notes) -> bool {
-        let Notes { requests: wanted, answers, .. } = notes;
+    /// Applies probe results and starts the next round when it is due. Returns whether the offer or the state of a backend has
+    /// changed, and `None` once nobody holds a [`Prober`].
+    pub fn poll(&mut self) -> Option<bool> {
+        let Notes { requests: wanted, answers, is_over } = std::mem::take(&mut *self.inbox.notes());
+        if is_over {
+            return None;
+        }
         let mut is_news = false;
         for backend in &mut self.backends {
             is_news |= backend.withdraw_if_failing();
@@ -200,7 +186,7 @@ impl Actor {
                 self.release_waiters();
             }
         }
-        is_news
+        Some(is_news)
     }
 
     fn apply_probes(&mut self, answers: Vec<(usize, ProbeResult)>) -> bool {
@@ -225,10 +211,9 @@ impl Actor {
             return;
         }
         self.round = None;
-        malloc::trim_if_requested();
         self.last_round = Instant::now();
         let wait = if self.backends.iter().any(BackendStatus::may_serve_soon) { REFRESH_SOON } else { REFRESH };
-        self.due = Some(self.last_round + wait.mul_f64(0.8 + 0.4 * jitter()));
+        self.due = Some(self.last_round + jitter::scale(wait, jitter::random()));
     }
 
     /// Has the next round begin when it is wanted. A backend in trouble is not asked for every job that it fails; one that
@@ -308,16 +293,8 @@ fn ask_all(backends: &[Arc<dyn Backend>], tell: Arc<dyn Fn(usize, ProbeResult) +
     }
 }
 
-/// Uniform in `0.0..1.0`. The standard library's hasher keys are random; jitter needs no better.
-pub fn jitter() -> f64 {
-    let random = RandomState::new().build_hasher().finish();
-    (random >> 11) as f64 / (1u64 << 53) as f64
-}
-
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
-
     use super::*;
     use crate::backend::{BackendHealth, BackendModel, BackendResult, Job, JobResult, JobSink};
     use crate::config::{Price, Pricing};
@@ -362,26 +339,6 @@ mod tests {
         OfferTerms { pricing: Pricing { default: price, models: Default::default() }, max_concurrent: 8 }
     }
 
-    /// Says, when it is dropped, whether the socket was still there.
-    struct Lock(PathBuf, Sender<bool>);
-
-    impl Drop for Lock {
-        fn drop(&mut self) {
-            let _ = self.1.send(self.0.exists());
-        }
-    }
-
-    #[test]
-    fn the_bell_is_gone_before_the_lock_is_free_for_the_next_agent() {
-        let path = std::env::temp_dir().join(format!("usepod-prober-{}", std::process::id()));
-        let wake_socket = WakeSocket::at(&path).expect("a socket");
-        let (sender, was_there) = bounded(1);
-        let lock = Lock(path, sender);
-        let housekeeping: Housekeeping = Box::new(move |_, _| assert!(lock.0.exists()));
-        drop(Prober::spawn(Vec::new(), terms(), Arc::default(), wake_socket, housekeeping).expect("a thread"));
-        assert_eq!(was_there.recv_timeout(PATIENCE), Ok(false));
-    }
-
     #[test]
     fn who_fails_its_jobs_is_withdrawn_at_once_also_while_another_hangs_in_its_probe() {
         let offered = |models, asked: &Sender<()>, gate: &Receiver<()>| {
@@ -398,12 +355,16 @@ mod tests {
         let assert_offered = |models| assert_eq!(sizes.recv_timeout(PATIENCE), Ok(models));
         assert_offered(0);
         let (news_tx, news) = crossbeam_channel::unbounded();
-        let housekeeping: Housekeeping = Box::new(move |is_news, backends| {
-            let away = backends.iter().filter(|backend| backend.unavailable().is_some()).count();
-            let _ = news_tx.send((is_news, away));
+        let (waker, wakeups) = crossbeam_channel::unbounded();
+        let (prober, mut rounds) = Prober::new(backends, terms(), offers.clone(), move || _ = waker.send(()));
+        let driver = std::thread::spawn(move || {
+            while let Some(is_news) = rounds.poll() {
+                let unavailable = rounds.backends().iter().filter(|backend| backend.unavailable().is_some()).count();
+                let _ = news_tx.send((is_news, unavailable));
+                let due = rounds.next_wakeup().map_or(PATIENCE, |at| at.saturating_duration_since(Instant::now()));
+                let _ = wakeups.recv_timeout(due);
+            }
         });
-        let wake_socket = WakeSocket::private().expect("sockets");
-        let prober = Prober::spawn(backends, terms(), offers.clone(), wake_socket, housekeeping).expect("a thread");
         let settled = prober.refresh();
         questions.recv_timeout(PATIENCE).expect("the second is asked");
         assert_offered(1);
@@ -421,6 +382,7 @@ mod tests {
         assert_offered(0);
         drop(prober);
         while news.recv_timeout(PATIENCE).is_ok() {}
-        assert_eq!(news.try_recv(), Err(crossbeam_channel::TryRecvError::Disconnected), "the thread has left");
+        assert_eq!(news.try_recv(), Err(crossbeam_channel::TryRecvError::Disconnected), "poll has returned None");
+        driver.join().expect("no panic");
     }
 }

@@ -1,5 +1,6 @@
 //! Puts the state file together, and writes it.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -8,19 +9,16 @@ use serde_json::{Map, Value};
 use super::live::Snapshot;
 use super::{Connection, LiveState, object};
 use crate::discovery::{BackendStatus, Catalog, OfferFeed, ResolvedModel};
-use crate::instance::{AgentPaths, InstanceLock};
 use crate::job_executor::stats::{JobStats, Totals};
 use crate::job_executor::token_limit::TokenLimit;
 use crate::link::protocol::{AGENT_VERSION, ErrorCode};
 use crate::sys::datetime::rfc3339;
 use crate::sys::files;
 
-/// Keeps the state file of one agent, the beat in its lock, and heeds the operator's pause.
+/// Writes the state file of one agent.
 pub struct StateFileWriter {
-    /// Where the files are.
-    pub paths: AgentPaths,
-    /// Shown alive while the agent is.
-    pub lock: Arc<InstanceLock>,
+    /// The file.
+    pub path: PathBuf,
     /// What never changes: `coordinator`, `public_key`, …
     pub fixed: Map<String, Value>,
     /// What the threads noted.
@@ -59,32 +57,15 @@ struct Condition {
 }
 
 impl StateFileWriter {
-    /// Looks whether there is anything to do, and does it. `asked` when another process wants the file to be new.
-    pub fn tick(&mut self, asked: bool, backends: &[BackendStatus]) {
-        let was_paused = self.offers.is_paused();
-        self.apply_pause_marker();
-        let (has_news, shows_life) = self.live.take_changes();
-        if shows_life {
-            self.lock.record_liveness();
-        }
-        if asked || has_news || self.offers.is_paused() != was_paused {
-            self.write(backends);
-        }
-    }
-
-    /// Makes the offer as empty as the operator wants it. Where that cannot be read, it stays as it is.
-    pub fn apply_pause_marker(&self) {
-        let Ok(paused) = self.paths.paused().try_exists() else { return };
-        if self.offers.set_paused(paused) {
-            log::info!("{}", if paused { "paused by the operator" } else { "no longer paused" });
-        }
-    }
-
-    fn write(&mut self, backends: &[BackendStatus]) {
+    /// Replaces the state file. A failure is logged, once for each reason.
+    pub fn write(&mut self, backends: &[BackendStatus]) {
         let state = self.state(backends).to_string();
-        let failure = files::replace_without_fsync(&self.paths.state(), state.as_bytes()).err().map(|e| e.to_string());
+        let failure = files::replace_without_fsync(&self.path, state.as_bytes()).err().map(|e| e.to_string());
         if let Some(why) = failure.as_ref().filter(|_| failure != self.last_written.failure) {
-            log::warn!("`{}`: failed to write it ({why}), so `status` shows old news", self.paths.state().display());
+            log::warn!(
+                "`{}`: failed to write the state file: {why}; `status` will be out of date",
+                self.path.display()
+            );
         }
         self.last_written.failure = failure;
     }

@@ -2,6 +2,7 @@
 
 pub mod datetime;
 pub mod files;
+pub mod jitter;
 pub mod malloc;
 pub mod shell_quote;
 pub mod threads;

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::support::*;
 
-/// The main thread, the writer, the prober, and the one that waits for signals.
+/// The main thread, the writer, the housekeeping thread, and the one that waits for signals.
 const IDLE_THREADS_MAX: usize = 4;
 
 /// Idle, in KiB; 4460 were measured, of which 1500 are the C library's and 2300 the program file's.

@@ -1,0 +1,134 @@
+//! The housekeeping thread: it sleeps on the wake socket and does what is due. It runs probe rounds, records liveness in the lock
+//! file, applies the operator's pause, writes the state file, and returns freed memory to the system.
+//!
+//! Invariants: it blocks on nothing but the wake socket and the disk of the state file; no thread that serves jobs waits for it.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::discovery::{BackendStatus, OfferFeed, ProbeRounds};
+use crate::instance::wake_socket::{WakeSocket, Wakeup};
+use crate::instance::{AgentPaths, InstanceLock};
+use crate::observe::{LiveState, StateFileWriter};
+use crate::sys::{malloc, threads};
+
+/// Minimum time between two returns of freed memory.
+const TRIM_INTERVAL: Duration = Duration::from_secs(15);
+
+/// The files by which other processes observe and control the agent.
+pub struct InstanceFiles {
+    /// Where they are.
+    pub paths: AgentPaths,
+    /// Records the agent's liveness.
+    pub lock: Arc<InstanceLock>,
+    /// Writes the state file.
+    pub state_file: StateFileWriter,
+    /// What changed since the last update.
+    pub live: Arc<LiveState>,
+    /// The offer, which is empty while the agent is paused.
+    pub offers: Arc<OfferFeed>,
+}
+
+/// Starts the thread. It ends when no [`Prober`](crate::discovery::Prober) is left.
+///
+/// # Errors
+/// The system refused a thread.
+pub fn spawn(wake_socket: WakeSocket, rounds: ProbeRounds, files: Option<InstanceFiles>) -> io::Result<()> {
+    let housekeeping = Housekeeping { wake_socket, rounds, files, last_trim: Instant::now() };
+    threads::spawn("housekeeping", move || housekeeping.run())?;
+    Ok(())
+}
+
+struct Housekeeping {
+    /// Dropped before the lock in `files`, so that it does not remove the socket of the next agent.
+    wake_socket: WakeSocket,
+    rounds: ProbeRounds,
+    files: Option<InstanceFiles>,
+    last_trim: Instant,
+}
+
+impl Housekeeping {
+    fn run(mut self) {
+        loop {
+            let wakeup = self.wake_socket.wait(self.rounds.next_wakeup());
+            let Some(has_changed) = self.rounds.poll() else { return };
+            if let Some(files) = &mut self.files {
+                files.update(has_changed || wakeup == Wakeup::External, self.rounds.backends());
+            }
+            if self.last_trim.elapsed() >= TRIM_INTERVAL {
+                self.last_trim = Instant::now();
+                malloc::trim_if_requested();
+            }
+        }
+    }
+}
+
+impl InstanceFiles {
+    /// Brings them up to date. The state file is written if something has changed, or if `must_write`.
+    fn update(&mut self, must_write: bool, backends: &[BackendStatus]) {
+        let pause_changed = self.apply_pause_marker();
+        let (has_changed, is_alive) = self.live.take_changes();
+        if is_alive {
+            self.lock.record_liveness();
+        }
+        if must_write || has_changed || pause_changed {
+            self.state_file.write(backends);
+        }
+    }
+
+    /// Empties or restores the offer as the operator's pause marker says; true if that is a change. A marker that cannot be read
+    /// changes nothing.
+    pub fn apply_pause_marker(&self) -> bool {
+        let Ok(paused) = self.paths.paused().try_exists() else { return false };
+        let is_change = self.offers.set_paused(paused);
+        if is_change {
+            log::info!("{}", if paused { "paused by the operator" } else { "no longer paused" });
+        }
+        is_change
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Price, Pricing};
+    use crate::discovery::{OfferTerms, Prober};
+    use crate::observe::LastWritten;
+
+    #[test]
+    fn socket_is_removed_before_the_lock_is_released() {
+        let folder = std::env::temp_dir().join(format!("usepod-housekeeping-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).expect("a folder");
+        let paths = AgentPaths::beside(&folder.join("identity.key"));
+        let offers = Arc::new(OfferFeed::default());
+        let price = Price { input_per_1m: 1, output_per_1m: 1 };
+        let terms = OfferTerms { pricing: Pricing { default: price, models: Default::default() }, max_concurrent: 1 };
+        for _ in 0..20 {
+            let wake_socket = WakeSocket::at(&paths.wake()).expect("a socket");
+            let lock = Arc::new(InstanceLock::acquire(&paths).expect("the lock"));
+            let live = Arc::new(LiveState::new(None, wake_socket.waker()));
+            let state_file = StateFileWriter {
+                path: paths.state(),
+                fixed: Default::default(),
+                live: live.clone(),
+                offers: offers.clone(),
+                stats: Arc::default(),
+                token_limit: Arc::default(),
+                last_written: LastWritten::default(),
+            };
+            let files = InstanceFiles { paths: paths.clone(), lock, state_file, live, offers: offers.clone() };
+            let waker = wake_socket.waker();
+            let (prober, rounds) = Prober::new(Vec::new(), terms.clone(), offers.clone(), move || waker.wake());
+            spawn(wake_socket, rounds, Some(files)).expect("a thread");
+            assert!(InstanceLock::acquire(&paths).is_err());
+            drop(prober);
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while InstanceLock::acquire(&paths).is_err() {
+                assert!(Instant::now() < deadline, "the thread has not ended");
+            }
+            assert!(!paths.wake().exists());
+        }
+        std::fs::remove_dir_all(&folder).expect("removed");
+    }
+}
