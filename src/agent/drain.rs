@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
 use super::shutdown::GracefulStop;
-use crate::job_executor::{Control, JobExecutor};
+use crate::job_executor::JobExecutor;
 use crate::link::Link;
+use crate::link::lanes::{Control, ControlSender};
 use crate::link::protocol::{self, OfferLimits};
-use crate::link::waking_channel::WakingSender;
 use crate::observe::LiveState;
 
 /// How long the end of a session waits for the writer, which may be blocked in a dead socket.
@@ -26,7 +26,7 @@ pub struct SessionHandle {
     /// Runs the jobs of the session.
     pub executor: Arc<JobExecutor>,
     /// The writer's control lane.
-    pub control: WakingSender<Control>,
+    pub control: ControlSender,
     /// The connection.
     pub link: Arc<Link>,
     /// Repeated in the frame that withdraws the offer.

@@ -17,11 +17,9 @@ use super::shutdown::{ActiveState, Stop};
 use crate::discovery::{OfferFeed, Prober};
 use crate::job_executor::stats::JobStats;
 use crate::job_executor::token_limit::TokenLimit;
-use crate::job_executor::{
-    CONTROL_LANE_MAX, Control, ExecutorDeps, JobExecutor, Lanes, Outbox, Overflow, REQUEST_BYTES_MAX, RejectReason,
-};
+use crate::job_executor::{ExecutorDeps, JobExecutor, REQUEST_BYTES_MAX, RejectReason, SessionOutbox};
+use crate::link::lanes::{Control, ControlSender, LaneError, Lanes};
 use crate::link::protocol::{self, Inbound, OfferLimits};
-use crate::link::waking_channel::WakingSender;
 use crate::link::writer::Writer;
 use crate::link::{Link, MESSAGE_BYTES_MAX, ReadHalf, STALL_TIMEOUT, close};
 use crate::logging::sanitize_for_log;
@@ -80,7 +78,7 @@ pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) 
         return SessionEnd::Unexpected(e.to_string());
     }
     let lanes = Lanes::default();
-    let outbox = Outbox::Lanes { control: lanes.control.clone(), data: lanes.data.clone() };
+    let outbox = Box::new(SessionOutbox::new(&lanes));
     let executor = Arc::new(JobExecutor::with_outbox(
         context.limits.max_concurrent_total,
         outbox,
@@ -129,17 +127,12 @@ pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) 
 }
 
 /// The way of what the reading side has to send: pongs, close replies, TLS alerts.
-fn outlet_to(control: WakingSender<Control>) -> impl Fn(Vec<u8>) -> io::Result<()> + Send + 'static {
-    move |bytes| {
-        if control.waiting() >= CONTROL_LANE_MAX {
-            return Err(io::Error::other("the coordinator sends pings but does not read the pongs"));
-        }
-        control.send(Control::Raw(bytes)).map_err(|_| io::ErrorKind::BrokenPipe.into())
-    }
+fn outlet_to(control: ControlSender) -> impl Fn(Vec<u8>) -> io::Result<()> + Send + 'static {
+    move |bytes| control.send(Control::Raw(bytes)).map_err(io::Error::other)
 }
 
 /// Sends the offer now and whenever it changes.
-fn announce(context: &Context<'_>, control: &WakingSender<Control>) {
+fn announce(context: &Context<'_>, control: &ControlSender) {
     let (control, limits) = (control.clone(), context.limits);
     context.offers.listen(move |offer| {
         log::info!("offering {} model(s)", offer.len());
@@ -172,8 +165,8 @@ fn read_loop(half: &mut ReadHalf, executor: &JobExecutor) -> SessionEnd {
     loop {
         match half.read() {
             Ok(Message::Text(text)) => {
-                if let Err(Overflow) = handle_frame(&text, executor) {
-                    return SessionEnd::Unexpected(Overflow.to_string());
+                if let Err(e) = handle_frame(&text, executor) {
+                    return SessionEnd::Unexpected(e.to_string());
                 }
             }
             Ok(Message::Binary(_)) => log::warn!("a binary message from the coordinator is ignored"),
@@ -191,7 +184,7 @@ fn read_loop(half: &mut ReadHalf, executor: &JobExecutor) -> SessionEnd {
     }
 }
 
-fn handle_frame(text: &str, executor: &JobExecutor) -> Result<(), Overflow> {
+fn handle_frame(text: &str, executor: &JobExecutor) -> Result<(), LaneError> {
     if text.len() >= LARGE_FRAME_BYTES {
         malloc::request_trim();
     }
@@ -202,7 +195,7 @@ fn handle_frame(text: &str, executor: &JobExecutor) -> Result<(), Overflow> {
         }
         Ok(Inbound::UnreadableJob(job_id, why)) => {
             log::warn!("job {job_id} cannot be run: {why}");
-            executor.refuse(job_id, RejectReason::Unreadable, why)
+            executor.reject(job_id, RejectReason::Unreadable, why)
         }
         Ok(Inbound::JobCancel(job_id)) => {
             executor.cancel(job_id);

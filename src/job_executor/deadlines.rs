@@ -1,31 +1,31 @@
-//! The thread that ends jobs at their deadlines, whatever their workers block in: a write to a backend that does not read, or
-//! the queue. The sockets' own timeouts are no clock for that: the kernel rings late by up to an eighth of the time, and a
-//! write that got anywhere has all of it again.
+//! The thread that ends jobs at their deadlines, whatever their workers block on: a write to a backend that does not read, or
+//! the queue for a worker. Socket timeouts cannot do this: the kernel fires them up to an eighth late, and restarts them
+//! whenever a write makes progress.
 //!
-//! It is there while jobs are, and for a while after the last.
+//! The thread runs while jobs are in flight, and for a while after the last one.
 
 use std::sync::Arc;
 
-use super::Shared;
 use super::in_flight::InFlightJob;
+use super::shared::Shared;
 use crate::backend::BackendError;
 
 /// Runs until no job has been in flight for a while.
 pub fn watch(shared: &Shared) {
     while let Some(expired) = shared.table.wait_for_deadlines() {
-        expired.iter().for_each(|ticket| end(shared, ticket));
+        expired.iter().for_each(|job| end(shared, job));
     }
 }
 
-fn end(shared: &Shared, ticket: &Arc<InFlightJob>) {
-    if ticket.is_started() {
-        // Its worker finds that the time is over.
-        ticket.interrupt();
-    } else if shared.table.abandon(ticket) {
+fn end(shared: &Shared, job: &Arc<InFlightJob>) {
+    if job.is_started() {
+        // The worker sees that the deadline has passed.
+        job.interrupt();
+    } else if shared.table.abandon(job) {
         let error = BackendError::DeadlinePassed;
-        log::warn!("job {} failed in the queue: {error}", ticket.job_id);
+        log::warn!("job {} failed in the queue: {error}", job.job_id);
         if let Some(code) = error.code() {
-            shared.answer_with_error(ticket, code, &error.to_string());
+            shared.answer_abandoned(job, code, &error.to_string());
         }
     }
 }

@@ -1,53 +1,58 @@
-//! One job in flight, as the threads that may end it share it.
+//! An admitted job, as the threads share it that may end it.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use uuid::Uuid;
 
-use super::table::MemoryPermit;
+use super::memory_permit::MemoryPermit;
 use crate::backend::{Interrupt, Job};
-use crate::discovery::Slot;
+use crate::discovery::{BackendHandle, Slot};
 
-/// Invariant: once [`InFlightJob::is_cancelled`] is true no frame of this job is written, and whatever its worker blocks on
-/// has been woken. The flag decides; closing sockets and channels only wakes.
+/// Invariant: once [`InFlightJob::is_cancelled`] returns true, no frame of the job is written, and its worker has been woken
+/// from any blocking call. The flag decides; closing sockets and channels only wakes the worker.
 pub struct InFlightJob {
     pub job_id: Uuid,
     pub model_id: String,
     pub accepted: Instant,
-    /// `None` when it is too far off for the clock to hold.
+    /// `None` if it is beyond what the clock can represent.
     pub deadline: Option<Instant>,
     tokens_emitted: AtomicU32,
     cancelled: AtomicBool,
     expired: AtomicBool,
     state: Mutex<State>,
-    /// Disconnects at the cancel: ends a wait for room in a lane.
+    /// Disconnects at the cancel, which ends a wait for room in a lane.
     pub cancel_signal: Receiver<()>,
 }
 
 struct State {
-    /// Until a worker takes it.
-    job: Option<(Job, MemoryPermit)>,
+    /// `None` after a worker has taken it.
+    work: Option<Work>,
     is_started: bool,
     interrupt: Option<Interrupt>,
     cancel_signal: Option<Sender<()>>,
-    /// At the backend that runs it.
+    /// The slot of the backend that runs the job.
     slot: Option<Slot>,
+}
+
+/// What a worker takes over when it starts the job.
+pub struct Work {
+    pub job: Job,
+    /// Held until the request is dropped.
+    pub permit: MemoryPermit,
+    /// The job has a slot of this backend.
+    pub backend: Arc<BackendHandle>,
+    /// Backends to try if that one cannot take the job, in order of preference.
+    pub fallback_route: Vec<Arc<BackendHandle>>,
 }
 
 impl InFlightJob {
     pub fn new(job: &Job) -> InFlightJob {
         let accepted = Instant::now();
         let (sender, cancel_signal) = bounded(0);
-        let state = Mutex::new(State {
-            job: None,
-            is_started: false,
-            interrupt: None,
-            cancel_signal: Some(sender),
-            slot: None,
-        });
+        let state = State { work: None, is_started: false, interrupt: None, cancel_signal: Some(sender), slot: None };
         InFlightJob {
             job_id: job.job_id,
             model_id: job.model_id.clone(),
@@ -56,42 +61,63 @@ impl InFlightJob {
             tokens_emitted: AtomicU32::new(0),
             cancelled: AtomicBool::new(false),
             expired: AtomicBool::new(false),
-            state,
+            state: Mutex::new(state),
             cancel_signal,
         }
     }
 
-    /// Nothing of the job is written any more. Called by the table alone, under its lock.
+    /// Sets the flag. Only the table calls this, under its lock.
     pub fn mark_cancelled(&self) {
         self.cancelled.store(true, Ordering::SeqCst);
     }
 
-    /// Leaves the job to the worker that comes to take it; a cancelled one is dropped at once, however long the worker takes.
-    pub fn park_job(&self, job: Job, share: MemoryPermit) {
-        let mut wake = self.lock();
+    /// Keeps the work for the worker that will run it. If the job was cancelled meanwhile, drops the work at once.
+    pub fn park_work(&self, work: Work) {
+        let mut state = self.lock();
         if !self.is_cancelled() {
-            wake.job = Some((job, share));
+            state.work = Some(work);
         }
     }
 
-    /// The job, unless it was cancelled.
-    pub fn take_job(&self) -> Option<(Job, MemoryPermit)> {
-        let mut wake = self.lock();
-        wake.is_started = true;
-        wake.job.take()
+    /// Starts the job; `None` if it was cancelled.
+    pub fn take_work(&self) -> Option<Work> {
+        let mut state = self.lock();
+        state.is_started = true;
+        state.work.take()
     }
 
-    /// Whether a worker has come for it. Not so of a job that is only about to be left to one.
+    /// Whether a worker has started the job. False while the job waits for a worker.
     pub fn is_started(&self) -> bool {
         self.lock().is_started
     }
 
-    /// True the first time: the deadline has passed.
+    /// Marks the deadline as passed; true the first time.
     pub fn expire(&self) -> bool {
         !self.expired.swap(true, Ordering::SeqCst)
     }
 
-    /// Ends whatever the worker blocks on at its backend; it finds out why by itself.
+    /// Holds the slot until the job leaves the table. If it has left already, the slot is released at once.
+    pub fn attach_slot(&self, slot: Slot) {
+        let mut state = self.lock();
+        if !self.is_cancelled() {
+            state.slot = Some(slot);
+        }
+    }
+
+    /// Releases the slot. Only the table calls this, when the job leaves it.
+    pub fn release_slot(&self) {
+        self.lock().slot = None;
+    }
+
+    /// Sets how to wake the worker from a blocking call to its backend. Interrupts at once if the job was cancelled meanwhile.
+    pub fn interrupt_with(&self, interrupt: Interrupt) {
+        self.lock().interrupt = Some(interrupt.clone());
+        if self.is_cancelled() {
+            interrupt.interrupt();
+        }
+    }
+
+    /// Wakes the worker from a blocking call to its backend. The worker then checks the cancel flag and the deadline.
     pub fn interrupt(&self) {
         let interrupt = self.lock().interrupt.take();
         if let Some(interrupt) = interrupt {
@@ -99,35 +125,13 @@ impl InFlightJob {
         }
     }
 
-    /// Keeps the job's slot until it leaves the table; of a job that has left, the slot is free at once.
-    pub fn attach_slot(&self, slot: Slot) {
-        let mut wake = self.lock();
-        if !self.is_cancelled() {
-            wake.slot = Some(slot);
-        }
-    }
-
-    /// Frees the job's slot. Called by the table alone, as the job leaves it.
-    pub fn release_slot(&self) {
-        self.lock().slot = None;
-    }
-
-    /// Ends whatever the worker of a cancelled job blocks on.
+    /// Wakes the worker of a cancelled job from any blocking call, and drops work that no worker has taken.
     pub fn interrupt_worker(&self) {
-        let mut wake = self.lock();
-        drop(wake.cancel_signal.take());
-        let (interrupt, job) = (wake.interrupt.take(), wake.job.take());
-        drop(wake);
-        drop(job);
+        let mut state = self.lock();
+        let (signal, interrupt, work) = (state.cancel_signal.take(), state.interrupt.take(), state.work.take());
+        drop(state);
+        drop((signal, work));
         if let Some(interrupt) = interrupt {
-            interrupt.interrupt();
-        }
-    }
-
-    /// The way to wake the worker from here on; used at once when the cancel came first.
-    pub fn interrupt_with(&self, interrupt: Interrupt) {
-        self.lock().interrupt = Some(interrupt.clone());
-        if self.is_cancelled() {
             interrupt.interrupt();
         }
     }
@@ -141,14 +145,15 @@ impl InFlightJob {
         self.tokens_emitted.load(Ordering::Relaxed)
     }
 
-    /// Notes what the stream has shown; returns how many are new. What a backend takes back was emitted all the same.
-    pub fn note_tokens_emitted(&self, tokens: u32) -> u32 {
+    /// Updates the output tokens so far, and returns how many of them are new. A lower figure than before is ignored: tokens
+    /// that a backend takes back were emitted nevertheless.
+    pub fn update_tokens_emitted(&self, tokens: u32) -> u32 {
         tokens.saturating_sub(self.tokens_emitted.fetch_max(tokens, Ordering::Relaxed))
     }
 
-    /// Until the deadline.
-    pub fn time_left(&self) -> Duration {
-        self.deadline.map_or(Duration::MAX, |d| d.saturating_duration_since(Instant::now()))
+    /// Time until the deadline.
+    pub fn remaining(&self) -> Duration {
+        self.deadline.map_or(Duration::MAX, |deadline| deadline.saturating_duration_since(Instant::now()))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -167,16 +172,16 @@ pub mod tests {
     }
 
     #[test]
-    fn a_job_has_begun_when_a_worker_comes_and_no_sooner() {
-        let ticket = InFlightJob::new(&job(Uuid::nil(), 0));
-        assert!(!ticket.is_started(), "it may yet have to wait for a worker");
-        assert!(ticket.take_job().is_none() && ticket.is_started());
+    fn is_started_turns_true_when_a_worker_takes_the_work() {
+        let job = InFlightJob::new(&job(Uuid::nil(), 0));
+        assert!(!job.is_started(), "it may have to wait for a worker");
+        assert!(job.take_work().is_none() && job.is_started());
     }
 
     #[test]
-    fn no_token_is_new_twice() {
-        let ticket = InFlightJob::new(&job(Uuid::nil(), 0));
-        let new = [5, 9, 2, 9, 10].map(|tokens| ticket.note_tokens_emitted(tokens));
-        assert_eq!((new, ticket.tokens_emitted()), ([5, 4, 0, 0, 1], 10));
+    fn update_tokens_emitted_counts_no_token_twice() {
+        let job = InFlightJob::new(&job(Uuid::nil(), 0));
+        let new = [5, 9, 2, 9, 10].map(|tokens| job.update_tokens_emitted(tokens));
+        assert_eq!((new, job.tokens_emitted()), ([5, 4, 0, 0, 1], 10));
     }
 }

@@ -1,21 +1,24 @@
-//! Admission, the job table, cancellation: everything between a job's arrival and its one terminal frame.
+//! Everything between a job's arrival and its terminal frame: admission, execution, cancellation.
 //!
-//! - The table holds the jobs in flight; a place is free as soon as a job has left it, which is when its cancel was read
-//!   or its terminal frame was queued.
-//! - Whoever takes a job out of the table decides its end: a worker's terminal frame, a cancel (no frame at all), or the
-//!   end of the session. It can be taken out once.
-//! - [`JobExecutor::dispatch`] and [`JobExecutor::cancel`] are called by the thread that reads the socket: they never
-//!   wait for a worker, a backend or the coordinator.
+//! - The job table holds the jobs in flight. A job leaves it when its cancel is read or its terminal frame is queued, and from
+//!   then on no longer counts towards `max_concurrent`.
+//! - The thread that takes a job out of the table decides how the job ends: a worker sends the terminal frame; a cancel and
+//!   the end of the session send none. A job can be taken out once.
+//! - The thread that reads the socket calls [`JobExecutor::dispatch`] and [`JobExecutor::cancel`]. Neither waits for a
+//!   worker, a backend or the coordinator.
 
 mod deadlines;
+mod in_flight;
+mod memory_permit;
 mod outbox;
 mod rejection;
-mod table;
-mod in_flight;
+mod shared;
+mod single_lane;
 pub mod stats;
+mod table;
 pub mod token_limit;
-pub mod worker_pool;
 mod worker;
+pub mod worker_pool;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -24,272 +27,204 @@ use crossbeam_channel::Sender;
 use tungstenite::Message;
 use uuid::Uuid;
 
-use in_flight::InFlightJob;
-pub use outbox::{CONTROL_LANE_MAX, Control, DATA_LANE_MAX, Frame, Lanes, Outbox, Overflow};
+pub use memory_permit::REQUEST_BYTES_MAX;
+pub use outbox::{Outbox, SessionOutbox};
 pub use rejection::RejectReason;
-pub use table::REQUEST_BYTES_MAX;
-use table::{AdmitError, JobTable};
+pub use shared::ExecutorDeps;
 
-use crate::backend::{BackendError, BackendResult, Job, JobResult};
-use crate::discovery::{BackendHandle, Catalog, DiscoveredBackend, Listing, OfferFeed, Prober};
-use crate::job_executor::stats::{JobStats, Outcome};
-use crate::job_executor::token_limit::TokenLimit;
-use crate::job_executor::worker_pool::WorkerPool;
+use in_flight::{InFlightJob, Work};
+use shared::Shared;
+use single_lane::SingleLane;
+use stats::Outcome;
+use table::{AdmitError, JobTable};
+use worker_pool::WorkerPool;
+
+use crate::backend::Job;
+use crate::discovery::{Catalog, DiscoveredBackend, Listing, OfferFeed};
+use crate::link::lanes::LaneError;
 use crate::link::protocol::{self, ErrorCode};
 use crate::sys::threads;
 
-/// A cancel frees the place at once, but a worker that is resolving a name or connecting notices only afterwards: others
-/// take the next jobs meanwhile.
-const WORKERS_PER_PLACE: usize = 2;
+/// Workers per job in flight. The worker of a cancelled job may be resolving a name or connecting, which cannot be
+/// interrupted; a second worker takes the next job meanwhile.
+const WORKERS_PER_JOB: usize = 2;
 
-/// Runs the jobs of one session. Dropping it cancels what is in flight.
+/// Runs the jobs of one session. Dropping it cancels the jobs in flight.
 pub struct JobExecutor {
     shared: Arc<Shared>,
     pool: WorkerPool,
 }
 
-/// What an executor works with that outlives it.
-#[derive(Default)]
-pub struct ExecutorDeps {
-    /// Where jobs may go.
-    pub offers: Arc<OfferFeed>,
-    /// Records how each job ends.
-    pub stats: Arc<JobStats>,
-    /// Rejects jobs while it is used up.
-    pub token_limit: Arc<TokenLimit>,
-    /// Notified of backends that are gone or fail their jobs.
-    pub prober: Option<Prober>,
-    /// Called when the token limit rejects a job.
-    pub on_throttled: Option<Box<dyn Fn() + Send + Sync>>,
-}
-
-/// What the workers see of it.
-struct Shared {
-    max_concurrent: u32,
-    outbox: Outbox,
-    deps: ExecutorDeps,
-    table: Arc<JobTable>,
-}
-
-impl Shared {
-    /// Keeps what a job's end says of the backend that ran it.
-    fn update_backend_health(&self, member: &BackendHandle, outcome: &BackendResult<JobResult>) {
-        let fails_now = member.record_outcome(outcome);
-        let Some(prober) = &self.deps.prober else { return };
-        if fails_now {
-            prober.withdraw_failing();
-        }
-        if outcome.as_ref().is_err_and(BackendError::invalidates_offer) {
-            prober.request_refresh();
-        }
-    }
-
-    /// Answers a job that was cancelled by its table, not by the coordinator. The frame goes ahead of the data lane, where
-    /// a cancelled job has no frame left that it could overtake.
-    fn answer_with_error(&self, job: &InFlightJob, code: ErrorCode, message: &str) {
-        let output_tokens = job.tokens_emitted();
-        let sent = self.outbox.control(protocol::job_error(job.job_id, code, message, output_tokens));
-        self.deps.stats.record(match sent {
-            Ok(()) => Outcome::Failed {
-                model_id: &job.model_id,
-                latency: job.accepted.elapsed(),
-                output_tokens,
-                code,
-                reason: message.to_owned(),
-                is_requesters_fault: false,
-            },
-            Err(Overflow) => Outcome::Lost,
-        });
-    }
-}
-
-/// Where a job may go when the member whose slot it has cannot take it, in order of preference.
-type FallbackRoute = Vec<Arc<BackendHandle>>;
-
-/// Why a job is not taken.
+/// Why a job is not started.
 enum NotAdmitted {
-    /// This id is in flight already; to answer would end that job.
+    /// A job with this id is in flight. An answer would end that job, so there is none.
     Duplicate,
-    /// Its deadline, or the end of the session, came first: it has had its end.
+    /// The job was admitted, but its deadline or the end of the session has ended it since.
     AlreadyEnded,
-    /// For this cause, told in these words.
-    Answer(RejectReason, String),
+    /// The job is rejected with this message.
+    Rejected(RejectReason, String),
 }
 
 impl JobExecutor {
-    /// An executor over fixed backends, with one lane for all its frames.
+    /// An executor with fixed backends, and one channel for all its frames.
     pub fn new(backends: Vec<DiscoveredBackend>, max_concurrent: u32, out: Sender<Message>) -> JobExecutor {
         let listings = backends.into_iter().map(|discovered| Listing::of(discovered, max_concurrent)).collect();
         let offers = Arc::new(OfferFeed::fixed(Catalog::new(listings, Vec::new())));
-        let surroundings = ExecutorDeps { offers, ..ExecutorDeps::default() };
-        JobExecutor::with_outbox(max_concurrent, Outbox::Plain(out), surroundings)
+        let deps = ExecutorDeps { offers, ..ExecutorDeps::default() };
+        JobExecutor::with_outbox(max_concurrent, Box::new(SingleLane(out)), deps)
     }
 
-    /// An executor of one session.
-    pub fn with_outbox(max_concurrent: u32, outbox: Outbox, surroundings: ExecutorDeps) -> JobExecutor {
-        let places = max_concurrent as usize;
-        let table = Arc::new(JobTable::new(places));
-        let shared = Arc::new(Shared { max_concurrent, outbox, deps: surroundings, table });
-        JobExecutor { shared, pool: WorkerPool::new("job", places * WORKERS_PER_PLACE) }
+    /// An executor that puts its frames into `outbox`.
+    pub fn with_outbox(max_concurrent: u32, outbox: Box<dyn Outbox>, deps: ExecutorDeps) -> JobExecutor {
+        let capacity = max_concurrent as usize;
+        let table = Arc::new(JobTable::new(capacity));
+        let shared = Arc::new(Shared { max_concurrent, outbox, deps, table });
+        JobExecutor { shared, pool: WorkerPool::new("job", capacity * WORKERS_PER_JOB) }
     }
 
-    /// Starts the job, or answers why not.
+    /// Starts the job, or answers why it is rejected.
     pub fn dispatch(&self, job: Job) {
-        // A single lane is the caller's own choice; there is no session to end for it.
+        // Fails only if the rejection could not be queued.
         let _ = self.try_dispatch(job, 0);
     }
 
-    /// As [`JobExecutor::dispatch`], for a request of so many bytes.
+    /// Starts the job, whose request takes `request_bytes`, or answers why it is rejected.
     ///
     /// # Errors
-    /// The coordinator sends jobs without reading the refusals.
-    pub fn try_dispatch(&self, job: Job, request_bytes: usize) -> Result<(), Overflow> {
+    /// The rejection could not be queued.
+    pub fn try_dispatch(&self, job: Job, request_bytes: usize) -> Result<(), LaneError> {
         let job_id = job.job_id;
-        let refusal = match self.admit(job, request_bytes) {
-            Err(refusal) => refusal,
-            Ok((ticket, member, alternatives)) => {
-                let (shared, of_worker) = (self.shared.clone(), ticket.clone());
-                match self.pool.run(Box::new(move || worker::run(&shared, &of_worker, member, alternatives))) {
-                    Ok(()) => {
-                        // After the worker, for there may be one thread left.
-                        self.watch_deadlines();
-                        return Ok(());
-                    }
-                    Err(e) => {
-                        log::error!("{e}");
-                        self.reject_admitted(&ticket, RejectReason::NoThread, "the agent has no thread for it".into())
-                    }
-                }
-            }
-        };
-        match refusal {
-            NotAdmitted::Duplicate => {
-                log::warn!("job {job_id} came again while it is in flight; the second is ignored");
+        match self.admit(job, request_bytes).and_then(|job| self.start(job)) {
+            Ok(()) | Err(NotAdmitted::AlreadyEnded) => Ok(()),
+            Err(NotAdmitted::Duplicate) => {
+                log::warn!("job {job_id} ignored: a job with this id is in flight");
                 Ok(())
             }
-            NotAdmitted::AlreadyEnded => Ok(()),
-            NotAdmitted::Answer(cause, message) => {
-                log::debug!("job {job_id} refused: {}", cause.name());
-                self.refuse(job_id, cause, &message)
+            Err(NotAdmitted::Rejected(reason, message)) => {
+                log::debug!("job {job_id} rejected: {}", reason.name());
+                self.reject(job_id, reason, &message)
             }
         }
+    }
+
+    /// Adds the job to the table, and acquires a slot of the first backend that has one.
+    fn admit(&self, job: Job, request_bytes: usize) -> Result<Arc<InFlightJob>, NotAdmitted> {
+        let Shared { deps, table, max_concurrent, .. } = &*self.shared;
+        let rejected = |reason, message: &str| Err(NotAdmitted::Rejected(reason, message.to_owned()));
+        let mut route = deps.offers.snapshot().candidates(&job.model_id);
+        let is_paused = deps.offers.is_paused();
+        if (route.is_empty() || is_paused) && table.contains(job.job_id) {
+            return Err(NotAdmitted::Duplicate);
+        }
+        if route.is_empty() {
+            return rejected(RejectReason::UnknownModel, "no backend serves this model");
+        }
+        if is_paused {
+            return rejected(RejectReason::Paused, "the operator has paused the agent");
+        }
+        let (in_flight, permit) = match table.admit(&job, request_bytes) {
+            Ok(admitted) => admitted,
+            Err(AdmitError::Duplicate) => return Err(NotAdmitted::Duplicate),
+            Err(AdmitError::Closed) => return rejected(RejectReason::Stopping, "the agent is stopping"),
+            Err(AdmitError::NoMemory) => {
+                let message = "the requests in flight leave too little memory for one of this size";
+                return rejected(RejectReason::NoMemory, message);
+            }
+            Err(AdmitError::Full) => {
+                let message = format!("the agent runs its maximum of {max_concurrent} jobs");
+                return rejected(RejectReason::AtCapacity, &message);
+            }
+        };
+        if let Some(limit) = deps.token_limit.used_up() {
+            let message = format!("the {limit} tokens that max_tokens_per_minute allows are used up");
+            return Err(self.reject_admitted(&in_flight, RejectReason::TokenLimit, message));
+        }
+        let slot = route.iter().enumerate().find_map(|(at, backend)| Some((at, backend.try_acquire_slot()?)));
+        let Some((at, slot)) = slot else {
+            let message = "every backend of this model runs the maximum of jobs that its max_concurrent allows";
+            return Err(self.reject_admitted(&in_flight, RejectReason::BackendsFull, message.to_owned()));
+        };
+        in_flight.attach_slot(slot);
+        let backend = route.remove(at);
+        in_flight.park_work(Work { job, permit, backend, fallback_route: route });
+        Ok(in_flight)
+    }
+
+    /// Hands an admitted job to a worker.
+    fn start(&self, job: Arc<InFlightJob>) -> Result<(), NotAdmitted> {
+        let (shared, of_worker) = (self.shared.clone(), job.clone());
+        if let Err(e) = self.pool.run(Box::new(move || worker::run(&shared, &of_worker))) {
+            log::error!("job {} rejected: {e}", job.job_id);
+            return Err(self.reject_admitted(&job, RejectReason::NoThread, "the agent has no thread for it".into()));
+        }
+        // After the worker, which needs a thread more than the deadlines do.
+        self.watch_deadlines();
+        Ok(())
     }
 
     fn watch_deadlines(&self) {
         if self.shared.table.claim_watcher() {
             let shared = self.shared.clone();
             if let Err(e) = threads::spawn("deadlines", move || deadlines::watch(&shared)) {
-                // The timeouts of the sockets are still there.
-                log::warn!("failed to start a thread, so deadlines are late: {e}");
+                // Workers check the deadline themselves whenever they do not block.
+                log::warn!("failed to start the deadline thread: {e}; jobs may end after their deadlines");
                 self.shared.table.release_watcher();
             }
         }
     }
 
-    /// Answers a job that is not taken.
-    ///
-    /// # Errors
-    /// As [`JobExecutor::try_dispatch`].
-    pub fn refuse(&self, job_id: Uuid, cause: RejectReason, message: &str) -> Result<(), Overflow> {
-        let ExecutorDeps { stats, on_throttled, .. } = &self.shared.deps;
-        stats.record(Outcome::Rejected(cause));
-        if let Some(on_throttled) = on_throttled.as_ref().filter(|_| cause == RejectReason::TokenLimit) {
-            on_throttled();
-        }
-        self.shared.outbox.control(protocol::job_error(job_id, cause.code(), message, 0))
-    }
-
-    /// Gives the job a place in the table and a slot of the first member that has one.
-    fn admit(
-        &self,
-        job: Job,
-        request_bytes: usize,
-    ) -> Result<(Arc<InFlightJob>, Arc<BackendHandle>, FallbackRoute), NotAdmitted> {
-        let Shared { deps: surroundings, table, max_concurrent, .. } = &*self.shared;
-        let refusal = |cause, message: String| Err(NotAdmitted::Answer(cause, message));
-        let mut route = surroundings.offers.snapshot().candidates(&job.model_id);
-        if route.is_empty() {
-            return match table.holds(job.job_id) {
-                true => Err(NotAdmitted::Duplicate),
-                false => refusal(RejectReason::UnknownModel, "no backend serves this model".into()),
-            };
-        }
-        if surroundings.offers.is_paused() {
-            return match table.holds(job.job_id) {
-                true => Err(NotAdmitted::Duplicate),
-                false => refusal(RejectReason::Paused, "the operator has paused the agent".into()),
-            };
-        }
-        let (ticket, share) = match table.admit(&job, request_bytes) {
-            Ok(admitted) => admitted,
-            Err(AdmitError::Duplicate) => return Err(NotAdmitted::Duplicate),
-            Err(AdmitError::Closed) => return refusal(RejectReason::Stopping, "the agent is stopping".into()),
-            Err(AdmitError::TooLarge) => {
-                let message = "the requests in flight leave no memory for one of this size";
-                return refusal(RejectReason::NoMemory, message.into());
-            }
-            Err(AdmitError::Full) => {
-                return refusal(RejectReason::AtCapacity, format!("all {max_concurrent} places are taken"));
-            }
-        };
-        let (cause, why) = match surroundings.token_limit.used_up() {
-            Some(limit) => {
-                (RejectReason::TokenLimit, format!("the {limit} tokens that max_tokens_per_minute allows are used up"))
-            }
-            None => {
-                let slot = route.iter().enumerate().find_map(|(at, member)| Some((at, member.try_acquire_slot()?)));
-                if let Some((at, slot)) = slot {
-                    ticket.attach_slot(slot);
-                    ticket.park_job(job, share);
-                    let member = route.remove(at);
-                    return Ok((ticket, member, route));
-                }
-                let why = "every backend of this model runs as many jobs as its max_concurrent allows";
-                (RejectReason::BackendsFull, why.into())
-            }
-        };
-        Err(self.reject_admitted(&ticket, cause, why))
-    }
-
-    /// Takes out a job that had its place.
-    fn reject_admitted(&self, ticket: &Arc<InFlightJob>, cause: RejectReason, why: String) -> NotAdmitted {
-        match self.shared.table.finish(ticket) {
-            true => NotAdmitted::Answer(cause, why),
+    /// Takes a job that was just admitted out of the table.
+    fn reject_admitted(&self, job: &Arc<InFlightJob>, reason: RejectReason, message: String) -> NotAdmitted {
+        match self.shared.table.finish(job) {
+            true => NotAdmitted::Rejected(reason, message),
             false => NotAdmitted::AlreadyEnded,
         }
     }
 
-    /// Ends the job without a word; does nothing when it is not in flight.
+    /// Answers a job that is not in flight with an error.
+    ///
+    /// # Errors
+    /// The answer could not be queued.
+    pub fn reject(&self, job_id: Uuid, reason: RejectReason, message: &str) -> Result<(), LaneError> {
+        let ExecutorDeps { stats, on_throttled, .. } = &self.shared.deps;
+        stats.record(Outcome::Rejected(reason));
+        if let Some(on_throttled) = on_throttled.as_ref().filter(|_| reason == RejectReason::TokenLimit) {
+            on_throttled();
+        }
+        self.shared.outbox.send_control(protocol::job_error(job_id, reason.code(), message, 0))
+    }
+
+    /// Ends the job without a frame. Does nothing if the job is not in flight.
     pub fn cancel(&self, job_id: Uuid) {
-        if let Some(ticket) = self.shared.table.cancel(job_id) {
-            self.shared.deps.stats.record(Outcome::Cancelled { output_tokens: ticket.tokens_emitted() });
+        if let Some(job) = self.shared.table.cancel(job_id) {
+            self.shared.deps.stats.record(Outcome::Cancelled { output_tokens: job.tokens_emitted() });
             log::debug!("job {job_id} cancelled");
         }
     }
 
-    /// The jobs in flight.
+    /// The number of jobs in flight.
     pub fn queue_depth(&self) -> u32 {
         u32::try_from(self.shared.table.len()).unwrap_or(u32::MAX)
     }
 
-    /// From here on every new job is refused with `out_of_capacity`.
+    /// Rejects all further jobs with `out_of_capacity`.
     pub fn close_admission(&self) {
         self.shared.table.close();
     }
 
-    /// Waits until no job is in flight; false when `until` came first, or `hurry` said so.
+    /// Waits until no job is in flight; false at `until`, or as soon as `hurry` returns true.
     pub fn wait_idle(&self, until: Instant, hurry: impl Fn() -> bool) -> bool {
         self.shared.table.wait_until_empty(until, hurry)
     }
 
-    /// Ends what is in flight with a `job_error` each.
+    /// Ends each job in flight with a `job_error`.
     pub fn abandon_all(&self, message: &str) {
-        for ticket in self.shared.table.cancel_all() {
-            self.shared.answer_with_error(&ticket, ErrorCode::Internal, message);
+        for job in self.shared.table.cancel_all() {
+            self.shared.answer_abandoned(&job, ErrorCode::Internal, message);
         }
     }
 
-    /// Ends what is in flight without a word, for nobody would hear it.
+    /// Ends each job in flight without a frame, because its session has ended.
     pub fn cancel_all(&self) {
         self.close_admission();
         for _ in self.shared.table.cancel_all() {
@@ -309,10 +244,10 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::backend::{Backend, BackendHealth, BackendModel, JobSink, WireFormat};
+    use crate::backend::{Backend, BackendHealth, BackendModel, BackendResult, JobResult, JobSink, WireFormat};
     use crate::discovery::ResolvedModel;
 
-    /// Its jobs end in the middle of an answer.
+    /// Answers each job at once, without a byte if its model is `silent`.
     struct Answering;
 
     impl Backend for Answering {
@@ -351,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_nobody_can_be_sent_counts_as_lost() {
+    fn executor_counts_answers_that_cannot_be_sent_as_lost() {
         let model = |id: &str| ResolvedModel {
             model_id: id.to_owned(),
             input_per_1m: 1,
@@ -377,15 +312,14 @@ mod tests {
     }
 
     #[test]
-    fn a_job_that_has_had_its_end_is_not_turned_away_as_well() {
+    fn reject_admitted_does_not_answer_a_job_that_has_ended() {
         let executor = JobExecutor::new(Vec::new(), 1, crossbeam_channel::unbounded().0);
         let table = &executor.shared.table;
-        let admit = || table.admit(&job("m"), 0).expect("a place").0;
-        let turn_away =
-            |ticket: &Arc<InFlightJob>| executor.reject_admitted(ticket, RejectReason::NoThread, String::new());
-        assert!(matches!(turn_away(&admit()), NotAdmitted::Answer(RejectReason::NoThread, _)));
-        let ticket = admit();
-        assert!(table.abandon(&ticket));
-        assert!(matches!(turn_away(&ticket), NotAdmitted::AlreadyEnded));
+        let admit = || table.admit(&job("m"), 0).expect("admitted").0;
+        let reject = |job: &Arc<InFlightJob>| executor.reject_admitted(job, RejectReason::NoThread, String::new());
+        assert!(matches!(reject(&admit()), NotAdmitted::Rejected(RejectReason::NoThread, _)));
+        let job = admit();
+        assert!(table.abandon(&job));
+        assert!(matches!(reject(&job), NotAdmitted::AlreadyEnded));
     }
 }

@@ -1,21 +1,21 @@
-//! Why a job is not taken.
+//! Why a job is not admitted.
 
 use crate::link::protocol::ErrorCode;
 
-/// The causes, told apart for the operator; the coordinator knows the code alone.
+/// The reasons, as the operator sees them. The coordinator receives the error code and a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RejectReason {
     /// No backend serves the model.
     UnknownModel,
-    /// As many jobs are in flight as `[limits] max_concurrent` allows.
+    /// `[limits] max_concurrent` jobs are in flight.
     AtCapacity,
-    /// Every backend of the model has as many jobs as its own `max_concurrent` allows.
+    /// Every backend of the model runs its own `max_concurrent` jobs.
     BackendsFull,
     /// `max_tokens_per_minute` is used up.
     TokenLimit,
-    /// The requests in flight leave no memory for this one.
+    /// The requests in flight leave too little memory.
     NoMemory,
-    /// The box has no thread for it.
+    /// No worker thread can be started.
     NoThread,
     /// The operator has paused the agent.
     Paused,
@@ -26,7 +26,7 @@ pub enum RejectReason {
 }
 
 impl RejectReason {
-    /// What the coordinator is told.
+    /// The error code for the coordinator.
     pub fn code(self) -> ErrorCode {
         match self {
             RejectReason::UnknownModel => ErrorCode::ModelNotLoaded,
@@ -41,7 +41,7 @@ impl RejectReason {
         }
     }
 
-    /// As the state file names it.
+    /// The name in the state file.
     pub fn name(self) -> &'static str {
         match self {
             RejectReason::UnknownModel => "no_such_model",

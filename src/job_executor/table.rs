@@ -1,78 +1,61 @@
-//! The jobs in flight.
+//! The table of the jobs in flight.
 //!
-//! Invariant: a job leaves the table once, and who takes it out decides its end. A cancel marks the ticket under the same
-//! lock, so whoever finds a job gone can tell at once whether it was cancelled.
+//! Invariant: a job leaves the table once, and the thread that takes it out decides how it ends. A cancel marks the job under
+//! the same lock, so a thread that finds a job gone knows whether it was cancelled.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
 use super::in_flight::InFlightJob;
+use super::memory_permit::{MemoryPermit, RequestMemory};
 use crate::backend::Job;
 
-/// Of all requests in flight, as text, in bytes, with those that the worker of a cancelled job has yet to let go of. Parsed,
-/// one may take several times its text.
-pub const REQUEST_BYTES_MAX: usize = 256 << 20;
+/// How long the deadline thread stays when the table is empty.
+const WATCHER_IDLE: Duration = Duration::from_secs(10);
 
-/// The table.
+/// The jobs in flight, at most `capacity`.
 pub struct JobTable {
     capacity: usize,
     state: Mutex<State>,
-    /// Of all requests. Grows under the lock alone.
-    bytes: Arc<AtomicUsize>,
-    /// Signalled whenever the table has become empty.
+    memory: RequestMemory,
+    /// Signalled when the table becomes empty.
     idle: Condvar,
-    /// Signalled when the thread that watches the deadlines has to look again.
+    /// Signalled when the deadline thread has to recompute its next wake-up.
     deadlines: Condvar,
 }
 
 #[derive(Default)]
 struct State {
     jobs: HashMap<Uuid, Arc<InFlightJob>>,
-    closed: bool,
-    /// There is a thread that watches the deadlines, or will be at once.
+    is_closed: bool,
+    /// The deadline thread is running, or is about to start.
     has_watcher: bool,
-    /// When it looks again by itself.
+    /// When the deadline thread wakes up by itself.
     next_wakeup: Option<Instant>,
 }
 
 impl State {
-    /// Takes out this very job, if it is still there.
-    fn take(&mut self, ticket: &Arc<InFlightJob>) -> Option<Arc<InFlightJob>> {
-        let is_there = self.jobs.get(&ticket.job_id).is_some_and(|t| Arc::ptr_eq(t, ticket));
-        if is_there { self.jobs.remove(&ticket.job_id) } else { None }
+    /// Takes out this job, if it is still in the table. Another job may have the same id by now.
+    fn take(&mut self, job: &Arc<InFlightJob>) -> Option<Arc<InFlightJob>> {
+        let is_present = self.jobs.get(&job.job_id).is_some_and(|present| Arc::ptr_eq(present, job));
+        if is_present { self.jobs.remove(&job.job_id) } else { None }
     }
 }
 
-/// How long the deadlines of an empty table are watched on.
-const WATCHER_IDLE: Duration = Duration::from_secs(10);
-
-/// The share of [`REQUEST_BYTES_MAX`] that a request takes for as long as it is in memory.
-pub struct MemoryPermit {
-    bytes: usize,
-    taken: Arc<AtomicUsize>,
-}
-
-impl Drop for MemoryPermit {
-    fn drop(&mut self) {
-        self.taken.fetch_sub(self.bytes, Ordering::SeqCst);
-    }
-}
-
-/// Why there is no place for a job.
+/// Why a job does not get into the table.
 #[derive(Debug, PartialEq, Eq)]
 pub enum AdmitError {
-    /// Its id is in flight already.
+    /// A job with this id is in flight.
     Duplicate,
-    /// Every place is taken.
+    /// The table is at its capacity.
     Full,
-    /// A place is free, but not so much memory.
-    TooLarge,
-    /// No job is taken any more.
+    /// The requests in flight leave too little memory.
+    NoMemory,
+    /// The table is closed.
     Closed,
 }
 
@@ -81,140 +64,136 @@ impl JobTable {
         JobTable {
             capacity,
             state: Mutex::default(),
-            bytes: Arc::default(),
+            memory: RequestMemory::default(),
             idle: Condvar::new(),
             deadlines: Condvar::new(),
         }
     }
 
-    /// Gives a job a place, and its request of so many bytes a share of the memory.
-    pub fn admit(&self, job: &Job, bytes: usize) -> Result<(Arc<InFlightJob>, MemoryPermit), AdmitError> {
+    /// Adds a job, and reserves memory for its request of `request_bytes`.
+    pub fn admit(&self, job: &Job, request_bytes: usize) -> Result<(Arc<InFlightJob>, MemoryPermit), AdmitError> {
         let state = &mut *self.lock();
-        let taken = state.jobs.len();
+        let in_flight = state.jobs.len();
         match state.jobs.entry(job.job_id) {
             Entry::Occupied(_) => Err(AdmitError::Duplicate),
-            Entry::Vacant(_) if state.closed => Err(AdmitError::Closed),
-            Entry::Vacant(_) if taken >= self.capacity => Err(AdmitError::Full),
-            Entry::Vacant(_) if self.bytes.load(Ordering::SeqCst) + bytes > REQUEST_BYTES_MAX => {
-                Err(AdmitError::TooLarge)
-            }
-            Entry::Vacant(place) => {
-                self.bytes.fetch_add(bytes, Ordering::SeqCst);
-                let share = MemoryPermit { bytes, taken: self.bytes.clone() };
-                let ticket = place.insert(Arc::new(InFlightJob::new(job))).clone();
-                if ticket.deadline.is_some_and(|deadline| state.next_wakeup.is_some_and(|at| deadline < at)) {
+            Entry::Vacant(_) if state.is_closed => Err(AdmitError::Closed),
+            Entry::Vacant(_) if in_flight >= self.capacity => Err(AdmitError::Full),
+            Entry::Vacant(entry) => {
+                let permit = self.memory.reserve(request_bytes).ok_or(AdmitError::NoMemory)?;
+                let job = entry.insert(Arc::new(InFlightJob::new(job))).clone();
+                if job.deadline.is_some_and(|deadline| state.next_wakeup.is_some_and(|at| deadline < at)) {
                     self.deadlines.notify_one();
                 }
-                Ok((ticket, share))
+                Ok((job, permit))
             }
         }
     }
 
-    /// Whether a job of this id is in flight.
-    pub fn holds(&self, job_id: Uuid) -> bool {
+    /// Whether a job with this id is in flight.
+    pub fn contains(&self, job_id: Uuid) -> bool {
         self.lock().jobs.contains_key(&job_id)
     }
 
-    /// Takes out this very job (its id may have been used again since); false when somebody did before.
-    pub fn finish(&self, ticket: &Arc<InFlightJob>) -> bool {
+    /// Takes out this job; false if another thread has taken it out.
+    pub fn finish(&self, job: &Arc<InFlightJob>) -> bool {
         let mut state = self.lock();
-        let taken = state.take(ticket).is_some();
+        let taken = state.take(job).is_some();
         if taken {
-            ticket.release_slot();
+            job.release_slot();
             self.signal_if_empty(&state);
         }
         taken
     }
 
-    /// Takes out and cancels the job of this id; `None` when none is in flight.
+    /// Takes out and cancels the job with this id; `None` if there is none.
     pub fn cancel(&self, job_id: Uuid) -> Option<Arc<InFlightJob>> {
         let mut state = self.lock();
         let taken = state.jobs.remove(&job_id);
-        self.cancelled(state, taken).pop()
+        self.cancel_taken(state, taken).pop()
     }
 
-    /// Takes out and cancels this very job; false when somebody took it out before.
-    pub fn abandon(&self, ticket: &Arc<InFlightJob>) -> bool {
+    /// Takes out and cancels this job; false if another thread has taken it out.
+    pub fn abandon(&self, job: &Arc<InFlightJob>) -> bool {
         let mut state = self.lock();
-        let taken = state.take(ticket);
-        !self.cancelled(state, taken).is_empty()
+        let taken = state.take(job);
+        !self.cancel_taken(state, taken).is_empty()
     }
 
-    /// Takes out and cancels all; returns them.
+    /// Takes out and cancels all jobs, and returns them.
     pub fn cancel_all(&self) -> Vec<Arc<InFlightJob>> {
         let mut state = self.lock();
         let taken = std::mem::take(&mut state.jobs);
-        self.cancelled(state, taken.into_values())
+        self.cancel_taken(state, taken.into_values())
     }
 
-    /// Marks the jobs just taken out while the table is still locked, and wakes their workers when it is not any more.
-    fn cancelled(
+    /// Marks jobs as cancelled under the lock that they were taken out under, then unlocks and wakes their workers.
+    fn cancel_taken(
         &self,
         state: MutexGuard<'_, State>,
         taken: impl IntoIterator<Item = Arc<InFlightJob>>,
     ) -> Vec<Arc<InFlightJob>> {
-        let tickets: Vec<Arc<InFlightJob>> = taken.into_iter().collect();
-        tickets.iter().for_each(|t| {
-            t.mark_cancelled();
-            t.release_slot();
+        let jobs: Vec<Arc<InFlightJob>> = taken.into_iter().collect();
+        jobs.iter().for_each(|job| {
+            job.mark_cancelled();
+            job.release_slot();
         });
         self.signal_if_empty(&state);
         drop(state);
-        tickets.iter().for_each(|t| t.interrupt_worker());
-        tickets
+        jobs.iter().for_each(|job| job.interrupt_worker());
+        jobs
     }
 
-    /// From here on no job gets a place.
+    /// Closes the table: no more jobs are admitted.
     pub fn close(&self) {
-        self.lock().closed = true;
+        self.lock().is_closed = true;
         self.deadlines.notify_one();
     }
 
-    /// True when the caller is to start the thread that watches the deadlines.
+    /// True if the caller has to start the deadline thread.
     pub fn claim_watcher(&self) -> bool {
         !std::mem::replace(&mut self.lock().has_watcher, true)
     }
 
-    /// There is no such thread after all.
+    /// Reverts [`JobTable::claim_watcher`] when the thread could not be started.
     pub fn release_watcher(&self) {
         self.lock().has_watcher = false;
     }
 
-    /// Waits for deadlines to pass; returns the jobs in flight whose did, each once. `None` when there has been none for a
-    /// while, and nobody watches any more.
+    /// Waits for deadlines to pass, and returns the jobs in flight that they belong to, each once. Returns `None` when the
+    /// table is closed and empty, or has been empty for [`WATCHER_IDLE`]; the calling thread is then no longer the watcher.
     pub fn wait_for_deadlines(&self) -> Option<Vec<Arc<InFlightJob>>> {
         let mut state = self.lock();
-        let mut has_lingered = false;
+        let mut was_idle = false;
         loop {
             let now = Instant::now();
-            let has_passed = |ticket: &&Arc<InFlightJob>| ticket.deadline.is_some_and(|d| d <= now) && ticket.expire();
+            let has_passed = |job: &&Arc<InFlightJob>| job.deadline.is_some_and(|d| d <= now) && job.expire();
             let expired: Vec<_> = state.jobs.values().filter(has_passed).cloned().collect();
             if !expired.is_empty() {
                 return Some(expired);
             }
             let is_empty = state.jobs.is_empty();
-            if is_empty && (state.closed || has_lingered) {
+            if is_empty && (state.is_closed || was_idle) {
                 (state.has_watcher, state.next_wakeup) = (false, None);
                 return None;
             }
-            let ahead = state.jobs.values().filter_map(|ticket| ticket.deadline).filter(|deadline| *deadline > now);
-            // A last job may have ended long before its deadline: nobody says so.
+            let ahead = state.jobs.values().filter_map(|job| job.deadline).filter(|deadline| *deadline > now);
+            // At most the idle time, because a job that ends before its deadline does not signal.
             let until = ahead.fold(now + WATCHER_IDLE, Instant::min);
             state.next_wakeup = Some(until);
             let waited = self.deadlines.wait_timeout(state, until - now).unwrap_or_else(PoisonError::into_inner);
-            has_lingered = is_empty && waited.1.timed_out();
+            was_idle = is_empty && waited.1.timed_out();
             state = waited.0;
         }
     }
 
-    /// The jobs in flight.
+    /// The number of jobs in flight.
     pub fn len(&self) -> usize {
         self.lock().jobs.len()
     }
 
-    /// Waits until it is empty; false when `until` came first, or `hurry` said so.
+    /// Waits until the table is empty; false at `until`, or as soon as `hurry` returns true.
     pub fn wait_until_empty(&self, until: Instant, hurry: impl Fn() -> bool) -> bool {
-        /// How soon a second signal is noticed; only a stopping agent looks so often.
+        /// How often `hurry` is checked. Only a stopping agent waits here.
         const POLL_INTERVAL: Duration = Duration::from_millis(20);
         let mut state = self.lock();
         while !state.jobs.is_empty() {
@@ -230,7 +209,7 @@ impl JobTable {
     fn signal_if_empty(&self, state: &State) {
         if state.jobs.is_empty() {
             self.idle.notify_all();
-            if state.closed {
+            if state.is_closed {
                 self.deadlines.notify_one();
             }
         }
@@ -244,60 +223,57 @@ impl JobTable {
 #[cfg(test)]
 mod tests {
     use super::super::in_flight::tests::job;
+    use super::super::memory_permit::REQUEST_BYTES_MAX;
     use super::*;
 
-    const LONG: Duration = Duration::from_secs(3600);
-    const LONG_MS: u32 = 3_600_000;
+    const HOUR: Duration = Duration::from_secs(3600);
+    const HOUR_MS: u32 = 3_600_000;
 
     #[test]
-    fn deadlines_are_told_once_each_and_in_time_and_nobody_watches_a_closed_table() {
+    fn wait_for_deadlines_returns_each_job_once_in_time_and_ends_with_a_closed_table() {
         let table = Arc::new(JobTable::new(8));
         assert!(table.claim_watcher() && !table.claim_watcher());
-        let (told, inbox) = crossbeam_channel::unbounded();
+        let (sender, expired_ids) = crossbeam_channel::unbounded();
         let of_thread = table.clone();
         let watcher = std::thread::spawn(move || {
             while let Some(expired) = of_thread.wait_for_deadlines() {
-                expired.iter().for_each(|ticket| told.send(ticket.job_id).expect("the test listens"));
+                expired.iter().for_each(|job| sender.send(job.job_id).expect("the test receives"));
             }
         });
-        let admit = |n, ms| table.admit(&job(Uuid::from_u128(n), ms), 0).expect("a place").0;
-        let jobs = [admit(1, 3_600_000), admit(2, 300), admit(3, 150)];
+        let admit = |n, ms| table.admit(&job(Uuid::from_u128(n), ms), 0).expect("admitted").0;
+        let jobs = [admit(1, HOUR_MS), admit(2, 300), admit(3, 150)];
         table.finish(&admit(4, 200));
-        let next = || inbox.recv_timeout(LONG).expect("told").as_u128();
-        assert_eq!((next(), next()), (3, 2), "in their order, and none of the job that had ended");
+        let next = || expired_ids.recv_timeout(HOUR).expect("an expired job").as_u128();
+        assert_eq!((next(), next()), (3, 2), "in their order, and without the job that had ended");
         assert!(jobs[1].deadline.is_some_and(|deadline| deadline <= Instant::now()));
         table.close();
         table.cancel_all();
-        watcher.join().expect("left");
-        assert!(inbox.try_recv().is_err() && table.claim_watcher());
+        watcher.join().expect("ended");
+        assert!(expired_ids.try_recv().is_err() && table.claim_watcher());
     }
 
     #[test]
-    fn a_place_is_free_once_whatever_order_ends_meet_in() {
+    fn capacity_is_freed_once_in_whatever_order_the_ends_of_a_job_meet() {
         let table = JobTable::new(1);
         let id = Uuid::from_u128(1);
-        let (first, _) = table.admit(&job(id, LONG_MS), 0).expect("a place");
-        assert_eq!(table.admit(&job(id, LONG_MS), 0).err(), Some(AdmitError::Duplicate));
-        assert_eq!(table.admit(&job(Uuid::from_u128(2), LONG_MS), 0).err(), Some(AdmitError::Full));
+        let (first, _) = table.admit(&job(id, HOUR_MS), 0).expect("admitted");
+        assert_eq!(table.admit(&job(id, HOUR_MS), 0).err(), Some(AdmitError::Duplicate));
+        assert_eq!(table.admit(&job(Uuid::from_u128(2), HOUR_MS), 0).err(), Some(AdmitError::Full));
         assert!(table.cancel(id).is_some());
         assert!(table.cancel(id).is_none());
-        let (again, _) = table.admit(&job(id, LONG_MS), 0).expect("the same id, anew");
+        let (second, _) = table.admit(&job(id, HOUR_MS), 0).expect("the same id again");
         table.finish(&first);
         assert_eq!(table.len(), 1, "the first job's end does not end the second");
-        table.finish(&again);
-        table.finish(&again);
+        table.finish(&second);
+        table.finish(&second);
         assert_eq!(table.len(), 0);
-        assert!(first.is_cancelled() && !again.is_cancelled());
-        let (_, share) = table.admit(&job(id, LONG_MS), REQUEST_BYTES_MAX).expect("room for it alone");
+        assert!(first.is_cancelled() && !second.is_cancelled());
+        let (_, permit) = table.admit(&job(id, HOUR_MS), REQUEST_BYTES_MAX).expect("memory for this one alone");
         assert!(table.cancel(id).is_some());
-        assert_eq!(
-            table.admit(&job(id, LONG_MS), 1).err(),
-            Some(AdmitError::TooLarge),
-            "a worker still holds the request"
-        );
-        drop(share);
-        assert_eq!(table.admit(&job(id, LONG_MS), REQUEST_BYTES_MAX + 1).err(), Some(AdmitError::TooLarge));
+        assert_eq!(table.admit(&job(id, HOUR_MS), 1).err(), Some(AdmitError::NoMemory), "a worker holds the request");
+        drop(permit);
+        assert_eq!(table.admit(&job(id, HOUR_MS), REQUEST_BYTES_MAX + 1).err(), Some(AdmitError::NoMemory));
         table.close();
-        assert_eq!(table.admit(&job(id, LONG_MS), 0).err(), Some(AdmitError::Closed));
+        assert_eq!(table.admit(&job(id, HOUR_MS), 0).err(), Some(AdmitError::Closed));
     }
 }

@@ -1,72 +1,67 @@
-//! What a worker does with one job: run the backend, pass its bytes on, and end it exactly once.
+//! Runs one job in a worker thread: passes the backend's bytes to the coordinator, and sends exactly one terminal frame.
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::in_flight::InFlightJob;
+use super::in_flight::{InFlightJob, Work};
+use super::shared::Shared;
 use super::stats::Outcome;
-use super::{FallbackRoute, Shared};
 use crate::backend::{BackendError, BackendResult, Interrupt, JobResult, JobSink};
-use crate::discovery::BackendHandle;
 use crate::link::protocol::{self, JobChunks};
 
-/// With so many milliseconds left or fewer, nothing can be done.
+/// With this time left or less, a job is not sent to a backend.
 const MIN_REMAINING_MS: u32 = 1;
 
-/// Runs in a worker thread, from the first byte of the job to its terminal frame. The job has a slot of `member`; an
-/// alternative is tried when that one cannot take it, as long as no byte of an answer has been sent.
-pub fn run(
-    shared: &Arc<Shared>,
-    ticket: &Arc<InFlightJob>,
-    mut member: Arc<BackendHandle>,
-    alternatives: FallbackRoute,
-) {
-    // From here on the job is answered, whatever happens: also when the backend panics.
-    let mut ending = TerminalGuard { shared, ticket, outcome: Err(BackendError::Panicked) };
-    let Some((mut job, _share)) = ticket.take_job() else { return };
-    let mut relay = JobRelay { shared, ticket, chunks: JobChunks::of(ticket.job_id), has_sent: false };
-    let mut alternatives = alternatives.into_iter();
+/// Runs the job from its first byte to its terminal frame. If a backend cannot take the job, the next one of the fallback
+/// route is tried, unless part of an answer has been sent.
+pub fn run(shared: &Shared, in_flight: &Arc<InFlightJob>) {
+    // Answers the job however this function ends, including a panic of the backend.
+    let mut guard = TerminalGuard { shared, in_flight, outcome: Err(BackendError::Panicked) };
+    let Some(work) = in_flight.take_work() else { return };
+    let Work { mut job, permit: _permit, mut backend, fallback_route } = work;
+    let mut relay = JobRelay { shared, in_flight, chunks: JobChunks::of(in_flight.job_id), has_sent: false };
+    let mut fallback_route = fallback_route.into_iter();
     loop {
-        // The deadline covers the time in the queue and with other backends too. Rounded up: a job just admitted has
-        // its time.
-        let left_ms = ticket.time_left().as_micros().div_ceil(1000);
-        job.deadline_ms = u32::try_from(left_ms).unwrap_or(u32::MAX).min(job.deadline_ms);
+        // The deadline includes the time in the queue and at other backends. Rounded up, so that a job that was just admitted
+        // keeps its full deadline.
+        let remaining_ms = in_flight.remaining().as_micros().div_ceil(1000);
+        job.deadline_ms = u32::try_from(remaining_ms).unwrap_or(u32::MAX).min(job.deadline_ms);
         if job.deadline_ms <= MIN_REMAINING_MS {
-            ending.outcome = Err(BackendError::DeadlinePassed);
+            guard.outcome = Err(BackendError::DeadlinePassed);
             return;
         }
-        ending.outcome = Err(BackendError::Panicked);
-        let (outcome, kept) = match alternatives.len() {
-            0 => (member.backend.execute_last(job, &mut relay), None),
-            _ => (member.backend.execute(&job, &mut relay), Some(job)),
+        guard.outcome = Err(BackendError::Panicked);
+        let (outcome, kept) = match fallback_route.len() {
+            0 => (backend.backend.execute_last(job, &mut relay), None),
+            _ => (backend.backend.execute(&job, &mut relay), Some(job)),
         };
-        ending.outcome = outcome;
-        // What an interrupted backend says means nothing.
-        if ticket.is_cancelled() {
+        guard.outcome = outcome;
+        // The outcome of an interrupted call says nothing about the backend.
+        if in_flight.is_cancelled() {
             return;
         }
-        shared.update_backend_health(&member, &ending.outcome);
+        shared.update_backend_health(&backend, &guard.outcome);
         let Some(kept) = kept else { return };
         job = kept;
-        match &ending.outcome {
+        match &guard.outcome {
             Err(e) if e.may_fail_over() && !relay.has_sent => {
-                let Some(slot) = alternatives.find_map(|next| next.try_acquire_slot()) else { return };
-                let (from, why) = (member.backend.id(), e.for_log());
-                log::info!("job {}: {from} cannot take it ({why}); trying the next", job.job_id);
-                member = slot.backend().clone();
-                ticket.attach_slot(slot);
+                let Some(slot) = fallback_route.find_map(|next| next.try_acquire_slot()) else { return };
+                let (from, why) = (backend.backend.id(), e.for_log());
+                log::info!("job {}: {from} cannot take it ({why}); trying the next backend", job.job_id);
+                backend = slot.backend().clone();
+                in_flight.attach_slot(slot);
             }
             _ => return,
         }
     }
 }
 
-/// Between a backend and the outbox.
+/// The sink that a backend writes its answer to.
 struct JobRelay<'a> {
     shared: &'a Shared,
-    ticket: &'a Arc<InFlightJob>,
+    in_flight: &'a Arc<InFlightJob>,
     chunks: JobChunks,
-    /// A piece of an answer is on its way, so no other backend's may follow it.
+    /// Part of an answer has been sent, so the job cannot fail over.
     has_sent: bool,
 }
 
@@ -78,70 +73,69 @@ impl JobSink for JobRelay<'_> {
         self.still_wanted()?;
         self.has_sent = true;
         let frame = self.chunks.frame(bytes);
-        self.shared.outbox.chunk(self.ticket, frame)
+        self.shared.outbox.send_chunk(self.in_flight, frame)
     }
 
     fn still_wanted(&self) -> BackendResult<()> {
-        if self.ticket.is_cancelled() {
+        if self.in_flight.is_cancelled() {
             return Err(BackendError::Cancelled);
         }
-        match self.ticket.deadline {
+        match self.in_flight.deadline {
             Some(deadline) if Instant::now() >= deadline => Err(BackendError::DeadlinePassed),
             _ => Ok(()),
         }
     }
 
     fn interrupt_with(&mut self, interrupt: Interrupt) {
-        self.ticket.interrupt_with(interrupt);
+        self.in_flight.interrupt_with(interrupt);
     }
 
     fn tokens_emitted(&mut self, tokens: u32) {
-        let new = self.ticket.note_tokens_emitted(tokens);
+        let new = self.in_flight.update_tokens_emitted(tokens);
         self.shared.deps.token_limit.count(u64::from(new));
     }
 }
 
-/// The guard that ends the job: one terminal frame, or none after a cancel.
+/// Ends the job when it is dropped: with one terminal frame, or with none after a cancel.
 struct TerminalGuard<'a> {
-    shared: &'a Arc<Shared>,
-    ticket: &'a Arc<InFlightJob>,
+    shared: &'a Shared,
+    in_flight: &'a Arc<InFlightJob>,
     outcome: BackendResult<JobResult>,
 }
 
 impl Drop for TerminalGuard<'_> {
     fn drop(&mut self) {
+        let Shared { outbox, table, deps, .. } = self.shared;
         if let Ok(result) = &self.outcome {
-            let unseen = result.output_tokens.unwrap_or(0).saturating_sub(self.ticket.tokens_emitted());
-            let tokens = u64::from(unseen) + u64::from(result.input_tokens.unwrap_or(0));
-            self.shared.deps.token_limit.count(tokens);
+            let uncounted = result.output_tokens.unwrap_or(0).saturating_sub(self.in_flight.tokens_emitted());
+            deps.token_limit.count(u64::from(uncounted) + u64::from(result.input_tokens.unwrap_or(0)));
         }
         let sent = match self.terminal_frame() {
-            Some(frame) => self.shared.outbox.terminal(&self.shared.table, self.ticket, frame).is_ok(),
+            Some(frame) => outbox.send_terminal(table, self.in_flight, frame).is_ok(),
             None => false,
         };
-        self.shared.table.finish(self.ticket);
-        match sent {
-            // Whoever took it out counts it.
-            _ if self.ticket.is_cancelled() => {}
-            true => self.record(),
-            false => self.shared.deps.stats.record(Outcome::Lost),
+        table.finish(self.in_flight);
+        // The thread that cancels a job records it.
+        if !self.in_flight.is_cancelled() {
+            deps.stats.record(self.recorded_outcome(sent));
         }
     }
 }
 
 impl TerminalGuard<'_> {
     fn terminal_frame(&mut self) -> Option<String> {
-        let job_id = self.ticket.job_id;
+        let job_id = self.in_flight.job_id;
         match &mut self.outcome {
             Ok(result) => {
                 if result.duration_ms == 0 {
-                    result.duration_ms = u32::try_from(self.ticket.accepted.elapsed().as_millis()).unwrap_or(u32::MAX);
+                    let elapsed = self.in_flight.accepted.elapsed();
+                    result.duration_ms = u32::try_from(elapsed.as_millis()).unwrap_or(u32::MAX);
                 }
                 Some(protocol::job_done(job_id, result))
             }
             Err(e) => {
-                let frame = protocol::job_error(job_id, e.code()?, &e.to_string(), self.ticket.tokens_emitted());
-                if !self.ticket.is_cancelled() {
+                let frame = protocol::job_error(job_id, e.code()?, &e.to_string(), self.in_flight.tokens_emitted());
+                if !self.in_flight.is_cancelled() {
                     log::warn!("job {job_id} failed: {}", e.for_log());
                 }
                 Some(frame)
@@ -149,26 +143,24 @@ impl TerminalGuard<'_> {
         }
     }
 
-    fn record(&self) {
-        let (model_id, latency) = (self.ticket.model_id.as_str(), self.ticket.accepted.elapsed());
-        self.shared.deps.stats.record(match &self.outcome {
-            Ok(result) => Outcome::Done {
+    fn recorded_outcome(&self, sent: bool) -> Outcome<'_> {
+        let (model_id, latency) = (self.in_flight.model_id.as_str(), self.in_flight.accepted.elapsed());
+        match &self.outcome {
+            Ok(result) if sent => Outcome::Done {
                 model_id,
                 latency,
                 input_tokens: result.input_tokens.unwrap_or(0),
                 output_tokens: result.output_tokens.unwrap_or(0),
             },
-            Err(e) => {
-                let Some(code) = e.code() else { return };
-                Outcome::Failed {
-                    model_id,
-                    latency,
-                    output_tokens: self.ticket.tokens_emitted(),
-                    code,
-                    reason: e.for_log(),
-                    is_requesters_fault: e.is_requesters_fault(),
-                }
-            }
-        });
+            Err(e) if sent => e.code().map_or(Outcome::Lost, |code| Outcome::Failed {
+                model_id,
+                latency,
+                output_tokens: self.in_flight.tokens_emitted(),
+                code,
+                reason: e.for_log(),
+                is_requesters_fault: e.is_requesters_fault(),
+            }),
+            _ => Outcome::Lost,
+        }
     }
 }

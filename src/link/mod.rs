@@ -1,8 +1,10 @@
-//! The connection to the coordinator: its frames, how it is dialled, and who writes to it.
+//! The connection to the coordinator: the protocol's frames, dialling, and the lanes and the thread that write to it. Knows no
+//! job beyond the data in a frame.
 
 pub mod close;
 pub mod dial;
 pub mod handshake;
+pub mod lanes;
 pub mod peer_certificate;
 pub mod protocol;
 pub mod transport;

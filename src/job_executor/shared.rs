@@ -1,0 +1,66 @@
+//! What an executor, its workers and its deadline thread share.
+
+use std::sync::Arc;
+
+use super::in_flight::InFlightJob;
+use super::outbox::Outbox;
+use super::stats::{JobStats, Outcome};
+use super::table::JobTable;
+use super::token_limit::TokenLimit;
+use crate::backend::{BackendError, BackendResult, JobResult};
+use crate::discovery::{BackendHandle, OfferFeed, Prober};
+use crate::link::protocol::{self, ErrorCode};
+
+/// What an executor uses that outlives it.
+#[derive(Default)]
+pub struct ExecutorDeps {
+    /// The backends of each model.
+    pub offers: Arc<OfferFeed>,
+    /// Records how each job ends.
+    pub stats: Arc<JobStats>,
+    /// Rejects jobs while it is used up.
+    pub token_limit: Arc<TokenLimit>,
+    /// Notified of backends that are gone or fail their jobs.
+    pub prober: Option<Prober>,
+    /// Called when the token limit rejects a job.
+    pub on_throttled: Option<Box<dyn Fn() + Send + Sync>>,
+}
+
+pub struct Shared {
+    pub max_concurrent: u32,
+    pub outbox: Box<dyn Outbox>,
+    pub deps: ExecutorDeps,
+    pub table: Arc<JobTable>,
+}
+
+impl Shared {
+    /// Updates the health of a backend by the outcome of a job that it ran.
+    pub fn update_backend_health(&self, backend: &BackendHandle, outcome: &BackendResult<JobResult>) {
+        let is_newly_failing = backend.record_outcome(outcome);
+        let Some(prober) = &self.deps.prober else { return };
+        if is_newly_failing {
+            prober.withdraw_failing();
+        }
+        if outcome.as_ref().is_err_and(BackendError::invalidates_offer) {
+            prober.request_refresh();
+        }
+    }
+
+    /// Answers a job that [`JobTable::abandon`] or [`JobTable::cancel_all`] took out of the table. The error may go ahead of
+    /// queued data, because the queued frames of a cancelled job are not written.
+    pub fn answer_abandoned(&self, job: &InFlightJob, code: ErrorCode, message: &str) {
+        let output_tokens = job.tokens_emitted();
+        let sent = self.outbox.send_control(protocol::job_error(job.job_id, code, message, output_tokens));
+        self.deps.stats.record(match sent {
+            Ok(()) => Outcome::Failed {
+                model_id: &job.model_id,
+                latency: job.accepted.elapsed(),
+                output_tokens,
+                code,
+                reason: message.to_owned(),
+                is_requesters_fault: false,
+            },
+            Err(_) => Outcome::Lost,
+        });
+    }
+}
