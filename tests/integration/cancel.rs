@@ -210,7 +210,7 @@ fn the_end_of_a_session_reaches_the_backend_within_20_ms_for_all_its_jobs() {
     for (how, end) in ends {
         let backend = Backend::vllm(&["m"]);
         let Rig { session, agent, setup: _setup, coordinator } = rig(&backend);
-        let before = Vitals::after_a_job(&agent, &session, &backend);
+        let before = ResourceUsage::after_a_job(&agent, &session, &backend);
         let first = std::cell::Cell::new(Some(session));
         assert_prompt(&format!("session {how}, mixed phases"), true, || {
             let session = first.take().unwrap_or_else(|| coordinator.session());
@@ -224,7 +224,7 @@ fn the_end_of_a_session_reaches_the_backend_within_20_ms_for_all_its_jobs() {
             let ends: Vec<_> = watches.into_iter().map(|watch| watch.join().expect("a watching thread")).collect();
             ends.into_iter().map(|(_, closed)| Some(closed?.duration_since(since))).collect()
         });
-        before.assert_restored(&agent, &coordinator.session(), &backend);
+        before.assert_no_leak(&agent, &coordinator.session(), &backend);
     }
 }
 
@@ -237,7 +237,7 @@ fn a_job_cancelled_while_it_connects_is_never_sent_and_its_place_is_free_at_once
     let rig = Rig::with(|setup| {
         setup.backend(stuck.toml()).backend(healthy.toml()).limits(&format!("max_concurrent = {JOBS}"))
     });
-    let before = Vitals::after_a_job(&rig.agent, &rig.session, &healthy);
+    let before = ResourceUsage::after_a_job(&rig.agent, &rig.session, &healthy);
     let queue = stuck.swallow_connects();
     let cancelled: Vec<_> = (0..JOBS).map(|_| rig.session.job("stuck", json!({}))).collect();
     stuck.wait_for_connects(cancelled.len());
@@ -263,7 +263,7 @@ fn a_job_cancelled_while_it_connects_is_never_sent_and_its_place_is_free_at_once
         rig.session
             .assert_no_frame("a frame of a cancelled job", Duration::ZERO, |frame| frame["job_id"] == id.as_str());
     }
-    before.assert_restored(&rig.agent, &rig.session, &healthy);
+    before.assert_no_leak(&rig.agent, &rig.session, &healthy);
 }
 
 /// A place has two workers, for those that cannot be woken out of a connect; once both are stuck, jobs wait in the queue.
@@ -303,7 +303,7 @@ fn a_job_cancelled_in_the_queue_is_never_sent_and_the_one_behind_it_is_served() 
     let stuck = Backend::vllm(&["stuck"]);
     let healthy = Backend::vllm(&["m"]);
     let rig = Rig::with(|setup| setup.backend(stuck.toml()).backend(healthy.toml()).limits("max_concurrent = 1"));
-    let before = Vitals::after_a_job(&rig.agent, &rig.session, &healthy);
+    let before = ResourceUsage::after_a_job(&rig.agent, &rig.session, &healthy);
     let _queue = make_jobs_queue(&rig, &stuck);
     let posts = healthy.posts();
     let cancelled: Vec<_> = (0..JOBS)
@@ -324,7 +324,7 @@ fn a_job_cancelled_in_the_queue_is_never_sent_and_the_one_behind_it_is_served() 
         rig.session
             .assert_no_frame("a frame of a cancelled job", Duration::ZERO, |frame| frame["job_id"] == id.as_str());
     }
-    before.assert_restored(&rig.agent, &rig.session, &healthy);
+    before.assert_no_leak(&rig.agent, &rig.session, &healthy);
 }
 
 /// What nobody wants any more is not kept for a worker to find out.

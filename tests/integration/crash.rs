@@ -92,7 +92,7 @@ fn leftovers(folder: &Path, what: &str) -> Vec<String> {
     let entries = fs::read_dir(folder).map_or_else(|_| Vec::new(), Iterator::collect);
     let names = entries.into_iter().map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned());
     let names: Vec<_> =
-        names.filter(|name| !KEPT.contains(&name.as_str()) && name != "identity.key.state.new").collect();
+        names.filter(|name| !STATE_FILES.contains(&name.as_str()) && name != "identity.key.state.new").collect();
     assert!(names.iter().all(|name| name.starts_with(".identity.key.new-")), "{what}: the folder has {names:?}");
     names
 }

@@ -90,9 +90,9 @@ fn an_identity_that_cannot_be_written_is_used_and_stays_whole() {
         };
         let session = greet(true);
         agent.stderr.wait_line(&["warn", "provider id", "identity.key", why]);
-        let before = Vitals::after_a_job(&agent, &session, &backend);
+        let before = ResourceUsage::after_a_job(&agent, &session, &backend);
         session.close(1001, "drain:deploy");
-        before.assert_restored(&agent, &greet(false), &backend);
+        before.assert_no_leak(&agent, &greet(false), &backend);
 
         assert!(fs::read(folder.join("identity.key")).expect("the file") == content, "{why}: the file has changed");
         let mut names = names_in(&folder);
@@ -112,17 +112,17 @@ fn an_identity_that_cannot_be_written_is_used_and_stays_whole() {
 fn a_log_that_cannot_be_written_loses_its_lines_and_nothing_else() {
     // The second disk is full when the identity and the first lines are on it.
     side_by_side(["exec 2>/dev/full", "trap '' XFSZ; ulimit -f 1; exec 2>agent.log"], |disk| {
-        let mut patient = Patient::with(|setup| setup.after(disk));
+        let mut measured = MeasuredAgent::with(|setup| setup.after(disk));
         for _ in 0..2000 {
-            patient.rig.session.send_text("not a frame");
+            measured.rig.session.send_text("not a frame");
         }
-        patient.assert_unharmed();
-        patient.rig.session.close(1001, "drain:deploy");
-        patient.assert_recovers();
-        patient.rig.agent.signal("TERM");
-        assert_eq!(patient.rig.agent.wait(SOON).code(), Some(0), "{disk}");
-        let written = fs::metadata(patient.rig.setup.scratch.join("agent.log")).map_or(0, |file| file.len());
-        assert!(written <= 1024 && patient.rig.agent.stderr.text().is_empty(), "{disk}: {written} bytes were written");
+        measured.assert_no_leak();
+        measured.rig.session.close(1001, "drain:deploy");
+        measured.assert_no_leak_after_reconnect();
+        measured.rig.agent.signal("TERM");
+        assert_eq!(measured.rig.agent.wait(SOON).code(), Some(0), "{disk}");
+        let written = fs::metadata(measured.rig.setup.scratch.join("agent.log")).map_or(0, |file| file.len());
+        assert!(written <= 1024 && measured.rig.agent.stderr.text().is_empty(), "{disk}: {written} bytes were written");
     });
 }
 
@@ -130,22 +130,22 @@ fn a_log_that_cannot_be_written_loses_its_lines_and_nothing_else() {
 fn a_clock_that_jumps_disturbs_nothing() {
     let (hour, day) = (3600, 86_400);
     side_by_side([-hour, day], |jump| {
-        let patient = Patient::with(Shim::load);
+        let measured = MeasuredAgent::with(Shim::load);
         let began = Instant::now();
-        let session = &patient.rig.session;
+        let session = &measured.rig.session;
         let now = || OffsetDateTime::now_utc() + time::Duration::seconds(jump);
         let text = |at: OffsetDateTime| at.format(&Rfc3339).expect("a date")[..19].to_owned();
         // That this one is served shows that neither its time nor its connection is taken for old.
         let running = session.job("m", json!({}));
-        let held = patient.backend.next();
-        Shim::of(&patient.rig.setup).set_clock_off_by(jump);
+        let held = measured.backend.next();
+        Shim::of(&measured.rig.setup).set_clock_off_by(jump);
         held.finish();
         session.outcome(&running).done();
 
         let mut frame = job(&uuid::Uuid::new_v4().to_string(), "m", json!({}));
         frame["deadline_ms"] = json!(500);
         session.send(&frame);
-        let (sent, mut late) = (Instant::now(), patient.backend.next());
+        let (sent, mut late) = (Instant::now(), measured.backend.next());
         assert_eq!(session.outcome(frame["job_id"].as_str().expect("an id")).error(), "backend_timeout");
         assert!(sent.elapsed() > ms(450) && sent.elapsed() < ms(1500), "a deadline of 500 ms: {:?}", sent.elapsed());
         late.wait_hang_up();
@@ -163,24 +163,24 @@ fn a_clock_that_jumps_disturbs_nothing() {
 
         session.close(1001, "drain:deploy");
         let closed = Instant::now();
-        let next = patient.rig.coordinator.dialled(SOON);
+        let next = measured.rig.coordinator.dialled(SOON);
         let delay = next.at - closed;
         assert!(delay > ms(780) && delay < ms(1500), "redialled after {delay:?}");
-        patient.assert_recovered(&next.upgrade().authenticate(None));
+        measured.assert_no_leak_in(&next.upgrade().authenticate(None));
     });
 }
 
 #[test]
 fn jobs_that_find_no_descriptor_are_refused_and_the_others_go_on() {
-    let patient = Patient::with(|setup| setup.limits("max_concurrent = 256"));
-    let session = &patient.rig.session;
-    patient.rig.agent.limit_descriptors(64);
+    let measured = MeasuredAgent::with(|setup| setup.limits("max_concurrent = 256"));
+    let session = &measured.rig.session;
+    measured.rig.agent.limit_descriptors(64);
     let jobs: Vec<_> = (0..100).map(|_| session.job("m", json!({}))).collect();
     let (mut held, mut refused) = (Vec::new(), Vec::new());
     let began = Instant::now();
     while held.len() + refused.len() < jobs.len() {
         assert!(began.elapsed() < SOON, "{} held, {} refused, of {}", held.len(), refused.len(), jobs.len());
-        held.extend(patient.backend.try_next(ms(20)));
+        held.extend(measured.backend.try_next(ms(20)));
         refused = session.frames(Duration::ZERO, |frame| frame["type"] == "job_error");
     }
     assert!(held.len() > 30 && refused.len() > 30, "{} held, {} refused", held.len(), refused.len());
@@ -192,45 +192,45 @@ fn jobs_that_find_no_descriptor_are_refused_and_the_others_go_on() {
     for id in jobs.iter().filter(|id| !is_refused(id)) {
         session.outcome(id).done();
     }
-    patient.assert_unharmed();
+    measured.assert_no_leak();
 }
 
 /// Who cannot even ask learns nothing about the backend.
 #[test]
 fn a_probe_that_finds_no_descriptor_withdraws_no_offer() {
-    let patient = Patient::new();
-    let session = &patient.rig.session;
+    let measured = MeasuredAgent::new();
+    let session = &measured.rig.session;
     // The last connection goes, and the reason for it is one to probe at once.
-    patient.rig.agent.limit_descriptors(3);
+    measured.rig.agent.limit_descriptors(3);
     let id = session.job("m", json!({}));
-    let mut held = patient.backend.next();
+    let mut held = measured.backend.next();
     held.send("HTTP/1.1 404 Not Found\r\nConnection: close\r\nContent-Length: 0\r\n\r\n");
     drop(held);
     assert_eq!(session.outcome(&id).error(), "model_not_loaded");
-    patient.rig.agent.stderr.wait_line(&["vllm", "Too many open files"]);
+    measured.rig.agent.stderr.wait_line(&["vllm", "Too many open files"]);
     session.assert_no_frame("a changed offer", QUIET, is_offer);
-    patient.rig.agent.limit_descriptors(1024);
-    patient.assert_unharmed();
+    measured.rig.agent.limit_descriptors(1024);
+    measured.assert_no_leak();
 }
 
 #[test]
 fn an_agent_out_of_descriptors_dials_again_as_soon_as_there_are_some() {
-    let patient = Patient::new();
-    patient.rig.agent.limit_descriptors(3);
-    patient.rig.session.cut();
-    patient.rig.agent.stderr.wait_line(&["not connected", "Too many open files"]);
-    patient.rig.agent.limit_descriptors(1024);
-    patient.assert_recovers();
+    let measured = MeasuredAgent::new();
+    measured.rig.agent.limit_descriptors(3);
+    measured.rig.session.cut();
+    measured.rig.agent.stderr.wait_line(&["not connected", "Too many open files"]);
+    measured.rig.agent.limit_descriptors(1024);
+    measured.assert_no_leak_after_reconnect();
 }
 
 #[test]
 fn jobs_that_find_no_thread_are_refused_and_the_next_ones_are_served() {
-    let patient = Patient::with(Shim::load);
-    let (shim, session) = (Shim::of(&patient.rig.setup), &patient.rig.session);
+    let measured = MeasuredAgent::with(Shim::load);
+    let (shim, session) = (Shim::of(&measured.rig.setup), &measured.rig.session);
     shim.refuse_threads();
     // The worker that ran the first job is still there.
     let running = session.job("m", json!({}));
-    let held = patient.backend.next();
+    let held = measured.backend.next();
     for _ in 0..3 {
         let refused = session.job("m", json!({}));
         assert_eq!(session.outcome(&refused).error(), "out_of_capacity");
@@ -240,39 +240,39 @@ fn jobs_that_find_no_thread_are_refused_and_the_next_ones_are_served() {
     session.outcome(&running).done();
     shim.allow_threads();
     let jobs = [session.job("m", json!({})), session.job("m", json!({}))];
-    for held in [patient.backend.next(), patient.backend.next()] {
+    for held in [measured.backend.next(), measured.backend.next()] {
         held.finish();
     }
     for id in &jobs {
         session.outcome(id).done();
     }
-    patient.assert_unharmed();
+    measured.assert_no_leak();
 }
 
 #[test]
 fn an_agent_that_can_start_no_thread_for_a_session_comes_back_by_itself() {
     let no_dial = || {
-        let patient = Patient::with(Shim::load);
-        let shim = Shim::of(&patient.rig.setup);
+        let measured = MeasuredAgent::with(Shim::load);
+        let shim = Shim::of(&measured.rig.setup);
         shim.refuse_threads();
-        patient.rig.session.cut();
-        patient.rig.coordinator.assert_not_dialled(secs(3));
+        measured.rig.session.cut();
+        measured.rig.coordinator.assert_not_dialled(secs(3));
         shim.wait_refused();
         shim.allow_threads();
-        patient.assert_recovers();
+        measured.assert_no_leak_after_reconnect();
     };
     let no_writer = || {
-        let patient = Patient::with(Shim::load);
-        let shim = Shim::of(&patient.rig.setup);
-        patient.rig.session.close(1001, "drain:deploy");
-        let session = patient.rig.coordinator.accept();
+        let measured = MeasuredAgent::with(Shim::load);
+        let shim = Shim::of(&measured.rig.setup);
+        measured.rig.session.close(1001, "drain:deploy");
+        let session = measured.rig.coordinator.accept();
         session.challenge(b"nonce");
         shim.refuse_threads();
         session.send(&json!({"type": "auth_ok"}));
         session.ended(SOON);
         session.assert_no_frame("an offer", Duration::ZERO, is_offer);
         shim.allow_threads();
-        patient.assert_recovers();
+        measured.assert_no_leak_after_reconnect();
     };
     let parts: [&(dyn Fn() + Sync); 2] = [&no_dial, &no_writer];
     side_by_side(parts, |part| part());
@@ -281,13 +281,13 @@ fn an_agent_that_can_start_no_thread_for_a_session_comes_back_by_itself() {
 #[test]
 fn an_agent_that_can_start_no_thread_ends_in_order() {
     let asked = || {
-        let mut patient = Patient::with(Shim::load);
-        patient.rig.session.job("m", json!({}));
-        let mut held = patient.backend.next();
-        Shim::of(&patient.rig.setup).refuse_threads();
-        patient.rig.agent.signal("TERM");
+        let mut measured = MeasuredAgent::with(Shim::load);
+        measured.rig.session.job("m", json!({}));
+        let mut held = measured.backend.next();
+        Shim::of(&measured.rig.setup).refuse_threads();
+        measured.rig.agent.signal("TERM");
         held.wait_hang_up();
-        assert_eq!(patient.rig.agent.wait(SOON).code(), Some(0));
+        assert_eq!(measured.rig.agent.wait(SOON).code(), Some(0));
     };
     let at_once = || {
         let setup = Shim::load(Setup::new("ws://127.0.0.1:1/"));

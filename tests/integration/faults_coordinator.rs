@@ -35,11 +35,11 @@ fn a_coordinator_that_falls_silent_in_the_handshake_leaves_nothing_behind() {
         },
     ];
     side_by_side(steps, |step| {
-        let patient = Patient::new();
-        patient.rig.session.close(1001, "drain:deploy");
-        let _silent = step(&patient.rig.coordinator);
-        let next = patient.rig.coordinator.dialled(secs(25));
-        patient.assert_recovered(&next.upgrade().authenticate(None));
+        let measured = MeasuredAgent::new();
+        measured.rig.session.close(1001, "drain:deploy");
+        let _silent = step(&measured.rig.coordinator);
+        let next = measured.rig.coordinator.dialled(secs(25));
+        measured.assert_no_leak_in(&next.upgrade().authenticate(None));
     });
 }
 
@@ -68,10 +68,10 @@ fn whatever_breaks_the_websocket_ends_that_session_with_a_warning_and_nothing_el
         ("a frame of all there is", header(u64::MAX)),
     ];
     side_by_side(cases, |(what, bytes)| {
-        let patient = Patient::new();
-        patient.rig.session.send_raw(&bytes);
-        patient.assert_recovers();
-        assert_ne!(patient.rig.agent.warnings(), [""; 0], "{what} is a reason to warn");
+        let measured = MeasuredAgent::new();
+        measured.rig.session.send_raw(&bytes);
+        measured.assert_no_leak_after_reconnect();
+        assert_ne!(measured.rig.agent.warnings(), [""; 0], "{what} is a reason to warn");
     });
 }
 
@@ -90,35 +90,36 @@ fn what_is_lawful_and_no_use_changes_nothing() {
         [encode(TEXT, false, b"{"), encode(PING, true, b"x").repeat(1000), encode(CONTINUATION, true, b"}")].concat(),
     ];
     side_by_side(cases, |bytes| {
-        let patient = Patient::new();
-        patient.rig.session.send_raw(&bytes);
-        patient.assert_unharmed();
+        let measured = MeasuredAgent::new();
+        measured.rig.session.send_raw(&bytes);
+        measured.assert_no_leak();
     });
 }
 
 #[test]
 fn fragments_that_add_up_to_more_than_64_mib_end_the_session_and_its_memory_comes_back() {
     side_by_side([TEXT, BINARY], |opcode| {
-        let patient = Patient::new();
+        let measured = MeasuredAgent::new();
         let piece = vec![b'x'; 1 << 20];
-        patient.rig.session.send_raw(&encode(opcode, false, &piece));
+        measured.rig.session.send_raw(&encode(opcode, false, &piece));
         for _ in 0..64 {
-            patient.rig.session.send_raw(&encode(CONTINUATION, false, &piece));
+            measured.rig.session.send_raw(&encode(CONTINUATION, false, &piece));
         }
-        patient.assert_recovers();
-        assert_ne!(patient.rig.agent.warnings(), [""; 0], "it is a reason to warn");
-        let peak = patient.rig.agent.peak_kib();
+        measured.assert_no_leak_after_reconnect();
+        assert_ne!(measured.rig.agent.warnings(), [""; 0], "it is a reason to warn");
+        let peak = measured.rig.agent.peak_kib();
         assert!(peak < 96 << 10, "a message of 64 MiB took {peak} KiB of memory");
     });
 }
 
 #[test]
 fn a_reset_ends_the_session_and_nothing_else() {
-    let Patient { rig: Rig { session, agent, setup: _setup, coordinator }, backend, before } = Patient::new();
+    let MeasuredAgent { rig: Rig { session, agent, setup: _setup, coordinator }, backend, before } =
+        MeasuredAgent::new();
     let (_, mut held) = start(&session, &backend, 30_000);
     session.reset();
     held.wait_hang_up();
-    before.assert_restored(&agent, &coordinator.session(), &backend);
+    before.assert_no_leak(&agent, &coordinator.session(), &backend);
     agent.stderr.wait_line(&["warn", "session ended", "reset"]);
 }
 
@@ -130,7 +131,8 @@ fn every_close_is_followed_by_a_session_that_serves_and_only_1001_is_no_reason_t
     // Three an agent: after more that are not planned it would wait longer and longer.
     let cases: Vec<_> = payloads.collect();
     side_by_side(cases.chunks(3), |payloads| {
-        let Patient { rig: Rig { mut session, agent, setup: _setup, coordinator }, backend, before } = Patient::new();
+        let MeasuredAgent { rig: Rig { mut session, agent, setup: _setup, coordinator }, backend, before } =
+            MeasuredAgent::new();
         for payload in payloads {
             let warned = agent.warnings().len();
             session.close_with(payload);
@@ -139,7 +141,7 @@ fn every_close_is_followed_by_a_session_that_serves_and_only_1001_is_no_reason_t
             let expected = warned + usize::from(!is_planned);
             assert_eq!(agent.warnings().len(), expected, "after {payload:?}: {:?}", agent.warnings());
         }
-        before.assert_restored(&agent, &session, &backend);
+        before.assert_no_leak(&agent, &session, &backend);
     });
 }
 
@@ -152,24 +154,24 @@ fn a_link_gone_dead_is_given_up_with_all_that_it_held() {
         let backend = Backend::vllm(&["m"]);
         let agent = Setup::new(&format!("ws://{}/", proxy.address())).backend(backend.toml()).start();
         let session = coordinator.session();
-        let before = Vitals::after_a_job(&agent, &session, &backend);
+        let before = ResourceUsage::after_a_job(&agent, &session, &backend);
         let (_, mut held) = start(&session, &backend, 120_000);
         held.start_sse();
         proxy.set(Mode::Swallow);
         let took = held.wait_hang_up_within(secs(60));
         assert!(took > secs(44) && took < secs(48), "the job of a dead link was given up after {took:?}");
         proxy.set(Mode::Pass);
-        before.assert_restored(&agent, &coordinator.session(), &backend);
+        before.assert_no_leak(&agent, &coordinator.session(), &backend);
     };
     let announced = || {
-        let patient = Patient::new();
+        let measured = MeasuredAgent::new();
         // Not a pong either: it would be a piece of the frame.
-        patient.rig.session.ignore_pings();
-        let (_, mut held) = start(&patient.rig.session, &patient.backend, 120_000);
-        patient.rig.session.send_raw(&header(64 << 20));
+        measured.rig.session.ignore_pings();
+        let (_, mut held) = start(&measured.rig.session, &measured.backend, 120_000);
+        measured.rig.session.send_raw(&header(64 << 20));
         held.wait_hang_up_within(secs(60));
-        patient.assert_recovers();
-        let peak = patient.rig.agent.peak_kib();
+        measured.assert_no_leak_after_reconnect();
+        let peak = measured.rig.agent.peak_kib();
         assert!(peak < 32 << 10, "a frame of 64 MiB that never came took {peak} KiB of memory");
     };
     let parts: [&(dyn Fn() + Sync); 2] = [&swallowed, &announced];
@@ -184,7 +186,8 @@ fn a_coordinator_that_reads_a_byte_a_second_stops_no_cancel_and_no_deadline() {
 
 /// False when the cancel did not reach the agent.
 fn slowly_read_jobs_end() -> bool {
-    let Patient { rig: Rig { session, agent, setup: _setup, coordinator }, backend, before } = Patient::new();
+    let MeasuredAgent { rig: Rig { session, agent, setup: _setup, coordinator }, backend, before } =
+        MeasuredAgent::new();
     session.read_slowly();
     let flood = |deadline_ms| {
         let (id, mut held) = start(&session, &backend, deadline_ms);
@@ -206,7 +209,7 @@ fn slowly_read_jobs_end() -> bool {
     for flood in [first, second] {
         flood.join().expect("the flood to end with its session");
     }
-    before.assert_restored(&agent, &coordinator.session(), &backend);
+    before.assert_no_leak(&agent, &coordinator.session(), &backend);
     true
 }
 
@@ -217,7 +220,7 @@ fn each_of_10_000_jobs_at_once_is_answered_once() {
         _ => Answer::Hold,
     });
     let rig = Rig::with(|setup| setup.backend(backend.toml()).limits("max_concurrent = 8"));
-    let before = Vitals::after_a_job(&rig.agent, &rig.session, &backend);
+    let before = ResourceUsage::after_a_job(&rig.agent, &rig.session, &backend);
     let mut answers: HashMap<String, Vec<Value>> =
         (0..10_000).map(|_| (Uuid::new_v4().to_string(), Vec::new())).collect();
     let frames = answers.keys().map(|id| encode(TEXT, true, job(id, "quick", json!({})).to_string().as_bytes()));
@@ -241,56 +244,56 @@ fn each_of_10_000_jobs_at_once_is_answered_once() {
     assert!(of("job_done") >= 8 && refused > 5000, "{} served, {refused} refused", of("job_done"));
     let peak = rig.agent.peak_kib();
     assert!(peak < 32 << 10, "10 000 jobs took {peak} KiB of memory");
-    before.assert_restored(&rig.agent, &rig.session, &backend);
+    before.assert_no_leak(&rig.agent, &rig.session, &backend);
 }
 
 #[test]
 fn a_job_that_comes_a_thousand_times_runs_once() {
-    let patient = Patient::new();
-    let session = &patient.rig.session;
+    let measured = MeasuredAgent::new();
+    let session = &measured.rig.session;
     let id = session.job("m", json!({}));
-    let held = patient.backend.next();
+    let held = measured.backend.next();
     session.send_raw(&encode(TEXT, true, job(&id, "m", json!({})).to_string().as_bytes()).repeat(999));
     // The coordinator's order is the agent's: once this is answered, all of them were read.
     session.outcome(&session.job("unknown", json!({})));
     held.finish();
     session.outcome(&id).done();
     session.assert_quiet(&id);
-    patient.backend.assert_none(QUIET);
-    patient.assert_unharmed();
+    measured.backend.assert_none(QUIET);
+    measured.assert_no_leak();
 }
 
 #[test]
 fn fifty_sessions_that_end_right_after_auth_ok_cost_nothing() {
-    let patient = Patient::new();
-    patient.rig.session.close(1001, "drain:deploy");
+    let measured = MeasuredAgent::new();
+    measured.rig.session.close(1001, "drain:deploy");
     let goodbye = encode(CLOSE, true, &close_payload(1001, "drain:deploy"));
     for _ in 0..50 {
-        let session = patient.rig.coordinator.accept();
+        let session = measured.rig.coordinator.accept();
         session.challenge(b"nonce");
         session.send_raw(&[encode(TEXT, true, br#"{"type":"auth_ok"}"#), goodbye.clone()].concat());
         assert!(session.ends_within(SOON), "the agent did not end a session that was over");
     }
-    patient.assert_recovers();
+    measured.assert_no_leak_after_reconnect();
 }
 
 /// Every place taken, and every buffer full on the way from each backend to the coordinator.
 #[test]
 fn jobs_in_all_256_places_behind_a_coordinator_that_reads_nothing_fit_into_64_mb() {
     let _descriptors = reserve_descriptors(300);
-    let patient = Patient::with(|setup| setup.limits("max_concurrent = 256"));
-    let session = &patient.rig.session;
+    let measured = MeasuredAgent::with(|setup| setup.limits("max_concurrent = 256"));
+    let session = &measured.rig.session;
     session.pause(true);
-    let mut held: Vec<_> = (0..256).map(|_| start(session, &patient.backend, 120_000).1).collect();
+    let mut held: Vec<_> = (0..256).map(|_| start(session, &measured.backend, 120_000).1).collect();
     side_by_side(held.iter_mut(), |held| {
         held.start_sse();
         held.flood_until_full();
     });
-    let peak = patient.rig.agent.peak_kib();
+    let peak = measured.rig.agent.peak_kib();
     assert!(peak < 64 << 10, "256 blocked jobs took {peak} KiB of memory");
     session.cut();
     for held in &mut held {
         held.wait_hang_up();
     }
-    patient.assert_recovers();
+    measured.assert_no_leak_after_reconnect();
 }

@@ -13,7 +13,7 @@ fn keys(frame: &serde_json::Value) -> BTreeSet<&str> {
 }
 
 /// An agent without backends, and the coordinator that it dials.
-fn lonely() -> (Coordinator, Agent, Setup) {
+fn agent_without_backends() -> (Coordinator, Agent, Setup) {
     let coordinator = Coordinator::new();
     let setup = Setup::new(&coordinator.url());
     let agent = setup.start();
@@ -33,7 +33,7 @@ fn the_agent_asks_for_a_websocket_at_the_configured_path() {
 
 #[test]
 fn the_coordinator_speaks_first() {
-    let (coordinator, _agent, _setup) = lonely();
+    let (coordinator, _agent, _setup) = agent_without_backends();
     let session = coordinator.accept();
     session.assert_no_frame("a frame before the challenge", QUIET, |_| true);
     session.authenticate(None);
@@ -42,7 +42,7 @@ fn the_coordinator_speaks_first() {
 #[test]
 fn the_answer_to_the_challenge_signs_the_decoded_nonce() {
     side_by_side([vec![0xfb], vec![0; 32], (0..=255).collect()], |nonce| {
-        let (coordinator, _agent, _setup) = lonely();
+        let (coordinator, _agent, _setup) = agent_without_backends();
         let session = coordinator.accept();
         let auth = session.challenge(&nonce);
         verify_auth(&auth, &nonce);
@@ -53,7 +53,7 @@ fn the_answer_to_the_challenge_signs_the_decoded_nonce() {
 
 #[test]
 fn no_capabilities_before_auth_ok() {
-    let (coordinator, _agent, _setup) = lonely();
+    let (coordinator, _agent, _setup) = agent_without_backends();
     let session = coordinator.accept();
     session.challenge(b"nonce");
     session.assert_no_frame("a frame before auth_ok", QUIET, |_| true);
@@ -80,7 +80,7 @@ fn a_job_right_behind_auth_ok_is_served() {
 #[test]
 fn an_auth_ok_whose_provider_id_makes_no_sense_is_an_auth_ok() {
     side_by_side([json!(7), json!(null), json!(""), json!(["prov"])], |id| {
-        let (coordinator, _agent, setup) = lonely();
+        let (coordinator, _agent, setup) = agent_without_backends();
         let session = coordinator.accept();
         session.challenge(b"nonce");
         let before = std::fs::read(setup.identity()).expect("the identity file");
@@ -107,7 +107,7 @@ fn localhost_reaches_a_coordinator_and_a_backend_on_127_0_0_1() {
 
 #[test]
 fn a_challenge_that_comes_in_one_packet_with_the_101_is_not_lost() {
-    let (coordinator, _agent, _setup) = lonely();
+    let (coordinator, _agent, _setup) = agent_without_backends();
     let challenge = json!({"type": "auth_challenge", "nonce": base64("early")}).to_string();
     let session = coordinator.dialled(SOON).upgrade_with(&encode(TEXT, true, challenge.as_bytes()));
     verify_auth(&session.frame("auth_response", SOON), b"early");
@@ -115,7 +115,7 @@ fn a_challenge_that_comes_in_one_packet_with_the_101_is_not_lost() {
 
 #[test]
 fn a_challenge_in_fragments_with_a_ping_between_is_one_challenge() {
-    let (coordinator, _agent, _setup) = lonely();
+    let (coordinator, _agent, _setup) = agent_without_backends();
     let session = coordinator.accept();
     let text = json!({"type": "auth_challenge", "nonce": base64("cut")}).to_string();
     let (head, tail) = text.split_at(20);
@@ -155,7 +155,7 @@ fn the_enrollment_code_is_sent_until_there_is_a_provider_id() {
 
 #[test]
 fn auth_failed_is_told_and_tried_again_later_without_capabilities() {
-    let (coordinator, mut agent, _setup) = lonely();
+    let (coordinator, mut agent, _setup) = agent_without_backends();
     let session = coordinator.accept();
     session.challenge(b"nonce");
     session.send(&json!({"type": "auth_failed", "reason": "key is not registered"}));
@@ -180,7 +180,7 @@ fn a_handshake_that_goes_wrong_is_begun_anew() {
         ("a masked frame", vec![0x81, 0x82, 0, 0, 0, 0, b'{', b'}']),
     ];
     side_by_side(cases, |(what, bytes)| {
-        let (coordinator, mut agent, _setup) = lonely();
+        let (coordinator, mut agent, _setup) = agent_without_backends();
         let session = coordinator.accept();
         session.send_raw(&bytes);
         session.ended(secs(12));
@@ -201,7 +201,7 @@ fn a_refused_upgrade_is_tried_again() {
         "SSH-2.0-OpenSSH_9.2\r\n\r\n",
     ];
     side_by_side(cases, |answer| {
-        let (coordinator, mut agent, _setup) = lonely();
+        let (coordinator, mut agent, _setup) = agent_without_backends();
         let mut dialled = coordinator.dialled(SOON);
         dialled.request();
         dialled.send(answer.as_bytes());
@@ -216,7 +216,7 @@ fn a_refused_upgrade_is_tried_again() {
 fn every_wait_of_the_handshake_is_bounded() {
     let patience = secs(25);
     let upgrade_never_answered = |dribbles: bool| {
-        let (coordinator, _agent, _setup) = lonely();
+        let (coordinator, _agent, _setup) = agent_without_backends();
         let mut dialled = coordinator.dialled(SOON);
         let mut line = b"HTTP/1.1 101 ".iter().chain(std::iter::repeat(&b'S'));
         while dribbles && dialled.stream.write_all(&[*line.next().expect("an endless line")]).is_ok() {
@@ -226,7 +226,7 @@ fn every_wait_of_the_handshake_is_bounded() {
         assert_between(hung_up - dialled.at, 15, "the upgrade");
     };
     let challenge_never_whole = |dribbles: bool| {
-        let (coordinator, _agent, _setup) = lonely();
+        let (coordinator, _agent, _setup) = agent_without_backends();
         let session = coordinator.accept();
         let began = Instant::now();
         let mut frame = encode(TEXT, true, &[b' '; 100]).into_iter();
@@ -237,7 +237,7 @@ fn every_wait_of_the_handshake_is_bounded() {
         assert_between(began.elapsed(), 10, "the challenge");
     };
     let verdict_never_given = |_| {
-        let (coordinator, _agent, _setup) = lonely();
+        let (coordinator, _agent, _setup) = agent_without_backends();
         let session = coordinator.accept();
         let began = Instant::now();
         session.challenge(b"nonce");
@@ -288,7 +288,7 @@ fn an_agent_whose_first_connect_fails_stays_and_tries_again() {
 #[test]
 fn what_auth_failed_says_is_one_short_line_of_the_log() {
     side_by_side([50_000, 100_000], |length| {
-        let (coordinator, agent, _setup) = lonely();
+        let (coordinator, agent, _setup) = agent_without_backends();
         let session = coordinator.accept();
         session.challenge(b"nonce");
         let reason = format!("the-reason\n2026-01-01 forged line\r\u{1b}[2J{}", "x".repeat(length));

@@ -121,7 +121,7 @@ fn the_key_in_the_file_signs_and_a_new_provider_id_is_kept_with_every_other_line
     assert_eq!(mode(setup.identity()), 0o600, "the file's mode");
     let names = names_in(setup.identity().parent().expect("a folder"));
     // The state file is replaced in this very moment, perhaps.
-    let is_kept = |name: &String| KEPT.contains(&name.as_str()) || name == "identity.key.state.new";
+    let is_kept = |name: &String| STATE_FILES.contains(&name.as_str()) || name == "identity.key.state.new";
     assert!(names.iter().all(is_kept), "{names:?}");
 }
 
@@ -201,7 +201,7 @@ fn whoever_starts_together_in_an_empty_home_has_the_one_key_that_is_on_disk() {
         drop(agent);
         // The state may have been on its way when it was killed.
         let names = names_in(&setup.scratch.join(".usepod-agent"));
-        let is_kept = |name: &String| KEPT.contains(&name.as_str()) || name == "identity.key.state.new";
+        let is_kept = |name: &String| STATE_FILES.contains(&name.as_str()) || name == "identity.key.state.new";
         assert!(names.iter().all(is_kept), "round {round}: {names:?}");
     }
 }

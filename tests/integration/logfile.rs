@@ -24,26 +24,26 @@ fn warnings_in(log: &Path) -> usize {
 }
 
 /// An agent that has its log file open, and that file.
-fn patient() -> (Patient, PathBuf) {
-    let mut patient = Patient::with(|setup| setup.more(LOG_FILE));
-    let log = patient.rig.setup.scratch.join("logs/agent.log");
+fn measured_agent() -> (MeasuredAgent, PathBuf) {
+    let mut measured = MeasuredAgent::with(|setup| setup.more(LOG_FILE));
+    let log = measured.rig.setup.scratch.join("logs/agent.log");
     wait_line_in(&log, &["connected as"]);
-    patient.before = Vitals::after_a_job(&patient.rig.agent, &patient.rig.session, &patient.backend);
-    (patient, log)
+    measured.before = ResourceUsage::after_a_job(&measured.rig.agent, &measured.rig.session, &measured.backend);
+    (measured, log)
 }
 
 #[test]
 fn lines_go_to_the_file_that_the_configuration_names_and_not_to_stderr() {
-    let mut patient = Patient::with(|setup| setup.more(LOG_FILE));
-    let log = patient.rig.setup.scratch.join("logs/agent.log");
+    let mut measured = MeasuredAgent::with(|setup| setup.more(LOG_FILE));
+    let log = measured.rig.setup.scratch.join("logs/agent.log");
     wait_line_in(&log, &["INFO", "usepod-agent"]);
     wait_line_in(&log, &["INFO", "connected as"]);
-    provoke(&patient.rig.session);
+    provoke(&measured.rig.session);
     wait_line_in(&log, &["WARN"]);
-    patient.rig.agent.signal("TERM");
-    assert_eq!(patient.rig.agent.wait(SOON).code(), Some(0));
+    measured.rig.agent.signal("TERM");
+    assert_eq!(measured.rig.agent.wait(SOON).code(), Some(0));
     wait_line_in(&log, &["INFO", "stopped"]);
-    assert_eq!(patient.rig.agent.stderr.whole(), "");
+    assert_eq!(measured.rig.agent.stderr.whole(), "");
 }
 
 #[test]
@@ -69,24 +69,24 @@ fn a_log_file_that_can_be_none_is_an_error_that_names_the_key() {
 
 #[test]
 fn a_log_that_others_rotate_goes_on_in_the_file_of_that_name() {
-    let (patient, log) = patient();
+    let (measured, log) = measured_agent();
     let rotations: [fn(&Path); 3] = [
         |log| fs::rename(log, log.with_file_name("agent.log.old")).expect("renamed"),
         |log| fs::remove_file(log).expect("removed"),
         |log| drop(fs::File::create(log).expect("truncated")),
     ];
     for rotate in rotations {
-        provoke(&patient.rig.session);
+        provoke(&measured.rig.session);
         wait_line_in(&log, &["WARN"]);
         rotate(&log);
-        provoke(&patient.rig.session);
+        provoke(&measured.rig.session);
         wait_line_in(&log, &["WARN"]);
         assert_eq!(warnings_in(&log), 1);
         fs::write(&log, "").expect("truncated");
     }
     let old = fs::read_to_string(log.with_file_name("agent.log.old")).expect("the renamed one");
     assert!(old.contains("connected as") && old.ends_with('\n'), "{old}");
-    patient.assert_unharmed();
+    measured.assert_no_leak();
 }
 
 #[test]
@@ -108,34 +108,34 @@ fn a_log_file_that_cannot_be_used_is_warned_of_and_the_agent_serves() {
         ("file/agent.log", |home| drop(home.write("file", "")), "Not a directory"),
     ];
     side_by_side(cases, |(log_file, fault, why)| {
-        let mut patient = Patient::with(|setup| {
+        let mut measured = MeasuredAgent::with(|setup| {
             fault(&setup.scratch);
             setup.more(&format!("[observability]\nlog_file = \"{log_file}\""))
         });
-        patient.rig.agent.stderr.wait_line(&["warning: ", log_file, why]);
+        measured.rig.agent.stderr.wait_line(&["warning: ", log_file, why]);
         for _ in 0..2000 {
-            provoke(&patient.rig.session);
+            provoke(&measured.rig.session);
         }
-        patient.assert_unharmed();
-        patient.rig.agent.signal("TERM");
-        assert_eq!(patient.rig.agent.wait(SOON).code(), Some(0), "{log_file}");
-        assert_eq!(patient.rig.agent.stderr.whole().lines().count(), 1, "{log_file}");
+        measured.assert_no_leak();
+        measured.rig.agent.signal("TERM");
+        assert_eq!(measured.rig.agent.wait(SOON).code(), Some(0), "{log_file}");
+        assert_eq!(measured.rig.agent.stderr.whole().lines().count(), 1, "{log_file}");
     });
 }
 
 /// The limit of file sizes is a disk that is full, and on which there is room again. Its signal ends no agent.
 #[test]
 fn lines_that_found_no_room_are_counted_and_told_of_once_there_is_some() {
-    let (patient, log) = patient();
+    let (measured, log) = measured_agent();
     let room = fs::metadata(&log).expect("the log").len() + 10;
-    limit_file_size(patient.rig.agent.pid(), &room.to_string());
-    provoke(&patient.rig.session);
-    patient.rig.agent.stderr.wait_line(&["warning: log lines are lost", "agent.log", "File too large"]);
+    limit_file_size(measured.rig.agent.pid(), &room.to_string());
+    provoke(&measured.rig.session);
+    measured.rig.agent.stderr.wait_line(&["warning: log lines are lost", "agent.log", "File too large"]);
     assert_eq!(fs::metadata(&log).expect("the log").len(), room, "the limit was not met");
-    limit_file_size(patient.rig.agent.pid(), "unlimited");
-    provoke(&patient.rig.session);
+    limit_file_size(measured.rig.agent.pid(), "unlimited");
+    provoke(&measured.rig.session);
     let note = wait_line_in(&log, &["log lines were lost: File too large"]);
     assert!(note.starts_with('['), "the half line goes on: {note}");
     wait_line_in(&log, &["WARN"]);
-    patient.assert_unharmed();
+    measured.assert_no_leak();
 }

@@ -163,8 +163,8 @@ fn a_request_of_20_mb_and_one_of_nearly_64_mib_pass_in_one_frame() {
         let id = Uuid::new_v4().to_string();
         // By hand, as building so large a value costs an unoptimised test its time.
         let frame = job(&id, "m", json!({"picture": "PICTURE"})).to_string();
-        let patient = frame.replace("\"deadline_ms\":30000", "\"deadline_ms\":600000");
-        rig.session.send_text(&patient.replace("PICTURE", &picture));
+        let frame = frame.replace("\"deadline_ms\":30000", "\"deadline_ms\":600000");
+        rig.session.send_text(&frame.replace("PICTURE", &picture));
         let held = backend.next_within(6 * SOON);
         let body = &held.request.body;
         let begins = body.windows(2).position(|pair| pair == b"xx").expect("the picture");

@@ -165,8 +165,8 @@ fn a_backend_that_repeats_a_key_it_refuses_tells_nobody_else() {
 
 #[test]
 fn without_backends_or_with_none_of_their_models_there_is_nothing_to_offer() {
-    let lonely = Rig::with(|setup| setup);
-    let state = assert_state(&lonely.setup, "no_healthy_backend", 1);
+    let agent_without_backends = Rig::with(|setup| setup);
+    let state = assert_state(&agent_without_backends.setup, "no_healthy_backend", 1);
     assert!(state["reason"].as_str().is_some_and(|why| why.contains("[[backends]]")), "{state}");
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::with(|setup| setup.backend(format!("{}\nmodels = [\"other\"]", backend.toml())));

@@ -34,7 +34,7 @@ pub use endless::EndlessLine;
 pub use fault::{FaultProxy, Mode};
 pub use http::{Request, response, sse};
 pub use ran::Ran;
-pub use resource_usage::{Patient, Vitals};
+pub use resource_usage::{MeasuredAgent, ResourceUsage};
 pub use rig::Rig;
 pub use scratch::Scratch;
 pub use session::{Event, Outcome, Session, Take, is_offer, job, job_within};
@@ -49,7 +49,7 @@ pub const SOON: Duration = Duration::from_secs(10);
 pub const QUIET: Duration = Duration::from_millis(300);
 
 /// What a running agent keeps beside its identity, and leaves there.
-pub const KEPT: [&str; 4] = ["identity.key", "identity.key.lock", "identity.key.state", "identity.key.wake"];
+pub const STATE_FILES: [&str; 4] = ["identity.key", "identity.key.lock", "identity.key.state", "identity.key.wake"];
 
 /// The names in a folder, sorted.
 pub fn names_in(folder: &Path) -> Vec<String> {

@@ -9,14 +9,14 @@ const MEMORY_SLACK_KIB: u64 = 8 << 10;
 
 /// Taken right after a job, when one worker and one kept-alive connection are there.
 #[derive(Clone, Copy, Debug)]
-pub struct Vitals {
+pub struct ResourceUsage {
     /// Without that of the log, which comes and goes with the lines.
     pub threads: usize,
     pub descriptors: usize,
     pub resident_kib: u64,
 }
 
-impl Vitals {
+impl ResourceUsage {
     /// Has the agent serve one job for `m` at `backend`, which holds jobs back, and weighs it.
     pub fn after_a_job(agent: &Agent, session: &Session, backend: &Backend) -> Self {
         let id = session.job("m", serde_json::json!({}));
@@ -35,7 +35,7 @@ impl Vitals {
     }
 
     /// Waits until the agent is as it was, and has it serve one more job. Workers leave after 10 s.
-    pub fn assert_restored(&self, agent: &Agent, session: &Session, backend: &Backend) {
+    pub fn assert_no_leak(&self, agent: &Agent, session: &Session, backend: &Backend) {
         let began = Instant::now();
         // A cancelled job takes its memory with it when its worker notices.
         let is_back =
@@ -57,35 +57,39 @@ impl Vitals {
 }
 
 /// An agent at work, weighed before a fault.
-pub struct Patient {
+pub struct MeasuredAgent {
     pub rig: Rig,
     pub backend: Backend,
-    pub before: Vitals,
+    pub before: ResourceUsage,
 }
 
-impl Patient {
+impl MeasuredAgent {
     pub fn new() -> Self {
         Self::with(|setup| setup)
     }
 
     pub fn with(configure: impl FnOnce(Setup) -> Setup) -> Self {
-        let backend = Backend::vllm(&["m"]);
+        Self::beside(Backend::vllm(&["m"]), configure)
+    }
+
+    /// Beside a backend that lists `m` and holds jobs back.
+    pub fn beside(backend: Backend, configure: impl FnOnce(Setup) -> Setup) -> Self {
         let rig = Rig::with(|setup| configure(setup.backend(backend.toml())));
-        let before = Vitals::after_a_job(&rig.agent, &rig.session, &backend);
+        let before = ResourceUsage::after_a_job(&rig.agent, &rig.session, &backend);
         Self { rig, backend, before }
     }
 
     /// The session went on.
-    pub fn assert_unharmed(&self) {
-        self.before.assert_restored(&self.rig.agent, &self.rig.session, &self.backend);
+    pub fn assert_no_leak(&self) {
+        self.before.assert_no_leak(&self.rig.agent, &self.rig.session, &self.backend);
     }
 
     /// The session ended, and the next one serves.
-    pub fn assert_recovers(&self) {
-        self.assert_recovered(&self.rig.coordinator.session());
+    pub fn assert_no_leak_after_reconnect(&self) {
+        self.assert_no_leak_in(&self.rig.coordinator.session());
     }
 
-    pub fn assert_recovered(&self, session: &Session) {
-        self.before.assert_restored(&self.rig.agent, session, &self.backend);
+    pub fn assert_no_leak_in(&self, session: &Session) {
+        self.before.assert_no_leak(&self.rig.agent, session, &self.backend);
     }
 }

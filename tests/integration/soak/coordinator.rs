@@ -249,7 +249,7 @@ impl Coordinator<'_> {
             }
         }
         self.listen(session, ledger, ms(500))?;
-        self.tally.rest(Vitals::of(&self.agent));
+        self.tally.rest(ResourceUsage::of(&self.agent));
         self.world.weather.set_calm(false);
         Ok(())
     }

@@ -26,9 +26,9 @@ pub struct Tally {
     fail_overs: u64,
     faults: Vec<String>,
     /// While it works, every few seconds.
-    samples: Vec<Vitals>,
+    samples: Vec<ResourceUsage>,
     /// At rest, with the time since the beginning.
-    rests: Vec<(Duration, Vitals)>,
+    rests: Vec<(Duration, ResourceUsage)>,
 }
 
 impl Tally {
@@ -81,10 +81,10 @@ impl Tally {
     }
 
     pub fn sample(&mut self, agent: &Agent) {
-        self.samples.push(Vitals::of(agent));
+        self.samples.push(ResourceUsage::of(agent));
     }
 
-    pub fn rest(&mut self, vitals: Vitals) {
+    pub fn rest(&mut self, vitals: ResourceUsage) {
         self.rests.push((self.began.elapsed(), vitals));
         println!("at rest: {}", told(&vitals));
     }
@@ -127,7 +127,7 @@ impl Tally {
     /// The lines for a report; panics when there was a fault.
     pub fn conclude(&self, seed: u64, board: &Board) {
         let summary = board.summary();
-        let most = |of: fn(&Vitals) -> u64| self.samples.iter().map(of).max().unwrap_or(0);
+        let most = |of: fn(&ResourceUsage) -> u64| self.samples.iter().map(of).max().unwrap_or(0);
         let listed = |counts: Vec<(&str, u64)>| {
             counts.iter().map(|(what, count)| format!("{count} {what}")).collect::<Vec<_>>().join(", ")
         };
@@ -164,6 +164,6 @@ impl Tally {
     }
 }
 
-fn told(vitals: &Vitals) -> String {
+fn told(vitals: &ResourceUsage) -> String {
     format!("{} threads, {} descriptors, {} KiB", vitals.threads, vitals.descriptors, vitals.resident_kib)
 }
