@@ -1,15 +1,15 @@
-//! API keys: held, sent, never shown.
+//! API keys of backends. They are sent, and never printed.
 
 use std::fmt;
 
-/// The key that an environment variable holds, looked up once: a process's environment does not change.
+/// An API key, read once from an environment variable.
 #[derive(Clone)]
 pub enum ApiKey {
-    /// The backend takes none.
+    /// The backend needs no key.
     NotNeeded,
     /// The value of the `Authorization` header.
     Bearer(String),
-    /// The variable is unset, empty, or cannot be a header.
+    /// The variable is unset, empty, or not valid in a header.
     Missing {
         /// Its name.
         variable: String,

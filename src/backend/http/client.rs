@@ -1,7 +1,7 @@
-//! HTTP to one backend: ureq agents, leased for one exchange at a time.
+//! The HTTP client of one backend: a pool of `ureq` agents, each leased for one exchange at a time.
 //!
-//! An agent carries at most one kept-alive connection. It is leased by one thread, its clone ([`Interrupt`]) can end
-//! that thread's blocking call from another, and an agent that was interrupted is never leased again.
+//! An agent holds at most one kept-alive connection. While one thread leases it, another can end that thread's blocking
+//! call through an [`Interrupt`]. An interrupted agent is never leased again.
 
 use std::fmt;
 use std::io::Read;
@@ -20,33 +20,34 @@ use crate::backend::{BackendError, BackendResult};
 use crate::net::proxy;
 use crate::net::tls::ExtraRoots;
 
-/// Agents kept for the next request, each with at most one open connection and its buffers.
+/// Idle agents kept for later requests, each with at most one open connection and its buffers.
 const IDLE_AGENTS_MAX: usize = 8;
-/// Local servers close an idle connection after 5 s (llama.cpp, uvicorn).
+/// Age limit of idle connections; local servers (llama.cpp, uvicorn) close them after 5 s.
 const IDLE_AGE_LOCAL: Duration = Duration::from_secs(4);
-/// Hosted ones keep it longer, and a TLS handshake costs more.
+/// The same for hosted servers: they keep connections open longer, and a TLS handshake costs more.
 const IDLE_AGE_HOSTED: Duration = Duration::from_secs(15);
-/// Time to connect within one's own network.
+/// Time limit for connecting within the local network.
 const CONNECT_TIMEOUT_LOCAL: Duration = Duration::from_secs(5);
-/// Time to connect over the internet, name and TLS included.
+/// Time limit for connecting over the internet, including name lookup and TLS.
 const CONNECT_TIMEOUT_HOSTED: Duration = Duration::from_secs(10);
-/// Of a TLS session, each way; ureq's default of 128 KiB would be 64 MiB for 256 jobs.
+/// Buffer of a TLS session in each direction; ureq's default of 128 KiB would add up to 64 MiB for 256 jobs.
 const BUFFER_BYTES: usize = 16 << 10;
 
-/// The means to end a blocking call of another thread: sockets, handshakes and bodies wake at once. Without effect once
-/// the exchange is over, for the connection may serve another job by then.
+/// Ends the blocking calls of an exchange from another thread: connects, handshakes, reads and writes fail at once. Has
+/// no effect after the exchange, because its connection may be serving another job by then.
 #[derive(Clone)]
 pub struct Interrupt(Arc<Mutex<Option<Agent>>>);
 
 impl Interrupt {
-    /// Closes whatever the exchange has open. The agent is never leased again.
+    /// Closes the connection of the exchange.
     pub fn interrupt(self) {
-        // Closed under the lock, so that the exchange cannot end, and its agent be leased again, in between.
+        // Under the lock, so that the agent cannot be given back and leased again in between.
         if let Some(agent) = self.agent().take() {
             agent.shutdown();
         }
     }
 
+    /// Whether [`Interrupt::interrupt`] was called.
     fn was_used(&self) -> bool {
         self.agent().is_none()
     }
@@ -67,7 +68,7 @@ impl fmt::Debug for Interrupt {
     }
 }
 
-/// The agents for one backend.
+/// The HTTP client of one backend.
 #[derive(Debug)]
 pub struct Client {
     config: Config,
@@ -80,19 +81,19 @@ pub struct Client {
 #[derive(Debug)]
 struct Idle {
     agent: Agent,
-    wire: Arc<ConnectionMonitor>,
+    monitor: Arc<ConnectionMonitor>,
     since: Instant,
 }
 
 impl Client {
-    /// For a backend at `url`, on the operator's own machines, or a `hosted` one; only the latter may go through a proxy.
+    /// A client for the backend at `url`. Only `hosted` backends are reached through a proxy.
     pub fn new(url: &str, hosted: bool, key: ApiKey) -> Client {
         let is_plain = !hosted && Uri::try_from(url).is_ok_and(|url| url.scheme() == Some(&Scheme::HTTP));
         let connector = if is_plain { plain_connector() } else { connector(ExtraRoots::default()) };
         Client::over(connector, hosted, key)
     }
 
-    /// A hosted server that needs no key, and whose certificate one of these authorities may have signed, too.
+    /// A client for a hosted server that needs no API key; trusts these authorities as well.
     pub fn trusting(roots: &ExtraRoots) -> Client {
         Client::over(connector(roots.clone()), true, ApiKey::NotNeeded)
     }
@@ -100,7 +101,7 @@ impl Client {
     fn over(connector: SharedConnector, hosted: bool, key: ApiKey) -> Client {
         let config = Agent::config_builder()
             .http_status_as_error(false)
-            // A redirect would carry the prompt to an address that the operator never named.
+            // A redirect would send the prompt to an address that the operator did not configure.
             .max_redirects(0)
             .proxy(if hosted { proxy::from_env() } else { None })
             .timeout_connect(Some(if hosted { CONNECT_TIMEOUT_HOSTED } else { CONNECT_TIMEOUT_LOCAL }))
@@ -110,17 +111,17 @@ impl Client {
             .max_idle_connections_per_host(1)
             .max_idle_age(if hosted { IDLE_AGE_HOSTED } else { IDLE_AGE_LOCAL })
             .user_agent(concat!("usepod-agent/", env!("CARGO_PKG_VERSION")))
-            // Bodies are relayed verbatim, so they had better not be compressed.
+            // Bodies are relayed verbatim, so they must not be compressed.
             .accept_encoding("identity")
             .build();
         let idle_age = config.max_idle_age();
         Client { config, connector, key, idle_age, idle: Mutex::default() }
     }
 
-    /// Why no request can succeed.
+    /// Checks that requests can succeed at all.
     ///
     /// # Errors
-    /// The variable that should hold the key does not.
+    /// The environment variable for the API key holds no usable one.
     pub fn ready(&self) -> BackendResult<()> {
         match &self.key {
             ApiKey::Missing { variable } => Err(BackendError::MissingKey(variable.clone())),
@@ -128,7 +129,7 @@ impl Client {
         }
     }
 
-    /// The error that a status stands for. Some gateways repeat the key that they refuse: it goes no further.
+    /// The error for an HTTP status. Removes the API key, which some gateways repeat when they reject it.
     pub fn status_error(&self, status: u16, body: &[u8]) -> BackendError {
         match &self.key {
             ApiKey::Bearer(header) => {
@@ -139,11 +140,11 @@ impl Client {
         }
     }
 
-    /// An agent for one exchange: the one used last, if its connection may still be open, else a fresh one.
+    /// Leases the most recently used agent whose connection may still be open, else a new agent.
     pub fn lease(&self) -> AgentLease<'_> {
         let idle = {
             let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-            // The list is ordered by age: dropping the stale ones closes their connections.
+            // The list is ordered by age. Dropping the stale agents closes their connections.
             let stale = idle.iter().take_while(|i| i.since.elapsed() >= self.idle_age).count();
             let stale: Vec<Idle> = idle.drain(..stale).collect();
             let newest = idle.pop();
@@ -152,35 +153,35 @@ impl Client {
             newest
         };
         match idle {
-            Some(Idle { agent, wire, .. }) => {
-                wire.reset();
-                AgentLease::new(self, agent, wire)
+            Some(Idle { agent, monitor, .. }) => {
+                monitor.reset();
+                AgentLease::new(self, agent, monitor)
             }
             None => {
-                let wire = Arc::new(ConnectionMonitor::default());
-                let connector = MonitoredConnector::new(self.connector.clone(), wire.clone());
+                let monitor = Arc::new(ConnectionMonitor::default());
+                let connector = MonitoredConnector::new(self.connector.clone(), monitor.clone());
                 let agent = Agent::with_parts(self.config.clone(), connector, LocalFirstResolver);
-                AgentLease::new(self, agent, wire)
+                AgentLease::new(self, agent, monitor)
             }
         }
     }
 }
 
-/// One agent, for one exchange.
+/// An agent leased for one exchange.
 pub struct AgentLease<'a> {
     client: &'a Client,
     agent: Agent,
-    wire: Arc<ConnectionMonitor>,
+    monitor: Arc<ConnectionMonitor>,
     interrupt: Interrupt,
 }
 
 impl<'a> AgentLease<'a> {
-    fn new(client: &'a Client, agent: Agent, wire: Arc<ConnectionMonitor>) -> AgentLease<'a> {
+    fn new(client: &'a Client, agent: Agent, monitor: Arc<ConnectionMonitor>) -> AgentLease<'a> {
         let interrupt = Interrupt(Arc::new(Mutex::new(Some(agent.clone()))));
-        AgentLease { client, agent, wire, interrupt }
+        AgentLease { client, agent, monitor, interrupt }
     }
 
-    /// The means to end this lease's blocking calls.
+    /// A handle that ends this lease's blocking calls.
     pub fn interrupt(&self) -> Interrupt {
         self.interrupt.clone()
     }
@@ -221,7 +222,7 @@ impl<'a> AgentLease<'a> {
     ) -> Result<Response<Body>, ureq::Error> {
         let started = Instant::now();
         let answer = self.run(request()?, time);
-        let never_arrived = matches!(answer, Err(ureq::Error::Io(_))) && self.wire.reused_dead_connection();
+        let never_arrived = matches!(answer, Err(ureq::Error::Io(_))) && self.monitor.reused_dead_connection();
         if !never_arrived || self.interrupt.was_used() {
             return answer;
         }
@@ -229,7 +230,7 @@ impl<'a> AgentLease<'a> {
         if left.is_zero() {
             return Err(ureq::Error::Timeout(ureq::Timeout::Global));
         }
-        self.wire.reset();
+        self.monitor.reset();
         self.run(request()?, left)
     }
 
@@ -237,22 +238,22 @@ impl<'a> AgentLease<'a> {
         self.agent.run(self.agent.configure_request(request).timeout_global(Some(time)).build())
     }
 
-    /// What was seen on its connection.
-    pub fn wire(&self) -> &ConnectionMonitor {
-        &self.wire
+    /// What has happened on its connection.
+    pub fn monitor(&self) -> &ConnectionMonitor {
+        &self.monitor
     }
 
-    /// Gives the agent back for the next exchange, when this one was read to its end and nobody interrupted it.
+    /// Returns the agent to the pool unless it was interrupted. Call this only after reading the response to its end.
     pub fn give_back(self) {
         let Some(agent) = self.interrupt.take() else { return };
         let mut idle = self.client.idle.lock().unwrap_or_else(PoisonError::into_inner);
         if idle.len() < IDLE_AGENTS_MAX {
-            idle.push(Idle { agent, wire: self.wire, since: Instant::now() });
+            idle.push(Idle { agent, monitor: self.monitor, since: Instant::now() });
         }
     }
 }
 
-/// A body without the key, and without the beginning of one at its end, where reading may have stopped.
+/// Removes the key from a body, and a partial key from its end, where reading may have stopped.
 fn without_key(body: &[u8], key: &str) -> String {
     let mut text = String::from_utf8_lossy(body).replace(key, "(the API key)");
     let cut = (1..key.len()).rev().find(|n| text.ends_with(&key[..*n])).unwrap_or(0);
@@ -260,7 +261,7 @@ fn without_key(body: &[u8], key: &str) -> String {
     text
 }
 
-/// Reads at most `max` bytes of a body, and says how that ended; what comes after them is left unread.
+/// Reads at most `max` bytes of a body. Also returns how reading ended.
 pub fn read_bounded(body: Body, max: usize) -> (Vec<u8>, std::io::Result<()>) {
     let mut bytes = Vec::new();
     let end = body.into_reader().take(max as u64).read_to_end(&mut bytes).map(drop);

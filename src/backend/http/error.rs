@@ -1,9 +1,9 @@
-//! What the errors of `ureq` say about a backend.
+//! Maps the errors of `ureq` to causes of failure.
 
 use super::resolver::NoThread;
 use crate::backend::BackendError;
 
-/// `EMFILE` and `ENFILE`: this process, or the box, has no descriptor left. That says nothing of the backend.
+/// `EMFILE` and `ENFILE`: this process or the machine is out of file descriptors, which says nothing about the backend.
 const NO_DESCRIPTOR: [i32; 2] = [24, 23];
 
 /// Why there is no response at all.

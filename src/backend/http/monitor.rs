@@ -1,4 +1,4 @@
-//! ureq's transport, watched: what happened on a connection.
+//! Wraps `ureq`'s transport to record what happens on a connection, and to limit reads.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,18 +14,18 @@ use super::tcp::TcpConnector;
 use super::tls::TlsConnector;
 use crate::net::tls::ExtraRoots;
 
-/// What one agent's connection was seen to do since it was leased.
+/// What has happened on an agent's connection since it was leased.
 #[derive(Default)]
 pub struct ConnectionMonitor {
     opened: AtomicBool,
     received: AtomicBool,
     broken: AtomicBool,
-    /// Nothing is waited for beyond this moment.
+    /// Reads time out at this moment.
     limit: Mutex<Option<Instant>>,
 }
 
 impl ConnectionMonitor {
-    /// For the next exchange.
+    /// Forgets everything, before the next exchange.
     pub fn reset(&self) {
         *self.limit() = None;
         for flag in [&self.opened, &self.received, &self.broken] {
@@ -33,19 +33,19 @@ impl ConnectionMonitor {
         }
     }
 
-    /// Whether a failed exchange used a kept-alive connection and got no byte back: it had been closed under us, and
-    /// the backend never saw the request.
+    /// Whether a failed exchange used a kept-alive connection and received no byte: the server had closed the connection,
+    /// and never saw the request.
     pub fn reused_dead_connection(&self) -> bool {
         !self.opened.load(Ordering::Relaxed) && !self.received.load(Ordering::Relaxed)
     }
 
-    /// Whether the connection broke (rather than being closed in order): ureq takes a reset for the end of a body that
-    /// only the connection's end delimits.
+    /// Whether the connection broke, as opposed to being closed in order. `ureq` takes a reset for the end of a body that is
+    /// delimited by the end of the connection.
     pub fn has_broken(&self) -> bool {
         self.broken.load(Ordering::Relaxed)
     }
 
-    /// Leaves the rest of the answer at most so much time.
+    /// Limits the time for the rest of the response.
     pub fn limit_reads_to(&self, time: Duration) {
         *self.limit() = Instant::now().checked_add(time);
     }
@@ -57,25 +57,26 @@ impl ConnectionMonitor {
 
 impl fmt::Debug for ConnectionMonitor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Wire")
+        f.write_str("ConnectionMonitor")
     }
 }
 
-/// The way to a backend, for all of its agents.
+/// Connects to a backend; shared by all of its agents.
 pub type SharedConnector = Arc<dyn Connector<(), Out = Box<dyn Transport>>>;
 
-/// Within one's own network, without TLS. It has a chain of its own since the places for a proxy and a TLS session would be a
-/// third of the stack, and a kilobyte of heap, of each of its streams.
+/// Connects without TLS or proxy. A chain of its own, because the unused links would cost each stream a third of its stack and
+/// a kilobyte of heap.
 pub fn plain_connector() -> SharedConnector {
     Arc::new(().chain(TcpConnector).chain(BoxTransport))
 }
 
-/// With TLS where the URL says so, and through a proxy where there is one. Trusts these roots beside those of the web.
+/// Connects with TLS if the URL asks for it, and through the proxy if there is one. Trusts these roots as well as those of
+/// the web.
 pub fn connector(roots: ExtraRoots) -> SharedConnector {
     Arc::new(().chain(ConnectProxyConnector::default()).chain(TcpConnector).chain(TlsConnector::new(roots)))
 }
 
-/// The end of a chain, which has a type of its own for each of its links.
+/// Ends a chain: boxes its transport, so that all chains have the same type.
 #[derive(Debug)]
 struct BoxTransport;
 
@@ -87,16 +88,16 @@ impl<In: Transport> Connector<In> for BoxTransport {
     }
 }
 
-/// Connects, with a [`ConnectionMonitor`] to tell of it.
+/// Connects, and reports to a [`ConnectionMonitor`].
 #[derive(Debug)]
 pub struct MonitoredConnector {
     inner: SharedConnector,
-    wire: Arc<ConnectionMonitor>,
+    monitor: Arc<ConnectionMonitor>,
 }
 
 impl MonitoredConnector {
-    pub fn new(inner: SharedConnector, wire: Arc<ConnectionMonitor>) -> MonitoredConnector {
-        MonitoredConnector { inner, wire }
+    pub fn new(inner: SharedConnector, monitor: Arc<ConnectionMonitor>) -> MonitoredConnector {
+        MonitoredConnector { inner, monitor }
     }
 }
 
@@ -104,17 +105,17 @@ impl Connector<()> for MonitoredConnector {
     type Out = MonitoredTransport;
 
     fn connect(&self, details: &ConnectionDetails, chained: Option<()>) -> Result<Option<MonitoredTransport>, Error> {
-        self.wire.opened.store(true, Ordering::Relaxed);
+        self.monitor.opened.store(true, Ordering::Relaxed);
         let inner = self.inner.connect(details, chained)?;
-        Ok(inner.map(|inner| MonitoredTransport { inner, wire: self.wire.clone() }))
+        Ok(inner.map(|inner| MonitoredTransport { inner, monitor: self.monitor.clone() }))
     }
 }
 
-/// A connection that tells its [`ConnectionMonitor`] what happens on it.
+/// A connection that reports to its [`ConnectionMonitor`].
 #[derive(Debug)]
 pub struct MonitoredTransport {
     inner: Box<dyn Transport>,
-    wire: Arc<ConnectionMonitor>,
+    monitor: Arc<ConnectionMonitor>,
 }
 
 impl Transport for MonitoredTransport {
@@ -127,13 +128,13 @@ impl Transport for MonitoredTransport {
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, Error> {
-        let left = self.wire.limit().map(|until| until.saturating_duration_since(Instant::now()));
+        let left = self.monitor.limit().map(|until| until.saturating_duration_since(Instant::now()));
         let after = left.map_or(timeout.after, |left| timeout.after.min(left.into()));
         let result = self.inner.await_input(NextTimeout { after, ..timeout });
         match &result {
-            Ok(true) => self.wire.received.store(true, Ordering::Relaxed),
+            Ok(true) => self.monitor.received.store(true, Ordering::Relaxed),
             Ok(false) => {}
-            Err(_) => self.wire.broken.store(true, Ordering::Relaxed),
+            Err(_) => self.monitor.broken.store(true, Ordering::Relaxed),
         }
         result
     }
@@ -162,7 +163,7 @@ mod tests {
     use super::super::resolver::LocalFirstResolver;
     use super::*;
 
-    /// Sends each request's body back, in chunks of `chunk` bytes, until the client leaves.
+    /// Echoes the body of each request, in chunks of `chunk` bytes, until the client closes the connection.
     fn echo(stream: impl Read + Write, chunk: usize) -> io::Result<()> {
         let mut stream = BufReader::new(stream);
         loop {
@@ -193,7 +194,7 @@ mod tests {
         }
     }
 
-    /// Serves one connection after the other.
+    /// Serves one connection after another.
     fn serve(each: impl Fn(TcpStream) -> io::Result<()> + Send + 'static) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a loopback port");
         let address = listener.local_addr().expect("an address");
@@ -209,25 +210,25 @@ mod tests {
         (0..length).map(|i| (i * i / 7) as u8).collect()
     }
 
-    fn assert_echoed(agent: &Agent, wire: &ConnectionMonitor, url: &str) {
+    fn assert_echoed(agent: &Agent, monitor: &ConnectionMonitor, url: &str) {
         for (nth, length) in [0, 1, 511, 512, 513, 16 << 10, (16 << 10) + 1, 3 << 20].into_iter().enumerate() {
-            wire.reset();
+            monitor.reset();
             let sent = body(length);
             let response = agent.post(url).send(&sent[..]).expect("an answer");
             let mut got = Vec::new();
             response.into_body().into_reader().read_to_end(&mut got).expect("the body");
             assert!(got == sent, "{length} bytes became {}", got.len());
-            assert_eq!(wire.opened.load(Ordering::Relaxed), nth == 0, "one connection for all");
+            assert_eq!(monitor.opened.load(Ordering::Relaxed), nth == 0, "one connection for all");
         }
     }
 
     #[test]
-    fn bodies_of_any_length_pass_both_ways_and_keep_the_connection() {
+    fn transport_carries_bodies_of_any_length_and_keeps_the_connection() {
         for chunk in [1000, 100_000] {
             let address = serve(move |socket| echo(socket, chunk));
-            let wire = Arc::new(ConnectionMonitor::default());
-            let agent = agent(MonitoredConnector::new(plain_connector(), wire.clone()));
-            assert_echoed(&agent, &wire, &format!("http://localhost:{}/", address.port()));
+            let monitor = Arc::new(ConnectionMonitor::default());
+            let agent = agent(MonitoredConnector::new(plain_connector(), monitor.clone()));
+            assert_echoed(&agent, &monitor, &format!("http://localhost:{}/", address.port()));
         }
     }
 
@@ -260,18 +261,18 @@ mod tests {
     }
 
     #[test]
-    fn so_they_do_over_tls_of_either_version() {
+    fn tls_transport_carries_bodies_of_any_length_in_either_version() {
         for algorithm in [&rcgen::PKCS_ECDSA_P256_SHA256, &rcgen::PKCS_ECDSA_P384_SHA384, &rcgen::PKCS_ED25519] {
             for version in [&TLS12, &TLS13] {
                 let (url, connector) = serve_tls(version, algorithm, |stream| echo(stream, 5000));
-                let wire = Arc::new(ConnectionMonitor::default());
-                assert_echoed(&agent(MonitoredConnector::new(connector, wire.clone())), &wire, &url);
+                let monitor = Arc::new(ConnectionMonitor::default());
+                assert_echoed(&agent(MonitoredConnector::new(connector, monitor.clone())), &monitor, &url);
             }
         }
     }
 
     #[test]
-    fn agents_of_one_backend_resume_each_others_tls_sessions() {
+    fn tls_sessions_are_resumed_by_other_agents_of_the_backend() {
         for version in [&TLS12, &TLS13] {
             let (seen, kinds) = crossbeam_channel::unbounded();
             let (url, shared) = serve_tls(version, &rcgen::PKCS_ECDSA_P256_SHA256, move |mut stream| {
@@ -292,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_before_the_request_was_read_is_heard_over_tls_too() {
+    fn tls_response_that_precedes_the_whole_request_is_received() {
         let (url, connector) = serve_tls(&TLS13, &rcgen::PKCS_ECDSA_P256_SHA256, |mut stream| {
             stream.sock.set_nodelay(true)?;
             stream.read_exact(&mut [0; 1000])?;
@@ -306,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_that_is_too_large_is_said_to_be_so() {
+    fn response_head_that_is_too_large_is_reported_as_such() {
         let address = serve(|mut socket| {
             socket.write_all(b"HTTP/1.1 200 OK\r\n")?;
             loop {
@@ -319,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tls_handshake_without_an_answer_ends_with_the_time_or_the_cancel() {
+    fn tls_handshake_without_a_response_ends_at_the_timeout_or_the_cancel() {
         let (sender, begun) = crossbeam_channel::unbounded();
         let address = serve(move |mut socket| {
             socket.read_exact(&mut [0; 5])?;
@@ -350,17 +351,17 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_without_the_sessions_end_was_broken() {
+    fn tls_connection_cut_without_close_notify_counts_as_broken() {
         for version in [&TLS12, &TLS13] {
             let (url, connector) = serve_tls(version, &rcgen::PKCS_ECDSA_P256_SHA256, |mut stream| {
                 let mut head = BufReader::new(&mut stream).lines();
                 while head.next().is_some_and(|line| line.is_ok_and(|line| !line.is_empty())) {}
                 stream.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhalf")
             });
-            let wire = Arc::new(ConnectionMonitor::default());
-            let answer = agent(MonitoredConnector::new(connector, wire.clone())).get(url).call().expect("an answer");
+            let monitor = Arc::new(ConnectionMonitor::default());
+            let answer = agent(MonitoredConnector::new(connector, monitor.clone())).get(url).call().expect("an answer");
             let body = answer.into_body().read_to_string();
-            assert!(body.is_err() || wire.has_broken(), "{body:?}");
+            assert!(body.is_err() || monitor.has_broken(), "{body:?}");
         }
     }
 

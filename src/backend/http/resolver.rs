@@ -1,4 +1,4 @@
-//! From a backend's name to its addresses, in bounded time.
+//! Resolves a backend's host name, in bounded time.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -12,12 +12,12 @@ use ureq::unversioned::transport::time::Duration as UreqDuration;
 
 use crate::sys::threads;
 
-/// Reads addresses, and knows what `localhost` is; other names are looked up in a thread of their own, for the system's lookup
-/// cannot be bounded otherwise.
+/// Resolves IP addresses and `localhost` by itself. Looks up other names on a separate thread, because the system's lookup
+/// takes no time limit.
 #[derive(Debug)]
 pub struct LocalFirstResolver;
 
-/// The system refused the thread for a lookup.
+/// The thread for a lookup could not be started.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to start a thread: {0}")]
 pub struct NoThread(std::io::Error);
@@ -30,7 +30,7 @@ impl Resolver for LocalFirstResolver {
         if let Ok(address) = host.trim_matches(['[', ']']).parse() {
             addresses.push(SocketAddr::new(address, port));
         } else if host.eq_ignore_ascii_case("localhost") {
-            // Where servers listen that were not told otherwise comes first.
+            // Most servers listen on IPv4 by default.
             addresses.push(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port));
             addresses.push(SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port));
         } else {
@@ -40,17 +40,17 @@ impl Resolver for LocalFirstResolver {
     }
 }
 
-/// Apart from the above, for its stack would be on that of every stream.
+// Not inlined: its frame would be on the stack of every stream.
 #[inline(never)]
 fn look_up(uri: &Uri, config: &Config, timeout: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
-    let (found, inbox) = bounded(1);
+    let (result, results) = bounded(1);
     let (uri, config) = (uri.clone(), config.clone());
     let unbounded = NextTimeout { after: UreqDuration::NotHappening, ..timeout };
-    let lookup = move || drop(found.send(DefaultResolver::default().resolve(&uri, &config, unbounded)));
+    let lookup = move || drop(result.send(DefaultResolver::default().resolve(&uri, &config, unbounded)));
     threads::spawn("resolve", lookup).map_err(|e| ureq::Error::Other(Box::new(NoThread(e))))?;
-    // A lookup that panicked found nothing.
-    let in_time = |e| {
+    // The sender is dropped without a result if the lookup panics.
+    let lookup_error = |e| {
         if e == RecvTimeoutError::Timeout { ureq::Error::Timeout(timeout.reason) } else { ureq::Error::HostNotFound }
     };
-    inbox.recv_timeout(*timeout.after).map_err(in_time)?
+    results.recv_timeout(*timeout.after).map_err(lookup_error)?
 }

@@ -1,12 +1,12 @@
-//! The TCP connection to a backend, under ureq.
+//! The TCP connection to a backend, as a `ureq` transport.
 //!
-//! ureq has one of its own, which is made for few connections: it takes and clears all its buffers with the first request, and
-//! tells the kernel the remaining time before each read. With 256 streams of some 50 small pieces a second the first was most of
-//! the agent's memory, the second a fifth of its system calls.
+//! `ureq`'s own TCP transport is made for few connections: it allocates all its buffers with the first request, and sets the
+//! socket timeout before each read. With 256 streams of about 50 small reads a second, the buffers were most of the agent's
+//! memory, and the timeouts a fifth of its system calls.
 //!
-//! Invariants: the buffer for what comes is as large as the stream fills it, between [`INPUT_MIN`] and [`INPUT_MAX`]; the one for
-//! what goes out exists only until an answer is awaited. A wait ends when its time is over, and never early: when the kernel rings
-//! before that, the wait goes on.
+//! Invariants: the input buffer grows and shrinks with the stream, between [`INPUT_MIN`] and [`INPUT_MAX`]. The output buffer
+//! exists only until a response is awaited. A wait never ends before its timeout: when the kernel's fires early, the wait goes
+//! on.
 
 use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
@@ -21,17 +21,18 @@ use ureq::{Error, Timeout};
 
 use crate::net::connect;
 
-/// Held by a stream that sends a small piece at a time: an event, or a few.
+/// Input buffer of a stream that sends an event or a few at a time, in bytes.
 const INPUT_MIN: usize = 512;
-/// Held by a stream that has more to send than we take: one system call for so much.
+/// Input buffer of a stream that sends more than we read at a time, in bytes: fewer system calls.
 const INPUT_MAX: usize = 64 << 10;
-/// So many small reads in a row, and a large buffer is given back.
+/// Consecutive small reads after which a large input buffer is replaced by a small one.
 const SMALL_READS: u32 = 64;
-/// What is sent at a time; also the largest head of a request.
+/// Output buffer, in bytes; also the largest request head.
 const OUTPUT_BYTES: usize = 16 << 10;
-/// The kernel is told this fraction less than is left: it is late by as much, and the next reads need not tell it anew.
+/// The socket timeout is set to the time left less this fraction of it. The kernel may fire late by that much, and the next reads
+/// can do without setting it again.
 const TIMEOUT_MARGIN: u32 = 8;
-/// It has no steps finer than this.
+/// Resolution of the kernel's timeouts.
 const KERNEL_PRECISION: Duration = Duration::from_millis(10);
 
 /// Opens [`Tcp`] connections.
@@ -55,14 +56,14 @@ fn open(details: &ConnectionDetails) -> Result<Tcp, Error> {
     let handle: Weak<dyn ShutdownHandle> = Arc::<TcpStream>::downgrade(&socket);
     (details.register_shutdown)(handle)?;
     let buffers = StreamBuffers::default();
-    Ok(Tcp { socket, buffers, read_time: None, write_time: None, write_failed: false })
+    Ok(Tcp { socket, buffers, read_timeout: None, write_timeout: None, write_failed: false })
 }
 
 fn connect(addresses: &[SocketAddr], timeout: NextTimeout) -> Result<TcpStream, Error> {
-    let time = IoDeadline::starting_now(timeout);
-    time.left()?;
-    connect::connect_any(addresses, time.until).or_else(|e| {
-        time.left()?;
+    let deadline = IoDeadline::starting_now(timeout);
+    deadline.left()?;
+    connect::connect_any(addresses, deadline.until).or_else(|e| {
+        deadline.left()?;
         Err(match e {
             _ if addresses.is_empty() => Error::HostNotFound,
             e if is_timeout(&e) => Error::Timeout(Timeout::Connect),
@@ -71,12 +72,12 @@ fn connect(addresses: &[SocketAddr], timeout: NextTimeout) -> Result<TcpStream, 
     })
 }
 
-/// One connection, its buffers, and what the kernel was told last.
+/// One connection, its buffers, and its socket timeouts as last set.
 pub struct Tcp {
     socket: Arc<TcpStream>,
     buffers: StreamBuffers,
-    read_time: Option<Duration>,
-    write_time: Option<Duration>,
+    read_timeout: Option<Duration>,
+    write_timeout: Option<Duration>,
     write_failed: bool,
 }
 
@@ -92,18 +93,18 @@ impl Transport for Tcp {
     }
 
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), Error> {
-        let time = IoDeadline::starting_now(timeout.for_write());
+        let deadline = IoDeadline::starting_now(timeout.for_write());
         let mut unsent = 0..amount;
         while !unsent.is_empty() && !self.write_failed {
-            if let Some(left) = timeout_to_set(time.left()?, &mut self.write_time) {
+            if let Some(left) = timeout_to_set(deadline.left()?, &mut self.write_timeout) {
                 self.socket.set_write_timeout(left)?;
             }
             match (&*self.socket).write(&self.buffers.output()[unsent.clone()]) {
                 Ok(n @ 1..) => unsent.start += n,
                 Err(e) if e.kind() == ErrorKind::Interrupted || is_timeout(&e) => {}
-                // A server that refuses a large request answers and closes while we still write. What it said is worth
-                // more than that we could not go on, so the verdict is left to the read that follows. Said here, a TLS
-                // session above reads on too.
+                // A server that rejects a large request responds and closes while we are still writing. Its response is
+                // worth more than this error, so it is left to the read that follows to fail. A TLS session on top then
+                // reads on, too.
                 Ok(0) | Err(_) => self.write_failed = true,
             }
         }
@@ -111,11 +112,11 @@ impl Transport for Tcp {
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, Error> {
-        let time = IoDeadline::starting_now(timeout.for_read());
+        let deadline = IoDeadline::starting_now(timeout.for_read());
         self.buffers.output = Vec::new();
         let free = self.buffers.input_append_buf();
         loop {
-            if let Some(left) = timeout_to_set(time.left()?, &mut self.read_time) {
+            if let Some(left) = timeout_to_set(deadline.left()?, &mut self.read_timeout) {
                 self.socket.set_read_timeout(left)?;
             }
             match (&*self.socket).read(free) {
@@ -132,7 +133,7 @@ impl Transport for Tcp {
     fn is_open(&mut self) -> bool {
         let quiet = || {
             self.socket.set_nonblocking(true)?;
-            // Nothing was asked for, so that even a byte makes the connection unfit for the next exchange.
+            // No response is due: a connection that has received even one byte is unusable.
             let quiet = matches!(self.socket.peek(&mut [0]), Err(e) if e.kind() == ErrorKind::WouldBlock);
             self.socket.set_nonblocking(false)?;
             io::Result::Ok(quiet)
@@ -141,7 +142,7 @@ impl Transport for Tcp {
     }
 }
 
-/// Of one wait.
+/// When one wait ends.
 struct IoDeadline {
     until: Option<Instant>,
     reason: Timeout,
@@ -149,33 +150,33 @@ struct IoDeadline {
 
 impl IoDeadline {
     fn starting_now(timeout: NextTimeout) -> IoDeadline {
-        // What is too far off for the clock never comes.
+        // `None`, if the clock cannot represent it: no limit.
         IoDeadline { until: Instant::now().checked_add(*timeout.after), reason: timeout.reason }
     }
 
-    /// `None` is for ever.
+    /// The time left; `None` means no limit.
     fn left(&self) -> Result<Option<Duration>, Error> {
         let left = self.until.map(|until| until.saturating_duration_since(Instant::now()));
         if left == Some(Duration::ZERO) { Err(Error::Timeout(self.reason)) } else { Ok(left) }
     }
 }
 
-/// What the kernel has to be told, if what it was `told` does not serve: it must not ring late, nor so early that waking us in
-/// vain becomes a habit. A stream that goes on is told anew only once in an eighth of its time.
-fn timeout_to_set(left: Option<Duration>, told: &mut Option<Duration>) -> Option<Option<Duration>> {
-    let serves = match (left, *told) {
-        (Some(left), Some(told)) => left / 2 <= told && told <= left,
+/// The socket timeout to set, unless the one that was `last_set` will do: that is, it fires neither late nor before half of
+/// the time left. A running stream then sets it about once per eighth of its time.
+fn timeout_to_set(left: Option<Duration>, last_set: &mut Option<Duration>) -> Option<Option<Duration>> {
+    let will_do = match (left, *last_set) {
+        (Some(left), Some(set)) => left / 2 <= set && set <= left,
         (None, None) => true,
         _ => false,
     };
-    if serves {
+    if will_do {
         return None;
     }
-    *told = left.map(|left| if left > KERNEL_PRECISION { left - left / TIMEOUT_MARGIN } else { left });
-    Some(*told)
+    *last_set = left.map(|left| if left > KERNEL_PRECISION { left - left / TIMEOUT_MARGIN } else { left });
+    Some(*last_set)
 }
 
-/// The kernel says either when the time of a socket is over.
+/// The kernel reports either when a socket timeout fires.
 fn is_timeout(e: &io::Error) -> bool {
     matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
 }
@@ -183,19 +184,19 @@ fn is_timeout(e: &io::Error) -> bool {
 #[derive(Default)]
 struct StreamBuffers {
     input: Vec<u8>,
-    /// The part of it that has come and is not consumed.
+    /// The part of `input` that was received and is not consumed.
     unread: std::ops::Range<usize>,
-    /// A read left no room.
+    /// The last read filled the buffer.
     was_full: bool,
     small_reads: u32,
-    /// The last look at the input took something out of it.
+    /// The last call to consume input consumed some.
     progress: bool,
-    /// Empty but for the time of a request: what is sent, then what is about to be.
+    /// Allocated during a request only. The first half is sent, the second half is scratch space.
     output: Vec<u8>,
 }
 
 impl StreamBuffers {
-    /// Called while nothing is held, when a new buffer costs no copy.
+    /// Called while the buffer holds nothing, so that replacing it costs no copy.
     fn resize(&mut self) {
         let size = match self.input.len() {
             0 => INPUT_MIN,
@@ -236,10 +237,10 @@ impl Buffers for StreamBuffers {
             self.unread = 0..0;
             self.resize();
         } else if self.unread.end == self.input.len() {
-            // Half a head, or half of a chunk's size: it is wanted in one piece.
+            // Part of a head or of a chunk size: it has to be contiguous.
             self.input.copy_within(self.unread.clone(), 0);
             self.unread = 0..self.unread.len();
-            // Once beyond what a head may have, for a read without room would look like the end.
+            // May exceed the limit of a head once: a read into an empty buffer would look like the end.
             if self.unread.end == self.input.len() && self.input.len() <= INPUT_MAX {
                 self.input.resize(self.input.len() * 2, 0);
             }
@@ -268,42 +269,42 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kernel_is_never_told_more_than_is_left() {
+    fn socket_timeout_never_exceeds_the_time_left() {
         arbtest::arbtest(|u| {
-            let mut told = None;
+            let mut set = None;
             for _ in 0..u.int_in_range(1..=9)? {
                 let left = Duration::from_micros(u.int_in_range(1..=100_000_000)?);
-                let _ = timeout_to_set(Some(left), &mut told);
-                assert!(told.is_some_and(|told| !told.is_zero() && told <= left), "told {told:?} of {left:?}");
+                let _ = timeout_to_set(Some(left), &mut set);
+                assert!(set.is_some_and(|set| !set.is_zero() && set <= left), "{set:?} of {left:?}");
             }
             Ok(())
         })
         .budget_ms(100);
     }
 
-    /// As ureq uses them: what comes is appended, and taken from the front in any amounts.
+    /// As ureq uses them: input is appended at the end, and consumed from the front in any amounts.
     #[test]
-    fn the_input_is_what_was_appended_and_there_is_room_for_more() {
+    fn stream_buffers_return_what_was_appended_and_always_have_room() {
         arbtest::arbtest(|u| {
             let mut buffers = StreamBuffers::default();
-            let (mut came, mut taken) = (0_usize, 0_usize);
+            let (mut appended, mut consumed) = (0_usize, 0_usize);
             for _ in 0..u.int_in_range(1..=200)? {
                 let room = buffers.input_append_buf();
-                assert!(!room.is_empty() || came - taken > 64 << 10);
+                assert!(!room.is_empty() || appended - consumed > 64 << 10);
                 let n = if u.ratio(1, 3)? { room.len() } else { u.int_in_range(0..=room.len().min(700))? };
                 for (i, byte) in room[..n].iter_mut().enumerate() {
-                    *byte = ((came + i) % 251) as u8;
+                    *byte = ((appended + i) % 251) as u8;
                 }
                 buffers.input_appended(n);
-                came += n;
+                appended += n;
                 while !buffers.input().is_empty() {
                     let input = buffers.input();
-                    assert_eq!(input.len(), came - taken);
-                    assert!(input.iter().enumerate().all(|(i, byte)| *byte == ((taken + i) % 251) as u8));
+                    assert_eq!(input.len(), appended - consumed);
+                    assert!(input.iter().enumerate().all(|(i, byte)| *byte == ((consumed + i) % 251) as u8));
                     let n = if u.ratio(1, 2)? { input.len() } else { u.int_in_range(0..=input.len())? };
                     buffers.input_consume(n);
-                    taken += n;
-                    assert_eq!(buffers.can_use_input(), n > 0 && taken < came);
+                    consumed += n;
+                    assert_eq!(buffers.can_use_input(), n > 0 && consumed < appended);
                     if n == 0 {
                         break;
                     }

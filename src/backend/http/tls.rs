@@ -1,8 +1,7 @@
-//! TLS to a backend, between ureq and the TCP connection.
+//! TLS to a backend, as a `ureq` transport on top of the TCP connection.
 //!
-//! ureq's own would make a configuration for each request that has settings of its own, and link what nobody here asks for: client
-//! certificates, and not to verify at all. Invariant: one configuration for all connections of a backend, so that each can resume
-//! the session of another.
+//! `ureq`'s own TLS connector builds a new configuration for each request that has settings of its own, so that no session is
+//! resumed. Invariant: all connections of a backend share one configuration, so each can resume the session of another.
 
 use std::fmt;
 use std::io::{Read, Write};
@@ -19,14 +18,14 @@ use ureq::unversioned::transport::{
 
 use crate::net::tls::{self, ExtraRoots};
 
-/// Wraps a connection where the URL says so.
+/// Adds TLS to the connection if the URL asks for it.
 pub struct TlsConnector {
     roots: ExtraRoots,
     config: OnceLock<Arc<ClientConfig>>,
 }
 
 impl TlsConnector {
-    /// Trusts the roots of the web, and these.
+    /// Trusts these roots as well as those of the web.
     pub fn new(roots: ExtraRoots) -> TlsConnector {
         TlsConnector { roots, config: OnceLock::new() }
     }
@@ -46,7 +45,7 @@ impl TlsConnector {
         let mut conn =
             self.config().and_then(|config| ClientConnection::new(config, name)).map_err(std::io::Error::other)?;
         let mut sock = TransportAdapter::new(below, details.current_time.clone());
-        // Of the time to connect, which began before TCP did.
+        // The connect timeout started before the TCP connect.
         let spent = match details.now {
             Instant::Exact(began) => began.elapsed(),
             _ => Duration::ZERO,
@@ -81,7 +80,7 @@ impl<In: Transport> Connector<In> for TlsConnector {
     }
 }
 
-/// A session, and its buffers of what is not encrypted.
+/// A TLS session and its plaintext buffers.
 struct Tls {
     buffers: LazyBuffers,
     stream: StreamOwned<ClientConnection, TransportAdapter>,

@@ -46,7 +46,7 @@ pub fn relay(
     let status = response.status().as_u16();
     if !(200..300).contains(&status) {
         // The status is known: what came of its explanation before it broke off, or stalled, tells enough.
-        lease.wire().limit_reads_to(ERROR_READ_TIME);
+        lease.monitor().limit_reads_to(ERROR_READ_TIME);
         let (error_body, _) = read_bounded(response.into_body(), ERROR_READ_MAX);
         sink.still_wanted()?;
         return Err(client.status_error(status, &error_body));
@@ -95,7 +95,7 @@ fn relay_body(
         let read = reader.read(&mut buffer);
         sink.still_wanted()?;
         match read {
-            Ok(0) if lease.wire().has_broken() => return Err(broken_error("the connection was reset", relayed)),
+            Ok(0) if lease.monitor().has_broken() => return Err(broken_error("the connection was reset", relayed)),
             Ok(0) => return watch.finish().map_err(|e| if relayed { e } else { empty_stream_error(e) }),
             Ok(n) => {
                 sink.send_chunk(&buffer[..n])?;
