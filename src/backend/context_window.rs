@@ -1,5 +1,5 @@
-//! The context window that a server really runs, where its listing does not tell. Each kind has a place of its own for
-//! it; a question that fails leaves the window unknown, which is honest, and the model offered.
+//! Asks a server for the context windows that it actually runs with, if its model listing does not include them. Each kind
+//! reports them on a route of its own. If a request fails, the window stays unknown, and the model is offered anyway.
 
 use serde_json::{Value, json};
 
@@ -7,7 +7,7 @@ use super::listing::{Listed, window};
 use super::probe::Probe;
 use super::{BackendModel, Kind};
 
-/// The listed models, with their windows.
+/// Returns the listed models with their context windows.
 pub fn fill_in(kind: Kind, listed: Vec<Listed>, probe: &Probe<'_>) -> Vec<BackendModel> {
     if listed.is_empty() {
         return Vec::new();
@@ -20,7 +20,7 @@ pub fn fill_in(kind: Kind, listed: Vec<Listed>, probe: &Probe<'_>) -> Vec<Backen
     }
 }
 
-/// `/props`; a router answers for itself with 0, and for a model only when it is named.
+/// From `/props`. A router reports 0 for itself, so it is asked for each model by name.
 fn llamacpp(listed: Vec<Listed>, probe: &Probe<'_>) -> Vec<BackendModel> {
     let n_ctx = |props: Value| window(&props["default_generation_settings"]["n_ctx"]);
     let own = n_ctx(get(probe, "/props"));
@@ -46,39 +46,39 @@ fn lmstudio(listed: Vec<Listed>, probe: &Probe<'_>) -> Vec<BackendModel> {
     listed.into_iter().map(with_window).collect()
 }
 
-/// What runs, else what the operator configured; never what the model could do on other hardware.
+/// The window of the running model, else the configured one; never the maximum of the model.
 fn ollama(listed: Vec<Listed>, probe: &Probe<'_>) -> Vec<BackendModel> {
     let running = get(probe, "/api/ps");
     let with_window = |mut listed: Listed| {
         let id = &listed.model.model_id;
         let loaded = window(&find(&running["models"], &["name", "model"], id)["context_length"]);
         listed.model.context_window = loaded.or_else(|| {
-            let shown = post(probe, "/api/show", &json!({ "model": id }));
-            shown["parameters"].as_str().and_then(num_ctx)
+            let details = post(probe, "/api/show", &json!({ "model": id }));
+            details["parameters"].as_str().and_then(num_ctx)
         });
         listed.model
     };
     listed.into_iter().map(with_window).collect()
 }
 
-/// `num_ctx` in the lines of a Modelfile's parameters.
+/// `num_ctx` from the parameters of a Modelfile.
 fn num_ctx(parameters: &str) -> Option<u32> {
     let mut lines = parameters.lines().map(|line| line.split_whitespace());
     let value = lines.find_map(|mut words| (words.next()? == "num_ctx").then(|| words.next())?)?;
     value.parse().ok().filter(|n| *n > 0)
 }
 
-/// One of the server's own answers; null where it has none.
+/// `GET` of one of the server's own routes; null if the request fails.
 pub fn get(probe: &Probe<'_>, path: &str) -> Value {
-    probe.get_below_root(path).map_or(Value::Null, |answer| parsed(&answer))
+    probe.get_below_root(path).map_or(Value::Null, |response| parsed(&response))
 }
 
-fn post(probe: &Probe<'_>, path: &str, question: &Value) -> Value {
-    probe.post_below_root(path, question.to_string().as_bytes()).map_or(Value::Null, |answer| parsed(&answer))
+fn post(probe: &Probe<'_>, path: &str, body: &Value) -> Value {
+    probe.post_below_root(path, body.to_string().as_bytes()).map_or(Value::Null, |response| parsed(&response))
 }
 
-fn parsed(answer: &[u8]) -> Value {
-    serde_json::from_slice(answer).unwrap_or_default()
+fn parsed(response: &[u8]) -> Value {
+    serde_json::from_slice(response).unwrap_or_default()
 }
 
 fn find<'a>(entries: &'a Value, keys: &[&str], id: &str) -> &'a Value {
@@ -87,7 +87,7 @@ fn find<'a>(entries: &'a Value, keys: &[&str], id: &str) -> &'a Value {
     found.unwrap_or(&Value::Null)
 }
 
-/// For a query value.
+/// Percent-encodes a query value.
 fn percent_encoded(text: &str) -> String {
     let mut encoded = String::with_capacity(text.len());
     for b in text.bytes() {
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn ids_are_made_fit_for_a_query() {
+    fn percent_encoded_escapes_what_a_query_value_cannot_contain() {
         assert_eq!(percent_encoded("org/Model-1.5:Q4 & x"), "org%2FModel-1.5%3AQ4%20%26%20x");
     }
 }

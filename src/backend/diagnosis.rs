@@ -1,4 +1,4 @@
-//! What an operator is told of a server, question by question; the prober's one answer for all says less.
+//! A detailed examination of a server, for the doctor and `setup`: each part of a probe has a result of its own.
 
 use std::time::{Duration, Instant};
 
@@ -8,65 +8,65 @@ use super::context_window::get;
 use super::probe::Probe;
 use super::{BackendModel, BackendResult, HttpBackend, Kind};
 
-/// The answers of a server that is healthy.
+/// What a healthy server reports.
 #[derive(Debug)]
 pub struct Diagnosis {
-    /// How long the health check took.
+    /// Duration of the health check.
     pub latency: Duration,
-    /// What it lists.
+    /// The listed models.
     pub models: BackendResult<Vec<BackendModel>>,
-    /// What it knows, but would have to load first. A llama.cpp router's are not among the listed.
+    /// The models that it would have to load first. Those of a llama.cpp router are not listed.
     pub unloaded: Vec<String>,
 }
 
 impl HttpBackend {
-    /// Asks the server for all of it, within twice the time of a probe.
+    /// Examines the server, within twice the time limit of a probe.
     ///
     /// # Errors
-    /// It is not healthy.
+    /// The server is not healthy.
     pub fn diagnose(&self) -> BackendResult<Diagnosis> {
         let kind = self.server_kind();
-        let began = Instant::now();
+        let started = Instant::now();
         let probe = self.start_probe();
         probe.health()?;
-        let mut took = began.elapsed();
+        let mut latency = started.elapsed();
         let mut models = self.models(&probe);
         if kind.health_path().is_none() {
-            // The listing is the check.
+            // The listing is the health check.
             models = Ok(models?);
-            took = began.elapsed();
+            latency = started.elapsed();
         }
         let unloaded = match &models {
             Ok(listed) => unloaded(kind, listed, &self.start_probe()),
             Err(_) => Vec::new(),
         };
-        Ok(Diagnosis { latency: took, models, unloaded })
+        Ok(Diagnosis { latency, models, unloaded })
     }
 }
 
 fn unloaded(kind: Kind, listed: &[BackendModel], probe: &Probe<'_>) -> Vec<String> {
-    let entries = |answer: &Value, list: &str, keys: &[&str], counts: &dyn Fn(&Value) -> bool| -> Vec<String> {
-        let entries = answer[list].as_array().map(Vec::as_slice).unwrap_or_default();
+    let entries = |response: &Value, list: &str, keys: &[&str], counts: &dyn Fn(&Value) -> bool| -> Vec<String> {
+        let entries = response[list].as_array().map(Vec::as_slice).unwrap_or_default();
         let counted = entries.iter().filter(|entry| counts(entry));
         counted.filter_map(|entry| keys.iter().find_map(|key| entry[*key].as_str()).map(str::to_owned)).collect()
     };
     match kind {
         Kind::LlamaCpp => {
-            let waits =
+            let is_unloaded =
                 |entry: &Value| entry["status"]["value"].as_str().is_some_and(|s| s != "loaded" && s != "sleeping");
-            entries(&get(probe, "/v1/models"), "data", &["id"], &waits)
+            entries(&get(probe, "/v1/models"), "data", &["id"], &is_unloaded)
         }
         Kind::LmStudio => {
-            let waits = |entry: &Value| entry["state"].as_str().is_some_and(|state| state != "loaded");
-            entries(&get(probe, "/api/v0/models"), "data", &["id"], &waits)
+            let is_unloaded = |entry: &Value| entry["state"].as_str().is_some_and(|state| state != "loaded");
+            entries(&get(probe, "/api/v0/models"), "data", &["id"], &is_unloaded)
         }
         Kind::Ollama => {
-            let answer = get(probe, "/api/ps");
-            // One that does not say has not said that it has none.
-            if !answer["models"].is_array() {
+            let response = get(probe, "/api/ps");
+            // Without a list it is unknown which models are loaded.
+            if !response["models"].is_array() {
                 return Vec::new();
             }
-            let running = entries(&answer, "models", &["name", "model"], &|_| true);
+            let running = entries(&response, "models", &["name", "model"], &|_| true);
             let ids = listed.iter().map(|model| &model.model_id);
             ids.filter(|id| !running.contains(id)).cloned().collect()
         }

@@ -1,26 +1,26 @@
-//! The error codes of the protocol, and the one place where a cause of failure is mapped to one.
+//! The error codes of the protocol, and the one place that maps a cause of failure to a code.
 
 use super::BackendError;
 
-/// The six codes that the coordinator knows; there are no others.
+/// The six error codes that the coordinator knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ErrorCode {
-    /// No place is free, here or at the backend.
+    /// The agent or the backend is at capacity.
     OutOfCapacity,
-    /// The model is not offered, not there, or still loading.
+    /// The model is not offered, missing, or still loading.
     ModelNotLoaded,
-    /// The backend could not be reached, or went away before its first byte.
+    /// The backend cannot be reached, or failed before its first byte.
     BackendUnreachable,
     /// The deadline passed.
     BackendTimeout,
-    /// The backend refused our key, or the key is missing.
+    /// The backend rejected the API key, or the key is missing.
     AuthRejectedByBackend,
-    /// Everything else, cut streams among it.
+    /// Any other failure, including truncated streams.
     Internal,
 }
 
 impl ErrorCode {
-    /// The spelling on the wire.
+    /// The code as it is sent.
     pub fn as_str(self) -> &'static str {
         match self {
             ErrorCode::OutOfCapacity => "out_of_capacity",

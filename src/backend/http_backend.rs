@@ -1,4 +1,4 @@
-//! The one backend implementation: an HTTP server of some [`Kind`].
+//! The implementation of [`Backend`]: an HTTP server of some [`Kind`].
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -18,17 +18,17 @@ use super::{Backend, BackendHealth, BackendModel, Job, JobResult, JobSink, WireF
 pub struct HttpBackend {
     kind: Kind,
     id: String,
-    /// Where the server's own routes start.
+    /// Root of the server's own routes.
     root: String,
-    /// Where the OpenAI routes start.
+    /// Root of the OpenAI and Anthropic routes.
     api: String,
     client: Client,
-    /// The windows that the last probe found.
+    /// Context windows by model, from the last probe.
     windows: Mutex<HashMap<String, u32>>,
 }
 
 impl HttpBackend {
-    /// `url` may be left out for hosted kinds; `api_key_env` names the environment variable with the key.
+    /// `url` is optional for hosted kinds; `api_key_env` names the environment variable with the API key.
     pub fn new(kind: Kind, url: Option<BaseUrl>, api_key_env: Option<&str>) -> HttpBackend {
         let (root, api) = match (&url, kind.hosted_url()) {
             (None, hosted) => (hosted.unwrap_or_default().to_owned(), hosted.unwrap_or_default().to_owned()),
@@ -39,8 +39,8 @@ impl HttpBackend {
         HttpBackend { kind, id: format!("{kind} at {root}"), root, api, client, windows: Mutex::default() }
     }
 
-    /// Gives a model whose window could not be asked for this time the one that it had the last time, so that a slow
-    /// answer does not change the offer.
+    /// Fills in context windows from the last probe if a request of this one failed, so that a slow response does not change
+    /// the offer.
     fn remember_windows(&self, mut models: Vec<BackendModel>, some_failed: bool) -> Vec<BackendModel> {
         let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
         if some_failed {
@@ -100,15 +100,15 @@ impl Backend for HttpBackend {
     }
 
     fn health(&self) -> BackendResult<BackendHealth> {
-        let asked = Instant::now();
+        let started = Instant::now();
         let probe = self.start_probe();
-        let checked = match self.kind.health_path() {
+        let result = match self.kind.health_path() {
             Some(_) => probe.health(),
             None => probe.listing().map(drop),
         };
-        Ok(match checked {
+        Ok(match result {
             Ok(()) => {
-                let latency_ms = u32::try_from(asked.elapsed().as_millis()).ok();
+                let latency_ms = u32::try_from(started.elapsed().as_millis()).ok();
                 BackendHealth { reachable: true, latency_ms, last_error: None }
             }
             Err(e) => BackendHealth { reachable: false, latency_ms: None, last_error: Some(e.to_string()) },

@@ -1,10 +1,10 @@
-//! The kinds of backend, as data: names, rank, default addresses, and where each keeps what.
+//! The kinds of backend: name, rank, default addresses and health check of each.
 
 use std::fmt;
 
 use ureq::http::Uri;
 
-/// A kind, in the order of rank: of two that list a model, the lesser is advertised.
+/// A kind of backend. Of two that list the same model, the lesser kind is offered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
     /// vLLM.
@@ -24,11 +24,11 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// All of them, by rank.
+    /// All kinds, by rank.
     pub const ALL: [Kind; 7] =
         [Kind::Vllm, Kind::LlamaCpp, Kind::LmStudio, Kind::Ollama, Kind::OpenAi, Kind::Venice, Kind::OpenRouter];
 
-    /// The name in `agent.toml` and on the wire.
+    /// The name in `agent.toml` and in the protocol.
     pub fn name(self) -> &'static str {
         match self {
             Kind::Vllm => "vllm",
@@ -41,17 +41,17 @@ impl Kind {
         }
     }
 
-    /// The kind of that name.
+    /// The kind with this name.
     pub fn from_name(name: &str) -> Option<Kind> {
         Kind::ALL.into_iter().find(|k| k.name() == name)
     }
 
-    /// The rank of a kind's name; names that we do not know come last.
+    /// The rank of the kind with this name; unknown names come last.
     pub fn rank_of(name: &str) -> usize {
         Kind::ALL.iter().position(|k| k.name() == name).unwrap_or(Kind::ALL.len())
     }
 
-    /// The address of a hosted kind; `None` for the kinds that run on the operator's own machines.
+    /// The address of a hosted kind; `None` for the others.
     pub fn hosted_url(self) -> Option<&'static str> {
         match self {
             Kind::Venice => Some("https://api.venice.ai/api/v1"),
@@ -60,12 +60,12 @@ impl Kind {
         }
     }
 
-    /// Whether it is somebody else's machine, reached over the internet and so perhaps through a proxy.
+    /// Whether it is a hosted service, reached over the internet and perhaps through a proxy.
     pub fn is_hosted(self) -> bool {
         self.hosted_url().is_some()
     }
 
-    /// Where the servers of this kind listen by default.
+    /// The default addresses of servers of this kind.
     pub fn default_urls(self) -> &'static [&'static str] {
         match self {
             Kind::Vllm => &["http://localhost:8000"],
@@ -76,7 +76,7 @@ impl Kind {
         }
     }
 
-    /// The health check below the root; `None` where the listing is the health check.
+    /// The path of the health check; `None` if the model listing serves as one.
     pub(super) fn health_path(self) -> Option<&'static str> {
         match self {
             Kind::Vllm | Kind::LlamaCpp => Some("/health"),
@@ -92,29 +92,29 @@ impl fmt::Display for Kind {
     }
 }
 
-/// A checked `http` or `https` address, without a trailing slash: two that differ by one are equal.
+/// A validated `http` or `https` address. A trailing slash is removed.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct BaseUrl(String);
 
-/// Why an address is refused.
+/// Why an address is invalid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum BaseUrlError {
     /// It cannot be parsed.
     #[error("it is not a URL")]
     Unparsable,
     /// Neither `http` nor `https`.
-    #[error("a backend's URL begins with http:// or https://")]
+    #[error("a backend's URL must begin with http:// or https://")]
     Scheme,
-    /// A user name or password in it.
-    #[error("a backend's URL holds no user or password; name a variable in `api_key_env` instead")]
+    /// It contains a user name or password.
+    #[error("a backend's URL must not contain a user or password; use `api_key_env` instead")]
     Credentials,
-    /// A query or fragment.
-    #[error("a backend's URL has no `?` or `#` part")]
+    /// It has a query or a fragment.
+    #[error("a backend's URL must not contain `?` or `#`")]
     Query,
 }
 
 impl BaseUrl {
-    /// Checks an address.
+    /// Parses and validates an address.
     ///
     /// # Errors
     /// What is wrong with it.
@@ -145,7 +145,7 @@ impl BaseUrl {
         &self.0
     }
 
-    /// Where the server's own routes start: the address without a `/v1` that the operator may have put behind it.
+    /// The root of the server's own routes: the address without `/v1`, if the operator appended that.
     pub fn root(&self) -> &str {
         self.0.strip_suffix("/v1").unwrap_or(&self.0).trim_end_matches('/')
     }
@@ -162,7 +162,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_are_taken_with_and_without_slash_path_and_v1() {
+    fn base_url_accepts_a_slash_a_path_and_v1() {
         for (given, root) in [
             ("http://h:1", "http://h:1"),
             ("http://h:1/", "http://h:1"),
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_address_of_a_backend_is_refused() {
+    fn base_url_rejects_everything_else() {
         for (given, why) in [
             ("", BaseUrlError::Unparsable),
             ("not a url", BaseUrlError::Unparsable),

@@ -1,26 +1,26 @@
-//! Reading a backend's list of models. Pure.
+//! Parses a backend's model listing.
 
 use serde_json::Value;
 
 use super::{BackendError, BackendModel, BackendResult, Kind};
 
-/// One entry, as listed.
+/// An entry of the listing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listed {
-    /// The model, with the window that the listing itself states.
+    /// The model, with its context window if the listing contains one.
     pub model: BackendModel,
-    /// llama.cpp's router lists unloaded models too; this one is such a router's.
+    /// Whether it is listed by a llama.cpp router, which also lists models that it has not loaded.
     pub routed: bool,
 }
 
-/// The models of `body`, in its order, without those that a llama.cpp router has not loaded.
+/// Parses the models of `body`, in order, without those that a llama.cpp router has not loaded.
 pub fn parse(kind: Kind, body: &[u8]) -> BackendResult<Vec<Listed>> {
     let root: Value = serde_json::from_slice(body)
         .map_err(|e| BackendError::BadAnswer(format!("the model listing is not JSON ({e})")))?;
     let entries = match &root["data"] {
         Value::Array(entries) => entries.as_slice(),
         entry @ Value::Object(_) => std::slice::from_ref(entry),
-        // Older llama.cpp builds answer with one bare object.
+        // Older llama.cpp builds return a single object.
         _ if root["id"].is_string() => std::slice::from_ref(&root),
         _ => match &root {
             Value::Array(entries) => entries.as_slice(),
@@ -36,13 +36,13 @@ fn listed(kind: Kind, entry: &Value) -> Option<Listed> {
     if status.is_some_and(|s| s != "loaded" && s != "sleeping") {
         return None;
     }
-    // The listing of llama.cpp speaks of the training window only.
+    // llama.cpp lists the training context only.
     let context_window = if kind == Kind::LlamaCpp { None } else { stated_window(entry) };
     let model = BackendModel { model_id, context_window, native: !kind.is_hosted() };
     Some(Listed { model, routed: status.is_some() })
 }
 
-/// The first that is a number; 0 means unknown.
+/// The context window of an entry: the first of these keys that is a number. 0 means unknown.
 fn stated_window(entry: &Value) -> Option<u32> {
     ["context_length", "max_model_len", "context_window"]
         .into_iter()
@@ -50,7 +50,7 @@ fn stated_window(entry: &Value) -> Option<u32> {
         .flatten()
 }
 
-/// A window, where the value is one: a whole number above 0.
+/// The context window in `value`: a positive integer.
 pub fn window(value: &Value) -> Option<u32> {
     value.as_u64().and_then(|n| u32::try_from(n).ok()).filter(|n| *n > 0)
 }
@@ -64,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn listings_are_read_in_every_shape_that_servers_send() {
+    fn parse_reads_every_shape_that_servers_send() {
         for body in [
             r#"{"data":[{"id":"a"},{"id":"b"}]}"#,
             r#"{"object":"list","models":[],"data":[{"id":"a"},{"x":1},{"id":7},{"id":""},{"id":"b"}]}"#,
@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn a_router_offers_only_what_it_has_loaded() {
+    fn parse_skips_models_that_a_router_has_not_loaded() {
         let body = r#"{"data":[{"id":"a","status":{"value":"loaded"}},{"id":"b","status":{"value":"unloaded"}},
             {"id":"c","status":{"value":"sleeping"}},{"id":"d","status":{"value":"loading"}},{"id":"e"}]}"#;
         assert_eq!(ids(Kind::LlamaCpp, body), ["a", "c", "e"]);
@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_window_that_is_a_number_counts() {
+    fn stated_window_is_the_first_number() {
         for (entry, want) in [
             (r#"{"context_length":1,"max_model_len":2,"context_window":3}"#, Some(1)),
             (r#"{"context_length":"1","max_model_len":2,"context_window":3}"#, Some(2)),
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_listing_is_an_error_and_no_panic() {
+    fn parse_rejects_what_is_no_listing() {
         for body in ["", "null", "7", "{}", "<html>", r#"{"data":7}"#] {
             assert!(matches!(parse(Kind::Vllm, body.as_bytes()), Err(BackendError::BadAnswer(_))), "{body}");
         }

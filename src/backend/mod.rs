@@ -1,7 +1,7 @@
-//! Inference servers: what the agent asks of one, and the HTTP kinds that it knows.
+//! Inference servers: the [`Backend`] trait, and its implementation for the HTTP servers that the agent supports.
 //!
-//! [`Backend`] is the seam: everything above it (admission, cancellation, the wire) works with any implementation.
-//! Data flows one way, from [`Backend::execute`] into a [`JobSink`]; an error from the sink ends the job at once.
+//! Admission, cancellation and the connection to the coordinator work with any implementation of the trait. Data flows one
+//! way, from [`Backend::execute`] into a [`JobSink`]; an error from the sink ends the job at once.
 
 mod http_backend;
 mod kind;
@@ -26,22 +26,22 @@ pub use kind::{BaseUrl, Kind};
 
 use error::truncated_body;
 
-/// One chat request that the coordinator handed us.
+/// A chat request from the coordinator.
 #[derive(Debug, Clone)]
 pub struct Job {
-    /// The coordinator's name for it.
+    /// The coordinator's id of the job.
     pub job_id: Uuid,
-    /// The model that was offered.
+    /// The offered model that it is for.
     pub model_id: String,
-    /// The request body, as it came.
+    /// The request body, unchanged.
     pub request: serde_json::Value,
-    /// The dialect of the body.
+    /// The API of the body.
     pub format: WireFormat,
-    /// Time for the whole job, in milliseconds.
+    /// Time limit for the whole job, in milliseconds.
     pub deadline_ms: u32,
 }
 
-/// The dialect that a job speaks; nothing is ever transcoded.
+/// The API that a job uses. Nothing is converted between them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WireFormat {
     /// `/v1/chat/completions`.
@@ -50,48 +50,49 @@ pub enum WireFormat {
     Anthropic,
 }
 
-/// What a job that went well has to say for itself.
+/// The result of a successful job.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct JobResult {
-    /// As the backend's usage says; `None` when it said nothing.
+    /// Input tokens; `None` if the backend reported none.
     pub input_tokens: Option<u32>,
-    /// Likewise.
+    /// Output tokens; `None` if the backend reported none.
     pub output_tokens: Option<u32>,
-    /// From the request to the last byte, in milliseconds.
+    /// Time from the request to the last byte, in milliseconds.
     pub duration_ms: u32,
 }
 
-/// One entry of a backend's listing.
+/// An entry of a backend's model listing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BackendModel {
-    /// The name that the backend knows it by.
+    /// The backend's id of the model.
     pub model_id: String,
-    /// The window that the server really runs, in tokens; `None` when it does not say.
+    /// The context window that the server actually runs with, in tokens; `None` if unknown.
     pub context_window: Option<u32>,
-    /// Whether it runs on this operator's own hardware; false for hosted backends.
+    /// Whether it runs on the operator's own hardware; false for hosted backends.
     pub native: bool,
 }
 
-/// The outcome of a health check.
+/// The result of a health check.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BackendHealth {
-    /// Whether it can serve.
+    /// Whether the backend can serve.
     pub reachable: bool,
-    /// How long the check took, in milliseconds.
+    /// Duration of the check, in milliseconds.
     pub latency_ms: Option<u32>,
-    /// Why it cannot.
+    /// Why the backend cannot serve.
     pub last_error: Option<String>,
 }
 
-/// Where a backend puts the bytes of an answer.
+/// Receives the response of a job.
 pub trait JobSink: Send {
-    /// Takes the next bytes, in order; blocks while the coordinator is slow.
+    /// Sends the next bytes, in order. Blocks while the coordinator is slow.
     ///
     /// # Errors
-    /// The job is over (cancelled, its session gone, its deadline past): the backend stops at once.
+    /// The job is over (cancelled, past its deadline, or its session has ended). The backend must stop at once.
     fn send_chunk(&mut self, bytes: &[u8]) -> BackendResult<()>;
 
-    /// Whether the job is still wanted. Asked at every end of input too, because an interrupted read can look like one.
+    /// Checks that the job is still wanted. Backends also call it at the end of input, because an interrupted read can look
+    /// like one.
     ///
     /// # Errors
     /// As [`JobSink::send_chunk`].
@@ -99,41 +100,41 @@ pub trait JobSink: Send {
         Ok(())
     }
 
-    /// Hands over the means to wake the backend out of a blocking call; replaces the one before.
+    /// Sets the handle that interrupts the backend's blocking calls; replaces the previous one.
     fn interrupt_with(&mut self, _interrupt: Interrupt) {}
 
-    /// How many output tokens have gone out so far, as far as the stream shows.
+    /// Reports the number of output tokens sent so far, as far as it can be seen in the stream.
     fn tokens_emitted(&mut self, _tokens: u32) {}
 }
 
 /// An inference server.
 pub trait Backend: Send + Sync {
-    /// The kind's name on the wire and in `agent.toml`.
+    /// The kind, as it is named in `agent.toml` and in the protocol.
     fn kind(&self) -> &'static str;
 
-    /// A name for the operator, unique among the configured ones.
+    /// A name for the operator, unique among the configured backends.
     fn id(&self) -> &str;
 
-    /// What it serves right now.
+    /// Lists the models that it serves at the moment.
     ///
     /// # Errors
-    /// It cannot be asked, or its answer cannot be read.
+    /// The backend does not respond, or its response cannot be read.
     fn list_models(&self) -> BackendResult<Vec<BackendModel>>;
 
-    /// Whether it can serve right now.
+    /// Checks whether it can serve at the moment.
     ///
     /// # Errors
-    /// The question itself could not be put.
+    /// The check could not be made.
     fn health(&self) -> BackendResult<BackendHealth>;
 
-    /// Runs one job to its end, in the calling thread.
+    /// Runs one job to its end, on the calling thread.
     ///
     /// # Errors
-    /// By cause; what was sent to the sink before stays sent.
+    /// The cause of failure. Bytes sent to the sink before stay sent.
     fn execute(&self, job: &Job, sink: &mut dyn JobSink) -> BackendResult<JobResult>;
 
-    /// As [`Backend::execute`], for a job that no other backend is going to get: its request need not be kept while the answer
-    /// comes.
+    /// Like [`Backend::execute`], for a job that will not be given to another backend, so that its request can be dropped once
+    /// it is sent.
     ///
     /// # Errors
     /// As [`Backend::execute`].
@@ -141,10 +142,10 @@ pub trait Backend: Send + Sync {
         self.execute(&job, sink)
     }
 
-    /// Health and listing in one: what can be offered now.
+    /// Checks the health and lists the models.
     ///
     /// # Errors
-    /// Why nothing can be offered.
+    /// Why no model can be offered.
     fn probe(&self) -> BackendResult<Vec<BackendModel>> {
         let health = self.health()?;
         if !health.reachable {
@@ -153,7 +154,7 @@ pub trait Backend: Send + Sync {
         self.list_models()
     }
 
-    /// Why every job would fail although the listing may be readable (a key that is not set, for instance).
+    /// Checks for what would make every job fail even if the models can be listed, such as a missing API key.
     ///
     /// # Errors
     /// The reason.

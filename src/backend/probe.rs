@@ -13,14 +13,14 @@ use super::{BackendError, BackendResult, Kind};
 pub const PROBE_TIME: Duration = Duration::from_secs(3);
 
 /// Largest response that a probe reads, in bytes; OpenRouter's listing is about 1 MB.
-const ANSWER_MAX: usize = 16 << 20;
+const RESPONSE_BYTES_MAX: usize = 16 << 20;
 
 /// One probe of a server.
 pub struct Probe<'a> {
     kind: Kind,
-    /// Where the server's own routes start.
+    /// Root of the server's own routes.
     root: &'a str,
-    /// Where the OpenAI routes start.
+    /// Root of the OpenAI routes.
     api: &'a str,
     client: &'a Client,
     until: Instant,
@@ -28,7 +28,7 @@ pub struct Probe<'a> {
 }
 
 impl<'a> Probe<'a> {
-    /// Starts the clock.
+    /// Starts a probe, and its time limit.
     pub fn start(kind: Kind, root: &'a str, api: &'a str, client: &'a Client) -> Probe<'a> {
         Probe { kind, root, api, client, until: Instant::now() + PROBE_TIME, failed: Cell::new(false) }
     }
@@ -43,7 +43,7 @@ impl<'a> Probe<'a> {
         let Some(path) = self.kind.health_path() else { return Ok(()) };
         match self.get_below_root(path) {
             Ok(_) => Ok(()),
-            Err(BackendError::ModelNotFound(answer)) if answer.status == 404 => Ok(()),
+            Err(BackendError::ModelNotFound(response)) if response.status == 404 => Ok(()),
             Err(e) => Err(e),
         }
     }
@@ -51,22 +51,22 @@ impl<'a> Probe<'a> {
     /// `GET` of the model listing.
     pub fn listing(&self) -> BackendResult<Vec<u8>> {
         let url = format!("{}/models", self.api);
-        self.ask(|lease, time| lease.get(&url, time))
+        self.request(|lease, time| lease.get(&url, time))
     }
 
     /// `GET` of one of the server's own routes.
     pub fn get_below_root(&self, path: &str) -> BackendResult<Vec<u8>> {
         let url = format!("{}{path}", self.root);
-        self.ask(|lease, time| lease.get(&url, time))
+        self.request(|lease, time| lease.get(&url, time))
     }
 
     /// `POST` of JSON to one of the server's own routes.
     pub fn post_below_root(&self, path: &str, body: &[u8]) -> BackendResult<Vec<u8>> {
         let url = format!("{}{path}", self.root);
-        self.ask(|lease, time| lease.post(&url, body, time))
+        self.request(|lease, time| lease.post(&url, body, time))
     }
 
-    fn ask(
+    fn request(
         &self,
         send: impl Fn(&AgentLease<'_>, Duration) -> Result<Response<Body>, ureq::Error>,
     ) -> BackendResult<Vec<u8>> {
@@ -85,7 +85,7 @@ impl<'a> Probe<'a> {
         // A connect takes whole milliseconds.
         let response = send(&lease, left.max(Duration::from_millis(1))).map_err(probe_error)?;
         let status = response.status().as_u16();
-        let (body, end) = read_bounded(response.into_body(), ANSWER_MAX);
+        let (body, end) = read_bounded(response.into_body(), RESPONSE_BYTES_MAX);
         if !(200..300).contains(&status) {
             return Err(self.client.status_error(status, &body));
         }

@@ -1,4 +1,4 @@
-//! The body that a backend is sent: the coordinator's, but for the keys that we must add.
+//! The request body that a backend receives: the coordinator's, plus the keys that streaming needs.
 
 use serde::Serialize;
 use serde::ser::{SerializeMap, Serializer};
@@ -6,19 +6,19 @@ use serde_json::{Map, Value, json};
 
 use super::{Job, WireFormat};
 
-/// The bytes to post for `job`.
+/// Serializes the request of `job`.
 ///
-/// Keys stay in their order and numbers to the last digit; a request that is not an object goes as it is.
+/// Keys keep their order, and numbers every digit. A request that is not an object is sent unchanged.
 pub fn body_of(job: &Job) -> Vec<u8> {
-    let written = match &job.request {
+    let serialized = match &job.request {
         Value::Object(fields) => serde_json::to_vec(&Streamed { fields, job }),
         other => serde_json::to_vec(other),
     };
-    // A value that was parsed from JSON can be written as JSON.
-    written.unwrap_or_default()
+    // A value parsed from JSON can always be serialized.
+    serialized.unwrap_or_default()
 }
 
-/// The request with `stream` forced and the missing keys added, written without copying what may be 60 MB of pictures.
+/// The request with `stream` set and the missing keys added. Serialized without a copy: it may hold 60 MB of images.
 struct Streamed<'a> {
     fields: &'a Map<String, Value>,
     job: &'a Job,
@@ -62,7 +62,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_missing_keys_are_added_and_stream_is_forced() {
+    fn body_gets_the_missing_keys_only_and_stream_is_always_true() {
         let table = [
             ("{}", r#"{"stream":true,"stream_options":{"include_usage":true},"model":"m"}"#),
             (
@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_and_the_order_of_keys_survive() {
+    fn body_keeps_numbers_and_the_order_of_keys() {
         let given = concat!(
             r#"{"n":123456789012345678901234567890,"d":0.1000000000000000055511151231257827,"one":1.0,"e":1E400,"#,
             r#""b":{"z":1,"a":2},"stream":true,"stream_options":{},"model":"m"}"#

@@ -156,7 +156,7 @@ impl BackendStatus {
 /// In words for the operator: what a backend says to a question of ours quotes no prompt, but of a key it may.
 fn redacted_reason(e: &BackendError) -> String {
     match e {
-        BackendError::AuthRejected(_) => format!("the backend refused the API key: {}", e.for_log()),
+        BackendError::AuthRejected(_) => format!("the backend rejected the API key: {}", e.for_log()),
         _ => sanitize_for_log(&e.to_string()),
     }
 }

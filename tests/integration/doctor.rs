@@ -331,7 +331,7 @@ fn a_coordinator_that_refuses_says_nothing_or_is_none_is_the_broken_layer() {
         let told = Told::by(&setup, &["--no-inference"]);
         let (_, told_fix) = told.line('✗', layer, &[words]);
         assert!(told_fix.contains(fix), "{}", told.text);
-        told.line('✗', "health", &["no answer within 3 s"]);
+        told.line('✗', "health", &["no response within 3 s"]);
         if words == "HTTP 502" {
             // The answer was dated all the same.
             told.line('✗', "clock", &["2 h 0 min ahead of"]);
@@ -377,7 +377,7 @@ fn a_backend_is_told_by_what_is_wrong_with_it() {
     let cases: [(Backend, &str, &str, &str, &str, &str); 9] = [
         (loading(), "llamacpp", "", "health", "loading its model", "wait"),
         (garbage(), "vllm", "", "health", "HTTP", "correct `url`"),
-        (refusing(), "llamacpp", "", "models", "refused the API key", "api_key_env"),
+        (refusing(), "llamacpp", "", "models", "rejected the API key", "api_key_env"),
         (empty(), "ollama", "", "models", "lists 0 model", "ollama pull"),
         (failing(), "vllm", "", "completion", "out of memory", "log"),
         (fine(), "vllm", "models = [\"m\", \"N\"]", "models", "model unknown: the server does not list `N`", "\"n\""),
@@ -542,7 +542,7 @@ fn no_secret_is_in_the_output() {
         .backend(format!("{}\napi_key_env = \"THE_KEY\"", echo.toml()))
         .env("THE_KEY", "sk-secret-123");
     let told = Told::by(&setup, &["--log-level", "trace"]);
-    told.assert_only_broken("completion", &["refused the API key"], "api_key_env");
+    told.assert_only_broken("completion", &["rejected the API key"], "api_key_env");
     let identity = fs::read_to_string(setup.identity()).expect("the identity");
     let seed = identity.lines().find_map(|line| line.strip_prefix("secret: ")).expect("the seed");
     for secret in [code, "sk-secret-123", seed] {

@@ -160,7 +160,7 @@ fn a_backend_that_repeats_a_key_it_refuses_tells_nobody_else() {
     let rig = Rig::new(&backend);
     let state = assert_state(&rig.setup, "no_healthy_backend", 1);
     assert!(!state.to_string().contains("secret"), "{state}");
-    assert_page(&rig.setup, &["the backend refused the API key: HTTP 401"]);
+    assert_page(&rig.setup, &["the backend rejected the API key: HTTP 401"]);
 }
 
 #[test]
