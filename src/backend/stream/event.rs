@@ -29,7 +29,7 @@ pub struct EventClassifier {
 
 impl EventClassifier {
     /// What this event shows. One that differs from the remembered one in nothing but the text shows the same.
-    pub fn at(&mut self, json: &[u8]) -> EventClass {
+    pub fn classify(&mut self, json: &[u8]) -> EventClass {
         if self.differs_in_the_text_alone(json) {
             return EventClass { is_delta: true, needs_parsing: false };
         }
@@ -129,7 +129,7 @@ mod tests {
 
     /// What a scanner without a memory sees.
     fn afresh(json: &[u8]) -> EventClass {
-        EventClassifier::default().at(json)
+        EventClassifier::default().classify(json)
     }
 
     #[test]
@@ -151,9 +151,9 @@ mod tests {
     #[test]
     fn the_text_alone_may_differ_from_the_remembered_event() {
         let event = |text: &str| format!(r#"{{"id":"a","delta":{{"content":"{text}"}},"usage":null}}"#);
-        let mut glance = EventClassifier::default();
-        glance.at(event("Hello").as_bytes());
-        assert!(glance.differs_in_the_text_alone(event("you, there").as_bytes()));
+        let mut classifier = EventClassifier::default();
+        classifier.classify(event("Hello").as_bytes());
+        assert!(classifier.differs_in_the_text_alone(event("you, there").as_bytes()));
         for other in [
             event(""),
             event(r#"x","type":"message_stop"#),
@@ -163,17 +163,17 @@ mod tests {
             event("x").replace("id", "ID"),
             String::new(),
         ] {
-            assert!(!glance.differs_in_the_text_alone(other.as_bytes()), "{other}");
-            assert_eq!(glance.at(other.as_bytes()), afresh(other.as_bytes()), "{other}");
+            assert!(!classifier.differs_in_the_text_alone(other.as_bytes()), "{other}");
+            assert_eq!(classifier.classify(other.as_bytes()), afresh(other.as_bytes()), "{other}");
         }
     }
 
     #[test]
     fn a_text_that_is_a_key_is_not_remembered() {
-        let mut glance = EventClassifier::default();
+        let mut classifier = EventClassifier::default();
         for text in ["x", "error"] {
             let event = format!(r#"{{"content":"{text}":1}}"#);
-            assert_eq!(glance.at(event.as_bytes()), afresh(event.as_bytes()), "{event}");
+            assert_eq!(classifier.classify(event.as_bytes()), afresh(event.as_bytes()), "{event}");
         }
     }
 
@@ -200,7 +200,7 @@ mod tests {
             ":",
         ];
         arbtest::arbtest(|u| {
-            let mut glance = EventClassifier::default();
+            let mut classifier = EventClassifier::default();
             let mut event: Vec<&str> = Vec::new();
             for _ in 0..u.int_in_range(1..=6)? {
                 // Mostly a small change to the event before.
@@ -219,7 +219,7 @@ mod tests {
                     }
                 }
                 let json = event.concat();
-                assert_eq!(glance.at(json.as_bytes()), afresh(json.as_bytes()), "{json}");
+                assert_eq!(classifier.classify(json.as_bytes()), afresh(json.as_bytes()), "{json}");
             }
             Ok(())
         })

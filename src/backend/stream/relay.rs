@@ -1,7 +1,7 @@
-//! One job against one HTTP backend: post, then pass on each piece of the answer as it arrives.
+//! Runs one job on one HTTP backend: posts the request, and relays the response as it arrives.
 //!
-//! Invariants: bytes leave in the order and the form they came in; a stream that is not whole is an error, after its
-//! last byte has been passed on; after an interrupt no byte is taken for an answer.
+//! Invariants: bytes are relayed in order and unchanged. A truncated stream is an error, after its last byte has been
+//! relayed. After an interrupt, no byte counts as part of the response.
 
 use std::io::Read;
 use std::time::{Duration, Instant};
@@ -15,19 +15,19 @@ use super::usage::Usage;
 use crate::backend::http::{AgentLease, Client, connect_error, read_bounded};
 use crate::backend::{BackendError, BackendResult, ERROR_BODY_MAX, JobResult, JobSink};
 
-/// The most that one chunk carries, in bytes of the answer: what the backend has sent when we look, up to this.
+/// Largest chunk, in bytes of the response.
 const CHUNK_MAX: usize = 16 << 10;
 
-/// What a stream of small pieces needs; the buffer grows with what comes.
-const CHUNK_USUAL: usize = 512;
+/// Initial read buffer, in bytes: enough for a stream of small events. It grows up to [`CHUNK_MAX`].
+const READ_BUFFER_MIN: usize = 512;
 
-/// Read of an error's body, in bytes: more than is passed on, for the key that may have to be taken out of it.
+/// The part of an error body that is read, in bytes: more than is passed on, because an API key may be removed from it.
 const ERROR_READ_MAX: usize = 4 * ERROR_BODY_MAX;
 
-/// The body of an error has so much time.
+/// Time limit for reading an error body.
 const ERROR_READ_TIME: Duration = Duration::from_secs(1);
 
-/// A connect is given whole milliseconds, so that one which the deadline ends may end just before it.
+/// Connect timeouts are whole milliseconds, so one that the deadline causes may fire just before the deadline.
 const CONNECT_PRECISION: Duration = Duration::from_millis(1);
 
 /// Posts `body` to `url` and relays the answer into `sink`, all within `deadline`.
@@ -41,23 +41,24 @@ pub fn relay(
     let started = Instant::now();
     let lease = client.lease();
     let response = post(&lease, url, &body, deadline, sink)?;
-    // It may be 60 MB, and the answer may take minutes.
+    // The body may be 60 MB, and the response may take minutes.
     drop(body);
     let status = response.status().as_u16();
     if !(200..300).contains(&status) {
-        // The status is known: what came of its explanation before it broke off, or stalled, tells enough.
+        // The status says enough: the body may break off or stall.
         lease.monitor().limit_reads_to(ERROR_READ_TIME);
         let (error_body, _) = read_bounded(response.into_body(), ERROR_READ_MAX);
         sink.still_wanted()?;
         return Err(client.status_error(status, &error_body));
     }
-    let mut watch = UsageReader::of(&response);
-    let usage = relay_body(&lease, response.into_body(), &mut watch, sink)?;
+    let mut usage_reader = UsageReader::for_response(&response);
+    let usage = relay_body(&lease, response.into_body(), &mut usage_reader, sink)?;
     lease.give_back();
     let duration_ms = u32::try_from(started.elapsed().as_millis()).unwrap_or(u32::MAX);
     Ok(JobResult { input_tokens: usage.input, output_tokens: usage.output, duration_ms })
 }
 
+/// Posts the request. From then on, the sink's owner can interrupt the exchange.
 fn post(
     lease: &AgentLease<'_>,
     url: &str,
@@ -77,31 +78,32 @@ fn post(
     })
 }
 
-// Not in its caller's frame: that one is below the deepest calls of the exchange, and what they touch of the stack stays.
+// Not inlined: the buffer and reader would be in the frame below the deepest calls of the exchange, and the stack pages that those
+// touch stay resident.
 #[inline(never)]
 fn relay_body(
     lease: &AgentLease<'_>,
     body: Body,
-    watch: &mut UsageReader,
+    usage_reader: &mut UsageReader,
     sink: &mut dyn JobSink,
 ) -> BackendResult<Usage> {
     let mut reader = body.into_reader();
-    let mut buffer = vec![0; CHUNK_USUAL];
+    let mut buffer = vec![0; READ_BUFFER_MIN];
     let mut relayed = false;
     loop {
-        // Reading on from a socket that was shut down can empty it, and closing an empty one sends no reset: a backend
-        // blocked in its write would find out when the kernel forgets the connection, a minute later.
+        // Do not read from a socket that was shut down: closing it sends a reset only if unread data is left, and without a
+        // reset a backend blocked in a write would notice a minute later.
         sink.still_wanted()?;
         let read = reader.read(&mut buffer);
         sink.still_wanted()?;
         match read {
             Ok(0) if lease.monitor().has_broken() => return Err(broken_error("the connection was reset", relayed)),
-            Ok(0) => return watch.finish().map_err(|e| if relayed { e } else { empty_stream_error(e) }),
+            Ok(0) => return usage_reader.finish().map_err(|e| if relayed { e } else { empty_stream_error(e) }),
             Ok(n) => {
                 sink.send_chunk(&buffer[..n])?;
                 relayed = true;
-                watch.feed(&buffer[..n]);
-                sink.tokens_emitted(watch.tokens_emitted());
+                usage_reader.feed(&buffer[..n]);
+                sink.tokens_emitted(usage_reader.tokens_emitted());
                 if n == buffer.len() && n < CHUNK_MAX {
                     buffer.resize(2 * n, 0);
                 }
@@ -115,15 +117,16 @@ fn relay_body(
     }
 }
 
+/// The error for a response that breaks off.
 fn broken_error(how: &str, relayed: bool) -> BackendError {
     if relayed {
         BackendError::Broken(how.to_owned())
     } else {
-        BackendError::Unreachable(format!("{how} before the first byte of the answer"))
+        BackendError::Unreachable(format!("{how} before the first byte of the response"))
     }
 }
 
-/// A stream without a single byte has not begun.
+/// A stream that ends without a single byte counts as unreachable.
 fn empty_stream_error(e: BackendError) -> BackendError {
     match e {
         BackendError::CutStream(how) => broken_error(&how, false),
@@ -131,7 +134,7 @@ fn empty_stream_error(e: BackendError) -> BackendError {
     }
 }
 
-/// What is read off the answer, by its content type.
+/// Reads the usage off a response, depending on its content type.
 enum UsageReader {
     Stream(Scanner),
     Json(BoundedJson),
@@ -139,7 +142,7 @@ enum UsageReader {
 }
 
 impl UsageReader {
-    fn of(response: &Response<Body>) -> UsageReader {
+    fn for_response(response: &Response<Body>) -> UsageReader {
         let content_type = response.headers().get("content-type").and_then(|v| v.to_str().ok()).unwrap_or_default();
         let media_type = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
         match media_type.as_str() {
@@ -160,7 +163,7 @@ impl UsageReader {
     fn finish(&mut self) -> BackendResult<Usage> {
         match self {
             UsageReader::Stream(scanner) => scanner.finish(),
-            UsageReader::Json(body) => Ok(body.bytes().map(Usage::of_body).unwrap_or_default()),
+            UsageReader::Json(body) => Ok(body.bytes().map(Usage::from_body).unwrap_or_default()),
             UsageReader::Opaque => Ok(Usage::default()),
         }
     }

@@ -1,56 +1,56 @@
-//! Reads usage and the end mark off a stream as it passes. Sans-io: bytes in, verdict out.
+//! Scans a stream of server-sent events for usage, errors and the end marker. Does no I/O.
 //!
-//! Invariant: the verdict depends on the bytes alone, never on how they were split. Nothing here alters, delays or
-//! keeps what is relayed; of a line only an [`BoundedJson`] is held, until its end is known.
+//! Invariants: the result depends on the bytes alone, not on how they were split. The scanner does not alter or delay the
+//! relayed bytes. It buffers an incomplete line only, as a [`BoundedJson`].
 
 use memchr::memchr;
 use serde_json::Value;
 
-use super::bounded_json::{BoundedJson, WHOLE_MAX};
+use super::bounded_json::{BoundedJson, VERBATIM_BYTES_MAX};
 use super::event::EventClassifier;
 use super::usage::Usage;
 use crate::backend::{BackendError, truncated_body};
 
-/// What a line begins with that is looked into; what is longer than a field's name and none of these is not held.
+/// The fields that are examined. Other lines are discarded as soon as they are long enough to tell.
 const FIELDS: [&[u8]; 3] = [b"data:", b"event:", b"error:"];
 
-/// The longest of them.
+/// Length of the longest field.
 const FIELD_LEN: usize = 6;
 
-/// The scanner of one `text/event-stream`.
+/// Scans one `text/event-stream`.
 #[derive(Debug, Default)]
 pub struct Scanner {
     usage: Usage,
-    /// Events that carried a piece of the answer: an estimate of its tokens, for servers that never say.
+    /// Events with a part of the response: an estimate of its tokens, for servers that report no usage.
     deltas: u32,
     ended: bool,
     failure: Option<BackendError>,
-    glance: EventClassifier,
-    /// Of the unfinished last line; given up when it can tell nothing.
+    classifier: EventClassifier,
+    /// The incomplete last line; discarded if it is none of [`FIELDS`].
     line: BoundedJson,
 }
 
 impl Scanner {
-    /// Looks at the next bytes.
+    /// Scans the next bytes.
     pub fn feed(&mut self, mut bytes: &[u8]) {
         while let Some(end) = memchr(b'\n', bytes) {
             let (head, rest) = (&bytes[..end], &bytes[end + 1..]);
-            if self.line.is_empty() && head.len() <= WHOLE_MAX {
-                self.look_at(head);
+            if self.line.is_empty() && head.len() <= VERBATIM_BYTES_MAX {
+                self.scan_line(head);
             } else {
-                self.hold(head);
+                self.buffer(head);
                 self.end_of_line();
             }
             bytes = rest;
         }
-        self.hold(bytes);
+        self.buffer(bytes);
     }
 
-    fn hold(&mut self, bytes: &[u8]) {
+    fn buffer(&mut self, bytes: &[u8]) {
         self.line.push(bytes);
-        let tells_nothing =
+        let is_other_field =
             |line: &[u8]| line.len() >= FIELD_LEN && !FIELDS.iter().any(|field| line.starts_with(field));
-        if self.line.bytes().is_some_and(tells_nothing) {
+        if self.line.bytes().is_some_and(is_other_field) {
             self.line.discard();
         }
     }
@@ -58,30 +58,30 @@ impl Scanner {
     fn end_of_line(&mut self) {
         let line = std::mem::take(&mut self.line);
         if let Some(text) = line.bytes() {
-            self.look_at(text);
+            self.scan_line(text);
         }
         self.line = line.recycle();
     }
 
-    /// Output tokens so far: what usage said, or the pieces counted where that is more.
+    /// Output tokens so far: the reported number, or the number of deltas if that is larger.
     pub fn tokens_emitted(&self) -> u32 {
         self.usage.output.unwrap_or(0).max(self.deltas)
     }
 
-    /// The input is over: the usage, if the stream is whole.
+    /// Ends the input, and returns the usage.
     ///
     /// # Errors
-    /// The stream carried an error, or has no end mark.
+    /// The stream contains an error, or has no end marker.
     pub fn finish(&mut self) -> Result<Usage, BackendError> {
         self.end_of_line();
         match self.failure.take() {
             Some(failure) => Err(failure),
             None if self.ended => Ok(self.usage),
-            None => Err(BackendError::CutStream("it ended without an end mark".into())),
+            None => Err(BackendError::CutStream("it ended without an end marker".into())),
         }
     }
 
-    fn look_at(&mut self, line: &[u8]) {
+    fn scan_line(&mut self, line: &[u8]) {
         if let Some(data) = line.strip_prefix(b"data:") {
             self.data(data.trim_ascii());
         } else if let Some(event) = line.strip_prefix(b"event:") {
@@ -89,7 +89,7 @@ impl Scanner {
                 self.failure.get_or_insert(BackendError::StreamError(String::new()));
             }
         } else if let Some(error) = line.strip_prefix(b"error:") {
-            // What older builds of llama.cpp send in place of an event.
+            // Older llama.cpp builds send this instead of an event.
             self.fail_with(truncated_body(error));
         }
     }
@@ -99,9 +99,9 @@ impl Scanner {
             self.ended = true;
             return;
         }
-        let seen = self.glance.at(data);
-        self.deltas = self.deltas.saturating_add(u32::from(seen.is_delta));
-        if !seen.needs_parsing {
+        let class = self.classifier.classify(data);
+        self.deltas = self.deltas.saturating_add(u32::from(class.is_delta));
+        if !class.needs_parsing {
             return;
         }
         let Ok(event) = serde_json::from_slice::<Value>(data) else { return };
@@ -110,7 +110,7 @@ impl Scanner {
         for choice in event["choices"].as_array().into_iter().flatten() {
             match &choice["finish_reason"] {
                 Value::Null => {}
-                // Some gateways send an empty one with every piece.
+                // Some gateways send an empty reason with every delta.
                 Value::String(reason) if reason.is_empty() => {}
                 Value::String(reason) if reason == "abort" => {
                     self.failure.get_or_insert(BackendError::Aborted);
@@ -127,7 +127,7 @@ impl Scanner {
         }
     }
 
-    /// The first message counts; an `event: error` line before it had none.
+    /// Keeps the first message. An `event: error` line before it has none.
     fn fail_with(&mut self, message: String) {
         match &self.failure {
             Some(BackendError::StreamError(empty)) if empty.is_empty() => {}
@@ -141,14 +141,14 @@ impl Scanner {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::stream::bounded_json::EXCERPT_MAX;
+    use crate::backend::stream::bounded_json::TRUNCATED_BYTES_MAX;
 
-    fn verdict(stream: &[u8]) -> (Result<Usage, BackendError>, u32) {
-        verdict_of([stream])
+    fn result_of(stream: &[u8]) -> (Result<Usage, BackendError>, u32) {
+        result_of_pieces([stream])
     }
 
-    /// As [`verdict`], fed in these pieces.
-    fn verdict_of<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> (Result<Usage, BackendError>, u32) {
+    /// As [`result_of`], for a stream in these pieces.
+    fn result_of_pieces<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> (Result<Usage, BackendError>, u32) {
         let mut s = Scanner::default();
         pieces.into_iter().for_each(|piece| s.feed(piece));
         let result = s.finish();
@@ -172,47 +172,47 @@ mod tests {
             (r#"{"input_tokens":4294967296,"prompt_tokens":7,"output_tokens":13}"#, usage(7, 13)),
         ] {
             let stream = format!("data: {{\"choices\":[],\"usage\":{object}}}\n\ndata: [DONE]\n\n");
-            assert_eq!(verdict(stream.as_bytes()).0, Ok(want), "{object}");
+            assert_eq!(result_of(stream.as_bytes()).0, Ok(want), "{object}");
         }
     }
 
     #[test]
-    fn each_field_keeps_its_last_value() {
+    fn usage_keeps_the_last_value_of_each_field() {
         let stream = b"data: {\"usage\":{\"prompt_tokens\":7}}\n\ndata: {\"usage\":null}\n\n\
             data: {\"usage\":{\"completion_tokens\":1}}\n\ndata: {\"usage\":{\"completion_tokens\":2}}\r\n\r\ndata:[DONE]";
-        assert_eq!(verdict(stream).0, Ok(usage(7, 2)));
+        assert_eq!(result_of(stream).0, Ok(usage(7, 2)));
     }
 
     #[test]
-    fn escapes_hide_neither_usage_nor_an_end_nor_an_error() {
+    fn usage_end_and_errors_are_found_behind_escapes() {
         let stream = br#"data: {"us\u0061ge":{"input":1,"output":2}}
 data: {"type":"message_st\u006fp"}"#;
-        assert_eq!(verdict(stream).0, Ok(usage(1, 2)));
-        let failed = verdict(b"data: {\"type\":\"err\\u006fr\"}\ndata: [DONE]").0;
+        assert_eq!(result_of(stream).0, Ok(usage(1, 2)));
+        let failed = result_of(b"data: {\"type\":\"err\\u006fr\"}\ndata: [DONE]").0;
         assert!(matches!(failed, Err(BackendError::StreamError(_))), "{failed:?}");
     }
 
     #[test]
-    fn anthropic_streams_nest_their_usage() {
+    fn usage_of_anthropic_streams_is_nested() {
         let stream = b"event: message_start\ndata: {\"type\":\"message_start\",\"message\":{\"usage\":{\"input_tokens\":25,\"output_tokens\":1}}}\n\n\
             event: ping\ndata: {\"type\":\"ping\"}\n\n\
             event: message_delta\ndata: {\"type\":\"message_delta\",\"delta\":{},\"usage\":{\"output_tokens\":15}}\n\n\
             event: message_stop\ndata: {\"type\":\"message_stop\"}\n\n";
-        assert_eq!(verdict(stream).0, Ok(usage(25, 15)));
+        assert_eq!(result_of(stream).0, Ok(usage(25, 15)));
     }
 
     #[test]
-    fn a_stream_without_an_end_mark_is_cut() {
+    fn stream_without_an_end_marker_is_truncated() {
         let piece = "data: {\"choices\":[{\"delta\":{\"content\":\"x\"},\"finish_reason\":null}]}\n\n";
-        assert!(matches!(verdict(piece.as_bytes()), (Err(BackendError::CutStream(_)), 1)));
-        assert!(matches!(verdict(b""), (Err(BackendError::CutStream(_)), 0)));
+        assert!(matches!(result_of(piece.as_bytes()), (Err(BackendError::CutStream(_)), 1)));
+        assert!(matches!(result_of(b""), (Err(BackendError::CutStream(_)), 0)));
         for end in ["data: [DONE]", "data: {\"choices\":[{\"finish_reason\":\"stop\"}]}\n"] {
-            assert!(verdict(format!("{piece}{end}").as_bytes()).0.is_ok(), "{end}");
+            assert!(result_of(format!("{piece}{end}").as_bytes()).0.is_ok(), "{end}");
         }
     }
 
     #[test]
-    fn errors_in_the_stream_win_over_an_end_mark() {
+    fn errors_in_a_stream_take_precedence_over_its_end_marker() {
         for (event, want) in [
             ("data: {\"error\":{\"message\":\"no memory\"}}\n\n", BackendError::StreamError("no memory".into())),
             ("data: {\"error\":\"no memory\"}\n\n", BackendError::StreamError("\"no memory\"".into())),
@@ -220,27 +220,27 @@ data: {"type":"message_st\u006fp"}"#;
             ("error: {\"code\":500}\n", BackendError::StreamError("{\"code\":500}".into())),
             ("data: {\"choices\":[{\"finish_reason\":\"abort\"}]}\n\n", BackendError::Aborted),
         ] {
-            assert_eq!(verdict(format!("{event}data: [DONE]\n\n").as_bytes()).0, Err(want), "{event}");
+            assert_eq!(result_of(format!("{event}data: [DONE]\n\n").as_bytes()).0, Err(want), "{event}");
         }
-        assert!(verdict(b"data: {\"error\":null}\n\ndata: [DONE]\n\n").0.is_ok());
+        assert!(result_of(b"data: {\"error\":null}\n\ndata: [DONE]\n\n").0.is_ok());
     }
 
     #[test]
-    fn text_that_looks_like_keys_is_text() {
+    fn text_that_looks_like_keys_is_ignored() {
         let stream = br#"data: {"choices":[{"delta":{"content":"\"usage\":{\"input\":9},\"error\":1,[DONE]"}}]}
 
 data: [DONE]"#;
-        assert_eq!(verdict(stream).0, Ok(Usage::default()));
+        assert_eq!(result_of(stream).0, Ok(Usage::default()));
     }
 
     #[test]
-    fn an_endless_line_costs_a_bounded_buffer_and_what_follows_it_is_read() {
+    fn endless_line_takes_bounded_memory_and_what_follows_is_read() {
         for begin in ["", "data: ", "data: {\"text\":\"", "data: [[0,"] {
             let mut s = Scanner::default();
             s.feed(begin.as_bytes());
             for _ in 0..40 {
                 s.feed(&[b'x'; 64 << 10]);
-                assert!(s.line.bytes().is_none_or(|text| text.len() <= EXCERPT_MAX));
+                assert!(s.line.bytes().is_none_or(|text| text.len() <= TRUNCATED_BYTES_MAX));
             }
             s.feed(b"\ndata: {\"usage\":{\"input\":1,\"output\":2}}\ndata: [DONE]\n");
             assert_eq!(s.finish(), Ok(usage(1, 2)), "{begin}");
@@ -248,17 +248,17 @@ data: [DONE]"#;
     }
 
     #[test]
-    fn a_long_line_is_looked_into() {
+    fn long_line_is_scanned() {
         let page = "a page of text, ".repeat(100_000);
         let stream = format!(
             "data: {{\"choices\":[{{\"delta\":{{\"content\":\"{page}\"}},\"finish_reason\":\"stop\"}}],\"usage\":{{\"input\":1,\"output\":2}}}}\n\n"
         );
-        assert_eq!(verdict_of(stream.as_bytes().chunks(16 << 10)), (Ok(usage(1, 2)), 2));
-        assert_eq!(verdict(stream.as_bytes()), (Ok(usage(1, 2)), 2));
+        assert_eq!(result_of_pieces(stream.as_bytes().chunks(16 << 10)), (Ok(usage(1, 2)), 2));
+        assert_eq!(result_of(stream.as_bytes()), (Ok(usage(1, 2)), 2));
     }
 
-    /// A line of `length` bytes that ends the stream, if it is looked into.
-    fn padded_end_mark(length: usize) -> Vec<u8> {
+    /// A line of `length` bytes that ends the stream, if it is scanned.
+    fn padded_end_marker(length: usize) -> Vec<u8> {
         let (head, tail) = ("data: {\"type\":\"message_stop\",\"a\":[", "]}");
         let padding = length - head.len() - tail.len();
         let numbers = "1,".repeat((padding - 1) / 2) + &"11"[padding % 2..];
@@ -266,20 +266,29 @@ data: [DONE]"#;
     }
 
     #[test]
-    fn a_line_is_overlong_whether_it_comes_in_one_piece_or_in_many() {
-        for (length, is_seen) in [(EXCERPT_MAX - 1, true), (EXCERPT_MAX, true), (EXCERPT_MAX + 1, false)] {
+    fn overlong_line_is_discarded_whole_or_in_pieces() {
+        for (length, is_scanned) in
+            [(TRUNCATED_BYTES_MAX - 1, true), (TRUNCATED_BYTES_MAX, true), (TRUNCATED_BYTES_MAX + 1, false)]
+        {
             for newline in ["\n", ""] {
-                let stream = [&padded_end_mark(length)[..], newline.as_bytes()].concat();
-                for size in [1000, WHOLE_MAX, WHOLE_MAX + 1, EXCERPT_MAX - 1, EXCERPT_MAX, 2 * EXCERPT_MAX] {
-                    let (result, _) = verdict_of(stream.chunks(size));
-                    assert_eq!(result.is_ok(), is_seen, "{length} bytes, then {newline:?}, in pieces of {size}");
+                let stream = [&padded_end_marker(length)[..], newline.as_bytes()].concat();
+                for size in [
+                    1000,
+                    VERBATIM_BYTES_MAX,
+                    VERBATIM_BYTES_MAX + 1,
+                    TRUNCATED_BYTES_MAX - 1,
+                    TRUNCATED_BYTES_MAX,
+                    2 * TRUNCATED_BYTES_MAX,
+                ] {
+                    let (result, _) = result_of_pieces(stream.chunks(size));
+                    assert_eq!(result.is_ok(), is_scanned, "{length} bytes, then {newline:?}, in pieces of {size}");
                 }
             }
         }
     }
 
     #[test]
-    fn the_verdict_does_not_depend_on_the_split() {
+    fn result_does_not_depend_on_the_split() {
         const PIECES: &[&str] = &[
             "data: {\"choices\":[{\"delta\":{\"content\":\"\u{e9}\"},\"finish_reason\":null}],\"usage\":null}\n\n",
             "data:{\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":4}}\r\n\r\n",
@@ -309,8 +318,8 @@ data: [DONE]"#;
                 }
             }
             if u.ratio(1, 10)? {
-                let length = *u.choose(&[WHOLE_MAX, EXCERPT_MAX])?;
-                let line = padded_end_mark(u.int_in_range(length - 20..=length + 20)?);
+                let length = *u.choose(&[VERBATIM_BYTES_MAX, TRUNCATED_BYTES_MAX])?;
+                let line = padded_end_marker(u.int_in_range(length - 20..=length + 20)?);
                 let at = u.choose_index(stream.len() + 1)?;
                 stream.splice(at..at, [b"\n", &line[..], b"\n"].concat());
             }
@@ -319,9 +328,9 @@ data: [DONE]"#;
                 cuts.push(u.int_in_range(0..=stream.len())?);
             }
             cuts.sort_unstable();
-            let whole = verdict(&stream);
-            assert_eq!(verdict_of(cuts.windows(2).map(|cut| &stream[cut[0]..cut[1]])), whole);
-            assert_eq!(verdict_of(stream.chunks(1)), whole);
+            let whole = result_of(&stream);
+            assert_eq!(result_of_pieces(cuts.windows(2).map(|cut| &stream[cut[0]..cut[1]])), whole);
+            assert_eq!(result_of_pieces(stream.chunks(1)), whole);
             Ok(())
         })
         .budget_ms(700);

@@ -2,17 +2,17 @@
 
 use serde_json::Value;
 
-/// Tokens, each field as its last mention says.
+/// Token counts. Each is the last one reported.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
     /// Tokens of the prompt.
     pub input: Option<u32>,
-    /// Tokens of the answer.
+    /// Tokens of the response.
     pub output: Option<u32>,
 }
 
 impl Usage {
-    /// Takes what a `usage` object says.
+    /// Takes the counts of a `usage` object.
     pub fn merge(&mut self, usage: &Value) {
         let read = |names: [&str; 3]| {
             names.into_iter().find_map(|n| usage[n].as_u64().and_then(|tokens| u32::try_from(tokens).ok()))
@@ -21,8 +21,8 @@ impl Usage {
         self.output = read(["output_tokens", "completion_tokens", "output"]).or(self.output);
     }
 
-    /// The usage of a JSON body that is not a stream.
-    pub fn of_body(body: &[u8]) -> Usage {
+    /// The usage in a JSON body that is not a stream.
+    pub fn from_body(body: &[u8]) -> Usage {
         let mut usage = Usage::default();
         if let Ok(body) = serde_json::from_slice::<Value>(body) {
             usage.merge(&body["usage"]);
