@@ -94,13 +94,15 @@ mod tests {
     use super::*;
     use crate::config::{Price, Pricing};
     use crate::discovery::{OfferTerms, Prober};
-    use crate::observe::LastWritten;
+    use crate::instance::identity::Identity;
+    use crate::observe::Sources;
 
     #[test]
     fn socket_is_removed_before_the_lock_is_released() {
         let folder = std::env::temp_dir().join(format!("usepod-housekeeping-{}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a folder");
         let paths = AgentPaths::beside(&folder.join("identity.key"));
+        let identity = Identity::ephemeral().expect("randomness");
         let offers = Arc::new(OfferFeed::default());
         let price = Price { input_per_1m: 1, output_per_1m: 1 };
         let terms = OfferTerms { pricing: Pricing { default: price, models: Default::default() }, max_concurrent: 1 };
@@ -108,15 +110,13 @@ mod tests {
             let wake_socket = WakeSocket::at(&paths.wake()).expect("a socket");
             let lock = Arc::new(InstanceLock::acquire(&paths).expect("the lock"));
             let live = Arc::new(LiveState::new(None, wake_socket.waker()));
-            let state_file = StateFileWriter {
-                path: paths.state(),
-                fixed: Default::default(),
+            let sources = Sources {
                 live: live.clone(),
                 offers: offers.clone(),
                 stats: Arc::default(),
                 token_limit: Arc::default(),
-                last_written: LastWritten::default(),
             };
+            let state_file = StateFileWriter::new(paths.state(), &identity, String::new(), sources);
             let files = InstanceFiles { paths: paths.clone(), lock, state_file, live, offers: offers.clone() };
             let waker = wake_socket.waker();
             let (prober, rounds) = Prober::new(Vec::new(), terms.clone(), offers.clone(), move || waker.wake());

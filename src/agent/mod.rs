@@ -28,7 +28,7 @@ use crate::link::handshake::{self, HandshakeError};
 use crate::link::protocol::OfferLimits;
 use crate::logging::sanitize_for_log;
 use crate::net::proxy;
-use crate::observe::{self, Connection, LastWritten, LiveState, StateFileWriter};
+use crate::observe::{Connection, LiveState, Sources, StateFileWriter};
 use crate::sys::jitter;
 
 /// Everything that an agent is made of.
@@ -84,15 +84,13 @@ impl Agent {
         let files = self.instance.take().map(|InstanceHandle { paths, lock }| {
             let lock = Arc::new(lock);
             _lock = Some(lock.clone());
-            let state_file = StateFileWriter {
-                path: paths.state(),
-                fixed: observe::static_fields(&self.identity, self.coordinator.address()),
+            let sources = Sources {
                 live: live.clone(),
                 offers: offers.clone(),
                 stats: stats.clone(),
                 token_limit: token_limit.clone(),
-                last_written: LastWritten::default(),
             };
+            let state_file = StateFileWriter::new(paths.state(), &self.identity, self.coordinator.address(), sources);
             let files = InstanceFiles { paths, lock, state_file, live: live.clone(), offers: offers.clone() };
             // Before the first offer.
             files.apply_pause_marker();

@@ -1,206 +1,390 @@
-//! Puts the state file together, and writes it.
+//! The state file: its schema, for those who write and those who read it, and the writer.
+//!
+//! [`State`] is the whole schema. A key that is missing, as in the file of an older version, reads as its default; an unknown one is
+//! ignored. Timestamps are RFC 3339.
+//!
+//! Invariant: the state file contains nothing that the log may not contain.
 
+use std::collections::BTreeMap;
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use serde_json::{Map, Value};
+use serde::{Deserialize, Serialize};
 
-use super::live::Snapshot;
-use super::{Connection, LiveState, object};
-use crate::discovery::{BackendStatus, Catalog, OfferFeed, ResolvedModel};
-use crate::job_executor::stats::{JobStats, Totals};
+use super::condition::{self, Condition};
+use super::{Connection, LiveState};
+use crate::discovery::{BackendStatus, OfferFeed, ResolvedModel};
+use crate::instance::identity::Identity;
+use crate::instance::{AgentPaths, LockOwner};
+use crate::job_executor::stats::{self, JobStats, Totals};
 use crate::job_executor::token_limit::TokenLimit;
 use crate::link::protocol::{AGENT_VERSION, ErrorCode};
 use crate::sys::datetime::rfc3339;
 use crate::sys::files;
 
-/// Writes the state file of one agent.
-pub struct StateFileWriter {
-    /// The file.
-    pub path: PathBuf,
-    /// What never changes: `coordinator`, `public_key`, …
-    pub fixed: Map<String, Value>,
-    /// What the threads noted.
-    pub live: Arc<LiveState>,
-    /// The offer, which a pause empties.
-    pub offers: Arc<OfferFeed>,
-    /// How jobs ended.
-    pub stats: Arc<JobStats>,
-    /// Which may be used up.
-    pub token_limit: Arc<TokenLimit>,
-    /// Nothing, to begin with.
-    pub last_written: LastWritten,
+/// Maximum size of a state file that is read, in bytes; each model takes about 200.
+const STATE_BYTES_MAX: u64 = 16 << 20;
+
+/// What the agent says about itself.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct State {
+    /// When the agent started.
+    pub started_at: String,
+    /// The public key of its identity, in base64.
+    pub public_key: String,
+    /// The coordinator's URL, without credentials.
+    pub coordinator: String,
+    /// The version of the agent.
+    pub agent_version: String,
+    /// Its process.
+    pub pid: u32,
+    /// How many times this process has written the file; a reader recognizes a newer state by it.
+    pub written: u64,
+    /// When the file was written.
+    pub written_at: String,
+    /// Whether the agent serves, and if not, what prevents it: a name from [`condition`].
+    pub state: String,
+    /// Since when it is in this state.
+    pub since: Option<String>,
+    /// What prevents it from serving, for the operator.
+    pub reason: Option<String>,
+    /// Whether it serves.
+    pub serving: bool,
+    /// Whether the operator has paused it.
+    pub paused: bool,
+    /// Whether it is connected to the coordinator.
+    pub connected: bool,
+    /// Since when it is connected, or not.
+    pub connection_since: Option<String>,
+    /// The id that the coordinator gave it.
+    pub provider_id: Option<String>,
+    /// The configured backends.
+    pub backends: Vec<Backend>,
+    /// The models that are offered.
+    pub models: Vec<Model>,
+    /// Median latency of the jobs in the last 5 minutes.
+    pub p50_latency_ms: u32,
+    /// 95th percentile of it.
+    pub p95_latency_ms: u32,
+    /// Median speed of the jobs in the last 5 minutes.
+    pub tokens_per_sec_p50: f64,
+    /// Jobs since the start.
+    pub jobs: Jobs,
+    /// Tokens since the start.
+    pub tokens: Tokens,
+    /// The last job that was answered.
+    pub last_job: Option<LastJob>,
+    /// The last job that failed.
+    pub last_error: Option<LastError>,
 }
 
-/// What the file has said so far.
-pub struct LastWritten {
-    condition: &'static str,
-    /// When that began.
-    since: SystemTime,
-    /// Why it could not be written the last time.
-    failure: Option<String>,
-    /// How often it was written, so that a reader knows a new one from the old.
-    times: u64,
+/// A configured backend.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Backend {
+    /// Its name for the operator.
+    pub id: String,
+    /// Its kind, as in the configuration.
+    pub kind: String,
+    /// Whether its models are offered.
+    pub offered: bool,
+    /// Since when they are, or are not.
+    pub since: Option<String>,
+    /// How many models it lists; `None` before its first listing.
+    pub models: Option<usize>,
+    /// Why its models are not offered.
+    pub error: Option<String>,
+    /// Why they last were not.
+    pub last_error: Option<BackendError>,
 }
 
-impl Default for LastWritten {
-    fn default() -> Self {
-        LastWritten { condition: "", since: SystemTime::now(), failure: None, times: 0 }
+/// Why the models of a backend were not offered.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct BackendError {
+    /// When that was found.
+    pub at: String,
+    /// Why.
+    pub message: String,
+}
+
+/// A model that is offered.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Model {
+    /// Its name.
+    pub model_id: String,
+    /// USDC micro-units per million input tokens.
+    pub input_per_1m: u64,
+    /// USDC micro-units per million output tokens.
+    pub output_per_1m: u64,
+    /// Jobs at a time.
+    pub max_concurrent: u32,
+    /// The kind of its backend.
+    pub backend: String,
+    /// In tokens, if the backend says.
+    pub context_window: Option<u32>,
+}
+
+/// Jobs since the start.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Jobs {
+    /// In flight now.
+    pub in_flight: u32,
+    /// Answered in full.
+    pub done: u64,
+    /// Answered with an error.
+    pub failed: u64,
+    /// Cancelled by the coordinator.
+    pub cancelled: u64,
+    /// Lost with their session.
+    pub lost: u64,
+    /// Not admitted.
+    pub refused: u64,
+    /// Not admitted, by the name of the reason.
+    pub refused_by_cause: BTreeMap<String, u64>,
+}
+
+/// Tokens since the start.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Tokens {
+    /// Of the prompts.
+    pub input: u64,
+    /// Of the answers.
+    pub output: u64,
+}
+
+/// The last job that was answered.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LastJob {
+    /// When it ended.
+    pub at: String,
+    /// Its model.
+    pub model_id: Option<String>,
+    /// `done`, or the error code.
+    pub outcome: String,
+    /// From its arrival to its end.
+    pub duration_ms: u64,
+}
+
+/// The last job that failed.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LastError {
+    /// When it ended.
+    pub at: String,
+    /// The error code.
+    pub code: String,
+    /// What failed, for the operator.
+    pub message: String,
+}
+
+impl State {
+    /// Reads the state file.
+    ///
+    /// # Errors
+    /// There is none, or it is not a state file.
+    pub fn read(paths: &AgentPaths) -> io::Result<State> {
+        let content = files::read_bounded(&paths.state(), STATE_BYTES_MAX)?;
+        Ok(serde_json::from_slice(&content)?)
+    }
+
+    /// Reads the state file that `owner` has written; `None` while it has written none.
+    pub fn read_own(paths: &AgentPaths, owner: &LockOwner) -> Option<State> {
+        State::read(paths).ok().filter(|state| state.pid == owner.pid)
     }
 }
 
-/// Whether the agent serves, and if not, why.
-struct Condition {
-    name: &'static str,
-    why: Option<String>,
+/// What the state is collected from.
+#[derive(Clone)]
+pub struct Sources {
+    /// The connection and the jobs in flight.
+    pub live: Arc<LiveState>,
+    /// The models.
+    pub offers: Arc<OfferFeed>,
+    /// How jobs ended.
+    pub stats: Arc<JobStats>,
+    /// May keep the agent from serving.
+    pub token_limit: Arc<TokenLimit>,
+}
+
+/// Writes the state file of this process.
+pub struct StateFileWriter {
+    path: PathBuf,
+    sources: Sources,
+    /// What was written last.
+    state: State,
+    /// Why the last write failed.
+    failure: Option<String>,
 }
 
 impl StateFileWriter {
-    /// Replaces the state file. A failure is logged, once for each reason.
+    /// A writer for an agent that starts now.
+    pub fn new(path: PathBuf, identity: &Identity, coordinator: String, sources: Sources) -> StateFileWriter {
+        let state = State {
+            started_at: rfc3339(SystemTime::now()),
+            public_key: identity.public_key_base64(),
+            coordinator,
+            agent_version: AGENT_VERSION.to_owned(),
+            pid: std::process::id(),
+            ..State::default()
+        };
+        StateFileWriter { path, sources, state, failure: None }
+    }
+
+    /// Replaces the file. A failure is logged, once for each reason.
     pub fn write(&mut self, backends: &[BackendStatus]) {
-        let state = self.state(backends).to_string();
-        let failure = files::replace_without_fsync(&self.path, state.as_bytes()).err().map(|e| e.to_string());
-        if let Some(why) = failure.as_ref().filter(|_| failure != self.last_written.failure) {
+        self.update(backends);
+        let written = serde_json::to_vec(&self.state).map_err(io::Error::from);
+        let failure =
+            written.and_then(|text| files::replace_without_fsync(&self.path, &text)).err().map(|e| e.to_string());
+        if let Some(why) = failure.as_ref().filter(|_| failure != self.failure) {
             log::warn!(
                 "`{}`: failed to write the state file: {why}; `status` will be out of date",
                 self.path.display()
             );
         }
-        self.last_written.failure = failure;
+        self.failure = failure;
     }
 
-    fn state(&mut self, backends: &[BackendStatus]) -> Value {
-        let now = SystemTime::now();
-        let noted = self.live.snapshot();
-        let catalog = self.offers.snapshot();
-        let condition = self.condition_of(&noted, &catalog, backends);
-        if self.last_written.condition != condition.name {
-            (self.last_written.condition, self.last_written.since) = (condition.name, now);
+    fn update(&mut self, backends: &[BackendStatus]) {
+        let Sources { live, offers, stats, token_limit } = &self.sources;
+        let (snapshot, catalog) = (live.snapshot(), offers.snapshot());
+        let state = &mut self.state;
+        state.written += 1;
+        state.written_at = rfc3339(SystemTime::now());
+        let Condition { name, reason } = condition::of(&snapshot, offers, &catalog, backends, token_limit);
+        if state.state != name {
+            state.state = name.to_owned();
+            state.since = Some(state.written_at.clone());
         }
-        let figures = self.stats.heartbeat(noted.in_flight);
-        self.last_written.times += 1;
-        let date = |at| Value::from(rfc3339(at));
-        let mut state = self.fixed.clone();
-        let mut set = |key: &str, value: Value| {
-            state.insert(key.to_owned(), value);
+        state.reason = reason;
+        state.serving = name == condition::SERVING;
+        if state.serving {
+            live.not_throttled();
+        }
+        state.paused = offers.is_paused();
+        state.connected = snapshot.connection == Connection::Connected;
+        state.connection_since = Some(rfc3339(snapshot.connection_since));
+        state.provider_id = snapshot.provider_id;
+        state.backends = backends.iter().map(Backend::from).collect();
+        state.models = offers.visible_offer(&catalog).iter().map(Model::from).collect();
+        let window = stats.heartbeat(snapshot.in_flight);
+        state.p50_latency_ms = window.p50_latency_ms;
+        state.p95_latency_ms = window.p95_latency_ms;
+        state.tokens_per_sec_p50 = window.tokens_per_sec_p50;
+        let totals = stats.totals();
+        state.jobs = Jobs::new(&totals, snapshot.in_flight);
+        state.tokens = Tokens { input: totals.input_tokens, output: totals.output_tokens };
+        state.last_job = totals.last_job.map(LastJob::from);
+        state.last_error = totals.last_error.map(LastError::from);
+    }
+}
+
+impl From<&BackendStatus> for Backend {
+    fn from(status: &BackendStatus) -> Backend {
+        Backend {
+            id: status.id().to_owned(),
+            kind: status.offered().backend.kind().to_owned(),
+            offered: status.is_offered(),
+            since: status.since().map(rfc3339),
+            models: status.models(),
+            error: status.unavailable(),
+            last_error: status
+                .last_error()
+                .map(|(at, message)| BackendError { at: rfc3339(*at), message: message.clone() }),
+        }
+    }
+}
+
+impl From<&ResolvedModel> for Model {
+    fn from(model: &ResolvedModel) -> Model {
+        Model {
+            model_id: model.model_id.clone(),
+            input_per_1m: model.input_per_1m,
+            output_per_1m: model.output_per_1m,
+            max_concurrent: model.max_concurrent,
+            backend: model.backend.clone(),
+            context_window: model.context_window,
+        }
+    }
+}
+
+impl From<stats::LastJob> for LastJob {
+    fn from(job: stats::LastJob) -> LastJob {
+        LastJob {
+            at: rfc3339(job.at),
+            model_id: Some(job.model_id),
+            outcome: job.error.map_or("done", ErrorCode::as_str).to_owned(),
+            duration_ms: u64::try_from(job.latency.as_millis()).unwrap_or(u64::MAX),
+        }
+    }
+}
+
+impl From<stats::LastError> for LastError {
+    fn from(error: stats::LastError) -> LastError {
+        LastError { at: rfc3339(error.at), code: error.code.as_str().to_owned(), message: error.reason }
+    }
+}
+
+impl Jobs {
+    fn new(totals: &Totals, in_flight: u32) -> Jobs {
+        Jobs {
+            in_flight,
+            done: totals.done,
+            failed: totals.failed,
+            cancelled: totals.cancelled,
+            lost: totals.lost,
+            refused: totals.rejected.iter().map(|(_, count)| count).sum(),
+            refused_by_cause: totals
+                .rejected
+                .iter()
+                .map(|(reason, count)| (reason.name().to_owned(), *count))
+                .collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn state_of_an_older_or_newer_version_is_read() {
+        let text = r#"{"from_the_future": {"a": [1]}, "state": "serving", "jobs": {"done": 7, "new": 1}, "backends": [{"id": "b"}]}"#;
+        let state: State = serde_json::from_str(text).expect("a state");
+        assert_eq!((state.state.as_str(), state.jobs.done, state.backends[0].id.as_str()), ("serving", 7, "b"));
+        assert_eq!((state.pid, state.provider_id, state.last_job), (0, None, None));
+    }
+
+    #[test]
+    fn keys_and_their_order_are_what_other_programs_know() {
+        let state = State {
+            backends: vec![Backend { last_error: Some(BackendError::default()), ..Backend::default() }],
+            models: vec![Model::default()],
+            last_job: Some(LastJob::default()),
+            last_error: Some(LastError::default()),
+            ..State::default()
         };
-        set("agent_version", AGENT_VERSION.into());
-        set("pid", std::process::id().into());
-        set("written", self.last_written.times.into());
-        set("written_at", date(now));
-        set("state", condition.name.into());
-        set("since", date(self.last_written.since));
-        set("reason", condition.why.into());
-        set("serving", (condition.name == SERVING).into());
-        set("paused", self.offers.is_paused().into());
-        set("connected", (noted.connection == Connection::Connected).into());
-        set("connection_since", date(noted.connection_since));
-        set("provider_id", noted.provider_id.into());
-        set("backends", backends.iter().map(backend_json).collect());
-        set("models", self.offers.visible_offer(&catalog).iter().map(model_json).collect());
-        set("p50_latency_ms", figures.p50_latency_ms.into());
-        set("p95_latency_ms", figures.p95_latency_ms.into());
-        set("tokens_per_sec_p50", figures.tokens_per_sec_p50.into());
-        describe_jobs(&self.stats.totals(), noted.in_flight, &mut set);
-        Value::Object(state)
+        let expected = concat!(
+            r#"{"started_at":"","public_key":"","coordinator":"","agent_version":"","pid":0,"written":0,"written_at":"","#,
+            r#""state":"","since":null,"reason":null,"serving":false,"paused":false,"connected":false,"#,
+            r#""connection_since":null,"provider_id":null,"backends":[{"id":"","kind":"","offered":false,"since":null,"#,
+            r#""models":null,"error":null,"last_error":{"at":"","message":""}}],"models":[{"model_id":"","#,
+            r#""input_per_1m":0,"output_per_1m":0,"max_concurrent":0,"backend":"","context_window":null}],"#,
+            r#""p50_latency_ms":0,"p95_latency_ms":0,"tokens_per_sec_p50":0.0,"jobs":{"in_flight":0,"done":0,"failed":0,"#,
+            r#""cancelled":0,"lost":0,"refused":0,"refused_by_cause":{}},"tokens":{"input":0,"output":0},"#,
+            r#""last_job":{"at":"","model_id":null,"outcome":"","duration_ms":0},"#,
+            r#""last_error":{"at":"","code":"","message":""}}"#,
+        );
+        let text = serde_json::to_string(&state).expect("JSON");
+        assert_eq!(text, expected);
+        assert_eq!(serde_json::from_str::<State>(&text).expect("a state"), state);
     }
-
-    /// The first thing that keeps it from serving.
-    fn condition_of(&self, noted: &Snapshot, catalog: &Catalog, backends: &[BackendStatus]) -> Condition {
-        let condition = |name, why| Condition { name, why };
-        if noted.is_draining {
-            return condition("draining", Some("the agent was told to stop; jobs in flight finish".to_owned()));
-        }
-        match &noted.connection {
-            Connection::Connecting(why) => return condition("connecting", why.clone()),
-            Connection::Rejected(reason) => return condition("rejected", Some(reason.clone())),
-            Connection::Connected => {}
-        }
-        if self.offers.is_paused() {
-            return condition("paused", Some("paused by the operator".to_owned()));
-        }
-        if catalog.offer.is_empty() {
-            let away = |backend: &BackendStatus| Some(format!("{}: {}", backend.id(), backend.unavailable()?));
-            let reasons: Vec<String> = backends.iter().filter_map(away).collect();
-            return match (backends.is_empty(), reasons.is_empty()) {
-                (true, _) => condition("no_healthy_backend", Some("no [[backends]] in the configuration".to_owned())),
-                (false, false) => condition("no_healthy_backend", Some(reasons.join("; "))),
-                (false, true) if backends.iter().any(|backend| backend.models().is_none()) => {
-                    condition("no_healthy_backend", Some("the backends have not answered yet".to_owned()))
-                }
-                (false, true) => {
-                    let why = "the backends list no model that `models` allows and that has a price above 0";
-                    condition("no_models", Some(why.to_owned()))
-                }
-            };
-        }
-        if let Some(limit) = self.token_limit.used_up() {
-            let why = format!("the {limit} tokens that max_tokens_per_minute allows are used up");
-            return condition("throttled", Some(why));
-        }
-        self.live.not_throttled();
-        condition(SERVING, None)
-    }
-}
-
-/// The condition that all is well.
-const SERVING: &str = "serving";
-
-fn backend_json(backend: &BackendStatus) -> Value {
-    let last_error =
-        backend.last_error().map(|(at, why)| object([("at", rfc3339(*at).into()), ("message", why.as_str().into())]));
-    object([
-        ("id", backend.id().into()),
-        ("kind", backend.offered().backend.kind().into()),
-        ("offered", backend.is_offered().into()),
-        ("since", backend.since().map(rfc3339).into()),
-        ("models", backend.models().into()),
-        ("error", backend.unavailable().into()),
-        ("last_error", last_error.into()),
-    ])
-}
-
-/// `jobs`, `tokens`, `last_job` and `last_error`.
-fn describe_jobs(totals: &Totals, in_flight: u32, set: &mut dyn FnMut(&str, Value)) {
-    let by_reason = totals.rejected.iter().map(|(reason, count)| (reason.name().to_owned(), Value::from(*count)));
-    let jobs = object([
-        ("in_flight", in_flight.into()),
-        ("done", totals.done.into()),
-        ("failed", totals.failed.into()),
-        ("cancelled", totals.cancelled.into()),
-        ("lost", totals.lost.into()),
-        ("refused", totals.rejected.iter().map(|(_, count)| count).sum::<u64>().into()),
-        ("refused_by_cause", Value::Object(by_reason.collect())),
-    ]);
-    set("jobs", jobs);
-    set("tokens", object([("input", totals.input_tokens.into()), ("output", totals.output_tokens.into())]));
-    let last_job = totals.last_job.as_ref().map(|job| {
-        object([
-            ("at", rfc3339(job.at).into()),
-            ("model_id", job.model_id.as_str().into()),
-            ("outcome", job.error.map_or("done", ErrorCode::as_str).into()),
-            ("duration_ms", u64::try_from(job.latency.as_millis()).unwrap_or(u64::MAX).into()),
-        ])
-    });
-    set("last_job", last_job.into());
-    let last_error = totals.last_error.as_ref().map(|error| {
-        object([
-            ("at", rfc3339(error.at).into()),
-            ("code", error.code.as_str().into()),
-            ("message", error.reason.as_str().into()),
-        ])
-    });
-    set("last_error", last_error.into());
-}
-
-fn model_json(model: &ResolvedModel) -> Value {
-    object([
-        ("model_id", model.model_id.as_str().into()),
-        ("input_per_1m", model.input_per_1m.into()),
-        ("output_per_1m", model.output_per_1m.into()),
-        ("max_concurrent", model.max_concurrent.into()),
-        ("backend", model.backend.as_str().into()),
-        ("context_window", model.context_window.into()),
-    ])
 }
