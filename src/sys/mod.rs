@@ -1,8 +1,10 @@
-//! What the operating system offers, in the form that the agent needs it: files, threads, memory, dates, the shell's quoting.
+//! What the operating system offers, in the form that the agent needs it: files, threads, memory, dates, the terminal, the shell's quoting.
 
 pub mod datetime;
+pub mod edit_distance;
 pub mod files;
 pub mod jitter;
 pub mod malloc;
 pub mod shell_quote;
+pub mod terminal;
 pub mod threads;

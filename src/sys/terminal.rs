@@ -1,0 +1,175 @@
+//! How text is printed on stdout: the line width, the characters of the locale, colour, and the one function that wraps lines.
+
+use std::io::{IsTerminal, stdout};
+
+/// The line width in characters where `COLUMNS` does not say.
+const WIDTH_DEFAULT: usize = 80;
+/// The least width that is used, in characters: a column of labels and one word beside it.
+const WIDTH_MIN: usize = 40;
+
+/// What stdout can show.
+#[derive(Debug, Clone, Copy)]
+pub struct Terminal {
+    /// Characters per line.
+    pub width: usize,
+    /// Whether the locale is UTF-8, so that `✓` can be shown.
+    pub is_utf8: bool,
+    /// Whether lines can be redrawn in place.
+    pub is_live: bool,
+    /// Whether colour and bold are wanted.
+    pub has_colour: bool,
+}
+
+impl Terminal {
+    /// stdout, as the environment describes it.
+    pub fn of_stdout() -> Terminal {
+        Terminal::of(|name| std::env::var(name).ok(), stdout().is_terminal())
+    }
+
+    fn of(variable: impl Fn(&str) -> Option<String>, is_terminal: bool) -> Terminal {
+        let set = |name| variable(name).filter(|value| !value.is_empty());
+        let width = set("COLUMNS").and_then(|columns| columns.trim().parse().ok()).unwrap_or(WIDTH_DEFAULT);
+        let locale = ["LC_ALL", "LC_CTYPE", "LANG"].into_iter().find_map(set).unwrap_or_default().to_ascii_lowercase();
+        let is_live = is_terminal && set("TERM").is_none_or(|term| term != "dumb");
+        Terminal {
+            width: width.max(WIDTH_MIN),
+            is_utf8: locale.contains("utf-8") || locale.contains("utf8"),
+            is_live,
+            has_colour: is_live && set("NO_COLOR").is_none(),
+        }
+    }
+
+    /// `text` in this colour or weight, an SGR code such as `32`; plain where colour is not wanted.
+    pub fn styled(&self, sgr: &str, text: &str) -> String {
+        if self.has_colour { format!("\x1b[{sgr}m{text}\x1b[0m") } else { text.to_owned() }
+    }
+}
+
+/// Returns `label` followed by `text`, broken at spaces into lines of at most `width` characters, each with its line end. Lines
+/// after the first are indented to the end of the label; after a label wider than half a line, the text starts on a line of
+/// its own.
+///
+/// Text in backticks stays on one line if it fits, so that a command can be copied. A longer word is not broken. A no-break
+/// space is printed as a space.
+pub fn wrap(label: &str, text: &str, width: usize) -> String {
+    let mut indent = label.chars().count();
+    let (mut out, mut column) = (label.to_owned(), indent);
+    if indent > width / 2 && !text.is_empty() {
+        indent = label.len() - label.trim_start().len() + 2;
+        out = format!("{}\n{:indent$}", label.trim_end(), "");
+        column = indent;
+    }
+    let mut is_first = true;
+    for word in (Words { rest: Some(text), room: width.saturating_sub(indent) }) {
+        let length = word.chars().count();
+        let space = usize::from(!is_first);
+        if !is_first && column + space + length > width {
+            out.truncate(out.trim_end().len());
+            out.push_str(&format!("\n{:indent$}", ""));
+            (column, is_first) = (indent, true);
+        }
+        // The second space of two that the line was broken at.
+        if word.is_empty() && is_first {
+            continue;
+        }
+        if !is_first {
+            out.push(' ');
+        }
+        out.push_str(&word.replace('\u{a0}', " "));
+        column += length + usize::from(!is_first);
+        is_first = false;
+    }
+    out.truncate(out.trim_end().len());
+    out.push('\n');
+    out
+}
+
+/// The pieces that [`wrap`] does not break.
+struct Words<'a> {
+    rest: Option<&'a str>,
+    /// Characters between the indent and the end of the line.
+    room: usize,
+}
+
+impl<'a> Iterator for Words<'a> {
+    type Item = &'a str;
+
+    fn next(&mut self) -> Option<&'a str> {
+        let rest = self.rest?;
+        let first_space = rest.find(' ').unwrap_or(rest.len());
+        let is_outside = |at: &usize| rest[..*at].matches('`').count() % 2 == 0;
+        let spaces = rest.match_indices(' ').map(|(at, _)| at).chain([rest.len()]);
+        let end = spaces.into_iter().find(is_outside).unwrap_or(first_space);
+        let end = if rest[..end].chars().count() > self.room { first_space } else { end };
+        self.rest = rest.get(end + 1..);
+        Some(&rest[..end])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn terminal(variables: &[(&str, &str)], is_terminal: bool) -> Terminal {
+        let value =
+            |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned());
+        Terminal::of(value, is_terminal)
+    }
+
+    #[test]
+    fn width_is_that_of_columns_else_80() {
+        for (columns, width) in [("60", 60), ("", 80), ("wide", 80), ("7", 40), ("-1", 80)] {
+            assert_eq!(terminal(&[("COLUMNS", columns)], false).width, width, "{columns}");
+        }
+        assert_eq!(terminal(&[], true).width, 80);
+    }
+
+    #[test]
+    fn the_first_locale_variable_that_is_set_decides_about_utf8() {
+        for (variables, is_utf8) in [
+            (&[][..], false),
+            (&[("LANG", "en_US.UTF-8")], true),
+            (&[("LANG", "C.utf8")], true),
+            (&[("LC_ALL", ""), ("LC_CTYPE", "de_DE.UTF-8"), ("LANG", "C")], true),
+            (&[("LC_ALL", "C"), ("LC_CTYPE", "de_DE.UTF-8"), ("LANG", "de_DE.UTF-8")], false),
+            (&[("LANG", "de_DE.ISO-8859-1")], false),
+        ] {
+            assert_eq!(terminal(variables, true).is_utf8, is_utf8, "{variables:?}");
+        }
+    }
+
+    #[test]
+    fn colour_needs_a_terminal_that_is_not_dumb_and_no_no_color() {
+        for (variables, is_terminal, has_colour) in [
+            (&[("TERM", "xterm")][..], true, true),
+            (&[("TERM", "xterm")], false, false),
+            (&[("TERM", "dumb")], true, false),
+            (&[("TERM", "xterm"), ("NO_COLOR", "1")], true, false),
+            (&[("TERM", "xterm"), ("NO_COLOR", "")], true, true),
+        ] {
+            assert_eq!(terminal(variables, is_terminal).has_colour, has_colour, "{variables:?}");
+        }
+        assert_eq!(terminal(&[], true).styled("1", "x"), "\x1b[1mx\x1b[0m");
+        assert_eq!(terminal(&[], false).styled("1", "x"), "x");
+    }
+
+    #[test]
+    fn wrap_breaks_at_words_and_indents_to_the_label() {
+        for (label, text, expected) in [
+            ("", "", "\n"),
+            ("label", "", "label\n"),
+            ("", "one two three four", "one two\nthree four\n"),
+            ("a: ", "one two three", "a: one two\n   three\n"),
+            ("", "abcdefghijklmnop q", "abcdefghijklmnop\nq\n"),
+            ("", "to do: `a bc` now", "to do:\n`a bc` now\n"),
+            ("", "`a command too long`", "`a command\ntoo long`\n"),
+            ("", "it`s one two", "it`s one\ntwo\n"),
+            ("", "a  b  cdefg", "a  b\ncdefg\n"),
+            ("", "price 1.00\u{a0}USD", "price\n1.00 USD\n"),
+            ("  a-label ", "text", "  a-label\n    text\n"),
+            ("", "ää öö üü ßß", "ää öö üü\nßß\n"),
+        ] {
+            assert_eq!(wrap(label, text, 10), expected, "{label:?} {text:?}");
+        }
+    }
+}
