@@ -1,37 +1,39 @@
-//! What may be typed, and its normal form.
+//! The command line: what may be typed, parsed by argh.
 //!
-//! argh knows an option only where its struct has it, and neither `--option=value` nor `-cVALUE`; so the words are put
-//! into the one order that it takes before it sees them.
+//! argh knows an option only in the command whose struct has it, and neither `--option=value` nor `-cVALUE`; so the words are
+//! brought into the one order that it accepts before it sees them.
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use argh::{EarlyExit, FromArgs};
+use argh::{ArgsInfo, CommandInfoWithArgs, EarlyExit, FromArgs};
 use log::LevelFilter;
 
 use crate::config::parse_level;
+use crate::sys::edit_distance::nearest;
 
-/// Put your GPU on the Use Pod market: offers the models of local inference servers and serves the jobs that come.
-#[derive(FromArgs, Debug)]
+/// Puts your GPU on the Use Pod market: offers the models of local inference servers and serves the jobs they receive.
+#[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(
-    note = "Options may stand before or after the command. Without a command the agent runs.",
-    example = "See it work, without any set-up:\n$ {command_name} demo",
-    example = "Pair this machine, and write agent.toml:\n$ {command_name} setup",
-    example = "Check a configuration, and see what would be offered at which prices:\n$ {command_name} validate --config agent.toml",
-    example = "Find out why no jobs come:\n$ {command_name} doctor",
-    example = "Serve:\n$ {command_name} run --config agent.toml",
-    example = "Have cron keep it running, from now on and after each boot:\n$ {command_name} service install",
+    note = "Options may stand before or after the command. Without a command, `run` is assumed. `usepod-agent COMMAND --help` \
+            lists the options of a command.",
+    example = "See it work, without any configuration:\n$ {command_name} demo",
+    example = "Pair this machine and write agent.toml:\n$ {command_name} setup",
+    example = "Check agent.toml and show what would be offered at which prices:\n$ {command_name} validate",
+    example = "Serve:\n$ {command_name} run",
+    example = "Have cron keep the agent running, also after a reboot:\n$ {command_name} service install",
+    example = "Find out why no jobs arrive:\n$ {command_name} doctor",
     error_code(1, "runtime error"),
     error_code(2, "usage or configuration error"),
-    error_code(3, "status, service: no agent runs, or none is installed"),
+    error_code(3, "status, service: no agent is running, or none is installed"),
     error_code(4, "an agent with this identity is already running")
 )]
 pub struct Args {
-    /// agent.toml to use (default: $XDG_CONFIG_HOME/usepod-agent/agent.toml, then ./agent.toml)
+    /// configuration file (default: agent.toml in $XDG_CONFIG_HOME/usepod-agent, else in the working folder)
     #[argh(option, short = 'c', arg_name = "file")]
     config: Option<PathBuf>,
-    /// off, error, warn, info, debug or trace (default: as agent.toml says, else info)
+    /// log level: off, error, warn, info, debug or trace (default: the one in agent.toml, else info)
     #[argh(option, from_str_fn(level), arg_name = "level")]
     log_level: Option<LevelFilter>,
     /// allow a ws:// coordinator, which is not encrypted
@@ -50,14 +52,14 @@ pub struct Globals {
 }
 
 impl Args {
-    /// The command (run, when none was typed) and what is common to all.
+    /// The options of every command, and the command: `run` if none was typed.
     pub fn split(self) -> (Globals, Command) {
         let Args { config, log_level, allow_insecure, command } = self;
         (Globals { config, log_level, allow_insecure }, command.unwrap_or(Command::Run(Run { cron: false })))
     }
 }
 
-#[derive(FromArgs, Debug)]
+#[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(subcommand)]
 pub enum Command {
     Run(Run),
@@ -73,114 +75,116 @@ pub enum Command {
     Service(Service),
 }
 
-/// Serve until stopped (the default). SIGTERM, SIGINT or SIGHUP: finish the jobs in flight, then exit.
-#[derive(FromArgs, Debug)]
+/// Serves jobs until stopped (the default command). SIGTERM, SIGINT or SIGHUP finishes the jobs in flight, then exits; a second
+/// signal aborts them.
+#[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(subcommand, name = "run")]
 pub struct Run {
-    /// for a line of crontab, each minute: serve if no agent does, replace one that hangs, and log to a file
+    /// for a crontab line that runs every minute: serve only if no agent is running, replace an agent that hangs, and log to a
+    /// file
     #[argh(switch)]
     pub cron: bool,
 }
 
-/// Say whether the agent serves, and why not. Exits with 0 when it serves, 1 when it runs but does not serve, 3 when it does not
-/// run.
-#[derive(FromArgs, Debug)]
+/// Shows whether the agent is serving, and if not, why. Exits with 0 if it is serving, 1 if it is running but not serving, 3 if
+/// it is not running.
+#[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(subcommand, name = "status")]
 pub struct Status {
     /// print the state as JSON
     #[argh(switch)]
     pub json: bool,
-    /// print it again each second, in place, until Ctrl-C
+    /// refresh every second until Ctrl-C
     #[argh(switch)]
     pub watch: bool,
 }
 
-/// Offer nothing from now on, also after a restart; jobs in flight finish.
-#[derive(FromArgs, Debug)]
+/// Withdraws all models until `resume`, also across restarts. Jobs in flight finish.
+#[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(subcommand, name = "pause")]
 pub struct Pause {}
 
-/// End a pause.
-#[derive(FromArgs, Debug)]
+/// Ends a pause: the agent offers its models again.
+#[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(subcommand, name = "resume")]
 pub struct Resume {}
 
-/// Pair this machine with the market, and write agent.toml: shows a code, and the page on which to enter it.
-#[derive(FromArgs, Debug)]
+/// Pairs this machine with the market and writes agent.toml. Shows a code and the page to enter it on.
+#[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(subcommand, name = "setup")]
 pub struct Setup {
-    /// the coordinator to pair with (default: the market, api.usepod.ai)
+    /// coordinator to pair with (default: the market, https://api.usepod.ai)
     #[argh(option, arg_name = "url")]
     pub coordinator: Option<String>,
 }
 
-/// Check agent.toml, ask the backends, and print what would be offered at which prices.
-#[derive(FromArgs, Debug)]
+/// Checks agent.toml, queries the backends, and prints what would be offered at which prices.
+#[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(subcommand, name = "validate")]
 pub struct Validate {}
 
-/// Print the public key, the provider id and the enrollment code in use; makes the identity when there is none.
-#[derive(FromArgs, Debug)]
+/// Prints the public key, the provider id and the enrollment code. Creates the identity if there is none.
+#[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(subcommand, name = "enroll")]
 pub struct Enroll {}
 
-/// Examine everything that an agent needs, layer by layer, and say what mends what is broken. Exits 0 only if all that matters
-/// is well.
-#[derive(FromArgs, Debug)]
+/// Checks everything the agent needs, layer by layer, and says how to fix what is broken. Exits with 0 if no check fails, else
+/// with 1.
+#[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(subcommand, name = "doctor")]
 pub struct Doctor {
-    /// do not have the local backends complete and cancel a tiny request
+    /// skip the test completion on local backends
     #[argh(switch)]
     pub no_inference: bool,
 }
 
-/// Print the version.
-#[derive(FromArgs, Debug)]
+/// Prints the version.
+#[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(subcommand, name = "version")]
 pub struct Version {}
 
-/// Serve a real request on this machine alone: a local coordinator, the agent, and the backends of --config, those
+/// Serves a real request on this machine alone. It runs a local coordinator and the agent, with the backends of --config, those
 /// found on the default ports, or a built-in echo.
-#[derive(FromArgs, Debug)]
+#[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(subcommand, name = "demo")]
 pub struct Demo {
-    /// port of the OpenAI-compatible front door (default: 8788, or a free one)
-    #[argh(option, arg_name = "n")]
+    /// port of the OpenAI-compatible front door, 1-65535, or 0 for any free port (default: 8788, or a free port if 8788 is taken)
+    #[argh(option, from_str_fn(port), arg_name = "n")]
     pub port: Option<u16>,
-    /// what to ask
+    /// prompt of the sample request
     #[argh(option, arg_name = "text")]
     pub prompt: Option<String>,
-    /// exit after the first answer: 0 only if its bytes were right
+    /// exit after the first answer, with 0 only if its bytes were correct
     #[argh(switch)]
     pub once: bool,
-    /// after the first answer, measure what the agent adds to the first byte and to each event, directly and through it in
-    /// turn (a minute or so), then exit: 0 only if every answer came through whole
+    /// after the first answer, measure for about a minute what the agent adds to the first byte and to each event, then exit,
+    /// with 0 only if every answer was complete
     #[argh(switch)]
     pub bench: bool,
-    /// run no agent of its own: show how to pair one, and serve the front door through it
+    /// start no agent: show how to pair one, and serve the front door through it
     #[argh(switch)]
     pub await_agent: bool,
-    /// with --await-agent: where agents connect, a loopback address and port (default: 127.0.0.1 and a free port)
+    /// with --await-agent: loopback address and port that agents connect to (default: 127.0.0.1 and a free port)
     #[argh(option, arg_name = "address")]
     pub listen: Option<SocketAddr>,
 }
 
-/// Have cron (or systemd) keep the agent running: install, uninstall, start, stop, restart, status or logs. It stays stopped
-/// until started; status exits with 0 only while an agent runs.
-#[derive(FromArgs, Debug)]
-#[argh(subcommand, name = "service", error_code(3, "not installed, or not running"))]
+/// Keeps the agent running under cron or systemd. Once stopped, it stays stopped until `service start`; `service status` exits
+/// with 0 only while an agent is running.
+#[derive(FromArgs, ArgsInfo, Debug)]
+#[argh(subcommand, name = "service")]
 pub struct Service {
     /// install, uninstall, start, stop, restart, status or logs
     #[argh(positional, from_str_fn(action))]
     pub action: Action,
-    /// install: a systemd unit in place of lines in the crontab, a system unit as root, else a user unit
+    /// install: use a systemd unit instead of the crontab; a system unit as root, else a user unit
     #[argh(switch)]
     pub systemd: bool,
-    /// logs: show what is added, too, until Ctrl-C
+    /// logs: print new lines as they are written, until Ctrl-C
     #[argh(switch, short = 'f')]
     pub follow: bool,
-    /// logs: so many lines of what is there (default: 100)
-    #[argh(option, short = 'n', arg_name = "n")]
+    /// logs: number of lines to start with (default: 100)
+    #[argh(option, short = 'n', from_str_fn(lines), arg_name = "n")]
     pub lines: Option<usize>,
 }
 
@@ -196,89 +200,131 @@ pub enum Action {
     Logs,
 }
 
+const ACTIONS: [(&str, Action); 7] = [
+    ("install", Action::Install),
+    ("uninstall", Action::Uninstall),
+    ("start", Action::Start),
+    ("stop", Action::Stop),
+    ("restart", Action::Restart),
+    ("status", Action::Status),
+    ("logs", Action::Logs),
+];
+
 fn action(word: &str) -> Result<Action, String> {
-    Ok(match word {
-        "install" => Action::Install,
-        "uninstall" => Action::Uninstall,
-        "start" => Action::Start,
-        "stop" => Action::Stop,
-        "restart" => Action::Restart,
-        "status" => Action::Status,
-        "logs" => Action::Logs,
-        _ => return Err("use one of: install, uninstall, start, stop, restart, status, logs".into()),
+    let found = ACTIONS.iter().find(|(name, _)| *name == word);
+    found.map(|(_, action)| *action).ok_or_else(|| format!("use one of: {}", action_names()))
+}
+
+fn action_names() -> String {
+    ACTIONS.map(|(name, _)| name).join(", ")
+}
+
+fn level(name: &str) -> Result<LevelFilter, String> {
+    parse_level(name).ok_or_else(|| "use one of: off, error, warn, info, debug, trace".to_owned())
+}
+
+fn port(number: &str) -> Result<u16, String> {
+    number.parse().map_err(|_| {
+        "a port is a number from 1 to 65535, or 0 for any free port; the default is 8788, or a free port if 8788 is taken"
+            .to_owned()
     })
 }
 
-/// What the words came to.
+fn lines(number: &str) -> Result<usize, String> {
+    number.parse().map_err(|_| "use a number of lines; the default is 100".to_owned())
+}
+
+/// What a command line asks for.
 pub enum Parsed {
-    /// To be run.
+    /// A command to run.
     Command(Args),
-    /// To be printed.
-    Help(String),
+    /// Help to print.
+    Help,
 }
 
 /// Options of every command, with a value.
 const GLOBAL_OPTIONS: [&str; 3] = ["--config", "-c", "--log-level"];
-/// Options of every command, without one.
+/// Options of every command, without a value.
 const GLOBAL_SWITCHES: [&str; 1] = ["--allow-insecure"];
-/// Options of one command, with a value, which may look like anything.
+/// Options of one command, with a value, which may look like an option.
 const COMMAND_OPTIONS: [&str; 5] = ["--port", "--prompt", "--lines", "--listen", "--coordinator"];
 
-/// Parses the process's arguments, the program's name first.
-///
-/// # Errors
-/// What is wrong, for the person who typed it.
-pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Parsed, String> {
+/// Parses the arguments of the process, of which the first is the program's name. Returns the name of the command, if one was
+/// typed, and what to do or why the arguments make no sense.
+pub fn parse(args: impl Iterator<Item = OsString>) -> (Option<&'static str>, Result<Parsed, String>) {
     let typed = args.skip(1).map(|word| {
         word.into_string().map_err(|word| format!("`{}` is not UTF-8 text", word.to_string_lossy().escape_debug()))
     });
-    let words = normalised(typed.collect::<Result<_, _>>()?)?;
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    match Args::from_args(&["usepod-agent"], &words) {
+    let normalised = match typed.collect::<Result<Vec<_>, _>>() {
+        Ok(typed) => Normalised::from(typed),
+        Err(e) => return (None, Err(e)),
+    };
+    let command = normalised.command();
+    if let Some(option) = normalised.without_value {
+        return (command, Err(format!("`{option}` needs a value")));
+    }
+    let words: Vec<&str> = normalised.globals.iter().chain(&normalised.rest).map(String::as_str).collect();
+    let parsed = match Args::from_args(&["usepod-agent"], &words) {
         Ok(args) => Ok(Parsed::Command(args)),
-        Err(EarlyExit { output, status: Ok(()) }) => Ok(Parsed::Help(output)),
-        Err(EarlyExit { output, status: Err(()) }) => Err(format!(
-            "{}\nfor help: usepod-agent --help",
-            output.split("\n\nRun ").next().unwrap_or_default().trim()
-        )),
-    }
+        Err(EarlyExit { status: Ok(()), .. }) => Ok(Parsed::Help),
+        Err(EarlyExit { output, status: Err(()) }) => Err(explain(&output, command)),
+    };
+    (command, parsed)
 }
 
-/// Options of every command first, then the command with its own; each value a word of its own.
-fn normalised(typed: Vec<String>) -> Result<Vec<String>, String> {
-    let (mut globals, mut rest) = (Vec::new(), Vec::new());
-    let mut words = typed.into_iter();
-    while let Some(word) = words.next() {
-        if word == "--" {
-            rest.push(word);
-            rest.extend(words);
-            break;
-        }
-        let (option, attached) = split_value(&word);
-        let is_global = GLOBAL_OPTIONS.contains(&option);
-        if is_global || COMMAND_OPTIONS.contains(&option) {
-            let value = attached.map(str::to_owned).or_else(|| words.next());
-            let value = value.ok_or_else(|| format!("`{option}` needs a value; for help: usepod-agent --help"))?;
-            let target = if is_global { &mut globals } else { &mut rest };
-            target.extend([option.to_owned(), value]);
-        } else if GLOBAL_SWITCHES.contains(&word.as_str()) {
-            // Twice is as good as once.
-            if !globals.contains(&word) {
-                globals.push(word);
+/// The command line in the order that argh accepts, each value as a word of its own.
+#[derive(Default)]
+struct Normalised {
+    /// Options of every command, with their values.
+    globals: Vec<String>,
+    /// The command and its own options.
+    rest: Vec<String>,
+    /// The last word, if it is an option that needs a value.
+    without_value: Option<String>,
+}
+
+impl From<Vec<String>> for Normalised {
+    fn from(typed: Vec<String>) -> Normalised {
+        let Normalised { mut globals, mut rest, mut without_value } = Normalised::default();
+        let mut words = typed.into_iter();
+        while let Some(word) = words.next() {
+            if word == "--" {
+                rest.push(word);
+                rest.extend(words);
+                break;
             }
-        } else {
-            rest.push(match word.as_str() {
-                "-h" => "--help".to_owned(),
-                "-V" | "--version" => "version".to_owned(),
-                _ => word,
-            });
+            let (option, attached) = split_value(&word);
+            let is_global = GLOBAL_OPTIONS.contains(&option);
+            if is_global || COMMAND_OPTIONS.contains(&option) {
+                let Some(value) = attached.map(str::to_owned).or_else(|| words.next()) else {
+                    without_value = Some(word);
+                    break;
+                };
+                let target = if is_global { &mut globals } else { &mut rest };
+                target.extend([option.to_owned(), value]);
+            } else if GLOBAL_SWITCHES.contains(&word.as_str()) {
+                // argh refuses a switch that is given twice.
+                if !globals.contains(&word) {
+                    globals.push(word);
+                }
+            } else if matches!(word.as_str(), "-V" | "--version") {
+                return Normalised { rest: vec!["version".to_owned()], ..Normalised::default() };
+            } else {
+                rest.push(if word == "-h" { "--help".to_owned() } else { word });
+            }
         }
+        Normalised { globals, rest, without_value }
     }
-    globals.append(&mut rest);
-    Ok(globals)
 }
 
-/// `--option=value` and `-cVALUE`, taken apart.
+impl Normalised {
+    fn command(&self) -> Option<&'static str> {
+        let known = Args::get_args_info().commands;
+        self.rest.iter().find_map(|word| known.iter().find(|command| command.name == word)).map(|command| command.name)
+    }
+}
+
+/// `--option=value` and `-cVALUE`, split.
 fn split_value(word: &str) -> (&str, Option<&str>) {
     if let Some(long) = word.strip_prefix("--") {
         return match long.find('=') {
@@ -292,16 +338,59 @@ fn split_value(word: &str) -> (&str, Option<&str>) {
     }
 }
 
-fn level(name: &str) -> Result<LevelFilter, String> {
-    parse_level(name).ok_or_else(|| "use one of: off, error, warn, info, debug, trace".to_owned())
+/// What argh complains about, with a suggestion where one is likely.
+fn explain(output: &str, command: Option<&str>) -> String {
+    let message = output.split("\n\nRun ").next().unwrap_or_default().trim();
+    if let Some(word) = message.strip_prefix("Unrecognized argument: ") {
+        return unrecognised(word, command);
+    }
+    if message.starts_with("Required positional") && command == Some("service") {
+        return format!("`service` needs one of: {}", action_names());
+    }
+    let of_value = message.split_once(" with value '").and_then(|(place, rest)| {
+        let (value, why) = rest.split_once("': ")?;
+        let option = place.strip_prefix("Error parsing option '").and_then(|option| option.strip_suffix('\''));
+        let option = option.map_or_else(String::new, |option| format!("{option} "));
+        Some(format!("`{option}{value}`: {why}"))
+    });
+    of_value.unwrap_or_else(|| message.to_owned())
+}
+
+fn unrecognised(word: &str, command: Option<&str>) -> String {
+    let program = Args::get_args_info();
+    let own = command.and_then(|name| program.commands.iter().find(|command| command.name == name));
+    if word.starts_with('-') {
+        let flags_of = |command: &CommandInfoWithArgs| command.flags.iter().map(|flag| flag.long);
+        let flags = flags_of(&program).chain(own.into_iter().flat_map(|own| flags_of(&own.command)));
+        let hint = nearest(word, flags).map_or_else(String::new, |flag| format!("; did you mean `{flag}`?"));
+        return format!("there is no option `{word}`{hint}");
+    }
+    if let Some(command) = command {
+        return format!("`{command}` does not take the argument `{word}`");
+    }
+    let actions = ACTIONS.iter().map(|(name, _)| *name);
+    let meant = match ACTIONS.iter().any(|(name, _)| *name == word) {
+        true => Some(format!("service {word}")),
+        false => nearest(word, program.commands.iter().map(|command| command.name))
+            .map(str::to_owned)
+            .or_else(|| nearest(word, actions).map(|action| format!("service {action}"))),
+    };
+    let hint = meant.map_or_else(String::new, |meant| format!("; did you mean `usepod-agent {meant}`?"));
+    format!("there is no command `{word}`{hint}")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn normalised(words: &[&str]) -> Normalised {
+        Normalised::from(words.iter().map(|w| (*w).to_owned()).collect::<Vec<_>>())
+    }
+
     fn normal(words: &[&str]) -> Vec<String> {
-        normalised(words.iter().map(|w| (*w).to_owned()).collect()).expect("values")
+        let Normalised { globals, rest, without_value } = normalised(words);
+        assert_eq!(without_value, None);
+        [globals, rest].concat()
     }
 
     #[test]
@@ -313,6 +402,30 @@ mod tests {
         assert_eq!(normal(&["demo", "--prompt", "-c"]), ["demo", "--prompt", "-c"]);
         assert_eq!(normal(&["demo", "--prompt=--config", "--once"]), ["demo", "--prompt", "--config", "--once"]);
         assert_eq!(normal(&["run", "--allow-insecure", "--allow-insecure"]), ["--allow-insecure", "run"]);
-        assert!(normalised(vec!["run".into(), "-c".into()]).is_err());
+        assert_eq!(normalised(&["run", "-c"]).without_value.as_deref(), Some("-c"));
+        assert_eq!(normal(&["run", "-c", "x", "-V"]), ["version"]);
+    }
+
+    #[test]
+    fn a_usage_error_knows_the_command_and_suggests_what_was_meant() {
+        for (words, command, text) in [
+            (&["logs"][..], None, "there is no command `logs`; did you mean `usepod-agent service logs`?"),
+            (&["--allow-insecure", "uninstal"], None, "did you mean `usepod-agent service uninstall`?"),
+            (&["statsu"], None, "did you mean `usepod-agent status`?"),
+            (&["frobnicate"], None, "there is no command `frobnicate`"),
+            (&["validate", "--config"], Some("validate"), "`--config` needs a value"),
+            (&["run", "extra"], Some("run"), "`run` does not take the argument `extra`"),
+            (&["status", "--wach"], Some("status"), "there is no option `--wach`; did you mean `--watch`?"),
+            (&["status", "--confg", "x"], Some("status"), "did you mean `--config`?"),
+            (&["demo", "--port", "abc"], Some("demo"), "`--port abc`: a port is a number from 1 to 65535"),
+            (&["demo", "--listen", "8080"], Some("demo"), "`--listen 8080`: "),
+            (&["service", "log"], Some("service"), "`log`: use one of: install, uninstall, start"),
+            (&["service"], Some("service"), "`service` needs one of: install, uninstall, start"),
+            (&["--log-level=loud"], None, "`--log-level loud`: use one of: off, error"),
+        ] {
+            let (named, parsed) = parse(["usepod-agent"].iter().chain(words).map(OsString::from));
+            assert_eq!(named, command, "{words:?}");
+            assert!(parsed.is_err_and(|e| e.contains(text)), "{words:?}");
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! `demo`: the agent at work on this machine alone. The exit code is the verdict of [`crate::demo::run`].
+//! `demo`: the agent at work on this machine alone. The exit code is the result of [`crate::demo::run`].
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -7,18 +7,18 @@ use log::LevelFilter;
 
 use super::CliError;
 use super::args::{Demo, Globals};
-use super::run::heed_signals;
+use super::run::install_signal_handler;
 use crate::agent::shutdown::Stop;
 use crate::config::Config;
 use crate::demo;
 use crate::logging;
 
-/// Runs the demo. Its page is stdout, so that the log keeps to warnings unless more was asked for.
+/// Runs the demo. Its result is on stdout, so the log has warnings only, unless --log-level asks for more.
 pub fn run(globals: &Globals, options: &Demo) -> Result<(), CliError> {
-    let listen = await_at(globals, options)?;
+    let listen = listen_address(globals, options)?;
     logging::start(globals.log_level.unwrap_or(LevelFilter::Warn), None);
     let stop = Arc::new(Stop::default());
-    heed_signals(&stop)?;
+    install_signal_handler(&stop)?;
     if let Some(listen) = listen {
         let ended = demo::await_agent::run(listen, options.port, &stop, &mut std::io::stdout().lock());
         return ended.map_err(|e| CliError::Runtime(e.to_string()));
@@ -33,31 +33,31 @@ pub fn run(globals: &Globals, options: &Demo) -> Result<(), CliError> {
     demo::run(options, &stop, &mut std::io::stdout().lock()).map_err(|e| CliError::Runtime(e.to_string()))
 }
 
-/// Where `--await-agent` listens; `None` without it.
-fn await_at(globals: &Globals, options: &Demo) -> Result<Option<SocketAddr>, CliError> {
+/// The address that `--await-agent` listens on; `None` without it.
+fn listen_address(globals: &Globals, options: &Demo) -> Result<Option<SocketAddr>, CliError> {
     let Demo { await_agent, listen, port: _, prompt, once, bench } = options;
     if !await_agent {
         return match listen {
-            Some(_) => Err(CliError::Usage("`--listen` is for `demo --await-agent`; add that, or leave it out".into())),
+            Some(_) => Err(CliError::Usage("`--listen` needs `--await-agent`".into())),
             None => Ok(None),
         };
     }
     if prompt.is_some() || *once || *bench || globals.config.is_some() {
-        let what = "`--await-agent` runs no agent of its own: leave out --config, --prompt, --once and --bench";
+        let what = "`--await-agent` starts no agent: omit --config, --prompt, --once and --bench";
         return Err(CliError::Usage(what.into()));
     }
     let listen = listen.unwrap_or_else(|| (Ipv4Addr::LOCALHOST, 0).into());
     if !listen.ip().is_loopback() {
-        // It takes any agent, and lets any client in.
-        return Err(CliError::Usage(format!("`--listen {listen}`: the demo is for this machine alone; use 127.0.0.1")));
+        // The demo accepts any agent and any client.
+        return Err(CliError::Usage(format!("`--listen {listen}`: the demo serves this machine alone; use 127.0.0.1")));
     }
     Ok(Some(listen))
 }
 
-/// Only a file that was named: one that happens to lie about must not decide which servers a stranger's demo asks.
+/// Reads a configuration that was named. One that merely lies around must not decide which servers a demo queries.
 fn named_config(globals: &Globals) -> Result<Option<Config>, CliError> {
     let Some(named) = &globals.config else { return Ok(None) };
     let path = Config::find(Some(named))?;
-    // The coordinator in it is not dialled, so that ws:// there is no risk.
+    // Its coordinator is not dialled, so ws:// is no risk.
     Ok(Some(Config::load(&path, true)?))
 }

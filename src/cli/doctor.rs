@@ -1,27 +1,25 @@
-//! `doctor`: why no jobs come, layer by layer.
-
-use std::io::IsTerminal;
+//! `doctor`: why no jobs arrive, layer by layer.
 
 use super::CliError;
 use super::args::{Doctor, Globals};
 use crate::doctor::{Options, examine};
 use crate::logging;
+use crate::sys::terminal::Terminal;
 
-/// What the doctor exits with when something that matters is broken.
-const BROKEN: u8 = 1;
+/// The exit code if a check failed.
+const FAILED: u8 = 1;
 
-/// Examines; an error when something that matters is broken.
+/// Runs the checks; an error if one failed.
 pub fn run(globals: &Globals, options: &Doctor) -> Result<(), CliError> {
-    // What the agent would log, the report says; those who ask for the log get it beside.
+    // The report says what the log would say, so the log is off unless --log-level asks for it.
     if let Some(level) = globals.log_level {
         logging::start(level, None);
     }
-    let question = Options {
+    let options = Options {
         config: globals.config.as_deref(),
         allow_insecure: globals.allow_insecure,
         inference: !options.no_inference,
     };
-    let stdout = std::io::stdout();
-    let live = stdout.is_terminal();
-    if examine(&question, &mut stdout.lock(), live) { Ok(()) } else { Err(CliError::AlreadyReported(BROKEN)) }
+    let is_well = examine(&options, &mut std::io::stdout().lock(), Terminal::of_stdout());
+    if is_well { Ok(()) } else { Err(CliError::AlreadyReported(FAILED)) }
 }

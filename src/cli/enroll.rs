@@ -1,19 +1,19 @@
-//! `enroll`: who this agent is, for the person who enrolls it.
+//! `enroll`: the identity of this agent, for the person who enrolls it.
 
 use super::args::Globals;
-use super::{CliError, load_config, print};
+use super::{CliError, load_config};
 use crate::instance::identity::Identity;
 use crate::logging::redact;
 
-/// Prints the public key, the provider id and the ends of the enrollment code.
+/// Prints the public key, the provider id and the first and last characters of the enrollment code.
 pub fn run(globals: &Globals) -> Result<(), CliError> {
     let config = load_config(globals)?;
     let identity = Identity::load_or_create(&config.key_path)?;
     let code = config.coordinator.enrollment_code.as_deref().map_or_else(|| "<none>".to_owned(), redact);
-    print(&format!(
+    out!(
         "public_key: {}\nprovider_id: {}\nenrollment_code: {code}\n",
         identity.public_key_base64(),
         identity.provider_id().unwrap_or("<not yet enrolled>"),
-    ));
+    );
     Ok(())
 }

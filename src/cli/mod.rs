@@ -1,13 +1,22 @@
-//! The command line: a file a command, and here what they share.
+//! The command line: a file for each command, and here what they share.
 //!
-//! stdout is for what a command was asked for, stderr for logs and errors. [`CliError`] is the complete list of what can
-//! go wrong, and [`CliError::exit_code`] of what the caller is told.
+//! stdout is for the result of a command, stderr for logs and errors. [`CliError`] is the complete list of what can go wrong, and
+//! [`CliError::exit_code`] of the exit codes.
+
+/// `print!` for results: a closed stdout is not an error.
+macro_rules! out {
+    ($($part:tt)*) => {
+        $crate::cli::print(&format!($($part)*))
+    };
+}
 
 mod args;
 mod countdown;
 mod demo;
 mod doctor;
 mod enroll;
+mod help;
+mod offer;
 mod pause;
 mod run;
 mod service;
@@ -16,10 +25,10 @@ mod status;
 mod validate;
 
 use std::fmt;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
-use args::{Args, Command};
+use args::{Args, Command, Parsed};
 use log::LevelFilter;
 
 use crate::config::{Config, ConfigError};
@@ -29,34 +38,35 @@ use crate::instance::identity::IdentityError;
 use crate::instance::takeover::TakeoverError;
 use crate::link::protocol::AGENT_VERSION;
 use crate::logging;
+use crate::sys::terminal::{self, Terminal};
 
 /// Why a command failed.
 #[derive(Debug)]
 pub enum CliError {
     /// The command line makes no sense.
     Usage(String),
-    /// `agent.toml` cannot be used.
+    /// `agent.toml` is missing or invalid.
     Config(ConfigError),
     /// The identity cannot be used.
     Identity(IdentityError),
-    /// Cron can neither leave the agent that runs alone nor take its place.
-    Claim(TakeoverError),
-    /// Another agent runs on this identity.
+    /// `run --cron` can neither leave the running agent alone nor replace it.
+    Takeover(TakeoverError),
+    /// Another agent is running with this identity.
     AlreadyRunning {
         /// Its pid, if it could be read.
         pid: Option<u32>,
     },
     /// Anything else.
     Runtime(String),
-    /// stdout has told it; what is left to say is this exit code.
+    /// The command has printed the reason; only this exit code is left to return.
     AlreadyReported(u8),
 }
 
 impl CliError {
-    /// What the process exits with; 0 is left for success.
+    /// The exit code of the process; 0 is success.
     pub fn exit_code(&self) -> u8 {
         match self {
-            CliError::Identity(_) | CliError::Claim(_) | CliError::Runtime(_) => 1,
+            CliError::Identity(_) | CliError::Takeover(_) | CliError::Runtime(_) => 1,
             CliError::Usage(_) | CliError::Config(_) => 2,
             CliError::AlreadyRunning { .. } => 4,
             CliError::AlreadyReported(code) => *code,
@@ -68,9 +78,13 @@ impl fmt::Display for CliError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             CliError::Usage(what) | CliError::Runtime(what) => f.write_str(what),
+            CliError::Config(e) if e.is_not_found() => {
+                write!(f, "run `usepod-agent setup` first: {}; to use another file, add --config FILE; ", e.fault())?;
+                f.write_str("to see the agent work without one, run `usepod-agent demo`")
+            }
             CliError::Config(e) => e.fmt(f),
             CliError::Identity(e) => e.fmt(f),
-            CliError::Claim(e) => e.fmt(f),
+            CliError::Takeover(e) => e.fmt(f),
             CliError::AlreadyRunning { pid: Some(pid) } => {
                 write!(f, "an agent with this identity is already running as pid {pid}; stop that one first")
             }
@@ -102,16 +116,17 @@ impl From<String> for CliError {
 
 impl From<TakeoverError> for CliError {
     fn from(e: TakeoverError) -> CliError {
-        CliError::Claim(e)
+        CliError::Takeover(e)
     }
 }
 
 /// Runs the command that the process was started with.
 pub fn main(args: impl Iterator<Item = std::ffi::OsString>) -> ExitCode {
-    let outcome = match args::parse(args) {
-        Ok(args::Parsed::Command(args)) => dispatch(args),
-        Ok(args::Parsed::Help(text)) => {
-            print(&text);
+    let (command, parsed) = args::parse(args);
+    let outcome = match parsed {
+        Ok(Parsed::Command(args)) => dispatch(args),
+        Ok(Parsed::Help) => {
+            print(&help::text(command, Terminal::of_stdout().width));
             Ok(())
         }
         Err(e) => Err(CliError::Usage(e)),
@@ -121,11 +136,29 @@ pub fn main(args: impl Iterator<Item = std::ffi::OsString>) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(CliError::AlreadyReported(code)) => ExitCode::from(code),
         Err(failure) => {
-            // A broken stderr is no reason to end differently.
-            let _ = writeln!(std::io::stderr(), "error: {failure}");
+            print_error(&failure);
+            if matches!(failure, CliError::Usage(_)) {
+                let command = command.map_or_else(String::new, |command| format!("{command} "));
+                print_to_stderr(&format!("for help: usepod-agent {command}--help\n"));
+            }
             ExitCode::from(failure.exit_code())
         }
     }
+}
+
+fn print_error(failure: &CliError) {
+    let text = format!("error: {failure}");
+    // A log or another program reads lines as they are.
+    if !std::io::stderr().is_terminal() {
+        return print_to_stderr(&format!("{text}\n"));
+    }
+    let width = Terminal::of_stdout().width;
+    print_to_stderr(&text.lines().map(|line| terminal::wrap("", line, width)).collect::<String>());
+}
+
+/// A closed stderr does not change the exit code.
+fn print_to_stderr(text: &str) {
+    let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
 fn dispatch(args: Args) -> Result<(), CliError> {
@@ -139,7 +172,7 @@ fn dispatch(args: Args) -> Result<(), CliError> {
         Command::Validate(_) => validate::run(&globals),
         Command::Enroll(_) => enroll::run(&globals),
         Command::Version(_) => {
-            print(&format!("usepod-agent {AGENT_VERSION}\n"));
+            out!("usepod-agent {AGENT_VERSION}\n");
             Ok(())
         }
         Command::Doctor(options) => doctor::run(&globals, &options),
@@ -148,37 +181,35 @@ fn dispatch(args: Args) -> Result<(), CliError> {
     }
 }
 
-/// Writes to stdout. Whoever closed it does not want to read it, which is no failure of ours.
+/// Writes to stdout. A closed stdout is not an error: the reader wants no more.
 fn print(text: &str) {
     let _ = try_print(text);
 }
 
-/// Likewise, put together from its parts.
-fn say(what: fmt::Arguments<'_>) {
-    print(&what.to_string());
-}
-
-/// Likewise; an error when nobody reads it any more.
+/// Writes to stdout.
+///
+/// # Errors
+/// It is closed.
 fn try_print(text: &str) -> std::io::Result<()> {
     let mut stdout = std::io::stdout().lock();
     stdout.write_all(text.as_bytes())?;
     stdout.flush()
 }
 
-/// Micro-units as USDC, with as many digits as it takes.
+/// USDC micro-units in USDC, with at least two decimals and no more than needed.
 fn format_usdc(micro_units: u64) -> String {
     let fraction = format!("{:06}", micro_units % 1_000_000);
     let fraction = fraction.trim_end_matches('0');
     format!("{}.{fraction:0<2}", micro_units / 1_000_000)
 }
 
-/// The files beside the identity. Whatever else is wrong in the configuration does not matter to who only wants these.
-fn places_of(globals: &args::Globals) -> Result<AgentPaths, CliError> {
+/// The files beside the identity. They can be found even if anything else in the configuration is wrong.
+fn agent_paths(globals: &args::Globals) -> Result<AgentPaths, CliError> {
     let path = Config::find(globals.config.as_deref())?;
     Ok(AgentPaths::beside(&Config::key_path_in(&path)?))
 }
 
-/// Reads the configuration, and starts logging to stderr.
+/// Reads the configuration and starts logging to stderr.
 fn load_config(globals: &args::Globals) -> Result<Config, CliError> {
     let config = read_config(globals)?;
     logging::start(level_of(globals, &config), None);
@@ -190,7 +221,7 @@ fn read_config(globals: &args::Globals) -> Result<Config, ConfigError> {
     Config::load(&Config::find(globals.config.as_deref())?, globals.allow_insecure)
 }
 
-/// The command line is above the file.
+/// The log level of the command line, else of the file.
 fn level_of(globals: &args::Globals, config: &Config) -> LevelFilter {
     globals.log_level.or(config.log_level).unwrap_or(LevelFilter::Info)
 }
@@ -202,7 +233,7 @@ fn log_reading(config: &Config) {
     }
 }
 
-/// The backends of a configuration, ready to be asked.
+/// The backends of a configuration, ready to be queried.
 fn backends_of(config: &Config) -> Vec<BackendOffer> {
     config.backends.iter().map(BackendOffer::configured).collect()
 }

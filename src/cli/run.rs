@@ -1,4 +1,4 @@
-//! `run`: serve until a signal. `run --cron`: only where no agent does.
+//! `run`: serve until a signal. `run --cron`: only if no agent is running.
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -20,17 +20,17 @@ use crate::logging;
 use crate::sys::files;
 use crate::sys::malloc;
 
-/// So many signals mean that even the flush is not to be waited for.
+/// The number of signals after which the process exits at once, without flushing its log.
 const SIGNALS_TO_EXIT: u32 = 3;
 
-/// Becomes the agent.
+/// Runs the agent.
 pub fn run(globals: &Globals, options: &Run) -> Result<(), CliError> {
     malloc::configure();
     files::block_sigxfsz();
-    if options.cron { by_cron(globals) } else { by_hand(globals) }
+    if options.cron { run_by_cron(globals) } else { run_by_hand(globals) }
 }
 
-fn by_hand(globals: &Globals) -> Result<(), CliError> {
+fn run_by_hand(globals: &Globals) -> Result<(), CliError> {
     let config = read_config(globals)?;
     logging::start(level_of(globals, &config), config.log_file.clone());
     create_folder(&config.key_path)?;
@@ -38,19 +38,19 @@ fn by_hand(globals: &Globals) -> Result<(), CliError> {
         Ok(lock) => lock,
         Err(LockError::Held(pid)) => return Err(CliError::AlreadyRunning { pid }),
         Err(LockError::Io(path, e)) => {
-            log::warn!("`{}` cannot be locked ({e}); see to it that only one agent runs", path.display());
+            log::warn!("`{}` cannot be locked ({e}); make sure that only one agent runs", path.display());
             InstanceLock::none()
         }
     };
     if let Some(path) = &config.log_file {
-        show_where(path);
+        print_log_path(path);
     }
     serve(config, lock)
 }
 
-/// Called each minute. Nobody sees what cron's children print, so what goes wrong is in the log file too.
-fn by_cron(globals: &Globals) -> Result<(), CliError> {
-    match claim(globals) {
+/// Runs every minute. Nobody sees the output of cron's children, so errors go to the log file too.
+fn run_by_cron(globals: &Globals) -> Result<(), CliError> {
+    match acquire(globals) {
         Ok(Some((config, lock))) => serve(config, lock),
         Ok(None) => Ok(()),
         Err(failure) => Err(failure),
@@ -58,9 +58,8 @@ fn by_cron(globals: &Globals) -> Result<(), CliError> {
     .inspect_err(|failure| log::error!("{failure}"))
 }
 
-/// The lock, and what is to be served; `None` where no agent is wanted, or one is at work. Little of the program is touched on
-/// the way to that answer, which is the one of nearly every minute.
-fn claim(globals: &Globals) -> Result<Option<(Config, InstanceLock)>, CliError> {
+/// Acquires the lock and returns it with the configuration; `None` if the operator stopped the agent, or one is running.
+fn acquire(globals: &Globals) -> Result<Option<(Config, InstanceLock)>, CliError> {
     let config = read_config(globals).inspect_err(|_| {
         let log = Config::usual_key_path().map(|key| AgentPaths::beside(&key).log());
         logging::start(globals.log_level.unwrap_or(LevelFilter::Info), log);
@@ -73,25 +72,25 @@ fn claim(globals: &Globals) -> Result<Option<(Config, InstanceLock)>, CliError> 
     }
     create_folder(&config.key_path)?;
     let Some(lock) = takeover::acquire_or_take_over(&paths)? else { return Ok(None) };
-    // Said meanwhile, to the agent that had the lock. From here on it is said to us.
+    // The operator may have stopped the agent that had the lock. From here on, a stop reaches this process.
     if paths.stopped().exists() {
         return Ok(None);
     }
-    show_where(&log);
+    print_log_path(&log);
     Ok(Some((config, lock)))
 }
 
-/// Makes the folder of the identity.
+/// Creates the folder of the identity.
 pub(super) fn create_folder(key_path: &Path) -> Result<(), IdentityError> {
     files::create_folder_of(key_path).map_err(|error| IdentityError::Io {
-        action: "make the folder of",
+        action: "create the folder of",
         path: key_path.to_owned(),
         error,
     })
 }
 
-/// For who started the agent in a terminal, and sees no line come.
-fn show_where(log: &Path) {
+/// For an operator who started the agent in a terminal and would wait for log lines there.
+fn print_log_path(log: &Path) {
     let mut stderr = std::io::stderr();
     if stderr.is_terminal() {
         let _ = writeln!(stderr, "logging to `{}`", log.display());
@@ -106,10 +105,10 @@ fn serve(config: Config, lock: InstanceLock) -> Result<(), CliError> {
     }
     let identity = Identity::load_or_create(&config.key_path)?;
     if config.backends.is_empty() {
-        log::warn!("no [[backends]] in the configuration: there is nothing to offer");
+        log::warn!("no [[backends]] in the configuration: nothing to offer");
     }
     let stop = Arc::new(Stop::default());
-    heed_signals(&stop)?;
+    install_signal_handler(&stop)?;
     log::info!(
         "usepod-agent {AGENT_VERSION}, {} backend(s), public key {}",
         config.backends.len(),
@@ -128,8 +127,8 @@ fn serve(config: Config, lock: InstanceLock) -> Result<(), CliError> {
     agent.run(&stop).map_err(|e| CliError::Runtime(format!("failed to start a thread: {e}")))
 }
 
-/// SIGTERM, SIGINT and SIGHUP: once to drain, twice to stop now, thrice to be gone.
-pub(super) fn heed_signals(stop: &Arc<Stop>) -> Result<(), CliError> {
+/// Handles SIGTERM, SIGINT and SIGHUP: the first drains, the second aborts, the third exits.
+pub(super) fn install_signal_handler(stop: &Arc<Stop>) -> Result<(), CliError> {
     let stop = stop.clone();
     let signals = AtomicU32::new(0);
     ctrlc::set_handler(move || {
@@ -139,7 +138,7 @@ pub(super) fn heed_signals(stop: &Arc<Stop>) -> Result<(), CliError> {
         stop.request();
     })
     .map_err(|e| {
-        // Its own words for an error of the system do not say which.
+        // ctrlc's message for a system error omits the error itself.
         let why = match e {
             ctrlc::Error::System(e) => e.to_string(),
             other => other.to_string(),

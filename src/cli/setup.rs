@@ -1,10 +1,10 @@
-//! `setup`: from nothing to an `agent.toml`, with a code that a person enters on a page.
+//! `setup`: pairs this machine, with a code that a person enters on a page, and writes `agent.toml`.
 //!
-//! Invariant: `agent.toml` is as it was until the pairing is done, and is then replaced as a whole by a text that was read back
-//! first; what it was before is kept beside it.
+//! Invariant: `agent.toml` is unchanged until the pairing has succeeded. Then it is replaced atomically by a text that was parsed
+//! first; the previous text is kept beside it.
 
 use std::fs;
-use std::io::{self, IsTerminal, stdout};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,8 +14,8 @@ use log::LevelFilter;
 
 use super::args::{Globals, Setup};
 use super::countdown::Countdown;
-use super::run::{create_folder, heed_signals};
-use super::{CliError, backends_of, print, say, validate};
+use super::run::{create_folder, install_signal_handler};
+use super::{CliError, backends_of, print, validate};
 use crate::agent::shutdown::Stop;
 use crate::backend::{BackendModel, BaseUrl, Kind};
 use crate::config::{BackendConfig, Config, FILE_BYTES_MAX};
@@ -29,28 +29,30 @@ use crate::pairing::{
 };
 use crate::sys::files;
 use crate::sys::shell_quote;
+use crate::sys::terminal::{Terminal, wrap};
 
-/// While there is nothing to redraw.
-const LONG: Duration = Duration::from_secs(3600);
+/// How long to wait for an event before there is a countdown to redraw.
+const NO_REDRAW: Duration = Duration::from_secs(3600);
+const BOLD: &str = "1";
 
-/// The file to write, and what it says so far.
+/// The file to write, and its present content.
 struct ConfigTarget {
     path: PathBuf,
-    /// Named by `--config`, so that the next commands have to name it too.
+    /// Whether it was named by `--config`, so that the next commands must name it too.
     is_named: bool,
     old: Option<(String, Config)>,
 }
 
-/// Pairs, and writes the file.
+/// Pairs this machine and writes the file.
 pub fn run(globals: &Globals, options: &Setup) -> Result<(), CliError> {
-    let site = site(globals, options)?;
+    let urls = coordinator_urls(globals, options)?;
     logging::start(globals.log_level.unwrap_or(LevelFilter::Warn), None);
-    let target = target(globals)?;
+    let target = config_target(globals)?;
     let key_path = match &target.old {
         Some((_, config)) => config.key_path.clone(),
         None => Config::usual_key_path().ok_or_else(no_home)?,
     };
-    // Before a person enters a code that would be lost.
+    // Before a person enters a code in vain.
     files::create_folder_of(&target.path)
         .and_then(|()| files::check_writable(&target.path))
         .map_err(|e| cannot_write(&target.path, &e))?;
@@ -58,53 +60,53 @@ pub fn run(globals: &Globals, options: &Setup) -> Result<(), CliError> {
     let is_new = !key_path.exists();
     let identity = Identity::load_or_create(&key_path)?;
     let stop = Arc::new(Stop::default());
-    heed_signals(&stop)?;
+    install_signal_handler(&stop)?;
 
-    say(format_args!("usepod-agent setup: pairs this machine with {}\n\n", site.base()));
-    say(format_args!("  identity     {}{}\n", key_path.display(), if is_new { " (new)" } else { "" }));
+    print(&wrap("", &format!("usepod-agent setup: pairing this machine with {}", urls.base()), width()));
+    out!("\n");
+    print_line("identity", &format!("{}{}", key_path.display(), if is_new { " (new)" } else { "" }));
     let (mut found, advertised) = discover_backends(target.old.as_ref().map(|(_, config)| config));
     let roots = target.old.as_ref().map(|(_, config)| config.coordinator.roots.clone()).unwrap_or_default();
-    let server = PairingClient::new(site.clone(), &roots);
-    let hearing = pairing::start(server, identity.public_key_base64(), advertised)
+    let client = PairingClient::new(urls.clone(), &roots);
+    let pairing = pairing::start(client, identity.public_key_base64(), advertised)
         .map_err(|e| CliError::Runtime(format!("failed to start a thread: {e}")))?;
-    let paired = wait(&hearing, &stop, &site)?;
+    let paired = await_pairing(&pairing, &stop, &urls)?;
 
-    // As it is by now: the file may have been edited while the code was waited for.
-    let target = self::target(globals)?;
+    // Read again: the file may have been edited in the meantime.
+    let target = config_target(globals)?;
     let named = target.old.as_ref().map_or(&[][..], |(_, config)| &config.backends);
     found.retain(|found| !named.iter().any(|named| is_same_server(named, found)));
-    let config = write(&target, &site, &paired, &found)?;
-    tell_offer(&paired, &config);
-    tell_next(&target, &site, &key_path);
+    let config = write(&target, &urls, &paired, &found)?;
+    print_offer(&paired, &config);
+    print_next(&target, &urls, &key_path);
     Ok(())
 }
 
-fn site(globals: &Globals, options: &Setup) -> Result<CoordinatorUrls, CliError> {
+fn coordinator_urls(globals: &Globals, options: &Setup) -> Result<CoordinatorUrls, CliError> {
     let given = options.coordinator.as_deref().unwrap_or(BASE_DEFAULT);
     let fault =
         |what: &str, fix: &str| CliError::Usage(format!("`--coordinator {}`: {what}; {fix}", sanitize_for_log(given)));
-    let site =
-        CoordinatorUrls::parse(given).map_err(|what| fault(what, "write it as https://HOST, or leave it out"))?;
-    if !site.is_private() && !globals.allow_insecure {
-        let fix = "use https://, or add --allow-insecure if you trust the network between";
-        return Err(fault("http:// is not encrypted, and the host token would be readable on its way", fix));
+    let urls = CoordinatorUrls::parse(given).map_err(|what| fault(what, "write it as https://HOST, or omit it"))?;
+    if !urls.is_private() && !globals.allow_insecure {
+        let fix = "use https://, or add --allow-insecure if you trust the network";
+        return Err(fault("http:// is not encrypted, so others could read the host token", fix));
     }
-    Ok(site)
+    Ok(urls)
 }
 
-fn target(globals: &Globals) -> Result<ConfigTarget, CliError> {
+fn config_target(globals: &Globals) -> Result<ConfigTarget, CliError> {
     let usual = Config::usual_place();
     let path = match &globals.config {
         Some(named) => Config::named(named),
         None => usual.clone().ok_or_else(no_home)?,
     };
     let is_named = usual.as_ref() != Some(&path);
-    // Something is there even if it cannot be read: then that is told, and it is not replaced.
+    // A file that exists but cannot be read is an error; it is not replaced.
     let old = match fs::metadata(&path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => None,
         _ => {
             let text = Config::read(&path)?;
-            // Its coordinator is not dialled, so that ws:// there is no risk.
+            // Its coordinator is not dialled, so ws:// is no risk.
             let config = Config::parse(&text, &path, true)?;
             Some((text, config))
         }
@@ -113,17 +115,17 @@ fn target(globals: &Globals) -> Result<ConfigTarget, CliError> {
 }
 
 fn no_home() -> CliError {
-    CliError::Usage("there is no HOME for agent.toml and the identity; set HOME".into())
+    CliError::Usage("HOME is not set, so there is no folder for agent.toml and the identity; set HOME".into())
 }
 
 fn cannot_write(path: &Path, e: &io::Error) -> CliError {
     let path = path.display();
     CliError::Runtime(format!(
-        "failed to write `{path}`: {e}; fix the rights of its folder, or name another --config FILE"
+        "failed to write `{path}`: {e}; fix the permissions of its folder, or name another file with --config FILE"
     ))
 }
 
-/// The servers that nobody has named yet, and all that is told to the coordinator.
+/// Returns the local servers that `agent.toml` does not name, and all backends to advertise to the coordinator.
 fn discover_backends(config: Option<&Config>) -> (Vec<BackendConfig>, Vec<Advertised>) {
     let named = config.map_or(&[][..], |config| &config.backends);
     let mut advertised = Vec::new();
@@ -136,36 +138,44 @@ fn discover_backends(config: Option<&Config>) -> (Vec<BackendConfig>, Vec<Advert
                 let allowed = |model: &BackendModel| {
                     offered.allowed_models.as_ref().is_none_or(|only| only.contains(&model.model_id))
                 };
-                advertised.push(told(config, models.into_iter().filter(allowed).collect()));
-                tell_backend(id, advertised.last());
+                advertised.push(self::advertised(config, models.into_iter().filter(allowed).collect()));
+                print_backend(id, advertised.last());
             }
-            Err(e) => say(format_args!("  backend      {id}: kept, but does not serve now: {e}\n")),
+            Err(e) => print_line("backend", &format!("{id}: kept, but not serving now: {e}")),
         }
     }
     let is_new = |found: &LocalBackend| !named.iter().any(|named| is_same_server(named, &found.config));
     let mut configs = Vec::new();
     for LocalBackend { config, models } in find_local().into_iter().filter(is_new) {
-        advertised.push(told(&config, models));
+        advertised.push(self::advertised(&config, models));
         let url = config.url.as_ref().map_or("", BaseUrl::as_str);
-        tell_backend(&format!("{} at {url}", config.kind), advertised.last());
+        print_backend(&format!("{} at {url}", config.kind), advertised.last());
         configs.push(config);
     }
     if advertised.is_empty() {
-        print("  backend      no server answers now; pairing works without one\n");
+        print_line("backend", "no server is answering; pairing works without one");
     }
     (configs, advertised)
 }
 
-fn told(config: &BackendConfig, models: Vec<BackendModel>) -> Advertised {
+fn advertised(config: &BackendConfig, models: Vec<BackendModel>) -> Advertised {
     let url = config.url.as_ref().map(BaseUrl::as_str).or(config.kind.hosted_url()).unwrap_or_default().to_owned();
     Advertised { kind: config.kind, url, models: models.into_iter().map(|model| model.model_id).collect() }
 }
 
-fn tell_backend(id: &str, advertised: Option<&Advertised>) {
+fn print_backend(id: &str, advertised: Option<&Advertised>) {
     let models = advertised.map_or(&[][..], |advertised| &advertised.models);
     let names: Vec<String> = models.iter().take(3).map(|name| sanitize_for_log(name)).collect();
     let more = if models.len() > names.len() { ", …" } else { "" };
-    say(format_args!("  backend      {id}: {} model(s): {}{more}\n", models.len(), names.join(", ")));
+    print_line("backend", &format!("{id}: {} model(s): {}{more}", models.len(), names.join(", ")));
+}
+
+fn print_line(label: &str, text: &str) {
+    print(&wrap(&format!("  {label:13}"), text, width()));
+}
+
+fn width() -> usize {
+    Terminal::of_stdout().width
 }
 
 fn usual_addresses() -> String {
@@ -173,7 +183,7 @@ fn usual_addresses() -> String {
     Kind::ALL.into_iter().flat_map(of).collect()
 }
 
-/// Whether both are the same process: whatever kind it is said to be, and by whichever of its names this machine is called.
+/// Whether both are the same server, of whatever kind, and whichever name of this machine the URL has.
 fn is_same_server(one: &BackendConfig, other: &BackendConfig) -> bool {
     let place = |config: &BackendConfig| {
         let root = config.url.as_ref()?.root().to_ascii_lowercase();
@@ -182,46 +192,47 @@ fn is_same_server(one: &BackendConfig, other: &BackendConfig) -> bool {
     place(one).is_some_and(|one| Some(one) == place(other))
 }
 
-/// Shows what is heard, until the end.
-fn wait(hearing: &PairingHandle, stop: &Stop, site: &CoordinatorUrls) -> Result<Paired, CliError> {
+/// Prints the events of the pairing until it ends.
+fn await_pairing(pairing: &PairingHandle, stop: &Stop, urls: &CoordinatorUrls) -> Result<Paired, CliError> {
+    let terminal = Terminal::of_stdout();
     let mut countdown: Option<Countdown> = None;
     loop {
-        let holds = countdown.as_mut().map_or(LONG, Countdown::show);
+        let redraw_in = countdown.as_mut().map_or(NO_REDRAW, Countdown::show);
         let is_over = select! {
-            recv(hearing.bell()) -> ring => ring.is_err(),
+            recv(pairing.ready()) -> ready => ready.is_err(),
             recv(stop.signal()) -> _ => {
                 clear(&mut countdown);
-                return Err(failed("stopped before the pairing was done; agent.toml is as it was"));
+                return Err(failed("stopped before the pairing was complete; agent.toml is unchanged"));
             }
-            default(holds) => false,
+            default(redraw_in) => false,
         };
-        for event in hearing.drain_events() {
+        for event in pairing.drain_events() {
             clear(&mut countdown);
             match event {
                 Event::Issued(issued) => {
-                    tell_code(&issued.code, site);
-                    countdown = Some(Countdown::new(issued.lifetime));
+                    print_code(&issued.code, urls, terminal);
+                    countdown = Some(Countdown::new(issued.lifetime, terminal));
                 }
-                Event::Trouble(why) => say(format_args!("  {why}\n  trying again\n")),
-                Event::TroubleOver => print("  it answers again\n"),
+                Event::Retrying(why) => print(&wrap("  ", &format!("{why}; trying again"), terminal.width)),
+                Event::Recovered => print("  the coordinator answers again\n"),
                 Event::Paired(paired) => return Ok(paired),
                 Event::Expired => {
                     return Err(failed(
-                        "the code has expired before it was entered; run `usepod-agent setup` again, and enter the new code \
-                         within 10 minutes",
+                        "the code expired before it was entered; run `usepod-agent setup` again and enter the new code within \
+                         10 minutes",
                     ));
                 }
                 Event::Failed(why) => {
-                    let base = site.base();
+                    let base = urls.base();
                     return Err(CliError::Runtime(format!(
-                        "{why}; check the network, and that {base} is the coordinator that you mean (--coordinator URL), then \
-                         run setup again"
+                        "{why}; check the network and that {base} is the right coordinator (--coordinator URL), then run setup \
+                         again"
                     )));
                 }
             }
         }
         if is_over {
-            return Err(failed("the pairing ended by itself, which is a bug; run setup again"));
+            return Err(failed("the pairing ended without a result, which is a bug; run setup again"));
         }
     }
 }
@@ -236,29 +247,33 @@ fn clear(countdown: &mut Option<Countdown>) {
     }
 }
 
-fn tell_code(code: &str, site: &CoordinatorUrls) {
+fn print_code(code: &str, urls: &CoordinatorUrls, terminal: Terminal) {
     let code = sanitize_for_log(code);
-    let rule = "─".repeat(code.chars().count() + 4);
-    let (bold, plain) = if stdout().is_terminal() { ("\x1b[1m", "\x1b[0m") } else { ("", "") };
-    say(format_args!(
-        "\n  Open   {}\n  and enter this code:\n\n      ┌{rule}┐\n      │  {bold}{code}{plain}  │\n      └{rule}┘\n\n",
-        site.page()
-    ));
+    let [top_left, top_right, bottom_left, bottom_right, side, line] = match terminal.is_utf8 {
+        true => ["┌", "┐", "└", "┘", "│", "─"],
+        false => ["+", "+", "+", "+", "|", "-"],
+    };
+    let rule = line.repeat(code.chars().count() + 4);
+    let bold = terminal.styled(BOLD, &code);
+    out!("\n  Open   {}\n  and enter this code:\n\n", urls.page());
+    out!(
+        "      {top_left}{rule}{top_right}\n      {side}  {bold}  {side}\n      {bottom_left}{rule}{bottom_right}\n\n"
+    );
 }
 
-/// Replaces the file, and keeps what it was.
+/// Replaces the file and keeps its previous content.
 fn write(
     target: &ConfigTarget,
-    site: &CoordinatorUrls,
+    urls: &CoordinatorUrls,
     paired: &Paired,
     found: &[BackendConfig],
 ) -> Result<Config, CliError> {
     let ConfigTarget { path, old, .. } = target;
     let old = old.as_ref().map_or("", |(text, _)| text);
-    let bug = |what: &str| CliError::Runtime(format!("{what}, which is a bug; agent.toml is as it was"));
+    let bug = |what: &str| CliError::Runtime(format!("{what}, which is a bug; agent.toml is unchanged"));
     let text =
-        agent_toml::text(old, site, paired, found).map_err(|e| bug(&format!("the old file cannot be read: {e}")))?;
-    let config = Config::parse(&text, path, !site.is_encrypted())
+        agent_toml::text(old, urls, paired, found).map_err(|e| bug(&format!("the old file cannot be read: {e}")))?;
+    let config = Config::parse(&text, path, !urls.is_encrypted())
         .map_err(|e| bug(&format!("the new file would be refused ({e})")))?;
     if text.len() as u64 > FILE_BYTES_MAX {
         return Err(bug("the new file would be too long"));
@@ -267,23 +282,24 @@ fn write(
         paired.provider_id.as_deref().map_or_else(|| "an agent without an id".to_owned(), sanitize_for_log);
     let token =
         paired.host_token.as_deref().map_or_else(String::new, |token| format!(" (host token {})", redact(token)));
-    say(format_args!("  Paired as {provider_id}{token}.\n\n"));
+    print(&wrap("  ", &format!("Paired as {provider_id}{token}."), width()));
+    out!("\n");
     if text == old {
-        say(format_args!("  {} says so already\n", path.display()));
+        print_line("unchanged", &path.display().to_string());
         return Ok(config);
     }
-    let copy = if old.is_empty() { None } else { Some(keep(path, old)?) };
+    let backup = if old.is_empty() { None } else { Some(back_up(path, old)?) };
     files::write_atomic(path, text.as_bytes()).map_err(|e| cannot_write(path, &e))?;
-    say(format_args!("  wrote        {}\n", path.display()));
-    if let Some(copy) = copy {
-        say(format_args!("  kept         {}: what it was before\n", copy.display()));
+    print_line("wrote", &path.display().to_string());
+    if let Some(backup) = backup {
+        print_line("backup", &format!("{}, the previous file", backup.display()));
     }
     Ok(config)
 }
 
-/// Keeps the old text as `.bak`. Another one that is there already, and may be all that is left of a file made by hand, gets a
-/// number.
-fn keep(path: &Path, old: &str) -> Result<PathBuf, CliError> {
+/// Keeps the old text as `.bak`. An earlier `.bak`, which may be the only copy of a file made by hand, is renamed to `.bak.1`, and
+/// so on.
+fn back_up(path: &Path, old: &str) -> Result<PathBuf, CliError> {
     let copy = files::with_suffix(path, ".bak");
     let kept = match files::read_bounded(&copy, FILE_BYTES_MAX) {
         Ok(earlier) if earlier == old.as_bytes() => Ok(()),
@@ -298,17 +314,15 @@ fn keep(path: &Path, old: &str) -> Result<PathBuf, CliError> {
     Ok(copy)
 }
 
-fn tell_offer(paired: &Paired, config: &Config) {
+fn print_offer(paired: &Paired, config: &Config) {
     let (report, offer) = validate::offer(config);
-    say(format_args!("\n{report}"));
+    out!("\n{report}");
     if offer.is_empty() && !config.backends.is_empty() {
-        print("Nothing is offered until one of these serves; the agent looks for that by itself.\n");
+        print(&wrap("", "Nothing is offered until one of these backends serves; the agent keeps checking.", width()));
     } else if offer.is_empty() {
-        say(format_args!(
-            "Nothing is offered until a server runs that [[backends]] names: start one and run setup again, or write it\n\
-             there. Usual addresses:\n{}",
-            usual_addresses()
-        ));
+        let what = "Nothing is offered until a server in [[backends]] is running: start one and run setup again, or add it to \
+                    [[backends]]. Usual addresses:";
+        out!("{}{}", wrap("", what, width()), usual_addresses());
     }
     let is_offered = |id: &str| offer.iter().any(|model| model.model_id == id);
     let absent: Vec<String> = paired
@@ -318,28 +332,29 @@ fn tell_offer(paired: &Paired, config: &Config) {
         .map(|model| sanitize_for_log(&model.model_id))
         .collect();
     if !absent.is_empty() {
-        say(format_args!("Has terms, but is not offered now: {}\n", absent.join(", ")));
+        print(&wrap("", &format!("Has terms, but is not offered now: {}", absent.join(", ")), width()));
     }
 }
 
-fn tell_next(target: &ConfigTarget, site: &CoordinatorUrls, key_path: &Path) {
+fn print_next(target: &ConfigTarget, urls: &CoordinatorUrls, key_path: &Path) {
     let named = if target.is_named {
         format!(" --config {}", shell_quote::shell_quote(&absolute(&target.path)))
     } else {
         String::new()
     };
-    let insecure = if site.is_encrypted() { "" } else { " --allow-insecure" };
-    print("\nNext:\n");
+    let insecure = if urls.is_encrypted() { "" } else { " --allow-insecure" };
+    out!("\nNext:\n");
     if let Some(running) = LockOwner::running(&AgentPaths::beside(key_path)) {
-        say(format_args!("  An agent runs as pid {} and has not read the new file: stop it first.\n", running.pid));
+        let what = format!("The agent that is running, pid {}, has not read the new file: stop it first.", running.pid);
+        print(&wrap("  ", &what, width()));
     }
-    // What is installed knows its file.
-    say(format_args!(
-        "  usepod-agent service install{named}{insecure}\n  usepod-agent service start\n  usepod-agent status --watch{named}\n"
-    ));
+    // The installed service knows its file. The lines are commands, so they are not wrapped.
+    out!("  usepod-agent service install{named}{insecure}\n");
+    out!("  usepod-agent service start\n");
+    out!("  usepod-agent status --watch{named}\n");
 }
 
-/// For a command that may be typed elsewhere.
+/// A path that is valid in any working folder.
 fn absolute(path: &Path) -> String {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).display().to_string()
 }

@@ -1,66 +1,67 @@
-//! `validate`: what would be offered, and at which prices.
+//! `validate`: what would be offered at which prices.
 
-use std::fmt::Write as _;
 use std::sync::Arc;
 
 use super::args::Globals;
-use super::{CliError, backends_of, format_usdc, load_config, print, terms_of};
+use super::offer::{OfferRow, table};
+use super::{CliError, backends_of, load_config, terms_of};
 use crate::backend::Backend;
 use crate::config::Config;
 use crate::discovery::{Catalog, Listing, ResolvedModel, probe_all};
+use crate::logging::sanitize_for_log;
+use crate::sys::terminal::{Terminal, wrap};
 
-/// Prints the number of backends, how each is, and the offer.
+/// Prints the number of backends, the condition of each, and the offer.
 pub fn run(globals: &Globals) -> Result<(), CliError> {
     let config = load_config(globals)?;
     let (report, _) = offer(&config);
-    print(&format!("ok: parsed {} backend(s)\n{report}", config.backends.len()));
+    out!("ok: parsed {} backend(s)\n{report}", config.backends.len());
     Ok(())
 }
 
-/// Asks the backends: how each is, and what would be offered, which may be nothing, at which prices.
+/// Queries the backends. Returns the condition of each and the offer as text, and the offer, which may be empty.
 pub(super) fn offer(config: &Config) -> (String, Vec<ResolvedModel>) {
+    let width = Terminal::of_stdout().width;
     let backends = backends_of(config);
     let terms = terms_of(config);
-    // A string takes whatever is written to it.
     let mut report = String::new();
     let probed: Vec<Arc<dyn Backend>> = backends.iter().map(|b| b.backend.clone()).collect();
     let mut serving = Vec::new();
     for (offered, answer) in backends.iter().zip(probe_all(&probed)) {
-        let id = offered.backend.id();
-        match offered.backend.ready().and(answer) {
+        let condition = match offered.backend.ready().and(answer) {
             Ok(listed) => {
                 let count = listed.len();
                 let discovered = offered.price(listed, &terms);
-                let _ = writeln!(report, "{id}: lists {count} model(s), {} to offer", discovered.models.len());
+                let to_offer = discovered.models.len();
                 serving.push(Listing::of(discovered, offered.slots_max(&terms)));
+                format!("lists {count} model(s), {to_offer} to offer")
             }
-            Err(e) => {
-                let _ = writeln!(report, "{id}: would not be offered: {e}");
-            }
-        }
+            Err(e) => format!("would not be offered: {e}"),
+        };
+        report += &wrap("", &format!("{}: {condition}", offered.backend.id()), width);
     }
     let offer = Catalog::new(serving, Vec::new()).offer;
-    offer_table(&mut report, &offer);
+    report += &offer_table(&offer, width);
     (report, offer)
 }
 
-fn offer_table(report: &mut String, offer: &[ResolvedModel]) {
+fn offer_table(offer: &[ResolvedModel], width: usize) -> String {
     if offer.is_empty() {
-        report.push_str("nothing would be offered\n");
-        return;
+        return "nothing would be offered\n".to_owned();
     }
-    let width = offer.iter().map(|m| m.model_id.chars().count()).max().unwrap_or(0);
-    let _ = writeln!(report, "would offer {} model(s), prices in USDC per million tokens:", offer.len());
-    for m in offer {
-        let window = m.context_window.map_or_else(|| "unknown".to_owned(), |w| w.to_string());
-        let _ = writeln!(
-            report,
-            "  {:width$}  input {}  output {}  context {window}  up to {} at a time  {}",
-            m.model_id,
-            format_usdc(m.input_per_1m),
-            format_usdc(m.output_per_1m),
-            m.max_concurrent,
-            m.backend,
-        );
-    }
+    let names: Vec<String> = offer.iter().map(|model| sanitize_for_log(&model.model_id)).collect();
+    let rows: Vec<OfferRow<'_>> = offer
+        .iter()
+        .zip(&names)
+        .map(|(model, model_id)| OfferRow {
+            model_id,
+            input_per_1m: model.input_per_1m,
+            output_per_1m: model.output_per_1m,
+            context_window: model.context_window.map(u64::from),
+            max_concurrent: model.max_concurrent.into(),
+            backend: &model.backend,
+        })
+        .collect();
+    let heading = format!("would offer {} model(s), prices in USDC per million tokens:", offer.len());
+    wrap("", &heading, width) + &table(&rows, 2, width)
 }

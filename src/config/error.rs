@@ -13,6 +13,8 @@ pub struct ConfigError {
     text: String,
     /// Where the fault ends in it.
     fault_end: usize,
+    /// Whether there is no file at all.
+    is_not_found: bool,
 }
 
 /// Between a fault and its fix.
@@ -23,7 +25,7 @@ impl ConfigError {
         let fault_end = fault.len();
         fault.push_str(SEPARATOR);
         fault.push_str(fix);
-        ConfigError { text: fault, fault_end }
+        ConfigError { text: fault, fault_end, is_not_found: false }
     }
 
     /// The fault, with its place.
@@ -44,10 +46,14 @@ impl ConfigError {
     /// There is no file.
     pub(super) fn not_found(looked_at: &[PathBuf]) -> ConfigError {
         let places: Vec<String> = looked_at.iter().map(|p| format!("`{}`", p.display())).collect();
-        ConfigError::new(
-            format!("no agent.toml found; looked at {}", places.join(" and ")),
-            "write one there, or name one with --config FILE; to see the agent work without one: usepod-agent demo",
-        )
+        let fault = format!("no agent.toml found; looked at {}", places.join(" and "));
+        let fix = "usepod-agent setup; or name another file with --config FILE";
+        ConfigError { is_not_found: true, ..ConfigError::new(fault, fix) }
+    }
+
+    /// Whether no file was named and none was found.
+    pub fn is_not_found(&self) -> bool {
+        self.is_not_found
     }
 }
 

@@ -1,4 +1,5 @@
-//! Each backend: its key, its health, what it lists and what of that is offered, the windows it runs, what is not loaded.
+//! The layers of a backend: its key, its health, its models and which of them are offered, their context windows, what is not
+//! loaded.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,55 +11,52 @@ use super::report::Report;
 use crate::backend::{Backend, BackendError, BackendModel, BackendResult, Diagnosis, HttpBackend, Kind};
 use crate::config::BackendConfig;
 use crate::discovery::{BackendOffer, OfferTerms, ResolvedModel};
+use crate::sys::edit_distance::nearest;
 use crate::sys::threads;
 
-/// So many names are listed, then counted.
+/// The number of names that are listed; the others are counted.
 const NAMES_MAX: usize = 6;
-/// Names that differ in more than a third of their letters are not alike.
-const ALIKE: usize = 3;
-/// The most of two names that is compared, in bytes.
-const COMPARED_MAX: usize = 80;
 
-/// A backend that is being examined; all of them side by side, while other layers are.
+/// The check of a backend, which runs on a thread of its own while other layers are checked.
 pub struct BackendCheck<'a> {
     config: &'a BackendConfig,
     server: Arc<HttpBackend>,
-    examined: Arc<Mutex<Option<BackendResult<Diagnosis>>>>,
-    asking: Option<JoinHandle<()>>,
+    result: Arc<Mutex<Option<BackendResult<Diagnosis>>>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl<'a> BackendCheck<'a> {
-    /// Begins to ask.
+    /// Starts to query the backend.
     pub fn start(config: &'a BackendConfig) -> BackendCheck<'a> {
         let server = Arc::new(HttpBackend::new(config.kind, config.url.clone(), config.api_key_env.as_deref()));
-        let examined = Arc::new(Mutex::new(None));
-        let ask = {
-            let (server, examined) = (server.clone(), examined.clone());
-            move || *examined.lock().unwrap_or_else(PoisonError::into_inner) = Some(server.diagnose())
+        let result = Arc::new(Mutex::new(None));
+        let diagnose = {
+            let (server, result) = (server.clone(), result.clone());
+            move || *result.lock().unwrap_or_else(PoisonError::into_inner) = Some(server.diagnose())
         };
-        BackendCheck { config, server, examined, asking: threads::spawn("examine", ask).ok() }
+        BackendCheck { config, server, result, thread: threads::spawn("diagnose", diagnose).ok() }
     }
 
-    /// Tells what was found; with `inference` tries a job too. Returns how many models it has to offer.
-    pub fn tell(mut self, report: &mut Report<'_>, terms: &OfferTerms, inference: bool) -> usize {
+    /// Reports the result, with a test completion if `inference`. Returns the number of models to offer.
+    pub fn report(mut self, report: &mut Report<'_>, terms: &OfferTerms, inference: bool) -> usize {
         report.heading(format_args!("backend {}", self.server.id()));
         report.pending("health");
-        // Without a thread there is nothing, and so it is when it panicked.
-        let asked = self.asking.take().is_some_and(|asking| asking.join().is_ok());
-        let examination = if asked { self.examined.lock().ok().and_then(|mut e| e.take()) } else { None };
-        let Some(examination) = examination else {
+        // There is no result if the thread could not be started, or panicked.
+        let is_done = self.thread.take().is_some_and(|thread| thread.join().is_ok());
+        let result = if is_done { self.result.lock().ok().and_then(|mut result| result.take()) } else { None };
+        let Some(result) = result else {
             report.fail(
                 "health",
-                format_args!("not asked: the box has no thread left for it"),
+                format_args!("not checked: failed to start a thread"),
                 format_args!("ulimit -u; free -m"),
             );
             return 0;
         };
         let key = self.key(report);
-        let (offered, unloaded) = match examination {
+        let (offered, unloaded) = match result {
             Err(e) => {
                 self.failed(report, "health", &e);
-                report.skip("models", format_args!("rests on health"));
+                report.skip("models", format_args!("skipped: needs health"));
                 (Vec::new(), Vec::new())
             }
             Ok(Diagnosis { latency: took, models, unloaded }) => {
@@ -73,14 +71,14 @@ impl<'a> BackendCheck<'a> {
                 (offered, unloaded)
             }
         };
-        // Without its key no job succeeds, and nothing is offered.
+        // Without its key no job can succeed, so nothing is offered.
         let offered = if key.is_ok() { offered } else { Vec::new() };
         if offered.is_empty() {
-            report.skip("completion", format_args!("there is no model to try it with"));
+            report.skip("completion", format_args!("skipped: no model to test"));
         } else if self.config.kind.is_hosted() {
-            report.skip("completion", format_args!("not tried: on a hosted backend it costs money"));
+            report.skip("completion", format_args!("skipped: it costs money on a hosted backend"));
         } else if !inference {
-            report.skip("completion", format_args!("not tried: --no-inference"));
+            report.skip("completion", format_args!("skipped: --no-inference"));
         } else {
             inference_check::run(report, &*self.server, inference_check::pick(&offered, &unloaded), self.config.kind);
         }
@@ -90,11 +88,13 @@ impl<'a> BackendCheck<'a> {
     fn key(&self, report: &mut Report<'_>) -> BackendResult<()> {
         let ready = self.server.ready();
         match (&ready, &self.config.api_key_env) {
-            (Ok(()), Some(variable)) => report.pass("key", format_args!("`{variable}` holds one")),
+            (Ok(()), Some(variable)) => report.pass("key", format_args!("`{variable}` is set")),
             (Ok(()), None) => {}
             (Err(e), variable) => {
                 let name = variable.as_deref().unwrap_or("NAME");
-                let fix = format_args!("export {name}=… here, and in what starts the agent: the crontab, the unit");
+                let fix = format_args!(
+                    "export {name}=VALUE here, and set it in the crontab or the unit that starts the agent"
+                );
                 report.fail("key", format_args!("{e}"), fix);
             }
         }
@@ -105,7 +105,7 @@ impl<'a> BackendCheck<'a> {
         report.fail(check, format_args!("{e}"), format_args!("{}", fix_of(e, self.config.kind)));
     }
 
-    /// What is listed and what of it is offered.
+    /// Reports the models that are listed, and returns those that are offered.
     fn models(
         &self,
         report: &mut Report<'_>,
@@ -126,12 +126,12 @@ impl<'a> BackendCheck<'a> {
         let is_allowed = |id: &String| allowed.is_none_or(|only| only.contains(id));
         for wanted in allowed.unwrap_or_default() {
             if !listed_ids.contains(wanted) && !unloaded.contains(wanted) {
-                unknown(report, wanted, &listed_ids, unloaded);
+                report_unknown(report, wanted, &listed_ids, unloaded);
             }
         }
-        let [mut free, mut ids, mut windows, mut waiting, mut left_out] = [const { Names::new() }; 5];
+        let [mut free, mut ids, mut windows, mut waiting, mut excluded] = [const { Names::new() }; 5];
         for id in &listed_ids {
-            // A listed model that is allowed and not offered has no price.
+            // A listed model that is allowed but not offered has no price.
             if is_allowed(id) && !is_offered(id) {
                 free.add(id);
             }
@@ -144,13 +144,13 @@ impl<'a> BackendCheck<'a> {
             if is_offered(id) {
                 waiting.add(id);
             } else if kind == Kind::LlamaCpp && is_allowed(id) {
-                // LM Studio and Ollama list what they have not loaded, so that it is offered.
-                left_out.add(id);
+                // LM Studio and Ollama list models that are not loaded, so those are offered.
+                excluded.add(id);
             }
         }
         if free.count > 0 {
-            let fix = format_args!("give each a price above 0 in [pricing.models]");
-            report.warn("prices", format_args!("a price of 0, and so not offered: {free}"), fix);
+            let fix = format_args!("set a price above 0 in [pricing.models]");
+            report.warn("prices", format_args!("price 0, so not offered: {free}"), fix);
         }
         let count = listed_ids.len();
         if ids.count > 0 {
@@ -160,14 +160,12 @@ impl<'a> BackendCheck<'a> {
             let fix = if count == 0 {
                 no_model_fix(kind)
             } else {
-                "leave out `models` of this backend to offer all that it lists, each at a price above 0"
+                "remove `models` of this backend to offer all models it lists, and set their prices above 0"
             };
             report.fail("models", format_args!("lists {count} model(s), none of them to offer"), format_args!("{fix}"));
         }
         let fix = load_fix(kind);
-        for (names, outcome) in
-            [(waiting, "that its first job waits and may time out"), (left_out, "it is not offered")]
-        {
+        for (names, outcome) in [(waiting, "its first job waits and may time out"), (excluded, "it is not offered")] {
             if names.count > 0 {
                 report.warn("loaded", format_args!("not loaded, so {outcome}: {names}"), format_args!("{fix}"));
             }
@@ -183,21 +181,21 @@ fn window(model: &ResolvedModel) -> String {
     }
 }
 
-/// What the configuration allows and the server does not have.
-fn unknown(report: &mut Report<'_>, wanted: &str, listed: &[String], unloaded: &[String]) {
-    let fix = match nearest(wanted, [listed, unloaded]) {
+/// Reports a model that the configuration allows and the server does not list.
+fn report_unknown(report: &mut Report<'_>, wanted: &str, listed: &[String], unloaded: &[String]) {
+    let fix = match nearest(wanted, listed.iter().chain(unloaded).map(String::as_str)) {
         Some(nearest) => format!("did you mean \"{nearest}\"? Correct `models` of this backend"),
         None => {
             let mut ids = Names::new();
             listed.iter().for_each(|id| ids.add(id));
-            format!("take it out of `models`, or have the server load it; it lists: {ids}")
+            format!("remove it from `models`, or load it on the server; it lists: {ids}")
         }
     };
     let what = format_args!("model unknown: the server does not list `{wanted}`");
     report.fail("models", what, format_args!("{fix}"));
 }
 
-/// The first few, and how many more there are.
+/// A list of names: the first few, and the number of the others.
 struct Names {
     text: String,
     count: usize,
@@ -221,58 +219,5 @@ impl fmt::Display for Names {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.text)?;
         if self.count > NAMES_MAX { write!(f, ", and {} more", self.count - NAMES_MAX) } else { Ok(()) }
-    }
-}
-
-/// The name that it may have been meant to be.
-fn nearest<'a>(wanted: &str, lists: [&'a [String]; 2]) -> Option<&'a str> {
-    let mut nearest: Option<(usize, &str)> = None;
-    for id in lists.into_iter().flatten() {
-        let distance = distance(wanted, id);
-        if distance <= wanted.len().max(id.len()) / ALIKE && nearest.is_none_or(|(least, _)| distance < least) {
-            nearest = Some((distance, id));
-        }
-    }
-    nearest.map(|(_, id)| id)
-}
-
-/// Bytes to change, add or take away, upper case being no change; one that begins with the other is meant by it.
-fn distance(a: &str, b: &str) -> usize {
-    let letters = |text: &str| -> Vec<u8> { text.bytes().take(COMPARED_MAX).map(|b| b.to_ascii_lowercase()).collect() };
-    let (a, b) = (letters(a), letters(b));
-    if !a.is_empty() && !b.is_empty() && (a.starts_with(&b) || b.starts_with(&a)) {
-        return 0;
-    }
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, from) in a.iter().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, to) in b.iter().enumerate() {
-            let changed = diagonal + usize::from(from != to);
-            diagonal = row[j + 1];
-            row[j + 1] = changed.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_nearest_name_is_one_that_could_have_been_meant() {
-        let listed = ["llama3.2:latest", "qwen2.5-coder:7b", "mistral"].map(str::to_owned);
-        for (wanted, expected) in [
-            ("llama3.2", Some("llama3.2:latest")),
-            ("Mistral", Some("mistral")),
-            ("qwen2.5-codr:7b", Some("qwen2.5-coder:7b")),
-            ("gpt-oss-120b", None),
-            ("", None),
-        ] {
-            assert_eq!(nearest(wanted, [&listed, &[]]), expected, "{wanted}");
-        }
-        assert_eq!(nearest("x", [&[], &[]]), None);
-        assert_eq!((distance("kitten", "sitting"), distance("", "abc"), distance("a", "A")), (3, 3, 0));
     }
 }

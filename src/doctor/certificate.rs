@@ -1,6 +1,6 @@
-//! Who issued a certificate, and from when to when it holds: as much of X.509 as the operator is told.
+//! The issuer and the validity period of a certificate: as much of X.509 as the doctor prints.
 //!
-//! Nothing is decided here; whether a certificate is believed is rustls' affair. Whatever the bytes are, every read is within them.
+//! Nothing is decided here: rustls decides whether a certificate is valid. Whatever the bytes are, every read is within them.
 
 use std::ops::Range;
 
@@ -12,18 +12,18 @@ const INTEGER: u8 = 0x02;
 const OBJECT_IDENTIFIER: u8 = 0x06;
 const UTC_TIME: u8 = 0x17;
 const GENERALIZED_TIME: u8 = 0x18;
-/// `[0]`, where a certificate states its version.
+/// `[0]`, the tag of the version of a certificate.
 const VERSION: u8 = 0xa0;
-/// UTF8String, PrintableString, TeletexString, IA5String: near enough to UTF-8 to be shown.
+/// UTF8String, PrintableString, TeletexString, IA5String: close enough to UTF-8 to be printed.
 const TEXTS: [u8; 4] = [0x0c, 0x13, 0x14, 0x16];
 
 const COMMON_NAME: &[u8] = &[0x55, 0x04, 0x03];
 const ORGANISATION: &[u8] = &[0x55, 0x04, 0x0a];
 
-/// What a certificate says of itself.
+/// The printed fields of a certificate.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Certificate {
-    /// The issuer's common name, its organisation, or both; empty when it has neither.
+    /// The issuer's common name, organisation, or both; empty if it has neither.
     pub issuer: String,
     /// Not valid before, in seconds since 1970.
     pub not_before: i64,
@@ -31,11 +31,11 @@ pub struct Certificate {
     pub not_after: i64,
 }
 
-/// Reads the DER of a certificate; `None` when it is none.
+/// Parses a certificate in DER; `None` if it is invalid.
 pub fn parse(der: &[u8]) -> Option<Certificate> {
     let mut certificate = Der(Der(der).value(SEQUENCE)?);
     let mut signed = Der(certificate.value(SEQUENCE)?);
-    // Version 1 does not state it.
+    // Version 1 is not encoded.
     if signed.0.first() == Some(&VERSION) {
         signed.next()?;
     }
@@ -46,7 +46,7 @@ pub fn parse(der: &[u8]) -> Option<Certificate> {
     Some(Certificate { issuer, not_before: time(&mut validity)?, not_after: time(&mut validity)? })
 }
 
-/// A sequence of sets of pairs; what is not understood is passed over.
+/// The name from a sequence of sets of pairs; unknown values are skipped.
 fn issuer(mut name: Der<'_>) -> String {
     let (mut common_name, mut organisation) = (None, None);
     while let Some(set) = name.value(SET) {
@@ -86,17 +86,17 @@ fn time(fields: &mut Der<'_>) -> Option<i64> {
     parse_rfc3339(&format!("{year}-{month}-{day}T{hour}:{minute}:{second}Z"))
 }
 
-/// What is left of a run of tagged values.
+/// The rest of a sequence of tagged values.
 struct Der<'a>(&'a [u8]);
 
 impl<'a> Der<'a> {
-    /// The next value, whatever it is, and its tag.
+    /// The next value with its tag.
     fn next(&mut self) -> Option<(u8, &'a [u8])> {
         let (&tag, rest) = self.0.split_first()?;
         let (&first, rest) = rest.split_first()?;
         let (length, rest) = match first {
             0..=0x7f => (usize::from(first), rest),
-            // In so many bytes; four are more than a certificate can have.
+            // The number of length bytes; no certificate needs more than four.
             0x81..=0x84 => {
                 let (length, rest) = rest.split_at_checked(usize::from(first - 0x80))?;
                 (length.iter().fold(0_usize, |n, byte| (n << 8) | usize::from(*byte)), rest)
@@ -135,13 +135,13 @@ mod tests {
     }
 
     #[test]
-    fn issuer_and_validity_are_read() {
+    fn parse_reads_issuer_and_validity() {
         let both = [(DnType::CountryName, "NL"), (DnType::OrganizationName, "Ours"), (DnType::CommonName, "Röot 1")];
         let certificate = parse(&made(&both, (2020, 2049))).expect("a certificate");
         assert_eq!(certificate.issuer, "Röot 1 (Ours)");
         assert_eq!(certificate.not_before, midnight(2020, 2, 3));
         assert_eq!(certificate.not_after, midnight(2049, 12, 31));
-        // From 2050 on dates are written in another form.
+        // Dates from 2050 on have another form.
         let certificate = parse(&made(&both[1..2], (1999, 2051))).expect("a certificate");
         assert_eq!(certificate.issuer, "Ours");
         assert_eq!((certificate.not_before, certificate.not_after), (midnight(1999, 2, 3), midnight(2051, 12, 31)));
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn no_bytes_make_it_panic() {
+    fn parse_survives_any_bytes() {
         let good = made(&[(DnType::CommonName, "x"), (DnType::OrganizationName, "y")], (2020, 2060));
         for cut in 0..good.len() {
             parse(&good[..cut]);

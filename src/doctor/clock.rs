@@ -1,24 +1,23 @@
-//! How far the box's clock is off.
+//! The offset of this machine's clock from the coordinator's.
 
 use super::report::Report;
 use crate::sys::datetime;
 
-/// More than this, and certificates and signatures that others date begin to fail.
+/// The largest offset at which certificates and signatures of others are still accepted.
 const OFF_MAX_SECONDS: i64 = 5 * 60;
-/// Less than this is the network and the whole seconds of the header.
-const OFF_SEEN_SECONDS: i64 = 30;
+/// Smaller offsets are within the precision of the header and the delay of the network.
+const OFF_IGNORED_SECONDS: i64 = 30;
 
-/// How a clock is set right.
-const FIX: &str = "timedatectl set-ntp true (as root), or whatever keeps this box's clock";
+const FIX: &str = "timedatectl set-ntp true (as root), or synchronize the clock in another way";
 
-/// Compares what the coordinator's `Date` said with the box's clock at the same moment.
+/// Compares the `Date` of the coordinator with the clock of this machine at the same moment.
 pub fn compare(report: &mut Report<'_>, theirs: i64, ours: i64) {
     let off = ours.saturating_sub(theirs);
-    let way = if off > 0 { "ahead of" } else { "behind" };
+    let direction = if off > 0 { "ahead of" } else { "behind" };
     let span = datetime::format_duration(off.unsigned_abs());
-    let what = format_args!("{span} {way} the coordinator's");
+    let what = format_args!("{span} {direction} the coordinator's");
     match i64::try_from(off.unsigned_abs()).unwrap_or(i64::MAX) {
-        0..=OFF_SEEN_SECONDS => report.pass("clock", format_args!("that of the coordinator, within 30 s")),
+        0..=OFF_IGNORED_SECONDS => report.pass("clock", format_args!("within 30 s of the coordinator's")),
         seconds if seconds <= OFF_MAX_SECONDS => report.warn("clock", what, format_args!("{FIX}")),
         _ => report.fail("clock", what, format_args!("{FIX}")),
     }
@@ -27,9 +26,10 @@ pub fn compare(report: &mut Report<'_>, theirs: i64, ours: i64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::terminal::Terminal;
 
     #[test]
-    fn the_clock_is_told_which_way_it_is_off() {
+    fn compare_reports_the_direction_and_size_of_the_offset() {
         for (off, mark, words) in [
             (0, '✓', "within"),
             (-30, '✓', "within"),
@@ -40,10 +40,11 @@ mod tests {
             (3 * 86400 + 7200, '✗', "3 d 2 h ahead of"),
             (i64::MAX, '✗', "ahead of"),
         ] {
+            let terminal = Terminal { width: 80, is_utf8: true, is_live: false, has_colour: false };
             let mut out = Vec::new();
-            compare(&mut Report::new(&mut out, false), 0, off);
-            let told = String::from_utf8(out).expect("text");
-            assert!(told.contains(mark) && told.contains(words), "{off}: {told}");
+            compare(&mut Report::new(&mut out, terminal), 0, off);
+            let text = String::from_utf8(out).expect("text");
+            assert!(text.contains(mark) && text.contains(words), "{off}: {text}");
         }
     }
 }

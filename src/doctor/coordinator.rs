@@ -1,6 +1,6 @@
-//! The way to the coordinator, by the agent's own dialling: name, TCP, proxy, TLS, upgrade, challenge, and its clock.
+//! The connection to the coordinator, made by the agent's own dialer: DNS, TCP, proxy, TLS, WebSocket, challenge; and its clock.
 //!
-//! Invariant: the challenge is not answered, so that the session of an agent that runs is not displaced.
+//! Invariant: the challenge is not answered, because that could displace the session of a running agent.
 
 use std::fmt;
 use std::io::ErrorKind;
@@ -18,14 +18,14 @@ use crate::link::{DialError, DialObserver, Dialer};
 use crate::net::proxy;
 use crate::sys::datetime;
 
-/// For another look: at the certificate that was refused, or for a date where the answer to the upgrade has none.
-const LOOK_TIME: Duration = Duration::from_secs(3);
-/// A certificate that is not renewed so long before its end may not be renewed at all.
+/// The timeout of a second connection: to fetch a certificate that was refused, or a date that the upgrade response lacks.
+const RETRY_TIMEOUT: Duration = Duration::from_secs(3);
+/// The least number of days left; a certificate that is not renewed by then may not be renewed at all.
 const EXPIRY_DAYS_MIN: i64 = 14;
 
-const SWALLOWED: &str = "something swallows the packets: let the firewall allow outgoing TCP to that port";
+const DROPPED: &str = "packets are dropped: let the firewall allow outgoing TCP to that port";
 
-/// In the order in which a dial takes them.
+/// The layers, in the order of a dial.
 const LAYERS: [&str; 6] = ["dns", "tcp", "proxy", "tls", "websocket", "challenge"];
 const DNS: usize = 0;
 const TCP: usize = 1;
@@ -33,54 +33,57 @@ const PROXY: usize = 2;
 const TLS: usize = 3;
 const WEBSOCKET: usize = 4;
 
-/// Dials, and tells of each layer as it is passed.
+/// Dials the coordinator and reports each layer.
 pub fn examine(report: &mut Report<'_>, config: &CoordinatorConfig) {
     let dialer = Dialer::new(config.url.clone(), config.roots.clone(), proxy::from_env());
     let secure = config.url.scheme_str() == Some("wss");
-    let mut way = DialReport { report, dialer: &dialer, secure, layer: DNS, since: Instant::now(), date: None };
-    way.report.pending(LAYERS[DNS]);
-    match dialer.dial_observed(&mut way) {
+    let mut dial = DialReport { report, dialer: &dialer, secure, layer: DNS, since: Instant::now(), date: None };
+    dial.report.pending(LAYERS[DNS]);
+    match dialer.dial_observed(&mut dial) {
         Ok(mut half) => {
-            way.pass(format_args!("upgraded after {} ms", way.since.elapsed().as_millis()));
+            dial.pass(format_args!("upgraded after {} ms", dial.since.elapsed().as_millis()));
             match handshake::challenge(&mut half) {
-                Ok(_) => way.pass(format_args!("received; not answered, for that could displace a running agent")),
+                Ok(_) => dial.pass(format_args!("received; not answered, because that could displace a running agent")),
                 Err(e) => {
                     let fix = format_args!(
-                        "is `[coordinator] url` that of a Use Pod coordinator? If it is, it is not well: try later"
+                        "check that `[coordinator] url` is a Use Pod coordinator; if it is, the coordinator is failing: try later"
                     );
-                    way.fail(format_args!("{e}"), fix);
+                    dial.fail(format_args!("{e}"), fix);
                 }
             }
             half.close();
         }
-        Err(e) => way.broken(&e),
+        Err(e) => dial.report_error(&e),
     }
-    let date = way.date.or_else(|| if way.layer > WEBSOCKET { ask_date(&dialer) } else { None });
+    let date = dial.date.or_else(|| if dial.layer > WEBSOCKET { fetch_date(&dialer) } else { None });
     match date {
         Some((theirs, ours)) => clock::compare(report, theirs, ours),
         None => report.skip(
             "clock",
-            format_args!("the coordinator told no date; this box says {}", datetime::rfc3339(SystemTime::now())),
+            format_args!(
+                "skipped: the coordinator sent no date; the time here is {}",
+                datetime::rfc3339(SystemTime::now())
+            ),
         ),
     }
 }
 
-/// The coordinator's time, and ours when it came.
-fn ask_date(dialer: &Dialer) -> Option<(i64, i64)> {
-    date_in(&dialer.fetch_headers(LOOK_TIME).ok()?)
+/// The coordinator's time, and ours when it arrived.
+fn fetch_date(dialer: &Dialer) -> Option<(i64, i64)> {
+    date_in(&dialer.fetch_headers(RETRY_TIMEOUT).ok()?)
 }
 
-/// The time that the headers of an answer give, and ours when it came.
+/// The time in the headers of a response, and ours when it arrived.
 fn date_in(headers: &HeaderMap) -> Option<(i64, i64)> {
     Some((datetime::parse_http(headers.get("date")?.to_str().ok()?)?, datetime::now()))
 }
 
-/// The dial under way.
+/// The report of a dial in progress.
 struct DialReport<'r, 'o> {
     report: &'r mut Report<'o>,
     dialer: &'r Dialer,
     secure: bool,
-    /// The one that is being tried.
+    /// The layer that is being tried.
     layer: usize,
     since: Instant,
     date: Option<(i64, i64)>,
@@ -90,8 +93,8 @@ impl DialObserver for DialReport<'_, '_> {
     fn resolved(&mut self, addresses: &[SocketAddr]) {
         let mut listed: Vec<String> = addresses.iter().map(|address| address.ip().to_string()).collect();
         listed.dedup();
-        let whose = if self.dialer.uses_proxy() { " (the proxy of HTTPS_PROXY)" } else { "" };
-        self.pass(format_args!("`{}`{whose}: {}", self.dialer.peer().0, listed.join(", ")));
+        let owner = if self.dialer.uses_proxy() { " (the proxy in HTTPS_PROXY)" } else { "" };
+        self.pass(format_args!("`{}`{owner}: {}", self.dialer.peer().0, listed.join(", ")));
     }
 
     fn connected(&mut self, address: SocketAddr) {
@@ -102,7 +105,7 @@ impl DialObserver for DialReport<'_, '_> {
     }
 
     fn tunnelled(&mut self) {
-        self.pass(format_args!("it reached the coordinator after {} ms", self.since.elapsed().as_millis()));
+        self.pass(format_args!("tunnel to the coordinator after {} ms", self.since.elapsed().as_millis()));
         self.reach_coordinator();
     }
 
@@ -116,7 +119,7 @@ impl DialObserver for DialReport<'_, '_> {
             self.report.warn(
                 LAYERS[TLS],
                 what,
-                format_args!("whoever runs the coordinator must renew its certificate: tell them"),
+                format_args!("the certificate must be renewed: notify the operator of the coordinator"),
             );
             self.reach(WEBSOCKET);
         } else {
@@ -137,12 +140,12 @@ impl DialReport<'_, '_> {
 
     fn reach_coordinator(&mut self) {
         if !self.secure {
-            self.report.skip(LAYERS[TLS], format_args!("ws:// is not encrypted"));
+            self.report.skip(LAYERS[TLS], format_args!("skipped: ws:// is not encrypted"));
         }
         self.reach(if self.secure { TLS } else { WEBSOCKET });
     }
 
-    /// The layers below it are passed.
+    /// Moves on to this layer; the layers below it have passed.
     fn reach(&mut self, layer: usize) {
         self.layer = layer;
         self.since = Instant::now();
@@ -155,55 +158,57 @@ impl DialReport<'_, '_> {
         self.report.fail(LAYERS[self.layer], what, fix);
     }
 
-    /// Names the layer that did not hold, and those that rest on it.
-    fn broken(&mut self, e: &DialError) {
-        self.explain(e);
+    /// Reports the layer that failed, and skips those above it.
+    fn report_error(&mut self, e: &DialError) {
+        self.report_failure(e);
         for (layer, name) in LAYERS.iter().enumerate().skip(self.layer + 1) {
-            let is_on_the_way = match layer {
+            let is_used = match layer {
                 PROXY => self.dialer.uses_proxy(),
                 TLS => self.secure,
                 _ => true,
             };
-            if is_on_the_way {
-                self.report.skip(name, format_args!("rests on {}", LAYERS[self.layer]));
+            if is_used {
+                self.report.skip(name, format_args!("skipped: needs {}", LAYERS[self.layer]));
             }
         }
     }
 
-    fn explain(&mut self, e: &DialError) {
+    fn report_failure(&mut self, e: &DialError) {
         let fix = match e {
-            DialError::Tls { fault: Some(fault), .. } => return self.explain_certificate(e, fault),
+            DialError::Tls { fault: Some(fault), .. } => return self.report_certificate(e, fault),
             DialError::Resolve { .. } => {
-                "is the name right? If so: getent hosts NAME, and the servers in /etc/resolv.conf"
+                "check the name; if it is correct, check `getent hosts NAME` and the name servers in /etc/resolv.conf"
             }
             DialError::Connect { error, .. } => match error.kind() {
-                ErrorKind::ConnectionRefused => "nothing listens there: check host and port",
-                ErrorKind::TimedOut | ErrorKind::WouldBlock => SWALLOWED,
-                _ => "is this box online? ip route; ping -c 1 1.1.1.1",
+                ErrorKind::ConnectionRefused => "nothing is listening there: check host and port",
+                ErrorKind::TimedOut | ErrorKind::WouldBlock => DROPPED,
+                _ => "check that this machine is online: ip route; ping -c 1 1.1.1.1",
             },
-            DialError::Proxy(_) => "check the proxy, and what it allows; or name the coordinator's host in NO_PROXY",
+            DialError::Proxy(_) => "check the proxy and its rules, or add the coordinator's host to NO_PROXY",
             DialError::Tls { .. } => {
-                "something that speaks no TLS, or none of ours, answers there: check host and port"
+                "the server there does not speak TLS, or no version in common: check host and port"
             }
             DialError::Upgrade(_) => {
-                "a 5xx is the coordinator's own trouble: wait; else check the path, usually /provider/connect"
+                "if the status is 5xx, the coordinator is failing: wait; otherwise check the path, usually /provider/connect"
             }
             DialError::TimedOut => match self.layer {
-                DNS => "the name server does not answer: check /etc/resolv.conf",
-                TCP => SWALLOWED,
-                _ => "it accepts and says nothing: check host and port; if they are right, try later",
+                DNS => "the name server does not respond: check /etc/resolv.conf",
+                TCP => DROPPED,
+                _ => "the server accepts and does not respond: check host and port; if they are correct, try later",
             },
-            DialError::System(_) | DialError::Stopping => "the box is short of something: ulimit -a; free -m",
+            DialError::System(_) | DialError::Stopping => {
+                "this machine is out of descriptors, threads or memory: ulimit -a; free -m"
+            }
         };
         let key = if self.dialer.uses_proxy() { "HTTPS_PROXY" } else { "`[coordinator] url`" };
-        self.fail(format_args!("{e}"), format_args!("{fix}; the address is that of {key}"));
+        self.fail(format_args!("{e}"), format_args!("{fix}; the address is from {key}"));
     }
 
-    fn explain_certificate(&mut self, e: &DialError, fault: &CertificateError) {
-        let certificate = self.dialer.fetch_peer_certificate(LOOK_TIME).and_then(|der| certificate::parse(&der));
+    fn report_certificate(&mut self, e: &DialError, fault: &CertificateError) {
+        let certificate = self.dialer.fetch_peer_certificate(RETRY_TIMEOUT).and_then(|der| certificate::parse(&der));
         let shown = certificate.map_or_else(String::new, |c| {
             format!(
-                "; issuer {}, holds from {} to {}",
+                "; issuer {}, valid from {} to {}",
                 issuer(&c),
                 datetime::format_date(c.not_before),
                 datetime::format_date(c.not_after)
@@ -214,23 +219,23 @@ impl DialReport<'_, '_> {
             | CertificateError::ExpiredContext { .. }
             | CertificateError::NotValidYet
             | CertificateError::NotValidYetContext { .. } => (
-                "it does not hold today",
-                "if this box's date is right, whoever runs the coordinator must renew its certificate; if not: timedatectl \
-                 set-ntp true",
+                "not valid today",
+                "if the date here is correct, the operator of the coordinator must renew the certificate; otherwise: \
+                 `timedatectl set-ntp true`",
             ),
             CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
-                ("it is for another name", "check the host in `[coordinator] url`")
+                ("issued for another name", "check the host in `[coordinator] url`")
             }
             CertificateError::UnknownIssuer => (
-                "it is of an unknown authority",
-                "if that authority is yours: [coordinator] ca_file = \"/path/to/its.pem\"",
+                "issued by an unknown authority",
+                "if that authority is yours, set `[coordinator] ca_file = \"/path/to/its.pem\"`",
             ),
-            _ => ("it is no good", "whoever runs the coordinator must mend it"),
+            _ => ("invalid", "the operator of the coordinator must correct it"),
         };
         let today = datetime::format_date(datetime::now());
         self.fail(
             format_args!("the certificate for `{}`: {what} ({today}){shown}; {e}", self.dialer.host()),
-            format_args!("{fix}; or something between here and there answers in the coordinator's place"),
+            format_args!("{fix}; or something on the network answers in place of the coordinator"),
         );
     }
 }

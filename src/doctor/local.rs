@@ -1,4 +1,4 @@
-//! The layers of this box: the configuration, the identity, the lock, the disk.
+//! The layers of this machine: the configuration, the identity, the lock, the disk.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -12,10 +12,10 @@ use crate::instance::identity::{Identity, IdentityError};
 use crate::instance::{AgentPaths, LockOwner};
 use crate::sys::files;
 
-/// Identity, lock, state and log want less.
+/// More than identity, lock, state and log need.
 const FREE_BYTES_MIN: u64 = 16 << 20;
-/// What is written to see whether anything can be, in bytes.
-const PROBE_BYTES: usize = 4 << 10;
+/// The size of the file that is written as a test.
+const TEST_FILE_BYTES: usize = 4 << 10;
 
 /// Finds and reads `agent.toml`.
 pub fn config(report: &mut Report<'_>, named: Option<&Path>, allow_insecure: bool) -> Option<Config> {
@@ -28,11 +28,11 @@ pub fn config(report: &mut Report<'_>, named: Option<&Path>, allow_insecure: boo
         }
     };
     if config.backends.is_empty() {
-        let what = format_args!("`{}` has no [[backends]]: there is nothing to offer", path.display());
+        let what = format_args!("`{}` has no [[backends]], so there is nothing to offer", path.display());
         report.fail(
             "config",
             what,
-            format_args!("add one for your server: usepod-agent setup, or the example in the README"),
+            format_args!("add your server: run `usepod-agent setup`, or see the example in the README"),
         );
     } else {
         report.pass("config", format_args!("`{}`, {} backend(s)", path.display(), config.backends.len()));
@@ -43,27 +43,26 @@ pub fn config(report: &mut Report<'_>, named: Option<&Path>, allow_insecure: boo
     Some(config)
 }
 
-/// The key: there, its owner's alone, readable, and known to the coordinator.
+/// Checks that the key exists, is readable by its owner alone, and is known to the coordinator.
 pub fn identity(report: &mut Report<'_>, config: &Config) {
     let path = &config.key_path;
     let shown_path = path.display();
     match fs::metadata(path) {
         Err(e) if e.kind() == ErrorKind::NotFound => {
-            let what = format_args!("`{shown_path}` does not exist: it is made at the first start");
+            let what = format_args!("`{shown_path}` does not exist; the first start creates it");
             report.warn(
                 "identity",
                 what,
-                format_args!("usepod-agent setup makes it and pairs it; a lost one comes from your backup"),
+                format_args!("usepod-agent setup creates and pairs it; if it was lost, restore it from your backup"),
             );
         }
         Err(e) => {
-            let fix =
-                format_args!("let the user that the agent runs as own it and its folder: chown USER `{shown_path}`");
-            report.fail("identity", format_args!("`{shown_path}` cannot be looked at: {e}"), fix);
+            let fix = format_args!("give it and its folder to the user that runs the agent: chown USER '{shown_path}'");
+            report.fail("identity", format_args!("failed to read `{shown_path}`: {e}"), fix);
         }
         Ok(metadata) => {
             if let Some(mode) = open_to_others(&metadata) {
-                let what = format_args!("`{shown_path}` has mode {mode:04o}: others on this box can use your key");
+                let what = format_args!("`{shown_path}` has mode {mode:04o}, so other users can use your key");
                 report.fail("identity", what, format_args!("chmod 600 '{shown_path}'"));
             }
             enrolment(report, config, Identity::load(path), open_to_others(&metadata).is_none());
@@ -77,14 +76,14 @@ fn enrolment(report: &mut Report<'_>, config: &Config, identity: Result<Identity
         Ok(identity) => identity,
         Err(IdentityError::Invalid { reason, .. }) => {
             let fix = "restore it from a backup, or move it away to start as a new agent";
-            report.fail("identity", format_args!("`{path}` is refused: {reason}"), format_args!("{fix}"));
+            report.fail("identity", format_args!("`{path}` is invalid: {reason}"), format_args!("{fix}"));
             return;
         }
         Err(e) => {
             report.fail(
                 "identity",
                 format_args!("{e}"),
-                format_args!("chown USER '{path}', the user that the agent runs as"),
+                format_args!("give it to the user that runs the agent: chown USER '{path}'"),
             );
             return;
         }
@@ -95,18 +94,18 @@ fn enrolment(report: &mut Report<'_>, config: &Config, identity: Result<Identity
     match (identity.provider_id(), &config.coordinator.enrollment_code) {
         (Some(id), _) => report.pass("enrolment", format_args!("enrolled as {}", id)),
         (None, Some(_)) => report
-            .pass("enrolment", format_args!("with the enrollment code of the configuration, at the first connection")),
+            .pass("enrolment", format_args!("pending: the first connection sends the enrollment code of the configuration")),
         (None, None) => report.warn(
             "enrolment",
             format_args!(
-                "no provider id yet, and no enrollment code: only a coordinator that knows the public key lets it in"
+                "no provider id yet and no enrollment code: only a coordinator that knows the public key accepts the agent"
             ),
-            format_args!("usepod-agent setup, unless it is paired already: then the first connection brings the id"),
+            format_args!("usepod-agent setup; if the agent is paired already, the first connection brings the id"),
         ),
     }
 }
 
-/// The mode, where it gives anything to anybody but the owner.
+/// The mode, if it grants anything to others than the owner.
 #[cfg(unix)]
 fn open_to_others(metadata: &fs::Metadata) -> Option<u32> {
     use std::os::unix::fs::PermissionsExt;
@@ -119,85 +118,77 @@ fn open_to_others(_: &fs::Metadata) -> Option<u32> {
     None
 }
 
-/// Who runs on this identity. Returns whether anybody does.
+/// Checks the agent that runs with this identity. Returns whether there is one.
 pub fn lock(report: &mut Report<'_>, paths: &AgentPaths) -> bool {
     let Some(owner) = LockOwner::running(paths) else {
-        report.pass("lock", format_args!("free: no agent runs on this identity"));
+        report.pass("lock", format_args!("free: no agent is running with this identity"));
         return false;
     };
     let (pid, silence) = (owner.pid, owner.since_last_liveness());
     if owner.is_unresponsive() {
-        let what = format_args!(
-            "the agent, pid {pid}, has shown no sign of life for {} min: it hangs",
-            silence.as_secs() / 60
-        );
-        report.fail(
-            "lock",
-            what,
-            format_args!("kill -KILL {pid}; under cron it is replaced by itself within a minute"),
-        );
+        let what = format_args!("the agent (pid {pid}) hangs: no sign of life for {} min", silence.as_secs() / 60);
+        report.fail("lock", what, format_args!("kill -KILL {pid}; cron replaces it within a minute"));
     } else {
-        let what =
-            format_args!("held by the agent that runs, pid {pid}; last sign of life {} s ago", silence.as_secs());
+        let what = format_args!("held by the running agent (pid {pid}), last sign of life {} s ago", silence.as_secs());
         report.pass("lock", what);
     }
     true
 }
 
-/// Whether the agent could write beside its identity.
+/// Checks whether the agent can write beside its identity.
 pub fn disk(report: &mut Report<'_>, config: &Config) {
     let Some(folder) = existing_folder(&config.key_path) else {
         report.fail(
             "disk",
             format_args!("the identity has no folder"),
-            format_args!("write an absolute path as [identity] key_path"),
+            format_args!("set [identity] key_path to an absolute path"),
         );
         return;
     };
-    let place = folder.display();
+    let path = folder.display();
     let free = statvfs(&folder).ok();
     let read_only = free.is_some_and(|disk| disk.flags().contains(FsFlags::ST_RDONLY));
-    // Block counts are as wide as the platform has them.
+    // The width of block counts depends on the platform.
     #[allow(clippy::useless_conversion, clippy::unnecessary_cast)]
     let free = free.map(|disk| (disk.blocks_available() as u64).saturating_mul(disk.fragment_size() as u64));
     if read_only {
-        report.fail("disk", format_args!("`{place}` is mounted read-only"), format_args!("{READ_ONLY_FIX}"));
-    } else if let Err(e) = write_probe(&folder) {
+        report.fail("disk", format_args!("`{path}` is mounted read-only"), format_args!("{READ_ONLY_FIX}"));
+    } else if let Err(e) = write_test_file(&folder) {
         report.fail(
             "disk",
-            format_args!("nothing can be written to `{place}`: {e}"),
+            format_args!("failed to write to `{path}`: {e}"),
             format_args!("{}", write_fix(&e, &folder)),
         );
     } else if let Some(free) = free.filter(|free| *free < FREE_BYTES_MIN) {
-        let what = format_args!("{} MiB are free at `{place}`: too little for state and log", free >> 20);
+        let what = format_args!("{} MiB free at `{path}`, too little for the state file and the log", free >> 20);
         report.fail("disk", what, format_args!("{FULL_FIX}"));
     } else {
-        // Unknown only where the system does not say.
+        // Unknown only if the system does not report it.
         let free = free.unwrap_or(0) >> 20;
-        report.pass("disk", format_args!("`{place}` is writable, {free} MiB free"));
+        report.pass("disk", format_args!("`{path}` is writable, {free} MiB free"));
     }
 }
 
 const READ_ONLY_FIX: &str =
-    "remount it writable (a disk with errors is mounted so: see dmesg), or move [identity] key_path";
-const FULL_FIX: &str = "free some space: df -h shows which disk, du -xh | sort -h what is on it";
+    "remount it read-write (a disk with errors is mounted read-only: see dmesg), or move [identity] key_path";
+const FULL_FIX: &str = "free some space: `df -h` shows which disk is full, `du -xh | sort -h` what is on it";
 
 fn write_fix(e: &io::Error, folder: &Path) -> String {
     match e.kind() {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => FULL_FIX.into(),
         ErrorKind::ReadOnlyFilesystem => READ_ONLY_FIX.into(),
-        _ => format!("let the user that the agent runs as own it: chown USER '{}'", folder.display()),
+        _ => format!("give it to the user that runs the agent: chown USER '{}'", folder.display()),
     }
 }
 
-/// As the agent writes, and away again.
-fn write_probe(folder: &Path) -> io::Result<()> {
+/// Writes a file as the agent does, and removes it.
+fn write_test_file(folder: &Path) -> io::Result<()> {
     let path = folder.join(format!(".usepod-doctor-{}", std::process::id()));
-    files::write_atomic(&path, &[b'\n'; PROBE_BYTES])?;
+    files::write_atomic(&path, &[b'\n'; TEST_FILE_BYTES])?;
     fs::remove_file(&path)
 }
 
-/// The folder of a file, or the nearest above it that exists: the agent makes those that are missing.
+/// The folder of a file, or its nearest ancestor that exists: the agent creates the missing ones.
 fn existing_folder(file: &Path) -> Option<PathBuf> {
     let file = fs::canonicalize(file).or_else(|_| std::path::absolute(file)).ok()?;
     file.ancestors().skip(1).find(|folder| folder.is_dir()).map(Path::to_owned)

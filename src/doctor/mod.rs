@@ -1,8 +1,8 @@
-//! `doctor`: whether this agent can earn, layer by layer, and what mends the first that is broken.
+//! `doctor`: checks everything the agent needs, layer by layer, and says how to fix what is broken.
 //!
-//! Invariants: nothing is changed, but for a file that is written and removed; no identity is made, the challenge is not
-//! answered, no lock is taken, so that it may run beside the agent. Every wait has a limit: without inference all of them together
-//! are some 30 s. A layer that rests on a broken one is not called broken. No secret and no answer of a model is printed.
+//! Invariants: the doctor changes nothing, except for a file that it writes and removes; it creates no identity, does not answer
+//! the challenge and takes no lock, so that it can run beside the agent. Every wait is bounded: without inference all of them
+//! together take about 30 s. A layer above a broken one is skipped, not failed. No secret and no model output is printed.
 
 mod backend_fixes;
 mod backends;
@@ -23,45 +23,46 @@ use report::Report;
 use crate::discovery::OfferTerms;
 use crate::instance::AgentPaths;
 use crate::link::protocol::AGENT_VERSION;
+use crate::sys::terminal::Terminal;
 
-/// What is to be examined.
+/// What to check.
 #[derive(Debug)]
 pub struct Options<'a> {
-    /// The `agent.toml` that was named.
+    /// The `agent.toml` that was named, if any.
     pub config: Option<&'a Path>,
-    /// Whether a `ws://` coordinator is all right.
+    /// Whether a `ws://` coordinator is allowed.
     pub allow_insecure: bool,
-    /// Whether each local backend gets a tiny job.
+    /// Whether each local backend gets a test completion.
     pub inference: bool,
 }
 
-/// Prints a line for each check as it is done; `live` where `out` is a terminal. True when all that matters is well.
-pub fn examine(question: &Options<'_>, out: &mut dyn Write, live: bool) -> bool {
+/// Runs the checks and prints each result as it comes to `out`, which is `terminal`. Returns whether no check failed.
+pub fn examine(options: &Options<'_>, out: &mut dyn Write, terminal: Terminal) -> bool {
     let _ = writeln!(out, "usepod-agent {AGENT_VERSION} doctor");
-    let mut report = Report::new(out, live);
-    report.heading(format_args!("this box"));
-    let Some(config) = local::config(&mut report, question.config, question.allow_insecure) else {
-        report.skip("all else", format_args!("rests on config"));
+    let mut report = Report::new(out, terminal);
+    report.heading(format_args!("this machine"));
+    let Some(config) = local::config(&mut report, options.config, options.allow_insecure) else {
+        report.skip("all else", format_args!("skipped: needs config"));
         return report.verdict(format_args!(""));
     };
-    // They answer, or do not, while the coordinator is examined.
-    let patients: Vec<BackendCheck<'_>> = config.backends.iter().map(BackendCheck::start).collect();
+    // The backends are queried while the coordinator is checked.
+    let backends: Vec<BackendCheck<'_>> = config.backends.iter().map(BackendCheck::start).collect();
     let paths = AgentPaths::beside(&config.key_path);
     local::identity(&mut report, &config);
-    let runs = local::lock(&mut report, &paths);
+    let is_running = local::lock(&mut report, &paths);
     local::disk(&mut report, &config);
 
     report.heading(format_args!("coordinator {}", config.coordinator.address()));
     coordinator::examine(&mut report, &config.coordinator);
 
-    let servers = patients.len();
+    let servers = backends.len();
     let terms = OfferTerms { pricing: config.pricing.clone(), max_concurrent: config.limits.max_concurrent };
     let mut models = 0;
-    for patient in patients {
-        models += patient.tell(&mut report, &terms, question.inference);
+    for backend in backends {
+        models += backend.report(&mut report, &terms, options.inference);
     }
 
-    report.heading(format_args!("from now on"));
-    supervisor::examine(&mut report, &paths, runs);
-    report.verdict(format_args!("{models} model(s) to offer, of {servers} backend(s)"))
+    report.heading(format_args!("supervision"));
+    supervisor::examine(&mut report, &paths, is_running);
+    report.verdict(format_args!("{models} model(s) to offer, from {servers} backend(s)"))
 }

@@ -1,106 +1,136 @@
-//! What the doctor prints: a line for each check as it is done, the fix below it, and the verdict.
+//! The output of the doctor: one entry for each check as it is done, the fix below it, and the verdict.
 //!
-//! Invariant: whatever a text holds, and wherever it comes from, a line stays one line, bounded, of what can be printed.
+//! Invariant: whatever a text contains and wherever it comes from, it is bounded and printable.
 
 use std::fmt;
 use std::io::Write;
 
-/// The longest text that a line shows, in characters: a server's words on why it failed are longer.
+use crate::sys::terminal::{Terminal, wrap};
+
+/// The longest text of an entry, in characters; a server's error message may be longer.
 const TEXT_MAX: usize = 600;
-/// The widest name of a check is shorter.
+/// The width of the column of names; the widest name is shorter.
 const NAME_WIDTH: usize = 12;
 
-/// Over whatever is pending.
-const OVER: &str = "\r\x1b[K";
+/// Clears the line that says what is being waited for.
+const CLEAR_LINE: &str = "\r\x1b[K";
 
-/// Goes to `out` line by line; a broken `out` loses the lines and nothing else.
+/// Prints to `out` line by line; a broken `out` loses the lines and nothing else.
 pub struct Report<'a> {
     out: &'a mut dyn Write,
-    /// Whether a line can be written over.
-    live: bool,
+    terminal: Terminal,
     checks: u32,
     warnings: u32,
     failures: u32,
     first_failure: String,
 }
 
+/// The outcome of a check.
+#[derive(Clone, Copy)]
+enum Mark {
+    Pass,
+    Warning,
+    Failure,
+    Skipped,
+}
+
+impl Mark {
+    /// The mark in UTF-8 and in ASCII, and its colour as an SGR code.
+    fn looks(self) -> (&'static str, &'static str, &'static str) {
+        match self {
+            Mark::Pass => ("✓", "ok  ", "32"),
+            Mark::Warning => ("!", "warn", "33"),
+            Mark::Failure => ("✗", "FAIL", "31"),
+            Mark::Skipped => ("-", "skip", "2"),
+        }
+    }
+}
+
 impl<'a> Report<'a> {
-    /// An empty one. `live` is for a terminal: it shows what is being waited for.
-    pub fn new(out: &'a mut dyn Write, live: bool) -> Report<'a> {
-        Report { out, live, checks: 0, warnings: 0, failures: 0, first_failure: String::new() }
+    /// An empty report to `out`, which is `terminal`.
+    pub fn new(out: &'a mut dyn Write, terminal: Terminal) -> Report<'a> {
+        Report { out, terminal, checks: 0, warnings: 0, failures: 0, first_failure: String::new() }
     }
 
-    /// What the next lines are about.
+    /// Starts a section.
     pub fn heading(&mut self, text: fmt::Arguments<'_>) {
-        self.line(format_args!("\n{}", one_line(text)));
+        self.print(&format!("\n{}", wrap("", &one_line(text), self.terminal.width)));
     }
 
-    /// Says what is being waited for, until its line comes.
+    /// Shows which check is being waited for, until its result is printed.
     pub fn pending(&mut self, name: &str) {
-        if self.live {
-            let _ = write!(self.out, "{OVER}  … {name}").and_then(|()| self.out.flush());
+        if self.terminal.is_live {
+            let ellipsis = if self.terminal.is_utf8 { "…" } else { "..." };
+            let _ = write!(self.out, "{CLEAR_LINE}  {ellipsis} {name}").and_then(|()| self.out.flush());
         }
     }
 
-    /// All right.
+    /// The check passed.
     pub fn pass(&mut self, name: &str, what: fmt::Arguments<'_>) {
         self.checks += 1;
-        self.check('✓', name, what);
+        self.entry(Mark::Pass, name, what);
     }
 
-    /// Odd, but the agent can earn.
+    /// The check found something that does not keep the agent from serving.
     pub fn warn(&mut self, name: &str, what: fmt::Arguments<'_>, fix: fmt::Arguments<'_>) {
         self.checks += 1;
         self.warnings += 1;
-        self.check('!', name, what);
+        self.entry(Mark::Warning, name, what);
         self.fix(fix);
     }
 
-    /// Broken.
+    /// The check failed.
     pub fn fail(&mut self, name: &str, what: fmt::Arguments<'_>, fix: fmt::Arguments<'_>) {
         self.checks += 1;
         self.failures += 1;
         if self.failures == 1 {
             self.first_failure = format!("{name}: {}", one_line(what));
         }
-        self.check('✗', name, what);
+        self.entry(Mark::Failure, name, what);
         self.fix(fix);
     }
 
-    /// Not checked.
+    /// The check was not done.
     pub fn skip(&mut self, name: &str, why: fmt::Arguments<'_>) {
-        self.check('-', name, why);
+        self.entry(Mark::Skipped, name, why);
     }
 
-    /// The last line: `well` where nothing is broken. True then.
-    pub fn verdict(mut self, well: fmt::Arguments<'_>) -> bool {
+    /// Prints the verdict, with `summary` if no check failed. Returns whether none did.
+    pub fn verdict(mut self, summary: fmt::Arguments<'_>) -> bool {
         let Report { checks, failures, warnings, .. } = self;
         let first = std::mem::take(&mut self.first_failure);
         if failures > 0 {
             self.heading(format_args!("{failures} of {checks} checks failed; begin with {first}"));
         } else if warnings > 0 {
-            self.heading(format_args!("all that matters is well: {well}; {warnings} warning(s)"));
+            self.heading(format_args!("all is well: {summary}; {warnings} warning(s)"));
         } else {
-            self.heading(format_args!("all is well: {well}"));
+            self.heading(format_args!("all is well: {summary}"));
         }
         failures == 0
     }
 
-    fn check(&mut self, mark: char, name: &str, what: fmt::Arguments<'_>) {
-        self.line(format_args!("  {mark} {name:NAME_WIDTH$}{}", one_line(what)));
+    fn entry(&mut self, mark: Mark, name: &str, what: fmt::Arguments<'_>) {
+        let (utf8, ascii, colour) = mark.looks();
+        let mark = if self.terminal.is_utf8 { utf8 } else { ascii };
+        let text = wrap(&format!("  {mark} {name:NAME_WIDTH$}"), &one_line(what), self.terminal.width);
+        // Coloured only now, since escape codes have no width.
+        let coloured = text.replacen(mark, &self.terminal.styled(colour, mark), 1);
+        self.print(&coloured);
     }
 
     fn fix(&mut self, fix: fmt::Arguments<'_>) {
-        self.line(format_args!("    {:NAME_WIDTH$}fix: {}", "", one_line(fix)));
+        let mark_width = if self.terminal.is_utf8 { 1 } else { 4 };
+        let indent = mark_width + 3 + NAME_WIDTH;
+        self.print(&wrap(&format!("{:indent$}fix: ", ""), &one_line(fix), self.terminal.width));
     }
 
-    fn line(&mut self, text: fmt::Arguments<'_>) {
-        let start = if self.live { OVER } else { "" };
-        let _ = writeln!(self.out, "{start}{text}").and_then(|()| self.out.flush());
+    fn print(&mut self, text: &str) {
+        let start = if self.terminal.is_live { CLEAR_LINE } else { "" };
+        let _ = write!(self.out, "{start}{text}").and_then(|()| self.out.flush());
     }
 }
 
-/// Without what would move a terminal's cursor or hide what is there. Quotes and backslashes stand for themselves.
+/// Escapes everything but printable characters. Quotes and backslashes are kept.
 fn one_line(text: fmt::Arguments<'_>) -> String {
     let mut line = String::new();
     for c in text.to_string().chars().take(TEXT_MAX) {
@@ -116,21 +146,43 @@ fn one_line(text: fmt::Arguments<'_>) -> String {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_line_for_each_check_the_fix_below_it_and_the_first_failure_in_the_verdict() {
+    fn printed(terminal: Terminal) -> String {
         let mut out = Vec::new();
-        let mut report = Report::new(&mut out, false);
-        report.heading(format_args!("the box"));
+        let mut report = Report::new(&mut out, terminal);
+        report.heading(format_args!("this machine"));
         report.pending("a");
         report.pass("a", format_args!("good"));
-        report.warn("b", format_args!("odd"), format_args!("mend it"));
-        report.fail("c", format_args!("two\nlines\x1b[2J"), format_args!("mend that"));
+        report.warn("b", format_args!("odd"), format_args!("correct it"));
+        report.fail("c", format_args!("two\nlines\x1b[2J"), format_args!("correct that"));
         report.fail("d", format_args!("broken too"), format_args!("later"));
         report.skip("e", format_args!("not reached"));
         assert!(!report.verdict(format_args!("never said")));
-        let expected = "\nthe box\n  ✓ a           good\n  ! b           odd\n                fix: mend it\n  \
-            ✗ c           two\\nlines\\u{1b}[2J\n                fix: mend that\n  ✗ d           broken too\n                \
+        String::from_utf8(out).expect("text")
+    }
+
+    const PLAIN: Terminal = Terminal { width: 80, is_utf8: true, is_live: false, has_colour: false };
+
+    #[test]
+    fn each_check_has_a_line_with_its_fix_below_and_the_verdict_names_the_first_failure() {
+        let expected = "\nthis machine\n  ✓ a           good\n  ! b           odd\n                fix: correct it\n  \
+            ✗ c           two\\nlines\\u{1b}[2J\n                fix: correct that\n  ✗ d           broken too\n                \
             fix: later\n  - e           not reached\n\n2 of 4 checks failed; begin with c: two\\nlines\\u{1b}[2J\n";
-        assert_eq!(String::from_utf8(out).expect("text"), expected);
+        assert_eq!(printed(PLAIN), expected);
+    }
+
+    #[test]
+    fn without_utf8_the_marks_are_words_and_with_colour_they_are_coloured() {
+        let text = printed(Terminal { is_utf8: false, ..PLAIN });
+        assert!(text.is_ascii(), "{text}");
+        for line in [
+            "  ok   a           good\n",
+            "  warn b           odd\n                   fix: correct it\n",
+            "  FAIL c",
+            "  skip e",
+        ] {
+            assert!(text.contains(line), "no `{line}` in {text}");
+        }
+        let text = printed(Terminal { has_colour: true, ..PLAIN });
+        assert!(text.contains("  \x1b[31m✗\x1b[0m c           two"), "{text}");
     }
 }

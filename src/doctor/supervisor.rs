@@ -1,4 +1,4 @@
-//! Who starts the agent again: the crontab or a systemd unit, and whether that is alive.
+//! The supervisor of the agent: a crontab or a systemd unit, and whether it works.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -8,36 +8,36 @@ use crate::instance::AgentPaths;
 use crate::service::{Supervisor, is_cron_running, wait_until};
 use crate::sys::threads;
 
-/// `crontab -l` reads a small file.
-const CRONTAB_TIME: Duration = Duration::from_secs(2);
+/// The timeout of `crontab -l`, which reads a small file.
+const CRONTAB_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Whether somebody restarts the agent, and whether the operator wants that; `runs` says whether it runs now.
-pub fn examine(report: &mut Report<'_>, paths: &AgentPaths, runs: bool) {
+/// Checks whether a supervisor restarts the agent, and whether the operator has stopped or paused it.
+pub fn examine(report: &mut Report<'_>, paths: &AgentPaths, is_running: bool) {
     const NAME: &str = "supervisor";
     report.pending(NAME);
     let stopped = paths.stopped().exists();
     match installed() {
         Err(why) => {
-            report.fail(NAME, format_args!("{why}"), format_args!("usepod-agent service status, once that is mended"))
+            report.fail(NAME, format_args!("{why}"), format_args!("correct that, then: usepod-agent service status"))
         }
         Ok(None) => {
             report.fail(
                 NAME,
-                format_args!("nobody restarts the agent after a crash or a reboot"),
+                format_args!("nothing restarts the agent after a crash or a reboot"),
                 format_args!("usepod-agent service install"),
             );
         }
-        // Where processes are hidden the daemon may be, too.
+        // Only a warning: the daemon may be a process that this user cannot see.
         Ok(Some(Supervisor::Cron(_))) if is_cron_running() == Some(false) => report.warn(
             NAME,
-            format_args!("the crontab has the agent, but no cron daemon is to be seen"),
+            format_args!("the agent is in the crontab, but no cron daemon seems to be running"),
             format_args!("as root: service cron start (Debian), systemctl enable --now cron or crond"),
         ),
-        Ok(Some(_)) if !runs && !stopped => {
+        Ok(Some(_)) if !is_running && !stopped => {
             report.warn(
                 NAME,
-                format_args!("installed, but no agent runs"),
-                format_args!("wait a minute; then see why: usepod-agent service logs"),
+                format_args!("installed, but no agent is running"),
+                format_args!("wait a minute, then look at the log: usepod-agent service logs"),
             );
         }
         Ok(Some(supervisor)) => report.pass(NAME, format_args!("{}", supervisor.description())),
@@ -45,26 +45,26 @@ pub fn examine(report: &mut Report<'_>, paths: &AgentPaths, runs: bool) {
     if stopped {
         report.warn(
             "stopped",
-            format_args!("the operator stopped the agent, and nothing starts it"),
+            format_args!("the operator stopped the agent, so nothing starts it"),
             format_args!("usepod-agent service start"),
         );
     }
     if paths.paused().exists() {
         report.warn(
             "paused",
-            format_args!("the operator paused the agent: it offers nothing"),
+            format_args!("the operator paused the agent, so it offers nothing"),
             format_args!("usepod-agent resume"),
         );
     }
 }
 
-/// The one that is installed, if `crontab` answers in time; one that does not is left to itself.
+/// Returns the installed supervisor, if `crontab` responds in time; otherwise its thread is abandoned.
 fn installed() -> Result<Option<Supervisor>, String> {
     let found = Arc::new(Mutex::new(None));
-    let place = found.clone();
-    let ask = move || *place.lock().unwrap_or_else(PoisonError::into_inner) = Some(Supervisor::installed());
-    let asking = threads::spawn("crontab", ask).map_err(|e| format!("not asked: {e}"))?;
-    wait_until(CRONTAB_TIME, || asking.is_finished());
+    let result = found.clone();
+    let query = move || *result.lock().unwrap_or_else(PoisonError::into_inner) = Some(Supervisor::installed());
+    let querying = threads::spawn("crontab", query).map_err(|e| format!("`crontab -l` not run: {e}"))?;
+    wait_until(CRONTAB_TIMEOUT, || querying.is_finished());
     let found = found.lock().unwrap_or_else(PoisonError::into_inner).take();
-    found.unwrap_or_else(|| Err(format!("`crontab -l` does not answer within {} s", CRONTAB_TIME.as_secs())))
+    found.unwrap_or_else(|| Err(format!("`crontab -l` does not respond within {} s", CRONTAB_TIMEOUT.as_secs())))
 }

@@ -1,5 +1,4 @@
-//! The two requests of a pairing, and what the answers to them mean. Nothing that the server says is trusted with memory, or
-//! shown as it is.
+//! The two requests of a pairing and their responses. Responses are bounded, and their text is sanitized before it is printed.
 
 use std::time::Duration;
 
@@ -14,26 +13,26 @@ use crate::logging::sanitize_for_log;
 use crate::net::tls::ExtraRoots;
 use crate::sys::datetime;
 
-/// How long a code is good when the server does not say.
+/// The lifetime of a code if the server does not state it.
 pub const LIFETIME: Duration = Duration::from_secs(600);
-/// For one request and its answer.
-const EXCHANGE_TIME: Duration = Duration::from_secs(10);
-/// The longest answer that is read, in bytes: the terms of several thousand models.
-const ANSWER_MAX: usize = 1 << 20;
-/// Times beyond this are in milliseconds.
+/// The timeout of one request and its response.
+const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(10);
+/// The longest response that is read, in bytes: the terms of several thousand models.
+const RESPONSE_BYTES_MAX: usize = 1 << 20;
+/// Unix times above this are in milliseconds.
 const SECONDS_MAX: i64 = 100_000_000_000;
 
-/// Why a request got nothing to go on with.
+/// Why a request failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PairingError {
-    /// The server will not, however often it is asked.
+    /// A retry would fail as well.
     Permanent(String),
-    /// It may the next time.
+    /// A retry may succeed.
     Transient(String),
 }
 
 impl PairingError {
-    /// The same, for a server that quotes this secret in it.
+    /// The same error, without this secret, which the server may have quoted.
     pub fn without(self, secret: &str) -> PairingError {
         match self {
             PairingError::Permanent(why) => PairingError::Permanent(why.replace(secret, "…")),
@@ -42,38 +41,38 @@ impl PairingError {
     }
 }
 
-/// What has become of a code.
+/// The state of a code.
 pub enum PollStatus {
     /// Nobody has entered it yet.
     Pending,
-    /// It is no good any more.
+    /// It has expired.
     Expired,
     /// It was entered.
     Active(Paired),
 }
 
-/// The way to one coordinator's pairing.
+/// A client of one coordinator's pairing API.
 pub struct PairingClient {
-    site: CoordinatorUrls,
+    urls: CoordinatorUrls,
     client: Client,
 }
 
 impl PairingClient {
-    /// Also trusts `roots`, and heeds the proxy of the environment, as the agent's connection does.
-    pub fn new(site: CoordinatorUrls, roots: &ExtraRoots) -> PairingClient {
-        PairingClient { site, client: Client::trusting(roots) }
+    /// Trusts `roots` too, and uses the proxy of the environment, as the agent's connection does.
+    pub fn new(urls: CoordinatorUrls, roots: &ExtraRoots) -> PairingClient {
+        PairingClient { urls, client: Client::trusting(roots) }
     }
 
-    /// Asks for a code.
+    /// Requests a code.
     ///
     /// # Errors
-    /// There is none.
+    /// The server issued none.
     pub fn issue(&self, public_key_base64: &str) -> Result<Issued, PairingError> {
         let request = json!({"agent_pubkey": public_key_base64});
-        let (answer, date) = self.post(&self.site.issue(), &request)?;
+        let (answer, date) = self.post(&self.urls.issue(), &request)?;
         let text = |key: &str| answer[key].as_str().filter(|text| !text.trim().is_empty()).map(str::to_owned);
         let missing =
-            |key: &str| PairingError::Transient(format!("the answer of {} has no `{key}`", self.site.issue()));
+            |key: &str| PairingError::Transient(format!("the response of {} has no `{key}`", self.urls.issue()));
         Ok(Issued {
             code: text("pair_code").ok_or_else(|| missing("pair_code"))?,
             poll_token: text("poll_token").ok_or_else(|| missing("poll_token"))?,
@@ -81,12 +80,12 @@ impl PairingClient {
         })
     }
 
-    /// Asks what has become of a code.
+    /// Requests the state of a code.
     ///
     /// # Errors
-    /// It is not known.
+    /// The server did not return it.
     pub fn poll(&self, poll_token: &str, backends: &[Advertised]) -> Result<PollStatus, PairingError> {
-        let url = self.site.poll();
+        let url = self.urls.poll();
         let (answer, _) = self.post(&url, &poll_request(poll_token, backends))?;
         match answer["status"].as_str() {
             Some("pending") => Ok(PollStatus::Pending),
@@ -96,22 +95,22 @@ impl PairingClient {
                 "{url} answers with the unknown status `{}`",
                 sanitize_for_log(other)
             ))),
-            None => Err(PairingError::Transient(format!("the answer of {url} has no `status`"))),
+            None => Err(PairingError::Transient(format!("the response of {url} has no `status`"))),
         }
     }
 
-    /// The document that was answered, and when by the server's clock.
+    /// Returns the JSON object of the response, and the server's time.
     fn post(&self, url: &str, body: &Value) -> Result<(Value, Option<i64>), PairingError> {
         let (status, location, date, body) = exchange(&self.client, url, body.to_string().as_bytes())
             .map_err(|error| PairingError::Transient(format!("no answer from {url}: {error}")))?;
         let place = || format!("{url} answers HTTP {status}");
         match status {
-            200..=299 if body.len() > ANSWER_MAX => {
-                Err(PairingError::Transient(format!("the answer of {url} is longer than {ANSWER_MAX} bytes")))
+            200..=299 if body.len() > RESPONSE_BYTES_MAX => {
+                Err(PairingError::Transient(format!("the response of {url} is longer than {RESPONSE_BYTES_MAX} bytes")))
             }
             200..=299 => match serde_json::from_slice(&body) {
                 Ok(document @ Value::Object(_)) => Ok((document, date)),
-                _ => Err(PairingError::Transient(format!("the answer of {url} is not a JSON object"))),
+                _ => Err(PairingError::Transient(format!("the response of {url} is not a JSON object"))),
             },
             300..=399 => {
                 let target = location.map_or_else(String::new, |to| format!(" to `{}`", sanitize_for_log(&to)));
@@ -134,11 +133,11 @@ type Answer = (u16, Option<String>, Option<i64>, Vec<u8>);
 
 fn exchange(client: &Client, url: &str, body: &[u8]) -> Result<Answer, Error> {
     let lease = client.lease();
-    let response = lease.post(url, body, EXCHANGE_TIME)?;
+    let response = lease.post(url, body, EXCHANGE_TIMEOUT)?;
     let (status, location) = (response.status().as_u16(), text_of(&response, header::LOCATION));
     let date = text_of(&response, header::DATE).and_then(|date| datetime::parse_http(&date));
-    let (body, end) = read_bounded(response.into_body(), ANSWER_MAX + 1);
-    if body.len() <= ANSWER_MAX {
+    let (body, end) = read_bounded(response.into_body(), RESPONSE_BYTES_MAX + 1);
+    if body.len() <= RESPONSE_BYTES_MAX {
         end?;
         lease.give_back();
     }
@@ -149,7 +148,7 @@ fn text_of(response: &Response<Body>, name: header::HeaderName) -> Option<String
     Some(response.headers().get(name)?.to_str().ok()?.to_owned())
 }
 
-/// What a refusal says, where servers say it.
+/// The message of an error response, in any of the usual forms.
 fn message_in(body: &[u8]) -> String {
     let document: Value = serde_json::from_slice(body).unwrap_or_default();
     let places = [&document["error"]["message"], &document["error"], &document["message"], &document["detail"]];
@@ -159,12 +158,12 @@ fn message_in(body: &[u8]) -> String {
     if message.is_empty() { String::new() } else { format!(": {}", sanitize_for_log(message)) }
 }
 
-/// How long a code is good that expires then, as of `now`, Unix seconds of the server's clock if possible. Where that makes no
-/// sense, be it for a clock that is wrong, it is the protocol's ten minutes.
+/// The lifetime of a code that expires at `expires_at`, as of `now`, Unix seconds of the server's clock if known. Ten minutes, as
+/// the protocol says, if that makes no sense, for example because a clock is wrong.
 fn lifetime(expires_at: &Value, now: i64) -> Duration {
     let at = match expires_at {
         Value::String(text) => datetime::parse_rfc3339(text).or_else(|| text.trim().parse().ok()),
-        // Whatever is behind a point is less than a second.
+        // Fractions of a second are dropped.
         number => number.to_string().split('.').next().and_then(|seconds| seconds.parse().ok()),
     };
     let at = at.map(|at| if at > SECONDS_MAX { at / 1000 } else { at });
@@ -174,7 +173,7 @@ fn lifetime(expires_at: &Value, now: i64) -> Duration {
 
 fn paired(answer: &Value) -> Paired {
     let text = |key: &str| answer[key].as_str().filter(|text| !text.is_empty()).map(str::to_owned);
-    // TOML has no larger numbers. Some servers write a whole number as a float, or as a text.
+    // TOML integers end at `i64::MAX`. Some servers write an integer as a float or a string.
     let number = |value: &Value| {
         let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
         let number = text.strip_suffix(".0").unwrap_or(&text).parse::<i64>();
@@ -202,7 +201,7 @@ mod tests {
     use crate::backend::Kind;
 
     #[test]
-    fn a_question_is_json_whatever_is_in_it() {
+    fn poll_request_is_json_whatever_it_contains() {
         let models = vec!["a\"b".to_owned(), "\u{1}\u{e9}".to_owned()];
         let backend = Advertised { kind: Kind::Vllm, url: "http://h:1".to_owned(), models: models.clone() };
         let expected = json!({"poll_token": "t\\", "capabilities": {
@@ -211,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn every_form_of_the_expiry_counts_from_the_servers_clock() {
+    fn lifetime_accepts_every_form_of_expires_at_and_counts_from_the_servers_clock() {
         let now = 784_111_777;
         for (expires_at, seconds) in [
             (json!("1994-11-06T08:54:37Z"), 300),
@@ -231,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_is_read_however_it_is_written_and_nothing_else_is() {
+    fn paired_reads_integers_in_every_form_and_nothing_else() {
         for (written, number) in [
             (json!(300_000), Some(300_000)),
             (json!(300_000.0), Some(300_000)),
@@ -250,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_is_heard_wherever_it_stands() {
+    fn message_in_finds_the_message_in_every_usual_form() {
         for (body, message) in [
             (r#"{"error":{"message":"no\nmore"}}"#, ": no\\nmore"),
             (r#"{"error":"no more"}"#, ": no more"),

@@ -1,15 +1,15 @@
-//! The pairing of `setup`: the coordinator gives a code, a person enters it on a page, and the coordinator then says who this
-//! agent is and on which terms its models are offered.
+//! The pairing of `setup`: the coordinator issues a code, a person enters it on a page, and the coordinator returns the provider
+//! id and the terms of the models.
 //!
-//! Who runs here: one thread, `pairing`, asks the coordinator, notes what it hears and rings; whoever started it shows it. It
-//! leaves when the pairing has ended, which is within the life of the code.
+//! Who runs here: one thread, `pairing`, polls the coordinator, queues the events and signals that there are some; the caller
+//! prints them. The thread ends when the pairing does, at the latest when the code expires.
 //!
-//! Invariants: every wait has a bound, and so has the whole, by the life of the code; what may pass is tried again until then.
-//! A host token is never shown or kept.
+//! Invariants: every wait is bounded, and so is the whole, by the lifetime of the code; transient errors are retried until then.
+//! A host token is never printed or stored.
 
 pub mod agent_toml;
 mod client;
-mod site;
+mod urls;
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,93 +19,93 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 pub use client::{LIFETIME, PairingClient, PairingError, PollStatus};
-pub use site::{BASE_DEFAULT, CoordinatorUrls};
+pub use urls::{BASE_DEFAULT, CoordinatorUrls};
 
 use crate::backend::Kind;
 use crate::sys::threads;
 
-/// From one question to the next.
+/// The time between two polls.
 const POLL_INTERVAL: Duration = Duration::from_millis(800);
-/// How often a code is asked for.
+/// The number of requests for a code before giving up.
 const ISSUES_MAX: u32 = 5;
-/// The first wait between two times; it doubles, so that all of them take 15 s.
+/// The delay before the second request for a code; it doubles, so all five take 15 s.
 const ISSUE_DELAY: Duration = Duration::from_secs(1);
 
-/// A code, and what belongs to it.
+/// A code that the coordinator has issued.
 #[derive(Clone)]
 pub struct Issued {
-    /// For the person.
+    /// The code that a person enters.
     pub code: String,
-    /// For the questions; a secret.
+    /// The token that polls carry; a secret.
     poll_token: String,
-    /// How long the code is good, from its arrival on.
+    /// How long the code is valid after its arrival.
     pub lifetime: Duration,
 }
 
-/// What a pairing came to.
+/// The result of a pairing.
 #[derive(Clone, Default)]
 pub struct Paired {
-    /// A secret.
+    /// The token of the host; a secret.
     pub host_token: Option<String>,
-    /// What the coordinator calls this agent.
+    /// The coordinator's id of this agent.
     pub provider_id: Option<String>,
-    /// In the coordinator's order, each model once.
+    /// The terms of each model, in the coordinator's order, without duplicates.
     pub models: Vec<ModelTerms>,
 }
 
-/// What the coordinator says about one model. Numbers are at most `i64::MAX`; `None` where it says nothing that makes sense.
+/// The coordinator's terms for one model. Numbers are at most `i64::MAX`; `None` if missing or invalid.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelTerms {
-    /// The name that jobs ask for.
+    /// The name that jobs request.
     pub model_id: String,
     /// USDC micro-units per million input tokens.
     pub input_per_1m: Option<u64>,
     /// USDC micro-units per million output tokens.
     pub output_per_1m: Option<u64>,
-    /// Jobs of it at a time.
+    /// The number of concurrent jobs.
     pub max_concurrent: Option<u64>,
 }
 
-/// A backend, as the coordinator is told of it.
+/// A backend, as advertised to the coordinator.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Advertised {
-    /// What it is.
+    /// The kind of server.
     pub kind: Kind,
-    /// Where it is.
+    /// Its base URL.
     pub url: String,
-    /// What it lists, as far as the operator offers it.
+    /// The models that it lists and the operator offers.
     pub models: Vec<String>,
 }
 
-/// What is heard of a pairing under way.
+/// What happens during a pairing.
 pub enum Event {
-    /// Here is the code. Comes once, before any of the ends.
+    /// The coordinator issued a code. Comes once, before `Paired` and `Expired`.
     Issued(Issued),
-    /// There is no answer, for this reason, and it is tried again. Comes once, however long that lasts.
-    Trouble(String),
-    /// There are answers again.
-    TroubleOver,
-    /// The end: it is done.
+    /// Requests fail for this reason and are retried. Comes once for a run of failures.
+    Retrying(String),
+    /// Requests succeed again.
+    Recovered,
+    /// The last event: the pairing succeeded.
     Paired(Paired),
-    /// The end: nobody entered the code in time.
+    /// The last event: nobody entered the code in time.
     Expired,
-    /// The end: it cannot be done, for this reason.
+    /// The last event: the pairing failed for this reason.
     Failed(String),
 }
 
-/// What is heard of a pairing, by whoever shows it.
+/// The receiving end of a pairing's events.
 pub struct PairingHandle {
     events: Arc<Mutex<Vec<Event>>>,
-    rung: Receiver<()>,
+    ready: Receiver<()>,
 }
 
 impl PairingHandle {
-    /// Rings when there is something new, and is gone when there will be nothing any more.
-    pub fn bell(&self) -> &Receiver<()> {
-        &self.rung
+    /// Receives when there are new events; disconnected after the last one.
+    pub fn ready(&self) -> &Receiver<()> {
+        &self.ready
     }
 
-    /// What has been heard since the last look, in order.
+    /// Returns the events since the last call, in order.
     pub fn drain_events(&self) -> Vec<Event> {
         std::mem::take(&mut self.events.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -115,77 +115,77 @@ impl PairingHandle {
 ///
 /// # Errors
 /// The system refused a thread.
-pub fn start(server: PairingClient, public_key_base64: String, backends: Vec<Advertised>) -> io::Result<PairingHandle> {
+pub fn start(client: PairingClient, public_key_base64: String, backends: Vec<Advertised>) -> io::Result<PairingHandle> {
     let events = Arc::new(Mutex::default());
-    let (bell, rung) = bounded(1);
-    let mut teller = EventQueue { events: events.clone(), bell, in_trouble: false };
+    let (signal, ready) = bounded(1);
+    let mut queue = EventQueue { events: events.clone(), signal, is_retrying: false };
     threads::spawn("pairing", move || {
-        let end = pair(&server, &public_key_base64, &backends, &mut teller);
-        teller.tell(end);
+        let end = pair(&client, &public_key_base64, &backends, &mut queue);
+        queue.push(end);
     })?;
-    Ok(PairingHandle { events, rung })
+    Ok(PairingHandle { events, ready })
 }
 
-/// Tells of trouble once, however often it is met.
+/// The sending end; reports a run of failures once.
 struct EventQueue {
     events: Arc<Mutex<Vec<Event>>>,
-    bell: Sender<()>,
-    in_trouble: bool,
+    signal: Sender<()>,
+    is_retrying: bool,
 }
 
 impl EventQueue {
-    fn tell(&self, event: Event) {
+    fn push(&self, event: Event) {
         self.events.lock().unwrap_or_else(PoisonError::into_inner).push(event);
-        // It has rung already, or nobody listens any more.
-        let _ = self.bell.try_send(());
+        // Full: the signal is pending already. Disconnected: nobody is waiting.
+        let _ = self.signal.try_send(());
     }
 
     fn report_retry(&mut self, why: String) {
-        if !std::mem::replace(&mut self.in_trouble, true) {
-            self.tell(Event::Trouble(why));
+        if !std::mem::replace(&mut self.is_retrying, true) {
+            self.push(Event::Retrying(why));
         }
     }
 
-    fn no_trouble(&mut self) {
-        if std::mem::take(&mut self.in_trouble) {
-            self.tell(Event::TroubleOver);
+    fn report_success(&mut self) {
+        if std::mem::take(&mut self.is_retrying) {
+            self.push(Event::Recovered);
         }
     }
 }
 
-/// Tells how it goes; returns the end.
-fn pair(server: &PairingClient, public_key_base64: &str, backends: &[Advertised], teller: &mut EventQueue) -> Event {
+/// Runs the pairing; returns its last event.
+fn pair(client: &PairingClient, public_key_base64: &str, backends: &[Advertised], queue: &mut EventQueue) -> Event {
     let mut delay = ISSUE_DELAY;
     let mut issues = 1;
     let issued = loop {
-        match server.issue(public_key_base64) {
+        match client.issue(public_key_base64) {
             Ok(issued) => break issued,
             Err(PairingError::Permanent(why)) => return Event::Failed(why),
             Err(PairingError::Transient(why)) if issues == ISSUES_MAX => {
                 return Event::Failed(format!("{why} (tried {ISSUES_MAX} times)"));
             }
-            Err(PairingError::Transient(why)) => teller.report_retry(why),
+            Err(PairingError::Transient(why)) => queue.report_retry(why),
         }
         sleep(delay);
         delay *= 2;
         issues += 1;
     };
-    let until = Instant::now() + issued.lifetime;
-    teller.no_trouble();
-    teller.tell(Event::Issued(issued.clone()));
+    let deadline = Instant::now() + issued.lifetime;
+    queue.report_success();
+    queue.push(Event::Issued(issued.clone()));
     loop {
-        let asked_at = Instant::now();
-        match server.poll(&issued.poll_token, backends).map_err(|fault| fault.without(&issued.poll_token)) {
+        let polled_at = Instant::now();
+        match client.poll(&issued.poll_token, backends).map_err(|e| e.without(&issued.poll_token)) {
             Ok(PollStatus::Active(paired)) => return Event::Paired(paired),
             Ok(PollStatus::Expired) => return Event::Expired,
-            Ok(PollStatus::Pending) => teller.no_trouble(),
+            Ok(PollStatus::Pending) => queue.report_success(),
             Err(PairingError::Permanent(why)) => return Event::Failed(why),
-            Err(PairingError::Transient(why)) => teller.report_retry(why),
+            Err(PairingError::Transient(why)) => queue.report_retry(why),
         }
-        // Asked once more after its end, for it may have been entered in the last moment.
-        if asked_at >= until {
+        // One poll after the deadline, because the code may have been entered at the last moment.
+        if polled_at >= deadline {
             return Event::Expired;
         }
-        sleep((asked_at + POLL_INTERVAL).saturating_duration_since(Instant::now()));
+        sleep((polled_at + POLL_INTERVAL).saturating_duration_since(Instant::now()));
     }
 }

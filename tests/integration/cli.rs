@@ -40,14 +40,45 @@ fn help_names_every_command_and_has_an_example() {
     for command in COMMANDS {
         let ran = run(&plain(), &[command, "--help"], &[]);
         assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""), "{command} --help");
-        let usage = format!("Usage: usepod-agent {command}");
-        assert!(ran.stdout.lines().any(|line| line.starts_with(&usage)), "{command} --help: {}", ran.stdout);
+        let usage = format!("Usage: usepod-agent {command} ");
+        assert!(ran.stdout.starts_with(&usage), "{command} --help: {}", ran.stdout);
+        assert_eq!(run(&plain(), &[command, "-h"], &[]).stdout, ran.stdout, "{command} -h");
+    }
+}
+
+#[test]
+fn every_help_has_the_options_of_every_command_and_fits_the_terminal() {
+    let home = Scratch::new();
+    for command in COMMANDS.into_iter().map(Some).chain([None]) {
+        for width in [80, 60] {
+            let arguments: Vec<&str> = command.into_iter().chain(["--help"]).collect();
+            let help = cli(home.path(), &arguments, &[("COLUMNS", &width.to_string())]).stdout;
+            assert_fits(&help, width);
+            assert!(help.lines().all(|line| line.chars().count() <= width), "{help}");
+            for option in
+                ["-c, --config <file>", "--log-level <level>", "--allow-insecure", "-h, --help", "-V, --version"]
+            {
+                assert!(help.contains(&format!("\n  {option} ")), "{command:?}: no `{option}` in {help}");
+            }
+        }
+    }
+}
+
+#[test]
+fn version_is_an_option_of_every_command() {
+    for command in COMMANDS {
+        let ran = run(&plain(), &[command, "-V"], &[]);
+        assert_eq!(
+            (ran.code, ran.stdout.trim().rsplit(' ').next()),
+            (Some(0), Some(env!("CARGO_PKG_VERSION"))),
+            "{command}"
+        );
     }
 }
 
 #[test]
 fn a_command_line_that_makes_no_sense_exits_2_and_says_why() {
-    let cases: [(&[&str], &str); 10] = [
+    let cases: [(&[&str], &str); 17] = [
         (&["--no-such-option"], "--no-such-option"),
         (&["validate", "--no-such-option"], "--no-such-option"),
         (&["no-such-command"], "no-such-command"),
@@ -58,11 +89,23 @@ fn a_command_line_that_makes_no_sense_exits_2_and_says_why() {
         (&["--log-level", "loud", "validate"], "loud"),
         (&["--log-level=loud", "validate"], "loud"),
         (&["demo", "--port", "many"], "many"),
+        (&["demo", "--port", "abc"], "a port is a number from 1 to 65535"),
+        (&["demo", "--port", "65536"], "the default is 8788"),
+        (&["service"], "install, uninstall, start, stop, restart, status, logs"),
+        (&["service", "log"], "install, uninstall, start, stop, restart, status, logs"),
+        (&["service", "start", "--follow"], "`service logs`"),
+        (&["logs"], "did you mean `usepod-agent service logs`?"),
+        (&["validat"], "did you mean `usepod-agent validate`?"),
     ];
     for (arguments, word) in cases {
         let ran = run(&plain(), arguments, &[]);
         assert_eq!((ran.code, ran.stdout.as_str()), (Some(2), ""), "{arguments:?}: {}", ran.stderr);
         assert!(ran.stderr.contains(word), "{arguments:?}: no `{word}` in {}", ran.stderr);
+        // Which command was typed decides which help is named.
+        let command = arguments.iter().find(|word| COMMANDS.contains(word));
+        let help =
+            command.map_or_else(|| "usepod-agent --help".to_owned(), |name| format!("usepod-agent {name} --help"));
+        assert!(ran.stderr.ends_with(&format!("\nfor help: {help}\n")), "{arguments:?}: {}", ran.stderr);
     }
 }
 
@@ -119,6 +162,38 @@ fn no_config_at_all_exits_2_and_says_where_it_looked() {
             assert!(stderr.contains(word), "{command}: no `{word}` in {stderr}");
         }
     }
+}
+
+#[test]
+fn without_agent_toml_every_error_leads_with_setup() {
+    let home = Scratch::new();
+    let cases: [(&[&str], i32); 16] = [
+        (&[], 2),
+        (&["run"], 2),
+        (&["run", "--cron"], 2),
+        (&["status"], 3),
+        (&["status", "--json"], 3),
+        (&["status", "--watch"], 3),
+        (&["pause"], 2),
+        (&["resume"], 2),
+        (&["validate"], 2),
+        (&["enroll"], 2),
+        (&["service", "install"], 2),
+        (&["service", "start"], 2),
+        (&["service", "stop"], 2),
+        (&["service", "restart"], 2),
+        (&["service", "status"], 3),
+        (&["service", "logs"], 2),
+    ];
+    for (arguments, code) in cases {
+        let Ran { code: exit, stdout, stderr } = cli(home.path(), arguments, &[]);
+        assert_eq!((exit, stdout.as_str()), (Some(code), ""), "{arguments:?}: {stderr}");
+        let message = stderr.split("error: ").nth(1).or(stderr.split("ERROR").nth(1)).unwrap_or_default();
+        assert!(message.contains("run `usepod-agent setup` first: no agent.toml found"), "{arguments:?}: {stderr}");
+        assert!(message.starts_with("run `usepod-agent setup`") || stderr.contains("ERROR"), "{arguments:?}: {stderr}");
+    }
+    let doctor = cli(home.path(), &["doctor"], &[]);
+    assert!(doctor.stdout.contains("fix: usepod-agent setup;"), "{doctor:?}");
 }
 
 #[test]

@@ -163,7 +163,7 @@ fn an_identity_that_others_can_read_is_broken_and_one_that_is_missing_is_not_mad
     set_mode(setup.identity(), 0o600);
     fs::write(setup.identity(), "no identity").expect("written");
     let told = Told::by(&setup, &["--no-inference"]);
-    told.assert_only_broken("identity", &["is refused"], "backup");
+    told.assert_only_broken("identity", &["is invalid"], "backup");
 
     fs::remove_file(setup.identity()).expect("removed");
     let told = Told::by(&setup, &["--no-inference"]);
@@ -241,7 +241,7 @@ fn a_certificate_is_told_with_its_issuer_and_what_is_wrong_with_it() {
         (Flaw::None, false, "unknown authority", "ca_file"),
         (Flaw::Expired, true, "to 2021-01-01", "timedatectl"),
         (Flaw::NotYet, true, "from 2090-01-01", "timedatectl"),
-        (Flaw::WrongName, true, "`localhost`: it is for another name", "check the host"),
+        (Flaw::WrongName, true, "`localhost`: issued for another name", "check the host"),
     ];
     side_by_side(cases, |(flaw, is_trusted, words, fix)| {
         let (coordinator, backend, authority) = (coordinator(Some(0)), backend(), Authority::new());
@@ -321,7 +321,7 @@ fn a_coordinator_that_refuses_says_nothing_or_is_none_is_the_broken_layer() {
     });
     let cases = [
         (&refusing, "websocket", "HTTP 502", "wait"),
-        (&silent, "websocket", "no connection within 15 s", "says nothing"),
+        (&silent, "websocket", "no connection within 15 s", "does not respond"),
         (&mute, "challenge", "auth_challenge", "[coordinator] url"),
     ];
     side_by_side(cases, |(coordinator, layer, words, fix)| {
@@ -382,7 +382,7 @@ fn a_backend_is_told_by_what_is_wrong_with_it() {
         (failing(), "vllm", "", "completion", "out of memory", "log"),
         (fine(), "vllm", "models = [\"m\", \"N\"]", "models", "model unknown: the server does not list `N`", "\"n\""),
         (fine(), "vllm", "models = [\"other-model\"]\n#", "models", "other-model", "it lists: m, n"),
-        (fine(), "vllm", "models = []", "models", "none of them to offer", "leave out `models`"),
+        (fine(), "vllm", "models = []", "models", "none of them to offer", "remove `models`"),
         (fine(), "vllm", "api_key_env = \"NO_SUCH_KEY\"", "key", "NO_SUCH_KEY", "export NO_SUCH_KEY="),
     ];
     let coordinator = coordinator(Some(0));
@@ -426,7 +426,7 @@ fn a_server_that_dies_of_a_cancel_is_broken() {
     });
     let coordinator = coordinator(Some(0));
     let told = Told::by(&setup(&coordinator.url()).backend(backend.toml()), &[]);
-    told.assert_only_broken("cancel", &["hung up", "CUDA error"], "log");
+    told.assert_only_broken("cancel", &["cancelled job", "CUDA error"], "log");
     told.assert_passed(&["completion"]);
 }
 
@@ -506,11 +506,11 @@ fn no_supervisor_is_broken_and_what_the_operator_decided_is_a_warning() {
     // Another's lines are no supervisor of ours.
     setup.scratch.write("bin/crontab", "#!/bin/sh\necho '@daily usepod-agent-backup'\n");
     let told = Told::by(&setup, &["--no-inference"]);
-    told.assert_only_broken("supervisor", &["nobody restarts"], "usepod-agent service install");
+    told.assert_only_broken("supervisor", &["nothing restarts"], "usepod-agent service install");
 
     for (crontab, words) in [
         ("echo 'not allowed' >&2; exit 1", "not allowed"),
-        ("exec sleep 60", "does not answer"),
+        ("exec sleep 60", "does not respond"),
         ("printf '# >>> usepod-agent\\n0 3 * * * mine\\n'", "line 2"),
     ] {
         setup.scratch.write("bin/crontab", format!("#!/bin/sh\n{crontab}\n"));
@@ -526,7 +526,54 @@ fn no_supervisor_is_broken_and_what_the_operator_decided_is_a_warning() {
     );
     let told = Told::by(&setup, &["--no-inference"]);
     told.assert_well();
-    told.line('!', "supervisor", &["no agent runs"]);
+    told.line('!', "supervisor", &["no agent is running"]);
+}
+
+/// The report of a machine on which most checks fail, with these variables set.
+fn broken_report(variables: &[(&str, &str)]) -> String {
+    let setup = setup(&format!("wss://{}/", nobody_at("127.0.0.75")));
+    let setup = setup.backend(format!("kind = \"ollama\"\nurl = \"http://{}\"", nobody_at("127.0.0.76")));
+    let setup = variables.iter().fold(setup, |setup, (name, value)| setup.env(name, value));
+    Told::by(&setup, &[]).text
+}
+
+#[test]
+fn the_report_fits_80_and_60_columns() {
+    for width in [80, 60] {
+        assert_fits(&broken_report(&[("COLUMNS", &width.to_string())]), width);
+    }
+}
+
+#[test]
+fn without_a_utf8_locale_the_marks_are_words() {
+    for locale in [[("LC_ALL", "C"), ("LANG", "en_US.UTF-8")], [("LC_CTYPE", "POSIX"), ("LANG", "")]] {
+        let text = broken_report(&locale);
+        assert!(text.is_ascii(), "{text}");
+        for line in ["\n  ok   config ", "\n  FAIL tcp ", "\n  skip tls ", "skipped: needs tcp"] {
+            assert!(text.contains(line), "no `{line}` in:\n{text}");
+        }
+    }
+}
+
+/// On a terminal of `script`, of util-linux.
+#[test]
+fn colour_is_for_a_terminal_that_wants_it() {
+    let home = Scratch::new();
+    for (variables, is_coloured) in [
+        (&[("TERM", "xterm")][..], true),
+        (&[("TERM", "xterm"), ("NO_COLOR", "1")], false),
+        (&[("TERM", "dumb")], false),
+    ] {
+        let mut script = std::process::Command::new("script");
+        script.arg("-qec").arg(format!("'{}' doctor", binary().display())).arg("/dev/null").current_dir(home.path());
+        script.env_clear().env("HOME", home.path()).envs(variables.iter().copied());
+        let output = script.stdin(std::process::Stdio::null()).output().expect("script, of util-linux");
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(text.contains("\u{1b}[31mFAIL\u{1b}[0m config"), is_coloured, "{variables:?}: {text}");
+        assert!(text.contains("config "), "{variables:?}: {text}");
+    }
+    let (_, text) = Agent::run(home.path(), &["doctor"]).finish(SOON);
+    assert!(!text.contains('\u{1b}'), "{text}");
 }
 
 #[test]

@@ -248,14 +248,14 @@ fn start_runs_the_line_of_the_crontab_and_stop_ends_that_agent_until_it_is_start
     assert!(operator.service(&["stop"]).ok().contains("stays stopped"));
     assert_eq!(session.ended(SOON).map(|(code, _)| code), Some(1000));
     assert_eq!(operator.pid(), None);
-    operator.service(&["status"]).fails(3, &["stopped by hand", "service start"]);
+    operator.service(&["status"]).fails(3, &["stopped by the operator", "service start"]);
     // As cron does within the minute.
     let cron = ["run", "--cron", "--allow-insecure", "--config", path.to_str().expect("UTF-8")];
     assert_eq!(operator.run(&cron).code, Some(0));
     coordinator.assert_not_dialled(QUIET);
     let told = operator.service(&["install", "--allow-insecure", "--config", path.to_str().expect("UTF-8")]).ok();
-    assert!(told.contains("nothing was changed") && told.contains("stopped by hand"), "{told}");
-    assert!(operator.service(&["stop"]).ok().contains("no agent runs"));
+    assert!(told.contains("nothing was changed") && told.contains("stopped by the operator"), "{told}");
+    assert!(operator.service(&["stop"]).ok().contains("no agent is running"));
 
     operator.service(&["start"]).ok();
     let session = coordinator.session();
@@ -282,7 +282,7 @@ fn start_is_done_when_cron_was_faster() {
     operator.setup.scratch.write("tab", format!("SHELL={}\n", operator.file("bin/faster").display()));
     operator.install();
     let told = operator.service(&["start"]).ok();
-    assert!(told.contains("the agent runs, as pid"), "{told}");
+    assert!(told.contains("the agent is running as pid"), "{told}");
 }
 
 #[test]
@@ -322,7 +322,7 @@ fn stop_waits_for_the_jobs_in_flight() {
         held.end();
         session.outcome(&job).done();
         let told = stop.join().expect("stop");
-        assert!(told.contains("waiting up to 45 s") && told.contains("has left"), "{told}");
+        assert!(told.contains("waiting up to 45 s") && told.contains("exited after"), "{told}");
     });
 }
 
@@ -345,7 +345,7 @@ fn an_agent_that_does_not_come_up_is_told_with_its_log() {
     let operator = Operator::new();
     operator.setup.scratch.write(".usepod-agent/identity.key", "no key\n");
     operator.install();
-    operator.service(&["start"]).fails(1, &["ended at once", "agent.log"]);
+    operator.service(&["start"]).fails(1, &["exited at once", "agent.log"]);
     operator.service(&["status"]).fails(3, &["service logs"]);
     for command in ["start", "restart"] {
         Operator::new().service(&[command]).fails(3, &["service install"]);
@@ -363,7 +363,7 @@ fn install_names_the_variables_that_cron_will_not_know_and_shows_no_value() {
     operator.setup.scratch.write("tab", "SET_ABOVE=the-secret\n");
     let told = operator.install();
     assert!(!told.contains("the-secret") && !told.contains("SET_ABOVE"), "{told}");
-    for line in ["`OPENROUTER_API_KEY=…`", "`HTTPS_PROXY=…`"] {
+    for line in ["`OPENROUTER_API_KEY=VALUE`", "`HTTPS_PROXY=VALUE`"] {
         assert!(told.contains(line), "no {line} in {told}");
     }
 }
@@ -416,7 +416,7 @@ fn as_user(operator: &Operator, arguments: &[&str]) -> Ran {
     } else {
         Command::new(binary())
     };
-    command.arg("service").args(arguments).current_dir(home).env_clear().env("HOME", home);
+    command.arg("service").args(arguments).current_dir(home).env_clear().env("HOME", home).env("COLUMNS", "1000");
     command.envs(operator.environment.iter().map(|(name, value)| (name, value)));
     command.output().expect("the agent").into()
 }
@@ -475,7 +475,7 @@ fn a_user_unit_is_written_enabled_and_taken_away_by_systemctl() {
 
     as_user(&operator, &["status"]).fails(3, &["systemd", "not running"]);
     as_user(&operator, &["stop"]).ok();
-    as_user(&operator, &["status"]).fails(3, &["stopped by hand"]);
+    as_user(&operator, &["status"]).fails(3, &["stopped by the operator"]);
     assert_eq!(operator.calls(), ["--user stop usepod-agent.service"]);
     assert_eq!(as_user(&operator, &["logs", "-f"]).ok(), "journalctl --user -u usepod-agent.service -n 100 -f\n");
     as_user(&operator, &["uninstall"]).ok();

@@ -103,6 +103,21 @@ fn a_pairing_asks_as_the_protocol_says_and_writes_a_file_that_the_agent_takes() 
 }
 
 #[test]
+fn what_setup_prints_fits_80_and_60_columns_and_is_ascii_without_a_utf8_locale() {
+    for width in [80, 60] {
+        let server = coordinator(|n| if n == 1 { Answer::Json(500, json!({"error": "at rest"})) } else { active() });
+        let home = Scratch::new();
+        let environment = [("COLUMNS", &*width.to_string()), ("LC_ALL", "C")];
+        let ran = cli_within(secs(30), home.path(), &arguments(&server.url(), &[]), &environment);
+        assert_done(&ran);
+        let text = ran.stdout;
+        assert_fits(&text, width);
+        assert!(text.contains(&format!("+{}+", "-".repeat(CODE.len() + 4))), "{text}");
+        assert!(text.contains(&format!("|  {CODE}  |")) && !text.contains('│'), "{text}");
+    }
+}
+
+#[test]
 fn without_encryption_nothing_is_said_unless_it_is_allowed() {
     let home = Scratch::new();
     for base in ["http://192.0.2.7:8787", "ftp://h", "api.usepod.ai", "https://h:x"] {
@@ -213,7 +228,7 @@ fn a_signal_ends_it_at_once_even_in_the_middle_of_a_question() {
     let _held = server.next();
     setup.signal("INT");
     assert_eq!(setup.wait(secs(3)).code(), Some(1));
-    setup.stderr.wait_line(&["stopped", "as it was"]);
+    setup.stderr.wait_line(&["stopped", "unchanged"]);
     assert!(!home.join(USUAL).exists());
 }
 

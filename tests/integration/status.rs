@@ -94,6 +94,43 @@ fn a_serving_agent_says_what_it_offers_and_what_it_has_done() {
 }
 
 #[test]
+fn a_page_fits_80_and_60_columns_and_has_no_figure_before_there_is_one() {
+    let backend = Backend::vllm(&["m", "a-model-with-a-long-name/and-a-long-suffix-70B-Instruct"]);
+    let mut rig = Rig::new(&backend);
+    assert_state(&rig.setup, "serving", 0);
+    let page_at = |width: usize| {
+        let arguments = ["status", "--config", "agent.toml"];
+        let page =
+            cli(rig.setup.scratch.path(), &arguments, &[("COLUMNS", &width.to_string()), ("LC_ALL", "C")]).stdout;
+        assert_fits(&page, width);
+        assert!(page.is_ascii(), "{page}");
+        page
+    };
+    for width in [80, 60] {
+        let page = page_at(width);
+        for line in [
+            "\n  jobs         none yet\n",
+            "\n  tokens       none yet\n",
+            "\n  latency      none yet\n",
+            "healthy for ",
+        ] {
+            assert!(page.contains(line), "no `{line}` in {page}");
+        }
+    }
+    let id = rig.session.job("m", json!({}));
+    backend.next().finish();
+    rig.session.outcome(&id).done();
+    assert!(page_at(80).contains("1 done") && page_at(80).contains("  latency      p50 "), "{}", page_at(80));
+    rig.agent.signal("TERM");
+    rig.agent.wait(SOON);
+    for width in [80, 60] {
+        let page = page_at(width);
+        assert!(page.starts_with("not running (last seen "), "{page}");
+        assert!(!page.contains("healthy") && !page.contains("latency"), "{page}");
+    }
+}
+
+#[test]
 fn without_a_coordinator_it_is_connecting_and_says_since_when_and_why() {
     let coordinator = nobody_at("127.0.0.61");
     let setup = Setup::new(&format!("ws://user:password@{coordinator}/x?token=token"));
@@ -328,7 +365,7 @@ fn a_pause_does_not_wait_for_a_backend_that_hangs() {
 fn pause_and_resume_work_without_an_agent_and_without_a_sound_config() {
     let setup = Setup::new("wss://x.invalid/").limits("max_concurrent = 0");
     setup.write();
-    assert!(command(&setup, "pause").contains("no agent runs"));
+    assert!(command(&setup, "pause").contains("no agent is running"));
     for spoilt in ["[]", "7", "{", ""] {
         setup.scratch.write(".usepod-agent/identity.key.state", spoilt);
         assert_state(&setup, "not_running", 3);

@@ -168,6 +168,8 @@ fn command(home: &Path, prelude: &str) -> Command {
         command.arg("-c").arg(format!("{prelude}exec \"$0\" \"$@\"")).arg(binary());
     }
     command.env_clear().env("HOME", home).current_dir(home).stdin(Stdio::null());
+    // Wide lines are not wrapped, so that a test finds its words in one; tests of the layout set their own.
+    command.env("COLUMNS", "1000").env("LANG", "C.UTF-8");
     command
 }
 

@@ -129,6 +129,15 @@ fn join_within(limit: Duration, thread: JoinHandle<()>, what: &str) {
     let _ = thread.join();
 }
 
+/// No line is wider than `width` characters, but for a word that is longer than half a line.
+#[track_caller]
+pub fn assert_fits(text: &str, width: usize) {
+    for line in text.lines() {
+        let has_long_word = line.split(' ').any(|word| word.chars().count() > width / 2);
+        assert!(line.chars().count() <= width || has_long_word, "wider than {width}: `{line}` in:\n{text}");
+    }
+}
+
 pub fn base64(bytes: impl AsRef<[u8]>) -> String {
     use base64::Engine;
     base64::engine::general_purpose::STANDARD.encode(bytes)

@@ -1,50 +1,59 @@
-//! `status`: whether the agent serves, and why not. Exit codes for health checks: 0 serving, 1 running but not serving, 3 not
-//! running.
+//! `status`: whether the agent is serving, and if not, why. Exit codes for health checks: 0 serving, 1 running but not serving, 3
+//! not running.
 
 mod render;
 
 use std::fs;
-use std::io::IsTerminal;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use super::args::{Globals, Status};
-use super::{CliError, places_of, print, try_print};
+use super::{CliError, agent_paths, print, print_error, try_print};
 use crate::instance::wake_socket;
 use crate::instance::{AgentPaths, LIVENESS_TIMEOUT, LockOwner};
 use crate::observe;
+use crate::sys::terminal::Terminal;
 
-/// The exit code of an agent that runs and does not serve.
+/// The exit code for an agent that is running but not serving.
 const NOT_SERVING: u8 = 1;
-/// The exit code where no agent runs.
+/// The exit code if no agent is running.
 const NOT_RUNNING: u8 = 3;
 
-/// How long a running agent has to renew its state file; it takes a millisecond.
-const PATIENCE: Duration = Duration::from_millis(500);
-/// How often the file is looked at meanwhile.
-const GLANCE: Duration = Duration::from_millis(5);
-/// Time between two looks of `--watch`.
-const WATCH: Duration = Duration::from_secs(1);
+/// How long a running agent has to rewrite its state file; it takes a millisecond.
+const REFRESH_TIMEOUT: Duration = Duration::from_millis(500);
+/// The time between two looks at the file meanwhile.
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
+/// The time between two pages of `--watch`.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Prints how the agent is, once or for ever.
+/// Prints the state of the agent, once or every second.
 pub fn run(globals: &Globals, options: &Status) -> Result<(), CliError> {
-    let paths = places_of(globals)?;
+    let paths = match agent_paths(globals) {
+        // Without a configuration no agent is running.
+        Err(CliError::Config(e)) if e.is_not_found() => {
+            print_error(&CliError::Config(e));
+            return Err(CliError::AlreadyReported(NOT_RUNNING));
+        }
+        paths => paths?,
+    };
+    let terminal = Terminal::of_stdout();
+    let text = |state: &Value| if options.json { format!("{state}\n") } else { render::page(state, terminal) };
     if !options.watch {
-        let state = look(&paths);
-        print(&shown(&state, options.json));
+        let state = current_state(&paths);
+        print(&text(&state));
         return verdict(&state);
     }
-    let redraw = std::io::stdout().is_terminal() && !options.json;
     loop {
-        let shown = shown(&look(&paths), options.json);
-        // The page, each line cleared behind its end, from the top of the screen on.
-        let page = if redraw { format!("\x1b[H{}\x1b[J", shown.replace('\n', "\x1b[K\n")) } else { shown };
+        let text = text(&current_state(&paths));
+        // Each line is cleared behind its end, and the screen below the page.
+        let redraws = terminal.is_live && !options.json;
+        let page = if redraws { format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")) } else { text };
         if try_print(&page).is_err() {
             return Ok(());
         }
-        thread::sleep(WATCH);
+        thread::sleep(WATCH_INTERVAL);
     }
 }
 
@@ -56,12 +65,8 @@ fn verdict(state: &Value) -> Result<(), CliError> {
     }
 }
 
-fn shown(state: &Value, as_json: bool) -> String {
-    if as_json { format!("{state}\n") } else { render::of(state) }
-}
-
-/// The state file, as new as the agent can make it, and what the lock says of the agent.
-fn look(paths: &AgentPaths) -> Value {
+/// The state file, refreshed by the agent if it responds, and what the lock says about the agent.
+fn current_state(paths: &AgentPaths) -> Value {
     let Some(owner) = LockOwner::running(paths) else {
         let mut state = observe::read(paths).unwrap_or_else(|_| json!({}));
         let last = state["state"].take();
@@ -73,7 +78,7 @@ fn look(paths: &AgentPaths) -> Value {
         state["paused"] = paths.paused().exists().into();
         return state;
     };
-    let mut state = renewed(paths, &owner).unwrap_or_else(|| json!({"state": "starting", "serving": false}));
+    let mut state = refreshed(paths, &owner).unwrap_or_else(|| json!({"state": "starting", "serving": false}));
     let silence = owner.since_last_liveness();
     state["running"] = true.into();
     state["pid"] = owner.pid.into();
@@ -86,20 +91,20 @@ fn look(paths: &AgentPaths) -> Value {
     state
 }
 
-/// Asks for a new state and waits for it; a hung agent's old one is better than none. One that an agent at work has not renewed
-/// for long says nothing any more of whether it serves.
-fn renewed(paths: &AgentPaths, owner: &LockOwner) -> Option<Value> {
+/// Has the agent rewrite its state file and waits for that; if the agent hangs, its last state. A state that an agent at work has
+/// not rewritten for long no longer says whether it serves.
+fn refreshed(paths: &AgentPaths, owner: &LockOwner) -> Option<Value> {
     let read = || observe::read_own(paths, owner);
     let before = read();
-    let is_rung = wake_socket::wake_process(&paths.wake());
+    let is_woken = wake_socket::wake_process(&paths.wake());
     let count = |state: &Option<Value>| state.as_ref().and_then(|state| state["written"].as_u64());
-    let until = Instant::now() + PATIENCE;
-    while is_rung && Instant::now() < until {
+    let deadline = Instant::now() + REFRESH_TIMEOUT;
+    while is_woken && Instant::now() < deadline {
         let now = read();
         if count(&now) > count(&before) {
             return now;
         }
-        thread::sleep(GLANCE);
+        thread::sleep(POLL_INTERVAL);
     }
     let mut state = read().or(before)?;
     let age = fs::metadata(paths.state()).and_then(|found| found.modified()).map(|at| at.elapsed().unwrap_or_default());

@@ -1,27 +1,27 @@
-//! The addresses of one coordinator, all from the base that a person names.
+//! The URLs of one coordinator, derived from the base URL that the operator gives.
 
 use std::net::IpAddr;
 
 use tungstenite::http::Uri;
 
-/// The market's.
+/// The base URL of the market.
 pub const BASE_DEFAULT: &str = "https://api.usepod.ai";
-/// Its page for people is on another host.
+/// The pairing page of the market, which is on another host.
 const PAGE_DEFAULT: &str = "https://usepod.ai/host/pair";
-/// Where agents connect to, below the base.
+/// The path that agents connect to, below the base.
 const CONNECT: &str = "/provider/connect";
 
-/// A coordinator, by its base: scheme, host, and a path perhaps, without a slash at its end.
+/// A coordinator, by its base URL: scheme, host and an optional path, without a trailing slash.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CoordinatorUrls {
     base: String,
 }
 
 impl CoordinatorUrls {
-    /// Checks an address. The one that agents connect to, as it stands in `agent.toml`, will do as well as the base.
+    /// Parses a base URL, or the URL that agents connect to, as in `agent.toml`.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// The URL is invalid, for the reason returned.
     pub fn parse(text: &str) -> Result<CoordinatorUrls, &'static str> {
         let text = text.trim();
         let uri: Uri = text.parse().map_err(|_| "it is not a URL")?;
@@ -35,7 +35,7 @@ impl CoordinatorUrls {
         if authority.contains('@') || text.contains(['?', '#']) {
             return Err("it has a user, a password or a `?` or `#` part");
         }
-        // `host:` and `host:99999` parse as authorities without a port.
+        // `host:` and `host:99999` parse as an authority without a port.
         if host.is_empty() || (authority.len() != host.len() && uri.port_u16().is_none()) {
             return Err("it has no valid host and port");
         }
@@ -44,39 +44,39 @@ impl CoordinatorUrls {
         Ok(CoordinatorUrls { base: format!("{scheme}://{authority}{path}") })
     }
 
-    /// The base.
+    /// The base URL.
     pub fn base(&self) -> &str {
         &self.base
     }
 
-    /// Whether what is said to it is encrypted.
+    /// Whether the connection is encrypted.
     pub fn is_encrypted(&self) -> bool {
         self.base.starts_with("https:")
     }
 
-    /// Whether nobody else can read what is said to it: it is encrypted, or does not leave this machine.
+    /// Whether nobody else can read the connection: it is encrypted or stays on this machine.
     pub fn is_private(&self) -> bool {
         let host = self.base.parse::<Uri>().ok().and_then(|uri| Some(uri.host()?.trim_matches(['[', ']']).to_owned()));
         let is_here = |host: String| host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
         self.is_encrypted() || host.is_some_and(is_here)
     }
 
-    /// Where a person enters the code.
+    /// The page on which a person enters the code.
     pub fn page(&self) -> String {
         if self.base == BASE_DEFAULT { PAGE_DEFAULT.to_owned() } else { format!("{}/host/pair", self.base) }
     }
 
-    /// Where a code is asked for.
+    /// The endpoint that issues a code.
     pub fn issue(&self) -> String {
         format!("{}/v1/host/pair/issue", self.base)
     }
 
-    /// Where one asks what has become of it.
+    /// The endpoint that returns the state of a code.
     pub fn poll(&self) -> String {
         format!("{}/v1/host/pair/poll", self.base)
     }
 
-    /// Where agents connect to: `https` becomes `wss`, `http` becomes `ws`.
+    /// The URL that agents connect to: `https` becomes `wss`, `http` becomes `ws`.
     pub fn connect(&self) -> String {
         format!("ws{}{CONNECT}", self.base.trim_start_matches("http"))
     }
@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_spelling_of_a_base_gives_the_same_addresses() {
+    fn parse_takes_every_spelling_of_a_base() {
         let cases = [
             ("https://api.usepod.ai", "https://usepod.ai/host/pair", "wss://api.usepod.ai/provider/connect"),
             ("HTTPS://API.usepod.ai/", "https://usepod.ai/host/pair", "wss://api.usepod.ai/provider/connect"),
@@ -97,14 +97,14 @@ mod tests {
             ("http://[::1]:7/", "http://[::1]:7/host/pair", "ws://[::1]:7/provider/connect"),
         ];
         for (given, page, connect) in cases {
-            let site = CoordinatorUrls::parse(given).expect(given);
-            assert_eq!((site.page().as_str(), site.connect().as_str()), (page, connect), "{given}");
-            assert_eq!(site.is_encrypted(), connect.starts_with("wss"), "{given}");
+            let urls = CoordinatorUrls::parse(given).expect(given);
+            assert_eq!((urls.page().as_str(), urls.connect().as_str()), (page, connect), "{given}");
+            assert_eq!(urls.is_encrypted(), connect.starts_with("wss"), "{given}");
         }
     }
 
     #[test]
-    fn what_does_not_leave_the_machine_needs_no_encryption() {
+    fn is_private_if_encrypted_or_on_this_machine() {
         for (given, is_private) in [
             ("http://127.0.0.1:8787", true),
             ("http://[::1]:8787/x", true),
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_base_is_refused() {
+    fn parse_refuses_what_is_no_base() {
         for given in
             ["", "api.usepod.ai", "ftp://h", "https://", "https://h:", "https://u:p@h", "https://h/?q", "not a url"]
         {
