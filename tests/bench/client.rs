@@ -1,48 +1,45 @@
-//! Who orders streams and receives them: the coordinator through an agent, or a child that asks the backend itself.
+//! Who submits jobs and receives the streams: the coordinator behind an agent ([`crate::agent_client`]), or a process that calls
+//! the backend itself ([`crate::direct`]).
 
 use std::sync::mpsc::Receiver;
 
 use crate::Result;
-use crate::job::Order;
+use crate::job::Job;
+use crate::received::Totals;
 
-/// All times are of [`crate::process::now_ns`].
-pub trait Customer {
-    /// Returns when the order was sent.
-    fn order(&mut self, order: Order) -> Result<u64>;
+/// All times are those of [`crate::process::now_ns`].
+pub trait Client {
+    /// Submits a job and returns when it was sent.
+    fn submit(&mut self, job: Job) -> Result<u64>;
 
-    /// Returns when the cancel was sent.
-    fn cancel(&mut self, seq: u64) -> Result<u64>;
+    /// Cancels a job and returns when the cancel was sent.
+    fn cancel(&mut self, job_id: u64) -> Result<u64>;
 
-    fn seen(&self) -> &Receiver<Seen>;
+    fn events(&self) -> &Receiver<ClientEvent>;
 
-    fn count(&mut self) -> Result<Count>;
+    /// What was received of all streams so far.
+    fn totals(&mut self) -> Result<Totals>;
 
-    /// Starts to keep latencies.
-    fn record(&mut self) -> Result<()>;
+    /// Starts to record latencies.
+    fn start_recording(&mut self) -> Result<()>;
 
-    /// Stops keeping them; in microseconds, in no order.
-    fn latencies_us(&mut self) -> Result<Vec<f64>>;
+    /// Stops recording; the latencies are in microseconds, unsorted.
+    fn take_latencies_us(&mut self) -> Result<Vec<f64>>;
 }
 
 #[derive(Debug)]
-pub enum Seen {
+pub enum ClientEvent {
+    /// The first bytes of a stream were received.
     First {
-        seq: u64,
+        job_id: u64,
         at_ns: u64,
-        /// When the customer turned to the backend, where it did so by itself.
+        /// When the client connected to the backend, if it did so itself.
         began_ns: Option<u64>,
     },
-    /// The stream ended as it should, after so many bytes.
-    Done { seq: u64, at_ns: u64, bytes: u64 },
-    /// It ended in another way; or the subject did something that it must not.
+    /// A stream ended properly, after `bytes` of body.
+    Done { job_id: u64, at_ns: u64, bytes: u64 },
+    /// A job failed, or the subject broke the protocol.
     Failed(String),
-    /// Nothing more will come.
-    Gone,
-}
-
-/// What has come of all streams together.
-#[derive(Clone, Copy)]
-pub struct Count {
-    pub events: u64,
-    pub bytes: u64,
+    /// The subject closed the connection. No event follows.
+    Closed,
 }

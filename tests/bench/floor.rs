@@ -1,6 +1,7 @@
-//! A relay with nothing in it: a thread and a backend connection a job, one frame and one write a read. No JSON, no
-//! signature, no timeouts, no usage; it ends with its coordinator. Nor are threads and connections kept for the next job, so
-//! that an agent that keeps them may be the faster one in a job that is over at once.
+//! The floor: the least that a relay can do. A thread and a backend connection per job, one frame and one write per read; no
+//! JSON, signature, timeout or usage. It ends with its coordinator.
+//!
+//! It keeps neither threads nor connections for the next job, so an agent that does may be faster with short jobs.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -11,10 +12,10 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 
 use crate::Result;
-use crate::http_client::Answer;
-use crate::websocket::{Frames, TEXT, push_frame};
+use crate::http_client::Response;
+use crate::support::websocket::{FrameDecoder, TEXT, push_frame};
 
-/// A mask is to be random for the sake of proxies in between; here are none.
+/// Need not be random: there is no proxy in between that a client could attack by its payloads.
 const MASK: Option<[u8; 4]> = Some([0x37, 0xfa, 0x21, 0x3d]);
 
 const STACK_BYTES: usize = 64 << 10;
@@ -27,7 +28,7 @@ pub fn run(coordinator_port: u16, backend_port: u16) -> Result<()> {
           Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n",
     )?;
     let output = Arc::new(Mutex::new(socket.try_clone()?));
-    let mut frames = Frames::default();
+    let mut frames = FrameDecoder::default();
     let mut is_upgraded = false;
     let mut buffer = vec![0; 16 << 10];
     loop {
@@ -37,13 +38,13 @@ pub fn run(coordinator_port: u16, backend_port: u16) -> Result<()> {
         }
         frames.buffer().extend_from_slice(&buffer[..n]);
         is_upgraded = is_upgraded || frames.next_head().is_some();
-        while is_upgraded && let Some((_, payload)) = frames.next()? {
-            answer(std::str::from_utf8(payload)?, &output, backend_port)?;
+        while is_upgraded && let Some(frame) = frames.next_frame()? {
+            handle_message(std::str::from_utf8(frame.payload)?, &output, backend_port)?;
         }
     }
 }
 
-fn answer(message: &str, output: &Arc<Mutex<TcpStream>>, backend_port: u16) -> Result<()> {
+fn handle_message(message: &str, output: &Arc<Mutex<TcpStream>>, backend_port: u16) -> Result<()> {
     if message.contains(r#""auth_challenge""#) {
         return send(output, &[br#"{"type":"auth_response","pubkey":"","signature":"","agent_version":"floor"}"#]);
     }
@@ -53,7 +54,7 @@ fn answer(message: &str, output: &Arc<Mutex<TcpStream>>, backend_port: u16) -> R
     let (_, id) = message.split_once(r#""job_id":""#).ok_or("no job_id")?;
     let id = id.get(..36).ok_or("a short job_id")?.to_owned();
     let (_, request) = message.split_once(r#""request":"#).ok_or("no request")?;
-    let request = request.strip_suffix('}').ok_or("no end")?.to_owned();
+    let request = request.strip_suffix('}').ok_or("no end of the message")?.to_owned();
     let output = Arc::clone(output);
     thread::Builder::new()
         .stack_size(STACK_BYTES)
@@ -61,11 +62,11 @@ fn answer(message: &str, output: &Arc<Mutex<TcpStream>>, backend_port: u16) -> R
     Ok(())
 }
 
-/// An error here ends the thread without an end of the job, which the coordinator waits for.
+/// After an error no terminal frame follows, and the client waits until its deadline.
 fn relay(id: &str, request: &[u8], output: &Mutex<TcpStream>, backend_port: u16) -> Result<()> {
-    let mut answer = Answer::to(request, backend_port)?;
+    let mut response = Response::to(request, backend_port)?;
     let mut data = String::new();
-    while let Some(body) = answer.next()? {
+    while let Some(body) = response.next()? {
         data.clear();
         BASE64_STANDARD.encode_string(body, &mut data);
         send(
@@ -79,6 +80,6 @@ fn relay(id: &str, request: &[u8], output: &Mutex<TcpStream>, backend_port: u16)
 
 fn send(output: &Mutex<TcpStream>, text: &[&[u8]]) -> Result<()> {
     let mut frame = Vec::with_capacity(1 << 10);
-    push_frame(&mut frame, TEXT, MASK, text);
+    push_frame(&mut frame, TEXT, true, MASK, text);
     Ok(output.lock().unwrap_or_else(PoisonError::into_inner).write_all(&frame)?)
 }

@@ -1,22 +1,21 @@
-//! An HTTP client with nothing in it: one request on one connection, its chunked answer read by read.
+//! A minimal HTTP client: one chat request per connection. The chunked response is handed out read by read.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::ops::Range;
 
-/// What one read may bring.
 const READ_BYTES: usize = 64 << 10;
 
-pub struct Answer {
+pub struct Response {
     socket: TcpStream,
     buffer: Vec<u8>,
-    /// What of the buffer is read and not yet given out.
+    /// The part of the buffer that was received and not yet handed out.
     unread: Range<usize>,
-    chunks: Dechunker,
+    decoder: ChunkDecoder,
 }
 
-impl Answer {
-    /// Posts a chat request; returns when the head of the answer has come.
+impl Response {
+    /// Posts a chat request and waits for the head of the response.
     pub fn to(request: &[u8], backend_port: u16) -> io::Result<Self> {
         let mut socket = TcpStream::connect(("127.0.0.1", backend_port))?;
         socket.set_nodelay(true)?;
@@ -41,17 +40,17 @@ impl Answer {
                 String::from_utf8_lossy(&buffer[..head]).trim().to_owned(),
             ));
         }
-        Ok(Self { socket, buffer, unread: head..length, chunks: Dechunker::Size(0) })
+        Ok(Self { socket, buffer, unread: head..length, decoder: ChunkDecoder::Size(0) })
     }
 
-    /// The body's bytes of one read, never empty; nothing at its end.
+    /// The bytes of the body from one read, never empty; `None` at the end.
     pub fn next(&mut self) -> io::Result<Option<&[u8]>> {
         loop {
-            let body = self.chunks.strip(&mut self.buffer, std::mem::take(&mut self.unread))?;
+            let body = self.decoder.strip(&mut self.buffer, std::mem::take(&mut self.unread))?;
             if body > 0 {
                 return Ok(Some(&self.buffer[..body]));
             }
-            if matches!(self.chunks, Dechunker::Nothing) {
+            if matches!(self.decoder, ChunkDecoder::End) {
                 return Ok(None);
             }
             self.unread = 0..read(&mut self.socket, &mut self.buffer)?;
@@ -66,18 +65,18 @@ fn read(socket: &mut TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
     }
 }
 
-/// Takes the framing out of a chunked body, wherever reads cut it: what comes next.
-enum Dechunker {
-    /// The rest of a size, of which so much is known.
+/// Removes the framing of a chunked body. The state is what comes next; a read may end anywhere.
+enum ChunkDecoder {
+    /// More digits of a size, whose digits so far have this value.
     Size(usize),
-    /// So many bytes of a chunk.
+    /// This many bytes of a chunk.
     Data(usize),
-    /// The line end behind a chunk.
+    /// The line end after a chunk.
     LineEnd,
-    Nothing,
+    End,
 }
 
-impl Dechunker {
+impl ChunkDecoder {
     /// Moves the payload in `buffer[unread]` to the front of the buffer and returns its length.
     fn strip(&mut self, buffer: &mut [u8], unread: Range<usize>) -> io::Result<usize> {
         let (mut at, mut body) = (unread.start, 0);
@@ -93,14 +92,14 @@ impl Dechunker {
                 }
                 Self::LineEnd if byte == b'\n' => Self::Size(0),
                 Self::LineEnd => Self::LineEnd,
-                Self::Size(0) if byte == b'\n' => Self::Nothing,
+                Self::Size(0) if byte == b'\n' => Self::End,
                 Self::Size(size) if byte == b'\n' => Self::Data(size),
                 Self::Size(size) if byte == b'\r' => Self::Size(size),
                 Self::Size(size) => {
                     let digit = char::from(byte).to_digit(16).ok_or(ErrorKind::InvalidData)?;
                     Self::Size(size * 16 + digit as usize)
                 }
-                Self::Nothing => break,
+                Self::End => break,
             };
             at += used;
         }

@@ -1,17 +1,17 @@
-//! What came out: a table for people, JSON for programs.
+//! The results: a table for people, JSON for programs.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::fs;
 
 use serde_json::{Map, Value, json};
 
-use crate::process::Machine;
 use crate::subject::Subject;
 use crate::workloads::Figures;
 
-/// The values of every round, by figure and subject.
+/// The values of all rounds, by figure and subject.
 #[derive(Default)]
-pub struct Sheet(Vec<Row>);
+pub struct Results(Vec<Row>);
 
 struct Row {
     /// Workload and figure.
@@ -19,8 +19,8 @@ struct Row {
     values: BTreeMap<Subject, Vec<f64>>,
 }
 
-impl Sheet {
-    /// Adds a round of a workload.
+impl Results {
+    /// Adds one round of a workload.
     pub fn add(&mut self, workload: &str, subject: Subject, figures: Figures) {
         for (figure, value) in figures {
             let name = format!("{workload}/{figure}");
@@ -35,13 +35,13 @@ impl Sheet {
         }
     }
 
-    /// Medians over the rounds, and the ratio ours to `reference`.
+    /// Medians over the rounds, and the ratio of ours to `reference`.
     pub fn table(&self, reference: Subject) -> String {
         let columns = [Subject::Ours, Subject::Peer, Subject::Floor, Subject::Direct];
         self.section(&columns, (Subject::Ours, reference))
     }
 
-    /// The same over TLS against without; empty when it was not measured.
+    /// The same for TLS, compared to plain TCP; empty if it was not measured.
     pub fn tls_table(&self) -> String {
         self.section(&[Subject::Wss, Subject::Ours], (Subject::Wss, Subject::Ours))
     }
@@ -84,7 +84,7 @@ impl Row {
     /// The median of the ratios of the rounds, and their range.
     fn ratio(&self, (over, under): (Subject, Subject)) -> Option<String> {
         let (over, under) = (self.values.get(&over)?, self.values.get(&under)?);
-        // Nothing to nothing is no ratio; something to nothing is one that must not be passed over.
+        // 0/0 is no ratio, while the infinity of x/0 has to show.
         let mut ratios: Vec<_> = over.iter().zip(under).map(|(over, under)| over / under).collect();
         ratios.retain(|ratio| !ratio.is_nan());
         ratios.sort_by(f64::total_cmp);
@@ -94,7 +94,7 @@ impl Row {
     }
 }
 
-/// Three digits, more for large numbers.
+/// At least three digits.
 fn number(value: f64) -> String {
     let digits = match value.abs() {
         100.0.. => 0,
@@ -105,26 +105,46 @@ fn number(value: f64) -> String {
     format!("{value:.digits$}")
 }
 
-/// `q` from 0 to 1, of sorted values, at least one.
+/// The quantile `q`, from 0 to 1, of at least one value.
 pub fn quantile(sorted: &[f64], q: f64) -> f64 {
     let rank = (sorted.len() as f64 * q).ceil() as usize;
     sorted[rank.clamp(1, sorted.len()) - 1]
 }
 
-/// Of at least one value.
+/// The median of at least one value.
 pub fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
     if values.len().is_multiple_of(2) { f64::midpoint(values[middle - 1], values[middle]) } else { values[middle] }
 }
 
-/// Everything, with where, when and of what it was measured.
-pub fn document(sheet: &Sheet, machine: &Machine, arguments: &[String], versions: &Map<String, Value>) -> Value {
+/// Where the figures were measured, without the name of the host.
+pub struct Machine {
+    pub cpu: String,
+    pub cpus: usize,
+    pub kernel: String,
+}
+
+impl Machine {
+    pub fn this() -> Self {
+        let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let model = cpuinfo.lines().find(|line| line.starts_with("model name")).and_then(|line| line.split_once(':'));
+        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        Self {
+            cpu: model.map_or("unknown", |(_, name)| name.trim()).to_owned(),
+            cpus: std::thread::available_parallelism().map_or(0, usize::from),
+            kernel: kernel.trim().to_owned(),
+        }
+    }
+}
+
+/// All values, with when, where and of what they were measured.
+pub fn document(results: &Results, machine: &Machine, arguments: &[String], versions: &Map<String, Value>) -> Value {
     json!({
         "date": time::OffsetDateTime::now_utc().date().to_string(),
         "machine": { "cpu": machine.cpu, "cpus": machine.cpus, "kernel": machine.kernel },
         "arguments": arguments,
         "versions": versions,
-        "figures": sheet.json(),
+        "figures": results.json(),
     })
 }

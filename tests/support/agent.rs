@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use super::descriptors::opened;
-use super::{Ran, SOON, Scratch, ms};
+use super::{Ran, SOON, Scratch, ms, procfs};
 
 /// The binary under test: another one where `AGENT` names it.
 pub fn binary() -> OsString {
@@ -265,19 +265,15 @@ impl Agent {
 
     /// The names of its threads, the main one first.
     pub fn threads(&self) -> Vec<String> {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("the agent's threads");
-        let mut ids: Vec<u32> = tasks.filter_map(|task| task.ok()?.file_name().to_str()?.parse().ok()).collect();
-        ids.sort_unstable();
-        let name = |id| std::fs::read_to_string(format!("/proc/{}/task/{id}/comm", self.pid()));
-        // One that has just ended has no name any more.
-        ids.into_iter().filter_map(|id| name(id).ok()).map(|name| name.trim().to_owned()).collect()
+        let names = procfs::read_each_thread(self.pid(), "comm").expect("the agent's threads");
+        names.iter().map(|name| name.trim().to_owned()).collect()
     }
 
     /// How often its threads that are still there have gone to sleep: once for each wake-up.
     pub fn wake_ups(&self) -> u64 {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("the agent's threads");
-        let statuses = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("status")).ok());
-        statuses.map(|status| field_of(&status, "voluntary_ctxt_switches")).sum()
+        let statuses = procfs::read_each_thread(self.pid(), "status").expect("the agent's threads");
+        let switches = |status: &String| procfs::number(status, "voluntary_ctxt_switches:").expect("a count");
+        statuses.iter().map(switches).sum()
     }
 
     /// The most memory that it ever held.
@@ -288,7 +284,7 @@ impl Agent {
     /// A line of `/proc/PID/status`.
     pub fn status_kib(&self, name: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("the agent's status");
-        field_of(&status, name)
+        procfs::number(&status, &format!("{name}:")).expect("the agent's status")
     }
 
     pub fn is_running(&mut self) -> bool {
@@ -299,12 +295,6 @@ impl Agent {
         let status = self.child.try_wait().expect("the state of our own child");
         assert!(status.is_none(), "the agent should be running, but ended with {status:?}");
     }
-}
-
-/// A number of `/proc/PID/status`.
-fn field_of(status: &str, name: &str) -> u64 {
-    let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).expect(name);
-    value.trim().trim_end_matches(" kB").parse().expect("a number")
 }
 
 impl Drop for Agent {

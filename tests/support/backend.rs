@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::acceptor::Acceptor;
 use super::descriptors::opened;
-use super::http::{Request, read_request, response};
+use super::http::{LAST_CHUNK, Request, SSE_HEAD, push_chunk, read_request, response};
 use super::{QUIET, SOON, ms};
 
 pub enum Answer {
@@ -318,7 +318,9 @@ impl Shared {
 }
 
 fn flood_chunk() -> Vec<u8> {
-    [&b"10000\r\n"[..], &[b'x'; 1 << 16], b"\r\n"].concat()
+    let mut chunk = Vec::new();
+    push_chunk(&mut chunk, &[b'x'; 1 << 16]);
+    chunk
 }
 
 /// A request that waits for the test to answer it. Dropping it closes the connection.
@@ -348,17 +350,18 @@ impl Held {
 
     /// The head of a chunked event stream.
     pub fn start_sse(&mut self) {
-        self.send("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n");
+        self.send(SSE_HEAD);
     }
 
     pub fn chunk(&mut self, data: impl AsRef<[u8]>) {
-        let data = data.as_ref();
-        self.send([format!("{:x}\r\n", data.len()).as_bytes(), data, b"\r\n"].concat());
+        let mut chunk = Vec::new();
+        push_chunk(&mut chunk, data.as_ref());
+        self.send(chunk);
     }
 
     /// Ends a chunked body and gives the connection back for the next request.
     pub fn end(mut self) {
-        self.send("0\r\n\r\n");
+        self.send(LAST_CHUNK);
         self.keep();
     }
 

@@ -1,107 +1,90 @@
-//! The coordinator's end of a connection, plain or TLS, shared by the thread that reads and those that write.
-//!
-//! The TLS session is locked for memory work only: the reader waits in the socket without the lock.
+//! A server's end of a connection, plain or TLS, shared by the thread that reads and those that write.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
 
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
-use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::{ServerConfig, ServerConnection};
 
-use crate::Result;
-
-pub struct Wire {
-    socket: TcpStream,
-    /// Also what makes the bytes of two writers whole.
-    session: Mutex<Option<ServerConnection>>,
+pub struct Connection {
+    pub stream: TcpStream,
     is_tls: bool,
+    /// Locked for each write, so that the bytes of two threads do not mix. The reader waits in the socket without the lock.
+    session: Mutex<Option<ServerConnection>>,
 }
 
-impl Wire {
-    pub fn new(socket: TcpStream, tls: Option<&Arc<ServerConfig>>) -> Result<Self> {
-        socket.set_nodelay(true)?;
-        let session = tls.map(|config| ServerConnection::new(Arc::clone(config))).transpose()?;
-        Ok(Self { socket, is_tls: session.is_some(), session: Mutex::new(session) })
+impl Connection {
+    pub fn new(stream: TcpStream, tls: Option<&Arc<ServerConfig>>) -> io::Result<Self> {
+        stream.set_nodelay(true)?;
+        let session = tls.map(|config| ServerConnection::new(Arc::clone(config)));
+        let session = session.transpose().map_err(io::Error::other)?;
+        Ok(Self { stream, is_tls: session.is_some(), session: Mutex::new(session) })
     }
 
-    /// How long a read may wait.
-    pub fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-        self.socket.set_read_timeout(timeout)
-    }
-
-    /// Waits for bytes and appends them to `out`; 0 at the end. `scratch` is what one read of the socket may fill.
-    pub fn read(&self, scratch: &mut [u8], out: &mut Vec<u8>) -> io::Result<usize> {
+    /// Waits for bytes and appends them to `out`; an error at the end of the connection. `buffer` limits one read of the socket.
+    pub fn read(&self, buffer: &mut [u8], out: &mut Vec<u8>) -> io::Result<()> {
         let before = out.len();
         while out.len() == before {
-            let n = (&self.socket).read(scratch)?;
-            if n == 0 {
-                return Ok(0);
-            }
+            let received = match (&self.stream).read(buffer)? {
+                0 => return Err(ErrorKind::UnexpectedEof.into()),
+                n => &buffer[..n],
+            };
             if self.is_tls {
-                self.decrypt(&scratch[..n], out)?;
+                self.decrypt(received, out)?;
             } else {
-                out.extend_from_slice(&scratch[..n]);
+                out.extend_from_slice(received);
             }
-        }
-        Ok(out.len() - before)
-    }
-
-    fn decrypt(&self, mut records: &[u8], out: &mut Vec<u8>) -> io::Result<()> {
-        let mut session = self.lock();
-        let Some(tls) = session.as_mut() else { return Ok(()) };
-        while !records.is_empty() {
-            tls.read_tls(&mut records)?;
-            tls.process_new_packets().map_err(io::Error::other)?;
-            match tls.reader().read_to_end(out) {
-                Err(error) if error.kind() != ErrorKind::WouldBlock => return Err(error),
-                _ => {}
-            }
-        }
-        self.send_records(tls)
-    }
-
-    pub fn write(&self, bytes: &[u8]) -> io::Result<()> {
-        let mut session = self.lock();
-        match session.as_mut() {
-            None => (&self.socket).write_all(bytes),
-            Some(tls) => {
-                tls.writer().write_all(bytes)?;
-                self.send_records(tls)
-            }
-        }
-    }
-
-    fn send_records(&self, tls: &mut ServerConnection) -> io::Result<()> {
-        while tls.wants_write() {
-            tls.write_tls(&mut &self.socket)?;
         }
         Ok(())
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<ServerConnection>> {
-        self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    fn decrypt(&self, mut records: &[u8], out: &mut Vec<u8>) -> io::Result<()> {
+        let mut session = self.session.lock().expect("the session");
+        let Some(tls) = session.as_mut() else { return Ok(()) };
+        while !records.is_empty() {
+            tls.read_tls(&mut records)?;
+            let processed = tls.process_new_packets();
+            let read = tls.reader().read_to_end(out);
+            // Handshake messages, key updates and alerts.
+            self.send_records(tls)?;
+            processed.map_err(io::Error::other)?;
+            match read {
+                Err(e) if e.kind() != ErrorKind::WouldBlock => return Err(e),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
-    /// Ends the connection, and whatever read waits in it.
+    pub fn write(&self, bytes: &[u8]) -> io::Result<()> {
+        let mut session = self.session.lock().expect("the session");
+        match session.as_mut() {
+            None => (&self.stream).write_all(bytes),
+            // A session buffers 64 KiB.
+            Some(tls) => bytes.chunks(16 << 10).try_for_each(|chunk| {
+                tls.writer().write_all(chunk)?;
+                self.send_records(tls)
+            }),
+        }
+    }
+
+    /// Changes the keys of both directions (TLS 1.3).
+    pub fn update_keys(&self) {
+        let mut session = self.session.lock().expect("the session");
+        let tls = session.as_mut().expect("a TLS connection");
+        tls.refresh_traffic_keys().expect("TLS 1.3");
+        self.send_records(tls).expect("an open connection");
+    }
+
+    fn send_records(&self, tls: &mut ServerConnection) -> io::Result<()> {
+        while tls.wants_write() {
+            tls.write_tls(&mut &self.stream)?;
+        }
+        Ok(())
+    }
+
+    /// Ends both directions, and any read or write that is blocked.
     pub fn close(&self) {
-        let _ = self.socket.shutdown(Shutdown::Both);
+        let _ = self.stream.shutdown(Shutdown::Both);
     }
-}
-
-/// A server with a certificate for the loopback address, by an authority of its own whose certificate is written to `ca_file`.
-pub fn tls_server(ca_file: &Path) -> Result<Arc<ServerConfig>> {
-    let mut authority = CertificateParams::default();
-    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let authority = CertifiedIssuer::self_signed(authority, KeyPair::generate()?)?;
-    std::fs::write(ca_file, authority.pem())?;
-    let key = KeyPair::generate()?;
-    let certificate = CertificateParams::new(["127.0.0.1".to_owned()])?.signed_by(&key, &authority)?;
-    let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let builder = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
-    Ok(Arc::new(builder.with_no_client_auth().with_single_cert(vec![certificate.der().clone()], key)?))
 }

@@ -7,12 +7,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, unbounded};
-use tungstenite::handshake::derive_accept_key;
 
 use super::SOON;
 use super::acceptor::Acceptor;
+use super::connection::Connection;
 use super::http::{Request, read_request};
 use super::session::Session;
+use super::websocket::WebSocket;
 
 pub struct Coordinator {
     acceptor: Acceptor,
@@ -107,10 +108,8 @@ impl Dialled {
     }
 
     /// Upgrades, over a link that may break.
-    pub fn try_upgrade(mut self) -> io::Result<Session> {
-        let request = self.try_request()?;
-        self.stream.write_all(&switching_protocols(&request))?;
-        Ok(Session::new(self.stream, self.at))
+    pub fn try_upgrade(self) -> io::Result<Session> {
+        self.accept(b"")
     }
 
     pub fn upgrade(self) -> Session {
@@ -118,10 +117,14 @@ impl Dialled {
     }
 
     /// Upgrades, with `more` in the same write as the 101.
-    pub fn upgrade_with(mut self, more: &[u8]) -> Session {
-        let request = self.request();
-        self.send(&[&switching_protocols(&request), more].concat());
-        Session::new(self.stream, self.at)
+    pub fn upgrade_with(self, more: &[u8]) -> Session {
+        self.accept(more).unwrap_or_else(|e| panic!("failed to upgrade the agent's connection: {e}"))
+    }
+
+    fn accept(self, more: &[u8]) -> io::Result<Session> {
+        self.stream.set_read_timeout(Some(SOON))?;
+        let socket = WebSocket::accept(Connection::new(self.stream, None)?, more)?;
+        Ok(Session::new(socket, self.at))
     }
 
     /// Takes whatever the agent says and answers nothing; returns when it closed the connection.
@@ -139,14 +142,4 @@ impl Dialled {
     pub fn send(&mut self, bytes: &[u8]) {
         self.stream.write_all(bytes).unwrap_or_else(|e| panic!("failed to answer the agent's dial: {e}"));
     }
-}
-
-fn switching_protocols(request: &Request) -> Vec<u8> {
-    let key = request.header("sec-websocket-key").expect("a Sec-WebSocket-Key");
-    format!(
-        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
-         Sec-WebSocket-Accept: {}\r\n\r\n",
-        derive_accept_key(key.as_bytes())
-    )
-    .into_bytes()
 }

@@ -5,19 +5,21 @@
 mod acceptor;
 mod agent;
 mod backend;
+pub mod connection;
 mod coordinator;
 mod descriptors;
 mod endless;
 mod fault;
-mod http;
+pub mod http;
+pub mod procfs;
 mod ran;
+mod resource_usage;
 mod rig;
 mod scratch;
 mod session;
 mod shim;
 mod tls;
-mod resource_usage;
-mod wire;
+pub mod websocket;
 
 use std::io::Write;
 use std::net::TcpListener;
@@ -37,10 +39,10 @@ pub use ran::Ran;
 pub use resource_usage::{MeasuredAgent, ResourceUsage};
 pub use rig::Rig;
 pub use scratch::Scratch;
-pub use session::{Event, Outcome, Session, Take, is_offer, job, job_within};
+pub use session::{Event, Outcome, Session, Take, is_offer, job, job_within, verify_auth};
 pub use shim::Shim;
 pub use tls::{Authority, Flaw, TlsProxy};
-pub use wire::{BINARY, CLOSE, CONTINUATION, PING, TEXT, close_payload, encode, verify_auth};
+pub use websocket::{BINARY, CLOSE, CONTINUATION, PING, TEXT, close_payload, encode};
 
 /// How long anything that should happen at once may take on a loaded machine.
 pub const SOON: Duration = Duration::from_secs(10);

@@ -3,18 +3,19 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::io::{BufReader, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::Shutdown;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use ring::signature::{ED25519, UnparsedPublicKey};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::wire::{self, BINARY, CLOSE, CONTINUATION, PING, PONG, TEXT};
-use super::{SOON, base64, close_payload, encode, secs, unbase64, verify_auth};
+use super::connection::Connection;
+use super::websocket::{CLOSE, CONTINUATION, Frame, PING, PONG, READ_BYTES, TEXT, WebSocket, close_payload, encode};
+use super::{SOON, base64, secs, unbase64};
 
 #[derive(Clone, Debug)]
 pub enum Event {
@@ -41,6 +42,7 @@ pub struct Session {
     /// The first `capabilities`; null before the handshake is over.
     pub capabilities: Value,
     connection: Arc<Connection>,
+    control: Arc<Control>,
     events: Receiver<Event>,
     kept: RefCell<VecDeque<Event>>,
 }
@@ -48,11 +50,8 @@ pub struct Session {
 /// Looks at a text message before it is taken apart; true when that was all there is to do with it.
 type Tap = Box<dyn FnMut(&[u8]) -> bool + Send>;
 
-/// What the session shares with its reader.
-struct Connection {
-    stream: TcpStream,
-    /// Held while bytes are written.
-    writing: Mutex<()>,
+/// How the reader is to behave.
+struct Control {
     answers_pings: AtomicBool,
     /// We sent the first Close: the agent's is the answer.
     closing: AtomicBool,
@@ -65,12 +64,10 @@ struct Connection {
 }
 
 impl Session {
-    pub fn new(stream: TcpStream, dialled_at: Instant) -> Self {
-        stream.set_read_timeout(None).expect("no read timeout");
-        stream.set_nodelay(true).expect("no delay");
-        let connection = Arc::new(Connection {
-            stream,
-            writing: Mutex::new(()),
+    pub fn new(socket: WebSocket, dialled_at: Instant) -> Self {
+        let connection = Arc::clone(&socket.connection);
+        connection.stream.set_read_timeout(None).expect("no read timeout");
+        let control = Arc::new(Control {
             answers_pings: AtomicBool::new(true),
             closing: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
@@ -80,9 +77,9 @@ impl Session {
             tap: Mutex::new(Box::new(|_| false)),
         });
         let (sender, events) = unbounded();
-        let reader = Reader { connection: Arc::clone(&connection), events: sender };
+        let reader = Reader { socket, control: Arc::clone(&control), events: sender };
         std::thread::spawn(move || reader.run());
-        Self { dialled_at, capabilities: Value::Null, connection, events, kept: RefCell::default() }
+        Self { dialled_at, capabilities: Value::Null, connection, control, events, kept: RefCell::default() }
     }
 
     /// Takes the agent through the handshake, checking its signature.
@@ -117,7 +114,7 @@ impl Session {
 
     /// Bytes onto the socket; that the agent is gone shows in what it does not answer.
     pub fn send_raw(&self, bytes: &[u8]) {
-        self.connection.write(bytes);
+        let _ = self.connection.write(bytes);
     }
 
     /// Sends a Close frame; the agent is to end the connection.
@@ -126,18 +123,18 @@ impl Session {
     }
 
     pub fn close_with(&self, payload: &[u8]) {
-        self.connection.closing.store(true, Ordering::SeqCst);
+        self.control.closing.store(true, Ordering::SeqCst);
         self.send_frame(CLOSE, payload);
     }
 
     /// Ends the TCP connection without a word.
     pub fn cut(&self) {
-        let _ = self.connection.stream.shutdown(Shutdown::Both);
+        self.connection.close();
     }
 
     /// Ends the TCP connection with a reset, which is what closing a socket with unread bytes in it sends.
     pub fn reset(self) {
-        self.connection.leaving.store(true, Ordering::SeqCst);
+        self.control.leaving.store(true, Ordering::SeqCst);
         // The first pong is the last thing that the reader takes, the second stays in the socket.
         self.send_frame(PING, b"");
         assert!(self.ends_within(SOON), "the agent does not answer a ping");
@@ -148,23 +145,23 @@ impl Session {
 
     /// From now on one byte a second is read from the socket.
     pub fn read_slowly(&self) {
-        self.connection.reads_slowly.store(true, Ordering::SeqCst);
+        self.control.reads_slowly.store(true, Ordering::SeqCst);
     }
 
     /// Pings of the agent's are not answered any more.
     pub fn ignore_pings(&self) {
-        self.connection.answers_pings.store(false, Ordering::SeqCst);
+        self.control.answers_pings.store(false, Ordering::SeqCst);
     }
 
     /// Stops reading from the socket, or goes on.
     pub fn pause(&self, paused: bool) {
-        *self.connection.paused.lock().expect("pause flag") = paused;
-        self.connection.resumed.notify_all();
+        *self.control.paused.lock().expect("pause flag") = paused;
+        self.control.resumed.notify_all();
     }
 
     /// Shows each text message of the agent's to `tap` first: for more of them than an unoptimised test can take apart.
     pub fn tap(&self, tap: impl FnMut(&[u8]) -> bool + Send + 'static) {
-        *self.connection.tap.lock().expect("the tap") = Box::new(tap);
+        *self.control.tap.lock().expect("the tap") = Box::new(tap);
     }
 
     /// Sends a job with a deadline of 30 s and returns its id.
@@ -321,9 +318,9 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         self.pause(false);
-        self.connection.reads_slowly.store(false, Ordering::SeqCst);
+        self.control.reads_slowly.store(false, Ordering::SeqCst);
         // After a reset there is nothing left to say.
-        if !self.connection.leaving.load(Ordering::SeqCst) {
+        if !self.control.leaving.load(Ordering::SeqCst) {
             self.cut();
         }
     }
@@ -382,92 +379,106 @@ fn brief(events: &VecDeque<Event>) -> String {
     format!("{} events, the last: {texts:#?}", events.len())
 }
 
-impl Connection {
-    /// That the agent is gone shows in what it does not answer.
-    fn write(&self, bytes: &[u8]) {
-        let _writing = self.writing.lock().expect("the writing half");
-        let _ = (&self.stream).write_all(bytes);
-    }
-}
-
-/// The socket, at the pace that the test wants.
-struct Paced<'a>(&'a Connection);
-
-impl Read for Paced<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let mut stream = &self.0.stream;
-        if self.0.reads_slowly.load(Ordering::SeqCst) && !buffer.is_empty() {
-            std::thread::sleep(secs(1));
-            return stream.read(&mut buffer[..1]);
-        }
-        stream.read(buffer)
-    }
+/// Panics unless `auth` is signed over the nonce's own bytes.
+pub fn verify_auth(auth: &Value, nonce: &[u8]) {
+    let field = |name: &str| unbase64(auth[name].as_str().unwrap_or_else(|| panic!("no {name} in {auth}")));
+    let (key, signature) = (field("pubkey"), field("signature"));
+    assert_eq!((key.len(), signature.len()), (32, 64), "lengths of key and signature in {auth}");
+    UnparsedPublicKey::new(&ED25519, key)
+        .verify(nonce, &signature)
+        .unwrap_or_else(|_| panic!("the signature does not verify over the {} nonce bytes: {auth}", nonce.len()));
 }
 
 struct Reader {
     /// Before `events`: whoever sees their end is the last owner of the socket.
-    connection: Arc<Connection>,
+    socket: WebSocket,
+    control: Arc<Control>,
     events: Sender<Event>,
 }
 
 impl Reader {
-    fn run(self) {
-        let connection = &*self.connection;
-        let mut from = BufReader::with_capacity(1 << 16, Paced(connection));
-        let mut message: Option<Vec<u8>> = None;
+    fn run(mut self) {
+        let mut message = Vec::new();
         loop {
-            let paused = connection.paused.lock().expect("pause flag");
-            drop(connection.resumed.wait_while(paused, |paused| *paused).expect("pause flag"));
-            let frame = match wire::read_frame(&mut from) {
-                Ok(frame) => frame,
-                Err(e) => {
-                    if e.kind() == std::io::ErrorKind::Other {
-                        let _ = self.events.send(Event::Violation(e.to_string()));
-                    }
-                    return;
-                }
+            self.control.wait_until_resumed();
+            let limit = if self.control.reads_slowly.load(Ordering::SeqCst) {
+                std::thread::sleep(secs(1));
+                1
+            } else {
+                READ_BYTES
             };
-            let event =
-                match frame.opcode {
-                    TEXT | CONTINUATION => {
-                        let mut text = message.take().unwrap_or_default();
-                        text.extend(frame.payload);
-                        if !frame.last {
-                            message = Some(text);
-                            continue;
-                        }
-                        if (connection.tap.lock().expect("the tap"))(&text) {
-                            continue;
-                        }
-                        match serde_json::from_slice(&text) {
-                            Ok(value) => Event::Frame(value),
-                            Err(e) => Event::Violation(format!("a frame of the agent's is not JSON: {e}")),
-                        }
-                    }
-                    PING => {
-                        if connection.answers_pings.load(Ordering::SeqCst) {
-                            connection.write(&encode(PONG, true, &frame.payload));
-                        }
-                        Event::Ping
-                    }
-                    PONG => Event::Pong(frame.payload),
-                    CLOSE => Event::Close(frame.payload.split_first_chunk().map(|(code, reason)| {
-                        (u16::from_be_bytes(*code), String::from_utf8_lossy(reason).into_owned())
-                    })),
-                    BINARY => Event::Violation("the agent sent a binary frame".to_owned()),
-                    other => Event::Violation(format!("the agent sent opcode {other}")),
-                };
-            let ended = matches!(event, Event::Close(_));
-            if self.events.send(event).is_err() || connection.leaving.load(Ordering::SeqCst) {
+            if self.socket.fill(limit).is_err() || !self.handle_frames(&mut message) {
                 return;
             }
+        }
+    }
+
+    /// Handles the complete frames received so far; false to stop reading.
+    fn handle_frames(&mut self, message: &mut Vec<u8>) -> bool {
+        let Self { socket, control, events } = self;
+        let connection = Arc::clone(&socket.connection);
+        loop {
+            let frame = match socket.next_frame() {
+                Ok(Some(frame)) => frame,
+                Ok(None) => return true,
+                Err(e) => {
+                    let _ = events.send(Event::Violation(e.to_string()));
+                    return false;
+                }
+            };
+            let Some(event) = control.event(&frame, message, &connection) else { continue };
+            let is_close = matches!(event, Event::Close(_));
+            if events.send(event).is_err() || control.leaving.load(Ordering::SeqCst) {
+                return false;
+            }
             // Once the Close frames are exchanged it is the server that ends the connection (RFC 6455, 7.1.1).
-            if ended {
-                if !connection.closing.load(Ordering::SeqCst) {
-                    connection.write(&encode(CLOSE, true, &close_payload(1000, "")));
+            if is_close {
+                if !control.closing.load(Ordering::SeqCst) {
+                    let _ = connection.write(&encode(CLOSE, true, &close_payload(1000, "")));
                 }
                 let _ = connection.stream.shutdown(Shutdown::Write);
             }
+        }
+    }
+}
+
+impl Control {
+    fn wait_until_resumed(&self) {
+        let paused = self.paused.lock().expect("pause flag");
+        drop(self.resumed.wait_while(paused, |paused| *paused).expect("pause flag"));
+    }
+
+    /// What a frame means to the test. `message` holds the fragments of an incomplete message.
+    fn event(&self, frame: &Frame, message: &mut Vec<u8>, connection: &Connection) -> Option<Event> {
+        match frame.opcode() {
+            TEXT | CONTINUATION => {
+                message.extend_from_slice(frame.payload);
+                if !frame.header.is_final {
+                    return None;
+                }
+                let text = std::mem::take(message);
+                if (self.tap.lock().expect("the tap"))(&text) {
+                    return None;
+                }
+                Some(match serde_json::from_slice(&text) {
+                    Ok(value) => Event::Frame(value),
+                    Err(e) => Event::Violation(format!("a frame of the agent's is not JSON: {e}")),
+                })
+            }
+            PING => {
+                if self.answers_pings.load(Ordering::SeqCst) {
+                    let _ = connection.write(&encode(PONG, true, frame.payload));
+                }
+                Some(Event::Ping)
+            }
+            PONG => Some(Event::Pong(frame.payload.to_vec())),
+            CLOSE => Some(Event::Close(
+                frame
+                    .payload
+                    .split_first_chunk()
+                    .map(|(code, reason)| (u16::from_be_bytes(*code), String::from_utf8_lossy(reason).into_owned())),
+            )),
+            other => Some(Event::Violation(format!("the agent sent a frame with opcode {other}"))),
         }
     }
 }

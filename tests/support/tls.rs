@@ -1,17 +1,18 @@
 //! A certificate authority, and a proxy that speaks TLS with the agent and plain TCP with the scripted coordinator.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, date_time_ymd};
+use rustls::ServerConfig;
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
-use rustls::{ServerConfig, ServerConnection};
 use time::{Duration, OffsetDateTime};
 
 use super::Scratch;
 use super::acceptor::Acceptor;
+use super::connection::Connection;
 use super::descriptors::opened;
 
 /// An authority of this test alone.
@@ -43,9 +44,11 @@ impl Authority {
         scratch.write("ca.pem", self.0.pem())
     }
 
-    fn server_config(&self, flaw: Flaw) -> ServerConfig {
-        let name = if flaw == Flaw::WrongName { "elsewhere.example" } else { "localhost" };
-        let mut params = CertificateParams::new(vec![name.to_owned()]).expect("a name");
+    /// For a server on loopback.
+    pub fn server_config(&self, flaw: Flaw) -> Arc<ServerConfig> {
+        let names = if flaw == Flaw::WrongName { &["elsewhere.example"][..] } else { &["localhost", "127.0.0.1"] };
+        let names: Vec<_> = names.iter().map(|name| (*name).to_owned()).collect();
+        let mut params = CertificateParams::new(names).expect("names");
         match flaw {
             Flaw::None | Flaw::WrongName => {}
             Flaw::Expired => {
@@ -60,39 +63,30 @@ impl Authority {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let versions = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
         let builder = versions.expect("versions").with_no_client_auth();
-        builder.with_single_cert(vec![certificate.der().clone()], key).expect("a certificate and its key")
+        Arc::new(builder.with_single_cert(vec![certificate.der().clone()], key).expect("a certificate and its key"))
     }
 }
 
-/// Takes connections for as long as the test lives.
+/// Speaks TLS with the agent and plain TCP with a scripted peer.
 pub struct TlsProxy {
     acceptor: Acceptor,
-    newest: Arc<Mutex<Option<Arc<Pipe>>>>,
-}
-
-/// One connection: the TLS session is locked for memory work only, so that both directions flow at once.
-struct Pipe {
-    agent: TcpStream,
-    coordinator: TcpStream,
-    tls: Mutex<ServerConnection>,
+    newest: Arc<Mutex<Option<Arc<Connection>>>>,
 }
 
 impl TlsProxy {
-    pub fn new(authority: &Authority, flaw: Flaw, coordinator: SocketAddr) -> Self {
-        let config = Arc::new(authority.server_config(flaw));
+    pub fn new(authority: &Authority, flaw: Flaw, target: SocketAddr) -> Self {
+        let config = authority.server_config(flaw);
         let newest = Arc::new(Mutex::new(None));
         let slot = Arc::clone(&newest);
-        let acceptor = Acceptor::new("127.0.0.1:0", move |agent| {
-            let coordinator = opened(TcpStream::connect(coordinator), "the scripted coordinator");
-            for socket in [&agent, &coordinator] {
-                socket.set_nodelay(true).expect("no delay");
-            }
-            let tls = Mutex::new(ServerConnection::new(Arc::clone(&config)).expect("a TLS session"));
-            let pipe = Arc::new(Pipe { agent, coordinator, tls });
-            *slot.lock().expect("newest") = Some(Arc::clone(&pipe));
-            let up = Arc::clone(&pipe);
-            std::thread::spawn(move || up.pump_up());
-            std::thread::spawn(move || pipe.pump_down());
+        let acceptor = Acceptor::new("127.0.0.1:0", move |stream| {
+            let plain = opened(TcpStream::connect(target), "a connection to the target of the proxy");
+            plain.set_nodelay(true).expect("no delay");
+            let (agent, plain) = (Connection::new(stream, Some(&config)).expect("a TLS session"), Arc::new(plain));
+            let agent = Arc::new(agent);
+            *slot.lock().expect("newest") = Some(Arc::clone(&agent));
+            let up = (Arc::clone(&agent), Arc::clone(&plain));
+            std::thread::spawn(move || relay_up(&up.0, &up.1));
+            std::thread::spawn(move || relay_down(&plain, &agent));
         });
         Self { acceptor, newest }
     }
@@ -102,61 +96,34 @@ impl TlsProxy {
         format!("wss://localhost:{}/provider/connect", self.acceptor.address().port())
     }
 
-    /// Gives the newest connection new keys in the middle of whatever flows, and asks the agent for new ones too.
+    /// Changes the keys of the newest connection, both ways.
     pub fn update_keys(&self) {
-        let pipe = self.newest.lock().expect("newest").clone().expect("a connection");
-        let mut tls = pipe.tls.lock().expect("tls");
-        tls.refresh_traffic_keys().expect("TLS 1.3");
-        pipe.send_records(&mut tls);
+        self.newest.lock().expect("newest").as_ref().expect("a connection").update_keys();
     }
 }
 
-impl Pipe {
-    fn pump_up(&self) {
-        let mut buffer = [0; 16 << 10];
-        'connection: while let Ok(n @ 1..) = (&self.agent).read(&mut buffer) {
-            let mut ciphertext = &buffer[..n];
-            while !ciphertext.is_empty() {
-                let mut tls = self.tls.lock().expect("tls");
-                let read = tls.read_tls(&mut ciphertext).is_ok() && tls.process_new_packets().is_ok();
-                let mut plaintext = Vec::new();
-                match tls.reader().read_to_end(&mut plaintext) {
-                    Err(e) if e.kind() != ErrorKind::WouldBlock => break 'connection,
-                    _ => {}
-                }
-                // The handshake's answers, and alerts.
-                self.send_records(&mut tls);
-                drop(tls);
-                if (&self.coordinator).write_all(&plaintext).is_err() || !read {
-                    break 'connection;
-                }
-            }
+fn relay_up(agent: &Connection, mut plain: &TcpStream) {
+    let (mut buffer, mut bytes) = (vec![0; 16 << 10], Vec::new());
+    loop {
+        let read = agent.read(&mut buffer, &mut bytes);
+        // Bytes that were decrypted before an error are relayed, too.
+        if plain.write_all(&bytes).is_err() || read.is_err() {
+            break;
         }
-        self.end();
+        bytes.clear();
     }
+    close(agent, plain);
+}
 
-    fn pump_down(&self) {
-        let mut buffer = [0; 16 << 10];
-        while let Ok(n @ 1..) = (&self.coordinator).read(&mut buffer) {
-            let mut tls = self.tls.lock().expect("tls");
-            tls.writer().write_all(&buffer[..n]).expect("room in the session");
-            self.send_records(&mut tls);
-        }
-        self.end();
-    }
+fn relay_down(mut plain: &TcpStream, agent: &Connection) {
+    let mut buffer = vec![0; 16 << 10];
+    while let Ok(n @ 1..) = plain.read(&mut buffer)
+        && agent.write(&buffer[..n]).is_ok()
+    {}
+    close(agent, plain);
+}
 
-    /// Under the lock, so that records leave in the order in which they were made.
-    fn send_records(&self, tls: &mut ServerConnection) {
-        while tls.wants_write() {
-            if tls.write_tls(&mut &self.agent).is_err() {
-                return;
-            }
-        }
-    }
-
-    fn end(&self) {
-        for socket in [&self.agent, &self.coordinator] {
-            let _ = socket.shutdown(Shutdown::Both);
-        }
-    }
+fn close(agent: &Connection, plain: &TcpStream) {
+    agent.close();
+    let _ = plain.shutdown(Shutdown::Both);
 }
