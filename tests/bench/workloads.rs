@@ -267,7 +267,7 @@ fn churn(run: &mut Run, effort: &Effort) -> Result<Figures> {
         }
     }
     let [p50, p99] = quantiles(run.client.take_latencies_us()?)?;
-    // A stream that stalled has no late events above; it lacks them.
+    // A stalled stream shows above as missing events, not as late ones.
     let deadline = Instant::now() + TIMEOUT;
     for _ in 0..CHURN_STREAMS {
         let (_, bytes) = run.wait_done(deadline)?.ok_or("a stream did not end")?;
@@ -322,8 +322,8 @@ fn cancel(run: &mut Run, effort: &Effort, is_silent: bool) -> Result<Figures> {
         }
         let (id, _) = run.submit(if is_silent { Script::Silence } else { Script::OneEventThenSilence })?;
         if is_silent {
-            let is_silent = |event| matches!(event, BackendEvent::Silent { job_id } if job_id == id).then_some(());
-            run.wait_backend(TIMEOUT, is_silent).ok_or("the backend received no request")?;
+            let received = |event| matches!(event, BackendEvent::Silent { job_id } if job_id == id).then_some(());
+            run.wait_backend(TIMEOUT, received).ok_or("the backend received no request")?;
         } else {
             run.wait_first(1)?;
         }

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use serde_json::json;
 use time::OffsetDateTime;
-use tungstenite::handshake::derive_accept_key;
 
 use crate::support::*;
 
@@ -78,11 +77,7 @@ fn coordinator(off: Option<i64>) -> Coordinator {
                 .send(format!("HTTP/1.1 404 Not Found\r\nDate: {date}\r\nContent-Length: 0\r\n\r\n").as_bytes());
         }
         let date = off.map(|off| format!("Date: {}\r\n", http_date(off))).unwrap_or_default();
-        let accept = derive_accept_key(request.header("sec-websocket-key").expect("a key").as_bytes());
-        let head = format!(
-            "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n{date}\
-             Sec-WebSocket-Accept: {accept}\r\n\r\n"
-        );
+        let head = switching_protocols(request.header("sec-websocket-key").expect("a key"), &date);
         let challenge = json!({"type": "auth_challenge", "nonce": base64(b"nonce")}).to_string();
         dialled.send(&[head.as_bytes(), &encode(TEXT, true, challenge.as_bytes())].concat());
         let _ = (&dialled.stream).read_to_end(&mut Vec::new());

@@ -42,7 +42,7 @@ pub use scratch::Scratch;
 pub use session::{Event, Outcome, Session, Take, is_offer, job, job_within, verify_auth};
 pub use shim::Shim;
 pub use tls::{Authority, Flaw, TlsProxy};
-pub use websocket::{BINARY, CLOSE, CONTINUATION, PING, TEXT, close_payload, encode};
+pub use websocket::{BINARY, CLOSE, CONTINUATION, PING, TEXT, close_payload, encode, switching_protocols};
 
 /// How long anything that should happen at once may take on a loaded machine.
 pub const SOON: Duration = Duration::from_secs(10);

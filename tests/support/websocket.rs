@@ -45,6 +45,15 @@ pub fn close_payload(code: u16, reason: &str) -> Vec<u8> {
     [&code.to_be_bytes()[..], reason.as_bytes()].concat()
 }
 
+/// The response to an upgrade request with this `Sec-WebSocket-Key`; more header lines may be added.
+pub fn switching_protocols(key: &str, headers: &str) -> String {
+    let accept = derive_accept_key(key.as_bytes());
+    format!(
+        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n{headers}\
+         Sec-WebSocket-Accept: {accept}\r\n\r\n"
+    )
+}
+
 /// Eight bytes at a time: debug builds mask hundreds of megabytes.
 fn apply_mask(payload: &mut [u8], mask: [u8; 4]) {
     let [a, b, c, d] = mask;
@@ -131,9 +140,7 @@ impl WebSocket {
         };
         let key = request.as_ref().and_then(|request| request.header("sec-websocket-key"));
         let key = key.ok_or_else(|| io::Error::other("a request without Sec-WebSocket-Key"))?;
-        let accept = derive_accept_key(key.as_bytes());
-        let head = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n";
-        let response = format!("{head}Sec-WebSocket-Accept: {accept}\r\n\r\n");
+        let response = switching_protocols(key, "");
         socket.connection.write(&[response.as_bytes(), more].concat())?;
         Ok(socket)
     }
