@@ -313,6 +313,8 @@ fn usage_is_read_off_the_stream_as_it_passes() {
 /// A coordinator that stops reading for a while: nothing is dropped, and the cancel of another job still gets through.
 #[test]
 fn a_slow_coordinator_slows_the_backend_down_and_loses_nothing() {
+    // More than every buffer on the way together; the writing must come to a stop. Made before the job's deadline runs.
+    let body = noise(48 << 20);
     let backend = Backend::vllm(&["m", "n"]);
     let rig = Rig::new(&backend);
     let mut silent_job = {
@@ -326,8 +328,6 @@ fn a_slow_coordinator_slows_the_backend_down_and_loses_nothing() {
     assert_eq!(rig.session.chunk(&id), b"data: 1\n\n");
     rig.session.pause(true);
 
-    // More than every buffer on the way together; the writing must come to a stop.
-    let body = noise(48 << 20);
     let copy = body.clone();
     let (wrote, written) = unbounded();
     let writer = std::thread::spawn(move || {
