@@ -1,4 +1,4 @@
-//! An admitted job, as the threads share it that may end it.
+//! An admitted job: its request and its resources, shared by the threads that may end it.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

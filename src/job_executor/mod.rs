@@ -18,7 +18,7 @@ pub mod stats;
 mod table;
 pub mod token_limit;
 mod worker;
-pub mod worker_pool;
+mod worker_pool;
 
 use std::sync::Arc;
 use std::time::Instant;

@@ -1,4 +1,4 @@
-//! From a URL to a WebSocket, within [`CONNECT_TIMEOUT`]: name, TCP, proxy, TLS, upgrade.
+//! Opens a WebSocket to a URL within [`CONNECT_TIMEOUT`]: name resolution, TCP, proxy, TLS, upgrade.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
@@ -25,12 +25,12 @@ use crate::net::tls;
 use crate::net::tls::ExtraRoots;
 use crate::sys::threads;
 
-/// For all steps together.
+/// Limit for all steps together.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// The longest head of an answer of HTTP that we read ourselves, in bytes.
+/// The longest head of an HTTP response, in bytes.
 const HEAD_BYTES_MAX: usize = 8 << 10;
-/// The most headers in it.
+/// The most headers in the head of a response.
 const HEADERS_MAX: usize = 128;
 
 /// Why there is no connection.
@@ -39,64 +39,64 @@ pub enum DialError {
     /// The agent is stopping.
     #[error("the agent is stopping")]
     Stopping,
-    /// The time for all steps is over.
+    /// [`CONNECT_TIMEOUT`] has passed.
     #[error("no connection within {} s", CONNECT_TIMEOUT.as_secs())]
     TimedOut,
-    /// The name has no address.
+    /// The host name could not be resolved.
     #[error("failed to resolve `{host}`: {error}")]
     Resolve {
-        /// The name.
+        /// The host name.
         host: String,
-        /// What the resolver says.
+        /// The resolver's error.
         error: io::Error,
     },
-    /// No address accepts.
+    /// No address accepted the connection.
     #[error("failed to connect to `{host}:{port}`: {error}")]
     Connect {
         /// The host.
         host: String,
         /// The port.
         port: u16,
-        /// The first address's error.
+        /// The error of the first address.
         error: io::Error,
     },
-    /// The proxy would not.
-    #[error("the proxy of HTTPS_PROXY refused to connect: {0}")]
+    /// The proxy refused the connection.
+    #[error("the proxy in HTTPS_PROXY refused the connection: {0}")]
     Proxy(String),
     /// The TLS handshake failed.
     #[error("TLS handshake failed: {why}")]
     Tls {
-        /// In words.
+        /// The reason, for the operator.
         why: String,
-        /// What is wrong with the server's certificate, if it is that.
+        /// Set if the server's certificate was rejected.
         fault: Option<CertificateError>,
     },
-    /// The server does not upgrade to a WebSocket.
+    /// The server did not upgrade to a WebSocket.
     #[error("WebSocket upgrade failed: {0}")]
     Upgrade(String),
-    /// The system refused something.
+    /// A system call failed.
     #[error(transparent)]
     System(#[from] io::Error),
 }
 
-/// Is told of each step of a dial as it is done: what fails is the one after the last.
+/// Is called after each step of a dial. If the dial fails, it failed in the step after the last call.
 pub trait DialObserver {
-    /// The name has these addresses.
+    /// The host name has these addresses.
     fn resolved(&mut self, _addresses: &[SocketAddr]) {}
     /// This address accepted.
     fn connected(&mut self, _address: SocketAddr) {}
-    /// The proxy has a connection to the coordinator.
+    /// The proxy has connected to the coordinator.
     fn tunnelled(&mut self) {}
-    /// The TLS session stands, in this version and by this certificate (DER).
+    /// The TLS handshake has succeeded, with this version and this certificate (DER).
     fn secured(&mut self, _version: Option<ProtocolVersion>, _certificate: &[u8]) {}
-    /// The server answered the request to upgrade, whatever it says.
+    /// The server has answered the upgrade request, with any status.
     fn answered(&mut self, _headers: &HeaderMap) {}
 }
 
-/// Nobody listens.
+/// Observes nothing.
 impl DialObserver for () {}
 
-/// Opens connections to one coordinator. Names are resolved anew each time.
+/// Opens connections to one coordinator. Resolves its name for each connection.
 pub struct Dialer {
     uri: Uri,
     host: String,
@@ -108,7 +108,7 @@ pub struct Dialer {
 }
 
 impl Dialer {
-    /// `uri` is a checked `ws` or `wss` address. A `proxy` is used unless it excepts the host.
+    /// `uri` is a valid `ws` or `wss` address. `proxy` is used unless its exceptions include the host.
     pub fn new(uri: Uri, roots: ExtraRoots, proxy: Option<Proxy>) -> Dialer {
         let secure = uri.scheme_str() == Some("wss");
         let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
@@ -117,7 +117,7 @@ impl Dialer {
         Dialer { uri, host, port, secure, proxy, roots, tls: OnceLock::new() }
     }
 
-    /// Host and port that the TCP connection goes to: the proxy's, where one is used.
+    /// Host and port of the TCP connection: the proxy's if one is used.
     pub fn peer(&self) -> (&str, u16) {
         match &self.proxy {
             Some(proxy) => (proxy.host().trim_matches(['[', ']']), proxy.port()),
@@ -135,34 +135,34 @@ impl Dialer {
         self.proxy.is_some()
     }
 
-    /// Connects. `opened` is given the socket as soon as there is one, so that it can be closed from elsewhere;
-    /// `stop` disconnects when the agent is to stop.
+    /// Connects. `on_socket` receives the socket as soon as it is open, so that another thread can shut it down. The dial ends
+    /// when `stop` disconnects.
     ///
     /// # Errors
-    /// By step.
-    pub fn dial(&self, stop: &Receiver<()>, opened: impl FnOnce(TcpStream)) -> Result<ReadHalf, DialError> {
+    /// A step fails, or takes too long.
+    pub fn dial(&self, stop: &Receiver<()>, on_socket: impl FnOnce(TcpStream)) -> Result<ReadHalf, DialError> {
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         let tcp = self.connect(deadline, stop, &mut ())?;
-        opened(tcp.try_clone()?);
+        on_socket(tcp.try_clone()?);
         self.upgrade(self.link(tcp, deadline, &mut ())?, deadline, &mut ())
     }
 
-    /// Connects, and tells of each step.
+    /// Connects, and calls `observer` after each step.
     ///
     /// # Errors
-    /// By step.
-    pub fn dial_observed(&self, steps: &mut dyn DialObserver) -> Result<ReadHalf, DialError> {
+    /// A step fails, or takes too long.
+    pub fn dial_observed(&self, observer: &mut dyn DialObserver) -> Result<ReadHalf, DialError> {
         let deadline = Instant::now() + CONNECT_TIMEOUT;
-        let tcp = self.connect(deadline, &never(), steps)?;
-        self.upgrade(self.link(tcp, deadline, steps)?, deadline, steps)
+        let tcp = self.connect(deadline, &never(), observer)?;
+        self.upgrade(self.link(tcp, deadline, observer)?, deadline, observer)
     }
 
-    /// Asks the server for an ordinary HTTP answer, over a connection of its own, and returns its headers.
+    /// Sends an ordinary HTTP request over a new connection, and returns the headers of the response.
     ///
     /// # Errors
-    /// By step.
-    pub fn fetch_headers(&self, time: Duration) -> Result<HeaderMap, DialError> {
-        let deadline = Instant::now() + time;
+    /// A step fails, or takes too long.
+    pub fn fetch_headers(&self, timeout: Duration) -> Result<HeaderMap, DialError> {
+        let deadline = Instant::now() + timeout;
         let link = self.link(self.connect(deadline, &never(), &mut ())?, deadline, &mut ())?;
         let mut stream = LinkReader::new(link, deadline);
         let host = self.uri.authority().map_or(self.host.as_str(), |a| a.as_str());
@@ -170,40 +170,42 @@ impl Dialer {
         write!(stream, "HEAD / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")?;
         stream.flush()?;
         let head =
-            read_head(&mut stream)?.ok_or_else(|| DialError::Upgrade("the server does not answer as HTTP".into()));
+            read_head(&mut stream)?.ok_or_else(|| DialError::Upgrade("the server's response is not HTTP".into()));
         Ok(head?.headers)
     }
 
-    /// The certificate that the server presents, believed or not, DER; over a connection of its own, which ends there.
-    pub fn fetch_peer_certificate(&self, time: Duration) -> Option<Vec<u8>> {
-        let deadline = Instant::now() + time;
+    /// The certificate that the server presents, trusted or not, in DER. Opens a new connection, and ends it in the TLS
+    /// handshake.
+    pub fn fetch_peer_certificate(&self, timeout: Duration) -> Option<Vec<u8>> {
+        let deadline = Instant::now() + timeout;
         let tcp = self.connect(deadline, &never(), &mut ()).ok()?;
         self.connect_proxy(&tcp, deadline, &mut ()).ok()?;
-        let onlooker = Arc::new(CapturingVerifier::default());
-        // Fails, as it must.
-        let _ = self.tls_handshake(&tcp, onlooker.clone().config().ok()?, deadline);
-        Some(onlooker.captured()).filter(|der| !der.is_empty())
+        let verifier = Arc::new(CapturingVerifier::default());
+        // Always fails: the verifier rejects every certificate.
+        let _ = self.tls_handshake(&tcp, verifier.clone().config().ok()?, deadline);
+        Some(verifier.captured()).filter(|der| !der.is_empty())
     }
 
-    /// Name resolution cannot be bounded or interrupted, so it happens in a thread that may be left behind.
+    /// Opens the TCP connection. Name resolution has no timeout and cannot be interrupted, so it runs in a thread of its own,
+    /// which may outlive this call.
     fn connect(
         &self,
         deadline: Instant,
         stop: &Receiver<()>,
-        steps: &mut dyn DialObserver,
+        observer: &mut dyn DialObserver,
     ) -> Result<TcpStream, DialError> {
         let (host, port) = self.peer();
         let host = host.to_owned();
         let progress = Arc::new(Mutex::new(Progress { resolved: None, opened: Err(DialError::TimedOut) }));
-        // Rung once there are addresses, and gone at the end, whatever it is.
-        let (parker, rung) = bounded::<()>(1);
+        // Receives one message when the name is resolved, and disconnects when the thread ends.
+        let (progress_sender, progressed) = bounded::<()>(1);
         let of_thread = progress.clone();
         threads::spawn("dial", move || {
             let opened = match (host.as_str(), port).to_socket_addrs() {
                 Ok(addresses) => {
                     let addresses: Vec<SocketAddr> = addresses.collect();
                     Progress::of(&of_thread).resolved = Some(addresses.clone());
-                    let _ = parker.send(());
+                    let _ = progress_sender.send(());
                     connect::connect_any(&addresses, Some(deadline)).map_err(|error| DialError::Connect {
                         host,
                         port,
@@ -216,43 +218,48 @@ impl Dialer {
         })?;
         loop {
             let ended = select! {
-                recv(rung) -> ring => ring.is_err(),
+                recv(progressed) -> message => message.is_err(),
                 recv(stop) -> _ => return Err(DialError::Stopping),
                 default(deadline.saturating_duration_since(Instant::now())) => return Err(DialError::TimedOut),
             };
             let mut progress = Progress::of(&progress);
             if let Some(addresses) = progress.resolved.take() {
-                steps.resolved(&addresses);
+                observer.resolved(&addresses);
             }
             if ended {
                 let opened = std::mem::replace(&mut progress.opened, Err(DialError::TimedOut));
-                // One that is closed again already has no address; the next step finds out.
+                // A socket that is closed again has no address, and the next step fails.
                 if let Some(address) = opened.as_ref().ok().and_then(|tcp| tcp.peer_addr().ok()) {
-                    steps.connected(address);
+                    observer.connected(address);
                 }
                 return opened;
             }
         }
     }
 
-    /// Through the proxy, where there is to be one.
-    fn connect_proxy(&self, tcp: &TcpStream, deadline: Instant, steps: &mut dyn DialObserver) -> Result<(), DialError> {
+    /// Prepares the socket, and connects through the proxy if one is used.
+    fn connect_proxy(
+        &self,
+        tcp: &TcpStream,
+        deadline: Instant,
+        observer: &mut dyn DialObserver,
+    ) -> Result<(), DialError> {
         tcp.set_nodelay(true)?;
         tcp.set_write_timeout(Some(CONNECT_TIMEOUT))?;
         if let Some(proxy) = &self.proxy {
             self.tunnel(tcp, proxy, deadline)?;
-            steps.tunnelled();
+            observer.tunnelled();
         }
         Ok(())
     }
 
-    /// Prepared, and under TLS where it is to be.
-    fn link(&self, tcp: TcpStream, deadline: Instant, steps: &mut dyn DialObserver) -> Result<Arc<Link>, DialError> {
-        self.connect_proxy(&tcp, deadline, steps)?;
+    /// Makes a link of the socket, with TLS if the address is `wss`.
+    fn link(&self, tcp: TcpStream, deadline: Instant, observer: &mut dyn DialObserver) -> Result<Arc<Link>, DialError> {
+        self.connect_proxy(&tcp, deadline, observer)?;
         let tls = if self.secure { Some(self.tls_handshake(&tcp, self.tls_config()?, deadline)?) } else { None };
         if let Some(tls) = &tls {
             let certificate = tls.peer_certificates().and_then(|chain| chain.first());
-            steps.secured(tls.protocol_version(), certificate.map_or(&[], |certificate| certificate));
+            observer.secured(tls.protocol_version(), certificate.map_or(&[], |certificate| certificate));
         }
         Ok(Arc::new(Link::new(tcp, tls.map(Mutex::new))))
     }
@@ -269,7 +276,7 @@ impl Dialer {
         let mut stream = DeadlineStream { tcp, deadline };
         stream.write_all(request.as_bytes()).map_err(timed_out_or(|e| DialError::Proxy(e.to_string())))?;
         let head = read_head(&mut stream).map_err(timed_out_or(|e| DialError::Proxy(e.to_string())))?;
-        let head = head.ok_or_else(|| DialError::Proxy("it does not answer as an HTTP proxy".into()))?;
+        let head = head.ok_or_else(|| DialError::Proxy("its response is not HTTP".into()))?;
         match head.status {
             200..=299 => Ok(()),
             _ => Err(DialError::Proxy(sanitize_for_log(&head.status_line))),
@@ -291,7 +298,7 @@ impl Dialer {
         deadline: Instant,
     ) -> Result<ClientConnection, DialError> {
         let no_name = |_| DialError::Tls {
-            why: format!("`{}` is not a name that a certificate can have", self.host),
+            why: format!("`{}` is not a valid TLS server name", self.host),
             fault: Some(CertificateError::NotValidForName),
         };
         let name = ServerName::try_from(self.host.clone()).map_err(no_name)?;
@@ -309,7 +316,12 @@ impl Dialer {
         Ok(connection)
     }
 
-    fn upgrade(&self, link: Arc<Link>, deadline: Instant, steps: &mut dyn DialObserver) -> Result<ReadHalf, DialError> {
+    fn upgrade(
+        &self,
+        link: Arc<Link>,
+        deadline: Instant,
+        observer: &mut dyn DialObserver,
+    ) -> Result<ReadHalf, DialError> {
         let config = WebSocketConfig::default()
             .read_buffer_size(READ_BUFFER_BYTES)
             .write_buffer_size(0)
@@ -318,7 +330,7 @@ impl Dialer {
         let reader = LinkReader::new(link.clone(), deadline);
         let socket = match tungstenite::client::client_with_config(&self.uri, reader, Some(config)) {
             Ok((socket, response)) => {
-                steps.answered(response.headers());
+                observer.answered(response.headers());
                 socket
             }
             Err(HandshakeError::Interrupted(_)) => return Err(DialError::TimedOut),
@@ -326,25 +338,25 @@ impl Dialer {
                 return Err(timed_out_or(|e| DialError::Upgrade(e.to_string()))(e));
             }
             Err(HandshakeError::Failure(tungstenite::Error::Http(response))) => {
-                steps.answered(response.headers());
+                observer.answered(response.headers());
                 return Err(DialError::Upgrade(format!("the server answered HTTP {}", response.status())));
             }
             Err(HandshakeError::Failure(e)) => return Err(DialError::Upgrade(e.to_string())),
         };
         link.tcp.set_write_timeout(Some(STALL_TIMEOUT))?;
-        // Kept as it is: its buffer may hold what came right behind the upgrade.
+        // The same WebSocket goes on, because its buffer may hold data that followed the upgrade.
         Ok(ReadHalf { socket })
     }
 }
 
-/// The head of an HTTP answer.
+/// The head of an HTTP response.
 struct Head {
     status: u16,
     status_line: String,
     headers: HeaderMap,
 }
 
-/// Reads byte by byte, for what follows the head belongs to somebody else; `None` if the answer is not HTTP.
+/// Reads byte by byte, because data after the head belongs to the next protocol. `None` if the response is not HTTP.
 fn read_head(stream: &mut impl Read) -> io::Result<Option<Head>> {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
@@ -382,7 +394,7 @@ fn timed_out_or(other: impl Fn(io::Error) -> DialError) -> impl Fn(io::Error) ->
     }
 }
 
-/// How far the thread of a dial has come.
+/// What the thread of [`Dialer::connect`] has reached.
 struct Progress {
     resolved: Option<Vec<SocketAddr>>,
     opened: Result<TcpStream, DialError>,
@@ -394,7 +406,7 @@ impl Progress {
     }
 }
 
-/// A socket whose reads and writes must all be over by the deadline.
+/// A socket whose reads and writes fail after the deadline.
 struct DeadlineStream<'a> {
     tcp: &'a TcpStream,
     deadline: Instant,

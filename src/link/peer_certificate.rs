@@ -1,7 +1,6 @@
-//! Looks at a server's certificate and goes away: for `doctor`, which tells the operator who answers in the place of the server
-//! that was meant.
+//! Captures a server's certificate, so that `doctor` can name who answers in place of the coordinator.
 //!
-//! Invariant: no handshake comes to its end by it.
+//! Invariant: a handshake with this verifier always fails.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -11,20 +10,20 @@ use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error, Signa
 
 use crate::net::tls;
 
-/// Takes note of the certificate, and refuses it.
+/// A certificate verifier that records the certificate and rejects it.
 #[derive(Debug, Default)]
 pub struct CapturingVerifier(Mutex<Vec<u8>>);
 
 impl CapturingVerifier {
-    /// The certificate that it was shown, DER; empty before.
+    /// The certificate in DER; empty before a handshake.
     pub fn captured(&self) -> Vec<u8> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// What TLS is to do for it.
+    /// A client configuration with this verifier.
     ///
     /// # Errors
-    /// The cryptography has no such TLS.
+    /// The crypto provider supports no TLS version.
     pub fn config(self: Arc<Self>) -> Result<Arc<ClientConfig>, Error> {
         let builder = ClientConfig::builder_with_provider(tls::provider());
         let builder = builder.with_safe_default_protocol_versions()?.dangerous();
@@ -32,7 +31,7 @@ impl CapturingVerifier {
     }
 }
 
-const REFUSED: Error = Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure);
+const REJECTED: Error = Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure);
 
 impl ServerCertVerifier for CapturingVerifier {
     fn verify_server_cert(
@@ -44,7 +43,7 @@ impl ServerCertVerifier for CapturingVerifier {
         _: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = end_entity.to_vec();
-        Err(REFUSED)
+        Err(REJECTED)
     }
 
     fn verify_tls12_signature(
@@ -53,7 +52,7 @@ impl ServerCertVerifier for CapturingVerifier {
         _: &CertificateDer<'_>,
         _: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        Err(REFUSED)
+        Err(REJECTED)
     }
 
     fn verify_tls13_signature(
@@ -62,7 +61,7 @@ impl ServerCertVerifier for CapturingVerifier {
         _: &CertificateDer<'_>,
         _: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        Err(REFUSED)
+        Err(REJECTED)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {

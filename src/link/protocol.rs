@@ -1,7 +1,7 @@
-//! The frames of both directions. Pure: no socket, no clock, no state.
+//! The frames of both directions. No I/O, no clock, no state.
 //!
-//! What the agent sends is built as text at once, because a chunk is the one thing that is built ten thousand times a
-//! minute; what it receives is read leniently, because the coordinator may be newer than we are.
+//! Frames that the agent sends are built as text: ten thousand chunks per minute are worth that. Frames that it receives are
+//! parsed leniently, because the coordinator may be newer than the agent.
 
 use std::sync::LazyLock;
 
@@ -16,13 +16,13 @@ pub use crate::backend::ErrorCode;
 use crate::backend::{Job, JobResult, WireFormat};
 use crate::discovery::ResolvedModel;
 
-/// What the agent calls itself on the wire.
+/// The agent's version on the wire.
 pub const AGENT_VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// The deadline of a job that names none, or one that cannot be read, in milliseconds.
+/// Milliseconds of deadline for a job without a valid `deadline_ms`.
 pub const DEADLINE_DEFAULT_MS: u32 = 60_000;
 
-/// The most JSON values in one job: each costs about 100 bytes, so 100 MB, where the text has a byte for each.
+/// JSON values in one job. Each takes about 100 bytes, so 100 MB in all, while its text may take as little as one byte.
 const VALUES_MAX: usize = 1 << 20;
 
 /// A frame from the coordinator.
@@ -30,29 +30,29 @@ const VALUES_MAX: usize = 1 << 20;
 pub enum Inbound {
     /// The nonce to sign, decoded.
     AuthChallenge(Vec<u8>),
-    /// We are let in, under this id if one is named.
+    /// The agent is admitted, with a provider id if the frame has one.
     AuthOk(Option<String>),
-    /// We are not let in.
+    /// The agent is refused, for this reason.
     AuthFailed(String),
     /// A job to run.
     Job(Box<Job>),
-    /// A job that has an id, but a request that cannot be read, and why not.
+    /// The id of a job whose request cannot be read, and the reason.
     UnreadableJob(Uuid, &'static str),
-    /// A job whose customer is gone.
+    /// The id of a job to cancel.
     JobCancel(Uuid),
-    /// A type that we do not know; newer coordinators may send some.
+    /// A frame of an unknown type, which newer coordinators may send.
     Other(String),
 }
 
-/// Why a frame could not be read. Says nothing of its content, which may be a prompt.
+/// Why a frame cannot be read. Does not quote the frame, which may contain a prompt.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
     /// Not a JSON object with a `type`.
     #[error("it is not a JSON object with a `type` (line {line}, column {column})")]
     Json {
-        /// Line of the fault, from 1.
+        /// The line of the error, from 1.
         line: usize,
-        /// Column of the fault, from 1.
+        /// The column of the error, from 1.
         column: usize,
     },
     /// A field is missing or has the wrong type.
@@ -60,18 +60,18 @@ pub enum FrameError {
     Field {
         /// The frame's type.
         frame: &'static str,
-        /// The field at fault, or those that may be.
+        /// The field that is missing or invalid, or the candidates.
         fields: &'static str,
     },
 }
 
-/// Reads one text message. A frame of a type that we do not know costs no memory, however large it is.
+/// Parses one text message. A frame of an unknown type takes no memory, whatever its size.
 pub fn parse(text: &str) -> Result<Inbound, FrameError> {
     #[derive(Deserialize)]
     struct Head {
         r#type: String,
     }
-    // serde reads a struct from a JSON array too.
+    // serde would accept a JSON array for a struct.
     if !text.trim_start().starts_with('{') {
         return Err(FrameError::Json { line: 1, column: 1 });
     }
@@ -96,7 +96,7 @@ pub fn parse(text: &str) -> Result<Inbound, FrameError> {
     }
 }
 
-/// A frame that has no reason to be large; one that is reads as empty.
+/// Parses a frame of a kind that is small; a large one yields null.
 fn small(text: &str) -> Value {
     const BYTES_MAX: usize = 64 << 10;
     if text.len() > BYTES_MAX { Value::Null } else { serde_json::from_str(text).unwrap_or_default() }
@@ -108,11 +108,11 @@ fn parse_job(text: &str) -> Result<Inbound, FrameError> {
         job_id: String,
         model_id: String,
         request: Value,
-        // Whatever stands in these two, the job is one.
+        // Invalid values of these two fields do not invalidate the job.
         format: Option<Value>,
         deadline_ms: Option<Value>,
     }
-    /// The frame, whatever its request is.
+    /// Accepts any request that is JSON.
     #[derive(Deserialize)]
     struct Shape {
         #[serde(rename = "model_id")]
@@ -132,7 +132,7 @@ fn parse_job(text: &str) -> Result<Inbound, FrameError> {
     let frame: Frame = match serde_json::from_str(text) {
         Ok(frame) => frame,
         Err(e) if e.is_data() && serde_json::from_str::<Shape>(text).is_err() => return Err(MALFORMED),
-        // The frame itself is JSON, for its type could be read: a half emoji, or a thousand brackets.
+        // Valid JSON that serde_json rejects, such as an unpaired surrogate or a thousand nested arrays.
         Err(_) => return unreadable(NOT_REPRESENTABLE),
     };
     let format = match frame.format.as_ref().and_then(Value::as_str) {
@@ -158,15 +158,15 @@ fn job_id(text: &str) -> Option<Uuid> {
     Uuid::parse_str(&head.job_id).ok()
 }
 
-/// Whether an object has the key by which serde_json hands numbers of any precision on: it would become a number. A text
-/// that speaks of the key is a text.
+/// Whether an object has the key that serde_json uses for numbers of arbitrary precision, which would turn the object into a
+/// number. The key within a string does not count.
 fn has_number_key(json: &str) -> bool {
     const KEY: &str = r#""$serde_json::private::Number""#;
     let is_key = |at: usize| !json[..at].ends_with('\\') && json[at + KEY.len()..].trim_start().starts_with(':');
     json.match_indices(KEY).any(|(at, _)| is_key(at))
 }
 
-/// Counts what separates values, outside of strings.
+/// Counts the separators of values, outside of strings.
 fn has_more_values_than(max: usize, json: &str) -> bool {
     let (mut values, mut in_string, mut escaped) = (0, false, false);
     for b in json.bytes() {
@@ -181,14 +181,14 @@ fn has_more_values_than(max: usize, json: &str) -> bool {
     values > max
 }
 
-/// A whole, non-negative number; one above the range of `u32` (49 days) is as good as endless and saturates.
+/// A whole, non-negative number. Numbers above the range of `u32` (49 days) saturate.
 fn milliseconds(n: &Number) -> Option<u32> {
     let digits = n.to_string();
     let whole = digits.bytes().all(|b| b.is_ascii_digit());
     whole.then(|| digits.parse().unwrap_or(u32::MAX))
 }
 
-/// The answer to a challenge.
+/// The response to a challenge.
 pub fn auth_response(public_key: &[u8], signature: &[u8], enrollment_code: Option<&str>) -> String {
     let mut frame = json!({
         "type": "auth_response",
@@ -202,16 +202,16 @@ pub fn auth_response(public_key: &[u8], signature: &[u8], enrollment_code: Optio
     frame.to_string()
 }
 
-/// The limits that `capabilities` states beside the models.
+/// The limits in `capabilities`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OfferLimits {
     /// Jobs in flight, over all models.
     pub max_concurrent_total: u32,
-    /// Tokens a minute; `None` when unset.
+    /// Tokens per minute; `None` if there is no limit.
     pub max_tokens_per_minute: Option<u64>,
 }
 
-/// What we offer, and at which prices.
+/// The offer: models, prices and limits.
 pub fn capabilities(models: &[ResolvedModel], limits: OfferLimits) -> String {
     let models: Vec<Value> = models
         .iter()
@@ -246,17 +246,17 @@ pub fn capabilities(models: &[ResolvedModel], limits: OfferLimits) -> String {
 pub struct Heartbeat {
     /// Jobs in flight.
     pub queue_depth: u32,
-    /// Median of output tokens per second, over whole jobs.
+    /// Median of each job's output tokens per second.
     pub tokens_per_sec_p50: f64,
-    /// Median of whole jobs, milliseconds.
+    /// Median of job durations, in milliseconds.
     pub p50_latency_ms: u32,
-    /// 95th percentile of whole jobs, milliseconds.
+    /// 95th percentile of job durations, in milliseconds.
     pub p95_latency_ms: u32,
-    /// Failed over ended, 0 when none ended.
+    /// Failed jobs over ended jobs, 0 if none ended.
     pub error_rate_60s: f64,
-    /// RFC 3339, UTC.
+    /// The time of the last error, RFC 3339 in UTC.
     pub last_error_at: Option<String>,
-    /// The code of that error.
+    /// The code of the last error.
     pub last_error_code: Option<&'static str>,
 }
 
@@ -277,19 +277,19 @@ impl Heartbeat {
     }
 }
 
-/// The pieces of one job's answer. All its frames begin alike.
+/// Builds the `job_chunk` frames of one job, which share their head.
 #[derive(Debug)]
 pub struct JobChunks {
     head: String,
 }
 
 impl JobChunks {
-    /// Of this job.
+    /// For the job with this id.
     pub fn of(job_id: Uuid) -> JobChunks {
         JobChunks { head: format!(r#"{{"type":"job_chunk","job_id":"{job_id}","data":""#) }
     }
 
-    /// One piece, byte for byte.
+    /// A frame with these bytes, base64-encoded.
     pub fn frame(&self, bytes: &[u8]) -> String {
         const TAIL: &str = r#""}"#;
         let encoded_len = bytes.len().div_ceil(3) * 4;
@@ -301,8 +301,8 @@ impl JobChunks {
     }
 }
 
-/// Base64 by the wide registers of processors that have them. The portable engine took a third of the time of a stream that is
-/// relayed as fast as it comes.
+/// The base64 engine: SIMD where the target has it. The portable engine takes a third of the CPU time of a stream that is relayed at
+/// full speed.
 static ENCODER: LazyLock<Encoder> = LazyLock::new(|| {
     #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     return Encoder::standard(general_purpose::GeneralPurposeConfig::new());
@@ -315,7 +315,7 @@ type Encoder = base64::engine::Simd;
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 type Encoder = general_purpose::GeneralPurpose;
 
-/// The end of a job that went well.
+/// The terminal frame of a job that was answered in full.
 pub fn job_done(job_id: Uuid, result: &JobResult) -> String {
     let input = result.input_tokens.unwrap_or(0);
     let output = result.output_tokens.unwrap_or(0);
@@ -328,7 +328,7 @@ pub fn job_done(job_id: Uuid, result: &JobResult) -> String {
     .to_string()
 }
 
-/// The end of a job that did not, or a refusal.
+/// The terminal frame of a job that failed or was rejected.
 pub fn job_error(job_id: Uuid, code: ErrorCode, message: &str, tokens_emitted: u32) -> String {
     json!({
         "type": "job_error",
@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn a_deadline_is_a_whole_number_or_the_default() {
+    fn deadline_ms_is_a_whole_number_or_the_default() {
         assert_eq!(deadline_of(""), 60_000);
         assert_eq!(deadline_of(r#","deadline_ms":1"#), 1);
         assert_eq!(deadline_of(r#","deadline_ms":4294967300"#), u32::MAX);
@@ -366,16 +366,16 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_of_a_job_is_answered_by_its_id() {
+    fn parse_returns_the_id_of_an_unreadable_job() {
         let id = "a0000000-0000-4000-8000-00000000000a";
         let job =
             |request: &str| parse(&format!(r#"{{"type":"job","job_id":"{id}","model_id":"m","request":{request}}}"#));
         let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
         let many = format!("[{}0]", "0,".repeat(VALUES_MAX));
         let numbers = [r#"{"$serde_json::private::Number":"x"}"#, r#"{"a":{"$serde_json::private::Number":"1"}}"#];
-        // The colon escaped: seen only once it fails.
-        let spelt = r#"{"$serde_json\u003a:private::Number":"x"}"#;
-        for request in [r#""half an emoji: \ud83d""#, &deep, &many, numbers[0], numbers[1], spelt] {
+        // The colon is escaped, so only serde_json recognises the key.
+        let escaped = r#"{"$serde_json\u003a:private::Number":"x"}"#;
+        for request in [r#""half an emoji: \ud83d""#, &deep, &many, numbers[0], numbers[1], escaped] {
             let parsed = job(request);
             assert!(matches!(parsed, Ok(Inbound::UnreadableJob(..))), "{parsed:?}");
         }
@@ -391,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_is_no_frame() {
+    fn parse_accepts_objects_only() {
         for text in [r#"["auth_ok"]"#, r#" ["news"]"#, r#""news""#, "[]", ""] {
             assert!(matches!(parse(text), Err(FrameError::Json { .. })), "{text}");
         }
@@ -399,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn a_job_id_is_taken_in_any_spelling_and_echoed_in_one() {
+    fn job_id_is_accepted_in_any_spelling_and_echoed_in_one() {
         for spelling in [
             "A0000000-0000-4000-8000-00000000000A",
             "a000000000004000800000000000000a",
@@ -413,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chunk_is_the_json_that_a_reader_expects() {
+    fn job_chunks_are_json_with_base64_data() {
         let id = Uuid::nil();
         for len in 0..200 {
             let bytes: Vec<u8> = (0..len).collect();
@@ -424,9 +424,9 @@ mod tests {
         }
     }
 
-    /// Good frames of every type, spoilt a little, so that most are still JSON and many are still good.
+    /// Valid frames of every type with a few mutations, so that most are still JSON and many are still valid.
     #[test]
-    fn no_text_makes_the_parser_panic_misread_or_quote_a_request() {
+    fn parse_never_panics_misreads_or_quotes_a_request() {
         const FRAMES: &[&str] = &[
             r#"{"type":"auth_challenge","nonce":"AAECAwQFBgc="}"#,
             r#"{"type":"auth_ok","provider_id":"prov_1"}"#,
@@ -455,7 +455,7 @@ mod tests {
             }
             let text = String::from_utf8_lossy(&bytes);
             let parsed = parse(&text);
-            // A second opinion, where there is one: a value can hold less than a text may say.
+            // A second opinion. Null if the text cannot be represented as a value.
             let value: Value = serde_json::from_str(&text).unwrap_or_default();
             let is_id = |id: &Uuid| value["job_id"].as_str().and_then(|text| Uuid::parse_str(text).ok()) == Some(*id);
             match parsed {

@@ -1,9 +1,8 @@
 //! One WebSocket shared by two threads without a lock around it.
 //!
-//! The reader blocks in the socket without holding anything; under TLS it takes the lock of the rustls session only to
-//! decrypt what it has read, the writer only to encrypt what it is about to write. Only the writer writes: what the
-//! reading side must send by itself (pong, close reply, TLS alert) is handed to the writer as bytes.
-//! No other code handles a TLS session.
+//! The reader blocks in the socket and holds no lock. Under TLS the reader locks the rustls session only to decrypt, and the
+//! writer only to encrypt; neither holds the lock while the socket blocks. Only the writer writes: the reader passes what it
+//! has to send (a pong, the reply to a close, a TLS alert) to the writer as bytes.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -15,25 +14,25 @@ use rustls::ClientConnection;
 use tungstenite::protocol::{Role, WebSocketConfig};
 use tungstenite::{Message, WebSocket};
 
-/// So long without a byte in, or without progress out, and the link is dead. Three heartbeats' pongs missed.
+/// Time without a byte received, or without progress while sending, after which the link counts as dead: three heartbeats.
 pub const STALL_TIMEOUT: Duration = Duration::from_secs(45);
 
-/// The largest message and the largest frame: requests carry pictures.
+/// The largest message and the largest frame. Requests may contain images.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
 
-/// Read buffer, and under TLS one record more.
+/// The read buffer; under TLS there is a second one, for ciphertext.
 pub(super) const READ_BUFFER_BYTES: usize = 16 << 10;
 
-/// Frames are gathered up to this size before they go to the socket, flush or no flush.
+/// The writer's buffer. It is written to the socket when it is full, and at each flush.
 const WRITE_BUFFER_BYTES: usize = 64 << 10;
 
 /// A connected socket, with or without TLS.
 pub struct Link {
     pub(super) tcp: TcpStream,
     tls: Option<Mutex<ClientConnection>>,
-    /// Something has come since this was asked last.
+    /// Set by each read that returns data.
     received: AtomicBool,
-    /// Writes to the socket of a link without TLS.
+    /// Counts writes to the socket of a link without TLS.
     #[cfg(test)]
     writes: std::sync::atomic::AtomicUsize,
 }
@@ -49,18 +48,18 @@ impl Link {
         }
     }
 
-    /// Whether the reading side has heard anything since it was asked last.
+    /// Whether data was received since the last call.
     pub fn take_received(&self) -> bool {
         self.received.swap(false, Ordering::Relaxed)
     }
 
-    /// So many were made.
+    /// The number of writes to the socket.
     #[cfg(test)]
     pub fn writes(&self) -> usize {
         self.writes.load(Ordering::SeqCst)
     }
 
-    /// Ends both directions at once; blocked reads and writes return.
+    /// Shuts both directions down; blocked reads and writes return.
     pub fn shutdown(&self) {
         let _ = self.tcp.shutdown(Shutdown::Both);
     }
@@ -69,7 +68,7 @@ impl Link {
         self.tls.as_ref().map(|tls| tls.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Encrypts where needed, and writes; the lock is not held while the socket blocks.
+    /// Writes to the socket, through TLS if there is a session.
     fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         let Some(mut tls) = self.tls() else {
             #[cfg(test)]
@@ -82,7 +81,7 @@ impl Link {
         Ok(taken)
     }
 
-    /// Sends what TLS has to say.
+    /// Sends the records that TLS has ready.
     fn write_records(&self) -> io::Result<()> {
         let mut records = Vec::new();
         if let Some(mut tls) = self.tls() {
@@ -94,8 +93,8 @@ impl Link {
     }
 }
 
-/// A socket with a timeout says `Interrupted` whenever a signal comes, however its handler was installed; a SIGTERM is to
-/// begin a drain, not to break the link.
+/// Retries after `Interrupted`. A signal interrupts a socket that has a timeout even with `SA_RESTART`, and SIGTERM must start a
+/// drain, not break the link.
 pub(super) fn uninterrupted<T>(mut attempt: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match attempt() {
@@ -105,21 +104,21 @@ pub(super) fn uninterrupted<T>(mut attempt: impl FnMut() -> io::Result<T>) -> io
     }
 }
 
-/// The reading end, and before the writer exists the writing end too.
+/// The reading half. It also sends until [`ReadHalf::split`] creates the writing half.
 pub struct ReadHalf {
     pub(super) socket: WebSocket<LinkReader>,
 }
 
 impl ReadHalf {
-    /// The next message; blocks.
+    /// Blocks until the next message.
     ///
     /// # Errors
-    /// The link is dead, or what came breaks the WebSocket protocol or its limits.
+    /// The link is dead, or the message violates the WebSocket protocol or its limits.
     pub fn read(&mut self) -> tungstenite::Result<Message> {
         self.socket.read()
     }
 
-    /// Sends at once. Only while there is no writer.
+    /// Sends a message at once. Only before [`ReadHalf::split`].
     ///
     /// # Errors
     /// The link is dead.
@@ -127,61 +126,61 @@ impl ReadHalf {
         self.socket.send(Message::text(text))
     }
 
-    /// Says good-bye, and waits for nothing. Only while there is no writer.
+    /// Sends a close frame and does not wait for the reply. Only before [`ReadHalf::split`].
     pub fn close(mut self) {
         let _ = self.socket.close(None);
         self.flush();
     }
 
-    /// Hands on a reply that is due (to a close, say) without reading on.
+    /// Sends a reply that is due, to a close for instance, without reading on.
     pub fn flush(&mut self) {
         let _ = self.socket.flush();
     }
 
-    /// Until `deadline` every read must be over; `None` leaves [`STALL_TIMEOUT`] for each.
+    /// Sets the time by which all reads must have returned. With `None`, each read has [`STALL_TIMEOUT`].
     ///
     /// # Errors
-    /// The socket is no more.
+    /// The socket is closed.
     pub fn set_deadline(&mut self, deadline: Option<Instant>) -> io::Result<()> {
         let reader = self.socket.get_mut();
         reader.deadline = deadline;
         reader.link.tcp.set_read_timeout(Some(STALL_TIMEOUT))
     }
 
-    /// Makes the writing end; from here on this end hands what it has to send to `outlet`, which must not block.
-    pub fn split(&mut self, outlet: impl Fn(Vec<u8>) -> io::Result<()> + Send + 'static) -> WriteHalf {
+    /// Creates the writing half. From now on this half passes what it has to send to `to_writer`, which must not block.
+    pub fn split(&mut self, to_writer: impl Fn(Vec<u8>) -> io::Result<()> + Send + 'static) -> WriteHalf {
         let reader = self.socket.get_mut();
-        reader.outlet = PendingOutput::Writer(Box::new(outlet));
+        reader.output = PendingOutput::ToWriter(Box::new(to_writer));
         let config = WebSocketConfig::default().read_buffer_size(0).write_buffer_size(WRITE_BUFFER_BYTES);
         let writer = LinkWriter(reader.link.clone());
         WriteHalf { socket: WebSocket::from_raw_socket(writer, Role::Client, Some(config)) }
     }
 
-    /// The socket itself, to end it from elsewhere.
+    /// The link, for shutting it down from another thread.
     pub fn link(&self) -> Arc<Link> {
         self.socket.get_ref().link.clone()
     }
 }
 
-/// The writing end.
+/// The writing half.
 pub struct WriteHalf {
     socket: WebSocket<LinkWriter>,
 }
 
 impl WriteHalf {
-    /// Puts a message into the buffer, and the buffer on the wire when it is full.
+    /// Writes a message to the buffer, and the buffer to the socket when it is full.
     ///
     /// # Errors
     /// The link is dead.
     pub fn write(&mut self, message: Message) -> tungstenite::Result<()> {
         match self.socket.write(message) {
-            // tungstenite flushes a close by itself, and then says so.
+            // tungstenite flushes a close at once, and then returns this.
             Err(tungstenite::Error::ConnectionClosed) => Ok(()),
             other => other,
         }
     }
 
-    /// Puts whole frames on the wire that the reading side has made.
+    /// Sends complete frames that the reading half has built.
     ///
     /// # Errors
     /// The link is dead.
@@ -191,7 +190,7 @@ impl WriteHalf {
         Ok(())
     }
 
-    /// Puts the buffer on the wire.
+    /// Writes the buffer to the socket.
     ///
     /// # Errors
     /// The link is dead.
@@ -202,7 +201,7 @@ impl WriteHalf {
         }
     }
 
-    /// Ends the link, both directions.
+    /// Shuts both directions of the link down.
     pub fn shutdown(&self) {
         self.socket.get_ref().0.shutdown();
     }
@@ -212,18 +211,20 @@ impl WriteHalf {
 pub(super) struct LinkReader {
     link: Arc<Link>,
     deadline: Option<Instant>,
-    /// Ciphertext that was read but not yet decrypted; empty without TLS.
+    /// Ciphertext as it was read; empty without TLS.
     ciphertext: Vec<u8>,
+    /// The part of `ciphertext` that is not decrypted yet.
     unread: std::ops::Range<usize>,
-    outlet: PendingOutput,
-    /// Written by the WebSocket, not yet flushed.
-    gathered: Vec<u8>,
+    output: PendingOutput,
+    /// What the WebSocket has written since the last flush.
+    write_buffer: Vec<u8>,
 }
 
+/// Where the reading half sends its output.
 enum PendingOutput {
-    /// There is no writer yet.
+    /// To the socket: there is no writer yet.
     Direct,
-    Writer(Box<dyn Fn(Vec<u8>) -> io::Result<()> + Send>),
+    ToWriter(Box<dyn Fn(Vec<u8>) -> io::Result<()> + Send>),
 }
 
 impl LinkReader {
@@ -234,8 +235,8 @@ impl LinkReader {
             deadline: Some(deadline),
             ciphertext,
             unread: 0..0,
-            outlet: PendingOutput::Direct,
-            gathered: Vec::new(),
+            output: PendingOutput::Direct,
+            write_buffer: Vec::new(),
         }
     }
 
@@ -253,7 +254,7 @@ impl LinkReader {
         }
     }
 
-    /// `WouldBlock` when more ciphertext is needed.
+    /// Returns `WouldBlock` if more ciphertext is needed.
     fn decrypt(&mut self, plaintext: &mut [u8]) -> io::Result<usize> {
         let link = self.link.clone();
         let Some(mut tls) = link.tls() else { return Err(io::ErrorKind::WouldBlock.into()) };
@@ -273,16 +274,16 @@ impl LinkReader {
         };
         let pending = tls.wants_write();
         drop(tls);
-        if pending && let PendingOutput::Writer(outlet) = &self.outlet {
-            // No bytes of ours: the writer is to send what TLS has to say.
-            outlet(Vec::new())?;
+        if pending && let PendingOutput::ToWriter(to_writer) = &self.output {
+            // Empty: makes the writer flush, which sends the records that TLS has ready.
+            to_writer(Vec::new())?;
         }
         outcome
     }
 }
 
-/// Reads until the deadline, or for [`STALL_TIMEOUT`] where there is none, for which the socket is set: a signal in
-/// between does not start the time anew.
+/// Reads until the deadline, or for [`STALL_TIMEOUT`] if there is none. The socket's own timeout is [`STALL_TIMEOUT`]; it is
+/// shortened after a signal, which would otherwise restart it.
 fn read_socket(mut tcp: &TcpStream, deadline: Option<Instant>, buffer: &mut [u8]) -> io::Result<usize> {
     let until = deadline.unwrap_or_else(|| Instant::now() + STALL_TIMEOUT);
     let mut shortened = deadline.is_some();
@@ -313,7 +314,7 @@ impl Read for LinkReader {
             read_socket(&self.link.tcp, self.deadline, buffer)
         };
         match read {
-            // What a timed-out socket says; the WebSocket would take `WouldBlock` for a reason to come again.
+            // A socket reports its timeout as `WouldBlock`, on which the WebSocket would retry.
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(io::ErrorKind::TimedOut.into()),
             Err(e) => Err(e),
             Ok(read) => {
@@ -326,18 +327,18 @@ impl Read for LinkReader {
 
 impl Write for LinkReader {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.gathered.extend_from_slice(bytes);
+        self.write_buffer.extend_from_slice(bytes);
         Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        let bytes = std::mem::take(&mut self.gathered);
+        let bytes = std::mem::take(&mut self.write_buffer);
         if bytes.is_empty() {
             return Ok(());
         }
-        match &self.outlet {
+        match &self.output {
             PendingOutput::Direct => LinkWriter(self.link.clone()).write_all(&bytes),
-            PendingOutput::Writer(outlet) => outlet(bytes),
+            PendingOutput::ToWriter(to_writer) => to_writer(bytes),
         }
     }
 }

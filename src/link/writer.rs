@@ -17,7 +17,7 @@ use super::transport::WriteHalf;
 use super::waking_channel::{Parker, WakingSender};
 use crate::sys::threads;
 
-/// Between heartbeats, and from `capabilities` to the first one.
+/// Time between heartbeats. The first one follows `capabilities` by the same time.
 pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(15);
 /// Frames per flush.
 const BATCH_FRAMES_MAX: usize = 64;
