@@ -1,9 +1,9 @@
-//! The agent for minutes or hours: random jobs for backends that misbehave, through a link that is cut, stalled and
-//! trickled. Every byte is checked, every job's end is held against what its backends were seen to do, and at the end the
-//! agent must weigh what it weighed when it was warm.
+//! Soak test: runs the agent for minutes or hours with random jobs, misbehaving backends, and a link that is cut, stalled and
+//! trickled. Every byte is checked, the oracle compares every job's end with what its backends did, and at the end the agent
+//! must use no more threads, descriptors and memory than after the warm-up.
 //!
-//! Started by `scripts/soak`. All chance comes from `SOAK_SEED`; with the same seed every job gets the same treatment,
-//! though not at the same instant.
+//! Started by `scripts/soak`. All randomness derives from `SOAK_SEED`: the same seed gives every job the same treatment, though
+//! not at the same instant.
 
 mod play_log;
 mod coordinator;
@@ -18,23 +18,24 @@ mod oracle;
 mod link_faults;
 mod coordinator_actions;
 
-use std::sync::{Arc, Barrier};
+use std::sync::Arc;
 use std::time::Duration;
 
+use crossbeam_channel::bounded;
 use fleet::Fleet;
-use link_faults::Weather;
-use play_log::Board;
+use link_faults::LinkFaults;
+use play_log::PlayLog;
 use rng::Rng;
 
-use crate::support::{FaultProxy, Setup, secs};
+use crate::support::{FaultProxy, SOON, Setup, secs};
 
 const MAX_CONCURRENT: usize = 32;
 const DRAIN: Duration = secs(10);
 
-/// What the coordinator knows of the world around the agent.
+/// The agent's surroundings, which the scripted coordinator shares with the other actors.
 struct World {
-    weather: Arc<Weather>,
-    board: Arc<Board>,
+    link_faults: Arc<LinkFaults>,
+    play_log: Arc<PlayLog>,
     fleet: Arc<Fleet>,
 }
 
@@ -44,40 +45,40 @@ fn soak() {
     let minutes = number("SOAK_MINUTES").unwrap_or(2);
     let seed = number("SOAK_SEED").unwrap_or_else(random_seed);
     println!("soak: {minutes} minutes, SOAK_SEED={seed}");
-    let weather: Arc<Weather> = Arc::default();
-    let board = Arc::new(Board::new(Arc::clone(&weather)));
-    let fleet = Fleet::new(Arc::clone(&board), Arc::clone(&weather));
-    let world = World { weather, board, fleet };
-    let door = crate::support::Coordinator::new();
-    let link = FaultProxy::to(door.address());
-    let started = Barrier::new(2);
+    let link_faults: Arc<LinkFaults> = Arc::default();
+    let play_log = Arc::new(PlayLog::new(Arc::clone(&link_faults)));
+    let fleet = Fleet::new(Arc::clone(&play_log), Arc::clone(&link_faults));
+    let world = World { link_faults, play_log, fleet };
+    let listener = crate::support::Coordinator::new();
+    let link = FaultProxy::to(listener.address());
+    let (started, has_started) = bounded(1);
     std::thread::scope(|scope| {
-        // Also when a check panics: the others must not wait for ever.
-        let _over = Over(&world.weather);
-        scope.spawn(|| world.fleet.run(Rng::of(seed, "fleet"), &started));
-        scope.spawn(|| link_faults::disturb(&link, &world.weather, Rng::of(seed, "link")));
-        started.wait();
+        // Stops the other threads when a check panics, too.
+        let _stop = StopOnDrop(&world.link_faults);
+        scope.spawn(|| world.fleet.run(Rng::of(seed, "fleet"), started));
+        scope.spawn(|| link_faults::disturb(&link, &world.link_faults, Rng::of(seed, "link")));
+        has_started.recv_timeout(SOON).expect("the backends");
         let limits = format!("max_concurrent = {MAX_CONCURRENT}\ndrain_seconds = {}", DRAIN.as_secs());
         let setup = Setup::new(&format!("ws://{}/provider/connect", link.address())).limits(&limits);
         let mut coordinator = coordinator::Coordinator {
             world: &world,
             agent: world.fleet.configure(setup).start_at_level(Some("info")),
-            door,
-            tally: totals::Tally::new(),
+            listener,
+            totals: totals::Totals::new(),
             rng: Rng::of(seed, "coordinator"),
             timetable: coordinator::Timetable::new(minutes),
         };
         coordinator.run();
-        coordinator.tally.check_vitals();
-        coordinator.tally.conclude(seed, &world.board);
+        coordinator.totals.check_leaks();
+        coordinator.totals.conclude(seed, &world.play_log);
     });
 }
 
-struct Over<'a>(&'a Weather);
+struct StopOnDrop<'a>(&'a LinkFaults);
 
-impl Drop for Over<'_> {
+impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
-        self.0.end();
+        self.0.stop();
     }
 }
 

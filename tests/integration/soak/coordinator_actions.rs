@@ -1,4 +1,4 @@
-//! What comes to the coordinator's mind within one session.
+//! The random actions of the scripted coordinator within one session, and when each is due.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -6,19 +6,19 @@ use std::time::{Duration, Instant};
 use super::MAX_CONCURRENT;
 use super::job::{Job, LONG_DEADLINE};
 use super::ledger::Ledger;
-use super::link_faults::{Moment, Trouble, Weather};
+use super::link_faults::{Disturbance, LinkFaults, Moment};
 use super::rng::Rng;
 use super::script::Verdict;
 use crate::support::*;
 
-/// Jobs begun at one time, outside of a burst.
+/// Jobs sent at a time, outside a burst.
 const AT_A_TIME: usize = 3;
-/// So many large answers fill all buffers up to the agent's own, while the coordinator does not read for so long.
+/// Large answers at a time: enough to fill all buffers up to the agent's own during a long pause.
 const LARGE_AT_A_TIME: usize = 12;
 const LONG_PAUSE: Duration = secs(5);
-/// A job is cancelled this long after it was sent at the latest.
+/// When a job is cancelled, in milliseconds after it was sent.
 const CANCEL_WITHIN: std::ops::Range<u64> = 0..1500;
-/// The agent answers a Close at once.
+/// Time for the agent to answer a Close.
 const CLOSE_MAX: Duration = secs(10);
 
 const NONSENSE: [&str; 9] = [
@@ -33,7 +33,7 @@ const NONSENSE: [&str; 9] = [
     "{\"type\":\"job_cancel\",\"job_id\":[]}",
 ];
 
-pub enum Whim {
+pub enum Action {
     Job { job: Box<Job>, cancelled: bool },
     Cancel(String),
     Ping,
@@ -41,23 +41,23 @@ pub enum Whim {
     Close,
 }
 
-pub struct Whims {
-    /// Jobs that should be in flight.
+pub struct Actions {
+    /// The number of jobs to keep in flight.
     target: usize,
     target_due: Instant,
     cancels: Vec<(Instant, String)>,
     nonsense_due: Instant,
     ping_due: Instant,
-    /// The coordinator reads nothing until then.
-    paused: Option<(Instant, Trouble)>,
+    /// Until when the coordinator reads nothing.
+    paused: Option<(Instant, Disturbance)>,
     pause_due: Instant,
-    /// Large jobs that are still to be sent.
+    /// Large jobs still to be sent.
     large_due: usize,
     close_due: Instant,
     closed: Option<Moment>,
 }
 
-impl Whims {
+impl Actions {
     pub fn new(rng: &mut Rng) -> Self {
         let now = Instant::now();
         Self {
@@ -79,44 +79,50 @@ impl Whims {
     }
 
     /// Whether the agent should have ended the session by now.
-    pub fn is_overdue(&self, weather: &Weather) -> bool {
-        self.closed.is_some_and(|closed| closed.fair_time(weather) > CLOSE_MAX)
+    pub fn is_overdue(&self, link_faults: &LinkFaults) -> bool {
+        self.closed.is_some_and(|closed| closed.fair_time(link_faults) > CLOSE_MAX)
     }
 
-    /// Goes on reading.
+    /// Resumes reading.
     pub fn resume(&mut self, session: &Session) {
         session.pause(false);
         self.paused = None;
     }
 
-    /// What to do now.
-    pub fn next(&mut self, session: &Session, rng: &mut Rng, weather: &Arc<Weather>, ledger: &Ledger) -> Vec<Whim> {
+    /// The actions due now.
+    pub fn next(
+        &mut self,
+        session: &Session,
+        rng: &mut Rng,
+        link_faults: &Arc<LinkFaults>,
+        ledger: &Ledger,
+    ) -> Vec<Action> {
         let now = Instant::now();
-        self.pause(session, rng, weather, now);
+        self.pause(session, rng, link_faults, now);
         if self.has_closed() {
             return Vec::new();
         }
         if now >= self.close_due {
-            self.closed = Some(Moment::now(weather));
-            return vec![Whim::Close];
+            self.closed = Some(Moment::now(link_faults));
+            return vec![Action::Close];
         }
-        let mut whims = Vec::new();
+        let mut actions = Vec::new();
         if now >= self.ping_due {
             self.ping_due = now + secs(1);
-            whims.push(Whim::Ping);
+            actions.push(Action::Ping);
         }
         if now >= self.nonsense_due {
             self.nonsense_due = now + rng.time(100..4000);
-            whims.push(Whim::Nonsense((*rng.pick(&NONSENSE)).to_owned()));
+            actions.push(Action::Nonsense((*rng.pick(&NONSENSE)).to_owned()));
         }
         let due = self.cancels.extract_if(.., |(at, _)| *at <= now);
-        whims.extend(due.map(|(_, id)| Whim::Cancel(id)));
-        self.jobs(rng, weather, ledger, now, &mut whims);
-        whims
+        actions.extend(due.map(|(_, id)| Action::Cancel(id)));
+        self.jobs(rng, link_faults, ledger, now, &mut actions);
+        actions
     }
 
-    /// Now and then the coordinator does not read for a while.
-    fn pause(&mut self, session: &Session, rng: &mut Rng, weather: &Arc<Weather>, now: Instant) {
+    /// Starts and ends the pauses in which the coordinator does not read.
+    fn pause(&mut self, session: &Session, rng: &mut Rng, link_faults: &Arc<LinkFaults>, now: Instant) {
         if self.paused.as_ref().is_some_and(|(until, _)| now >= *until) {
             self.resume(session);
         }
@@ -125,12 +131,19 @@ impl Whims {
             let is_long = rng.per_mille(400);
             let time = if is_long { LONG_PAUSE } else { rng.time(200..3000) };
             self.large_due = if is_long { LARGE_AT_A_TIME } else { 0 };
-            self.paused = Some((now + time, weather.trouble()));
+            self.paused = Some((now + time, link_faults.disturbance()));
             session.pause(true);
         }
     }
 
-    fn jobs(&mut self, rng: &mut Rng, weather: &Weather, ledger: &Ledger, now: Instant, whims: &mut Vec<Whim>) {
+    fn jobs(
+        &mut self,
+        rng: &mut Rng,
+        link_faults: &LinkFaults,
+        ledger: &Ledger,
+        now: Instant,
+        actions: &mut Vec<Action>,
+    ) {
         let in_flight = ledger.in_flight();
         let mut wanted = self.target.saturating_sub(in_flight).min(AT_A_TIME);
         if now >= self.target_due {
@@ -141,27 +154,27 @@ impl Whims {
             }
         }
         for _ in 0..wanted {
-            let mut job = Job::random(rng, weather, |model| ledger.offer.has(model));
+            let mut job = Job::random(rng, link_faults, |model| ledger.offer.has(model));
             if job.script.time() > secs(1) && rng.per_mille(200) {
                 job.copies = 2;
             }
             let mut to_cancel = rng.per_mille(200);
             if job.script.verdict == Verdict::Never && rng.per_mille(500) {
-                // Only the cancel can end it soon.
+                // Only the cancel can end it early.
                 (job.deadline, to_cancel) = (rng.time(LONG_DEADLINE), true);
             }
             if to_cancel {
                 self.cancels.push((now + rng.time(CANCEL_WITHIN), job.id.clone()));
             }
-            whims.push(Whim::Job { job: Box::new(job), cancelled: rng.per_mille(40) });
+            actions.push(Action::Job { job: Box::new(job), cancelled: rng.per_mille(40) });
         }
         for _ in 0..std::mem::take(&mut self.large_due) {
-            let job = Job::large(rng, weather);
-            // While their answers wait in the agent.
+            let job = Job::large(rng, link_faults);
+            // Cancelled while their answers wait in the agent.
             if let Some((until, _)) = self.paused.as_ref().filter(|_| rng.per_mille(700)) {
                 self.cancels.push((*until - ms(200), job.id.clone()));
             }
-            whims.push(Whim::Job { job: Box::new(job), cancelled: false });
+            actions.push(Action::Job { job: Box::new(job), cancelled: false });
         }
     }
 }

@@ -1,20 +1,21 @@
-//! Four backends that play the scripts, each with moods of its own: away, with a health check that fails, or that hangs.
+//! Four scripted backends, each of which is at times away, fails its health check, or hangs in it.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::Sender;
 use serde_json::{Value, json};
 
-use super::link_faults::Weather;
-use super::play_log::Board;
+use super::link_faults::LinkFaults;
+use super::play_log::PlayLog;
 use super::rng::Rng;
 use super::script::{self, Ending, Framing, Refusal, Script, refusal_at};
 use super::stream::Format;
 use crate::support::*;
 
-/// Kind, and the models that it lists: some of them its own, some shared, so that jobs fail over.
+/// Kind and models of each backend: some models are its own, some shared, so that jobs fail over.
 pub const BACKENDS: [(&str, &[&str]); 4] = [
     ("vllm", &["shared", "pair", "own-0"]),
     ("vllm", &["shared", "pair", "own-1"]),
@@ -22,12 +23,12 @@ pub const BACKENDS: [(&str, &[&str]); 4] = [
     ("llamacpp", &["wide", "own-3"]),
 ];
 
-/// Longer than any job: a silence that lasts so long is an orphan's.
+/// Longer than any job: a connection that stays open and silent for this long is an orphan.
 const SILENCE: Duration = secs(120);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Mood {
-    Well,
+enum Behaviour {
+    Normal,
     Away,
     Unhealthy,
     Hanging,
@@ -35,29 +36,29 @@ enum Mood {
 
 pub struct Fleet {
     addresses: Vec<String>,
-    board: Arc<Board>,
-    weather: Arc<Weather>,
+    play_log: Arc<PlayLog>,
+    link_faults: Arc<LinkFaults>,
     states: Mutex<[State; BACKENDS.len()]>,
     faults: Mutex<Vec<String>>,
 }
 
 #[derive(Clone, Copy)]
 struct State {
-    mood: Mood,
+    behaviour: Behaviour,
     went_away: Option<Instant>,
     came_back: Option<Instant>,
 }
 
 impl Fleet {
-    pub fn new(board: Arc<Board>, weather: Arc<Weather>) -> Arc<Self> {
-        // Loopback addresses of their own: nothing else takes their ports while they are away.
+    pub fn new(play_log: Arc<PlayLog>, link_faults: Arc<LinkFaults>) -> Arc<Self> {
+        // Loopback addresses of their own, so that nothing else takes their ports while they are away.
         let addresses = (0..BACKENDS.len()).map(|n| nobody_at(&format!("127.0.0.{}", 40 + n))).collect();
-        let well = State { mood: Mood::Well, went_away: None, came_back: None };
+        let normal = State { behaviour: Behaviour::Normal, went_away: None, came_back: None };
         Arc::new(Self {
             addresses,
-            board,
-            weather,
-            states: Mutex::new([well; BACKENDS.len()]),
+            play_log,
+            link_faults,
+            states: Mutex::new([normal; BACKENDS.len()]),
             faults: Mutex::default(),
         })
     }
@@ -69,39 +70,42 @@ impl Fleet {
         })
     }
 
-    /// Whether a backend that lists `model` was away at some time since.
+    /// Whether any backend that lists `model` has been away since then.
     pub fn some_away(&self, model: &str, since: Instant) -> bool {
         (0..BACKENDS.len()).any(|n| BACKENDS[n].1.contains(&model) && self.was_away(n, since))
     }
 
-    /// Whether this one was away at some time since.
+    /// Whether this backend has been away since then.
     pub fn was_away(&self, backend: usize, since: Instant) -> bool {
         let state = self.states.lock().expect("states")[backend];
-        state.mood == Mood::Away || [state.went_away, state.came_back].into_iter().flatten().any(|at| at >= since)
+        state.behaviour == Behaviour::Away
+            || [state.went_away, state.came_back].into_iter().flatten().any(|at| at >= since)
     }
 
-    /// What the backends have found wrong.
+    /// The faults that the backends have found.
     pub fn faults(&self) -> Vec<String> {
         std::mem::take(&mut *self.faults.lock().expect("faults"))
     }
 
-    /// Runs the backends until it is over, `started` tells when they are there.
-    pub fn run(self: &Arc<Self>, mut rng: Rng, started: &std::sync::Barrier) {
+    /// Runs the backends until the test stops; `started` gets a message once they listen.
+    pub fn run(self: &Arc<Self>, mut rng: Rng, started: Sender<()>) {
         let mut backends: Vec<_> = (0..BACKENDS.len()).map(|n| Some(self.start(n))).collect();
-        started.wait();
+        started.send(()).expect("the test");
         let mut due: Vec<_> = backends.iter().map(|_| Instant::now() + rng.time(2000..20_000)).collect();
-        while !self.weather.is_over() {
-            let calm = self.weather.is_calm();
+        while !self.link_faults.is_stopped() {
+            let paused = self.link_faults.is_paused();
             for (n, backend) in backends.iter_mut().enumerate() {
-                let mood = self.states.lock().expect("states")[n].mood;
-                let next = match mood {
-                    Mood::Well if !calm && Instant::now() >= due[n] => {
+                let behaviour = self.states.lock().expect("states")[n].behaviour;
+                let next = match behaviour {
+                    Behaviour::Normal if !paused && Instant::now() >= due[n] => {
                         due[n] = Instant::now() + rng.time(500..6000);
-                        *rng.pick(&[Mood::Away, Mood::Away, Mood::Unhealthy, Mood::Hanging])
+                        *rng.pick(&[Behaviour::Away, Behaviour::Away, Behaviour::Unhealthy, Behaviour::Hanging])
                     }
-                    Mood::Away | Mood::Unhealthy | Mood::Hanging if calm || Instant::now() >= due[n] => {
+                    Behaviour::Away | Behaviour::Unhealthy | Behaviour::Hanging
+                        if paused || Instant::now() >= due[n] =>
+                    {
                         due[n] = Instant::now() + rng.time(5000..40_000);
-                        Mood::Well
+                        Behaviour::Normal
                     }
                     _ => continue,
                 };
@@ -111,17 +115,17 @@ impl Fleet {
         }
     }
 
-    fn change(self: &Arc<Self>, n: usize, mood: Mood, backend: &mut Option<Backend>) {
+    fn change(self: &Arc<Self>, n: usize, behaviour: Behaviour, backend: &mut Option<Backend>) {
         let note = |change: &dyn Fn(&mut State)| change(&mut self.states.lock().expect("states")[n]);
-        // It is away from before its first connection breaks until after its door is open again.
-        if mood == Mood::Away {
-            note(&|state| (state.mood, state.went_away) = (mood, Some(Instant::now())));
+        // Away begins before the first connection breaks, and ends after the backend listens again.
+        if behaviour == Behaviour::Away {
+            note(&|state| (state.behaviour, state.went_away) = (behaviour, Some(Instant::now())));
             *backend = None;
         } else if backend.is_none() {
             *backend = Some(self.start(n));
-            note(&|state| (state.mood, state.came_back) = (mood, Some(Instant::now())));
+            note(&|state| (state.behaviour, state.came_back) = (behaviour, Some(Instant::now())));
         } else {
-            note(&|state| state.mood = mood);
+            note(&|state| state.behaviour = behaviour);
         }
     }
 
@@ -129,18 +133,18 @@ impl Fleet {
         let fleet = Arc::clone(self);
         let backend = Backend::on(&self.addresses[n], move |request| fleet.answer(n, request));
         backend.forget();
-        // The last byte of each request; those who do not reset the connection read it.
+        // The last byte of each request stays unread, so that closing the connection resets it; other scripts read it.
         backend.leave_unread(1);
         backend
     }
 
     fn answer(self: &Arc<Self>, n: usize, request: &Request) -> Answer {
-        let mood = self.states.lock().expect("states")[n].mood;
+        let behaviour = self.states.lock().expect("states")[n].behaviour;
         match request.line().as_str() {
             "POST /v1/chat/completions" => self.job(n, Format::Openai, request),
             "POST /v1/messages" => self.job(n, Format::Anthropic, request),
-            _ if mood == Mood::Unhealthy => Answer::Raw(response(500, "text/plain", "not well")),
-            _ if mood == Mood::Hanging => Answer::Play(Box::new(|line| pause(line, secs(4)).map(|()| false))),
+            _ if behaviour == Behaviour::Unhealthy => Answer::Raw(response(500, "text/plain", "not normal")),
+            _ if behaviour == Behaviour::Hanging => Answer::Play(Box::new(|line| pause(line, secs(4)).map(|()| false))),
             "GET /v1/models" => {
                 let models: Vec<_> = BACKENDS[n].1.iter().map(|id| json!({ "id": id })).collect();
                 Answer::Json(200, json!({ "data": models }))
@@ -159,20 +163,20 @@ impl Fleet {
             }
         };
         let refusal = refusal_at(seed, n);
-        let board = Arc::clone(&self.board);
-        let play_number = board.begin(seed, n, refusal);
+        let play_log = Arc::clone(&self.play_log);
+        let play_number = play_log.begin(seed, n, refusal);
         Answer::Play(Box::new(move |line| {
             let outcome = match refusal {
                 Some(refusal) => refuse(line, refusal),
                 None => play(line, &Script::of(seed, format)),
             };
-            board.end(seed, play_number, outcome.is_err());
+            play_log.end(seed, play_number, outcome.is_err());
             outcome
         }))
     }
 }
 
-/// The seed of a request that arrived as the coordinator sent it, or what is wrong with it.
+/// The seed of a request that arrived unchanged, or what was changed.
 fn read(format: Format, request: &Request) -> Result<u64, String> {
     let whole = [&request.body[..], b"}"].concat();
     let body: Value = serde_json::from_slice(&whole).map_err(|e| format!("is not JSON: {e}"))?;
@@ -244,7 +248,7 @@ fn head(script: &Script) -> Vec<u8> {
     format!("HTTP/1.1 200 OK\r\nContent-Type: {}\r\n{framing}\r\n", script.content_type).into_bytes()
 }
 
-/// Waits; an error as soon as the agent hangs up.
+/// Waits for this time; fails as soon as the agent hangs up.
 fn pause(mut line: &TcpStream, time: Duration) -> io::Result<()> {
     if time.is_zero() {
         return Ok(());

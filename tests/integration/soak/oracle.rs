@@ -1,4 +1,4 @@
-//! Whether a job may end as it did, by what its backends were seen to do.
+//! The oracle: decides whether a job may end as it did, given what its backends did.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use super::play_log::Play;
 use super::script::{Framing, Verdict};
 use crate::support::ms;
 
-/// What the clocks of both sides, in whole milliseconds, may differ by.
+/// How far the clocks of both sides may differ; they count whole milliseconds.
 const CLOCKS: Duration = ms(5);
 
 /// What is known about how a job ended.
@@ -20,14 +20,14 @@ pub struct Case<'a> {
     pub world: &'a World,
     pub job: &'a Job,
     pub plays: &'a [Play],
-    /// Whether its model was offered all the time since it was sent.
+    /// Whether its model was offered throughout, since it was sent.
     pub offered: bool,
 }
 
 impl Case<'_> {
     /// What is wrong with a terminal frame.
     pub fn judge(&self, frame: &Value) -> Result<(), String> {
-        // Of a job that was sent twice the plays of both are mixed up.
+        // The plays of a job that was sent twice cannot be told apart.
         if self.job.copies == 1 {
             self.check_fail_over()?;
         }
@@ -41,7 +41,7 @@ impl Case<'_> {
         }
     }
 
-    /// Only who could not take the job may have been passed over.
+    /// Only a backend that could not take the job may have been skipped.
     fn check_fail_over(&self) -> Result<(), String> {
         let earlier = &self.plays[..self.plays.len().saturating_sub(1)];
         match earlier.iter().find(|play| !self.may_be_passed_over(play)) {
@@ -71,7 +71,7 @@ impl Case<'_> {
             return Err("done, and the stream was not whole".to_owned());
         }
         if job.got != script.body.len() {
-            // Only the end of the connection ends such a body: what was missing nobody can know.
+            // Only the end of the connection ends such a body, so that a missing part cannot be noticed.
             let ended_early = script.framing == Framing::UntilClose && self.plays.iter().any(|p| self.was_disturbed(p));
             let is_whole = ended_early && script.has_end_mark(job.got);
             return if is_whole {
@@ -134,7 +134,7 @@ impl Case<'_> {
         }
     }
 
-    /// Whatever came before a stream broke was passed on.
+    /// Checks that all bytes before a stream broke were relayed.
     fn check_bytes(&self, play: &Play) -> Result<(), String> {
         let (got, sent) = (self.job.got, self.job.script.body.len());
         let expected = match (play.refusal, self.job.script.verdict) {
@@ -147,10 +147,10 @@ impl Case<'_> {
     }
 }
 
-/// What the agent offers.
+/// The models that the agent offers.
 pub struct Offer {
     now: HashSet<String>,
-    /// When a model last came or went.
+    /// When each model was last added or removed.
     changed: HashMap<String, Instant>,
 }
 
@@ -171,7 +171,7 @@ impl Offer {
         self.now.contains(model)
     }
 
-    /// Whether it was there all the time since.
+    /// Whether it was offered throughout, since then.
     pub fn had(&self, model: &str, since: Instant) -> bool {
         self.has(model) && self.changed.get(model).is_none_or(|at| *at < since)
     }

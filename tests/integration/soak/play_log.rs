@@ -1,18 +1,18 @@
-//! Which backend was seen to do what with which job, and whether it still does.
+//! Records what each backend did with each job, and whether it is still working on it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::link_faults::{Moment, Weather};
+use super::link_faults::{LinkFaults, Moment};
 use super::script::Refusal;
 use crate::support::secs;
 
-/// By when a backend must have been rid of a job that is over.
+/// How soon after the end of a job its backends must have stopped working on it.
 const GRACE: Duration = secs(2);
 
-pub struct Board {
-    weather: Arc<Weather>,
+pub struct PlayLog {
+    link_faults: Arc<LinkFaults>,
     state: Mutex<State>,
 }
 
@@ -35,35 +35,35 @@ struct Seen {
     over: Option<Instant>,
 }
 
-/// One request of a job's at one backend.
+/// One request of a job, at one backend.
 #[derive(Clone, Copy)]
 pub struct Play {
     pub backend: usize,
     pub began: Instant,
     pub ended: Option<Instant>,
-    /// The agent closed the connection before the backend was through.
+    /// The agent closed the connection before the backend had finished.
     pub hung_up: bool,
     /// How it was refused; `None` when its script was played.
     pub refusal: Option<&'static Refusal>,
 }
 
 impl Play {
-    /// How long the backend has been at it.
+    /// For how long the backend has worked on it.
     pub fn time(&self) -> Duration {
         self.ended.unwrap_or_else(Instant::now) - self.began
     }
 }
 
-/// What the board can tell at the end.
+/// The figures for the report.
 pub struct Summary {
     pub cancel_times: Vec<u32>,
     pub orphans: u64,
     pub working_most: usize,
 }
 
-impl Board {
-    pub fn new(weather: Arc<Weather>) -> Self {
-        Self { weather, state: Mutex::default() }
+impl PlayLog {
+    pub fn new(link_faults: Arc<LinkFaults>) -> Self {
+        Self { link_faults, state: Mutex::default() }
     }
 
     /// The coordinator is about to send this job.
@@ -88,7 +88,7 @@ impl Board {
         })
     }
 
-    /// A backend is through with the request, perhaps because the agent `hung_up`.
+    /// A backend has finished with the request, or the agent `hung_up`.
     pub fn end(&self, seed: u64, play: usize, hung_up: bool) {
         self.with(|state| {
             state.working -= 1;
@@ -96,7 +96,7 @@ impl Board {
             seen.working -= 1;
             (seen.plays[play].ended, seen.plays[play].hung_up) = (Some(Instant::now()), hung_up);
             if let Some(cancelled) = seen.cancelled.filter(|_| hung_up)
-                && cancelled.trouble(&self.weather).is_zero()
+                && cancelled.disturbance(&self.link_faults).is_zero()
             {
                 state.cancel_times.push(cancelled.at.elapsed().as_micros() as u32);
             }
@@ -110,7 +110,7 @@ impl Board {
 
     /// The coordinator is about to cancel it.
     pub fn cancelled(&self, seed: u64) {
-        let now = Moment::now(&self.weather);
+        let now = Moment::now(&self.link_faults);
         self.with(|state| {
             if let Some(seen) = state.jobs.get_mut(&seed) {
                 seen.cancelled = Some(now);
@@ -118,7 +118,7 @@ impl Board {
         });
     }
 
-    /// Nobody waits for the job any more, and the agent knows.
+    /// The job has ended, and the agent knows.
     pub fn over(&self, seed: u64) {
         self.with(|state| {
             if let Some(seen) = state.jobs.get_mut(&seed) {
@@ -127,7 +127,7 @@ impl Board {
         });
     }
 
-    /// Forgets the jobs that are over for long enough; returns what is wrong.
+    /// Removes the jobs whose grace period has passed; returns the faults found.
     pub fn sweep(&self) -> Vec<String> {
         self.with(|state| {
             let mut faults = std::mem::take(&mut state.faults);
@@ -153,6 +153,6 @@ impl Board {
     }
 
     fn with<T>(&self, act: impl FnOnce(&mut State) -> T) -> T {
-        act(&mut self.state.lock().expect("board"))
+        act(&mut self.state.lock().expect("play_log"))
     }
 }

@@ -1,4 +1,4 @@
-//! Chance that can be had again: splitmix64, a stream of its own for each actor and each job.
+//! Reproducible random numbers: splitmix64, with a separate stream for each actor and each job.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -26,7 +26,7 @@ impl Rng {
         range.start + self.next() % (range.end - range.start)
     }
 
-    /// True so many times in a thousand.
+    /// True with this probability, in thousandths.
     pub fn per_mille(&mut self, share: u64) -> bool {
         self.within(0..1000) < share
     }
@@ -40,7 +40,7 @@ impl Rng {
         &of[self.next() as usize % of.len()]
     }
 
-    /// One of these, each as often as its weight says.
+    /// One of these, with probabilities proportional to the weights.
     pub fn weighed<T: Copy>(&mut self, of: &[(u64, T)]) -> T {
         let mut at = self.within(0..of.iter().map(|(weight, _)| weight).sum());
         for (weight, one) in of {

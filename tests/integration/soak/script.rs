@@ -1,6 +1,5 @@
-//! From a job's seed to all that a backend does with it. Pure: the backend that plays a script and the coordinator that
-//! checks what arrives derive the same one, and it is the same at every backend; only whether a backend serves the job at
-//! all is its own.
+//! Derives from a job's seed what a backend does with the job. The backend that plays the script and the coordinator that
+//! checks the result derive the same script, and it is the same at every backend; only refusals differ between backends.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -9,24 +8,24 @@ use super::rng::Rng;
 use super::stream::{Format, Stream, Usage};
 use crate::support::ms;
 
-/// Jobs with these seeds are served at once, by every backend.
+/// Seeds of jobs that every backend serves at once.
 pub const PLAIN_SEEDS: Range<u64> = 0..1 << 20;
-/// Jobs with these are served with some MB at once.
+/// Seeds of jobs that are answered at once with several MB.
 pub const LARGE_SEEDS: Range<u64> = 1 << 20..2 << 20;
-/// All others.
+/// Seeds of all other jobs.
 pub const RANDOM_SEEDS: Range<u64> = 2 << 20..1 << 53;
 
-/// What a backend does that serves the job.
+/// How a backend serves a job.
 pub struct Script {
-    /// Before the first byte of the head.
+    /// The wait before the first byte of the head.
     pub wait: Duration,
     pub framing: Framing,
     pub content_type: &'static str,
-    /// All that it sends, and so all that the coordinator may get.
+    /// All bytes that it sends, and so all that the coordinator may receive.
     pub body: Vec<u8>,
     /// Sizes of the writes.
     pub pieces: Vec<usize>,
-    /// After each write.
+    /// The pause after each write.
     pub pause: Duration,
     pub ending: Ending,
     pub verdict: Verdict,
@@ -42,14 +41,14 @@ pub enum Framing {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// As the framing wants it; the connection may serve on.
+    /// Complete, by its framing; the connection may serve another request.
     Whole {
         keeps: bool,
     },
     /// The connection ends although more was promised.
     Closed,
     Reset,
-    /// A chunk size that is none.
+    /// An invalid chunk size.
     BadChunk,
     /// Nothing more comes.
     Silence,
@@ -57,7 +56,7 @@ pub enum Ending {
     NoHead,
 }
 
-/// How a job can end that was served so.
+/// How a job that was served so can end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     Done,
@@ -65,7 +64,7 @@ pub enum Verdict {
     Broken,
     /// `internal`, or `backend_unreachable` when the reset, or the bad chunk size, took all bytes with it.
     Torn,
-    /// Not before its deadline.
+    /// Only by its deadline.
     Never,
 }
 
@@ -144,13 +143,13 @@ impl Script {
         }
     }
 
-    /// Whether so many bytes of the body hold an end mark.
+    /// Whether the first `length` bytes of the body contain an end marker.
     pub fn has_end_mark(&self, length: usize) -> bool {
         let text = String::from_utf8_lossy(&self.body[..length]);
         ["\"finish_reason\":\"stop\"", "[DONE]", "message_stop"].iter().any(|mark| text.contains(mark))
     }
 
-    /// How long it takes at the least.
+    /// The least time that it takes.
     pub fn time(&self) -> Duration {
         match self.ending {
             Ending::Silence | Ending::NoHead => Duration::MAX,
@@ -164,7 +163,7 @@ fn body_of(act: Act, stream: &mut Stream, rng: &mut Rng) -> Vec<u8> {
         Act::NoHead => {}
         Act::Json => return stream.json(rng).into_bytes(),
         Act::Cut | Act::Reset | Act::Silence | Act::BadChunk => {
-            // No end mark, so that nobody can take it for whole.
+            // No end marker, so that it cannot pass for complete.
             let count = rng.within(1..20);
             stream.pieces(rng, count);
             stream.text.truncate(stream.text.trim_end().len());
@@ -203,7 +202,7 @@ fn body_of(act: Act, stream: &mut Stream, rng: &mut Rng) -> Vec<u8> {
     std::mem::take(&mut stream.text).into_bytes()
 }
 
-/// Cuts so many bytes at random places.
+/// Cuts `length` bytes at random places.
 fn cut(rng: &mut Rng, length: usize, size: usize) -> Vec<usize> {
     let mut pieces = Vec::new();
     let mut left = length;
@@ -215,13 +214,13 @@ fn cut(rng: &mut Rng, length: usize, size: usize) -> Vec<usize> {
     pieces
 }
 
-/// How a backend does not serve a job.
+/// How a backend refuses a job.
 #[derive(Debug)]
 pub struct Refusal {
     pub answer: Answer,
-    /// What becomes of the job when no other backend takes it.
+    /// The error code if no other backend takes the job.
     pub code: &'static str,
-    /// Whether another one may.
+    /// Whether another backend may take it.
     pub may_fail_over: bool,
 }
 
@@ -263,7 +262,7 @@ static REFUSALS: [Refusal; 13] = [
     refusal(Answer::Reset, "backend_unreachable", true),
 ];
 
-/// Whether this backend does not serve this job.
+/// How this backend refuses this job, if it does.
 pub fn refusal_at(seed: u64, backend: usize) -> Option<&'static Refusal> {
     let rng = &mut Rng::of(seed, &format!("refusal at {backend}"));
     (!PLAIN_SEEDS.contains(&seed) && rng.per_mille(120)).then(|| rng.pick(&REFUSALS))

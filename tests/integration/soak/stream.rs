@@ -1,4 +1,4 @@
-//! The bodies of answers: what vLLM, llama.cpp and their relatives send, with bytes that no other job has.
+//! Generates the bodies of answers, as vLLM, llama.cpp and others send them, each with unique content.
 
 use serde_json::json;
 
@@ -16,7 +16,7 @@ pub struct Usage {
     pub output: u64,
 }
 
-/// The body of an answer in the making.
+/// Builds the body of an answer.
 pub struct Stream {
     pub format: Format,
     pub text: String,
@@ -34,7 +34,7 @@ impl Stream {
         stream
     }
 
-    /// So many pieces of an answer, now and then with what servers send in between.
+    /// Appends `count` deltas, some of them with keep-alive comments in between.
     pub fn pieces(&mut self, rng: &mut Rng, count: u64) {
         for _ in 0..count {
             if rng.per_mille(50) {
@@ -58,7 +58,7 @@ impl Stream {
         self.event("content_block_delta", &data);
     }
 
-    /// Usage and an end mark, in one of the ways there are.
+    /// Appends usage and an end marker, in one of the usual forms.
     pub fn end(&mut self, rng: &mut Rng) {
         let Usage { input, output } = self.usage;
         match self.format {
@@ -81,7 +81,7 @@ impl Stream {
         }
     }
 
-    /// What a server says when it fails in the middle.
+    /// Appends the error event of a server that fails in the middle.
     pub fn error(&mut self) {
         match self.format {
             Format::Openai => self.text.push_str("data: {\"error\":{\"message\":\"soaked\",\"code\":500}}\n\n"),

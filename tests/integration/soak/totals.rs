@@ -1,4 +1,4 @@
-//! What is counted, and how it is told.
+//! Counts outcomes, faults and resource usage, and prints the report.
 #![expect(clippy::print_stdout, reason = "who soaks the agent watches it")]
 
 use std::collections::BTreeMap;
@@ -7,31 +7,31 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::job::Job;
-use super::play_log::{Board, Play};
+use super::play_log::{Play, PlayLog};
 use crate::support::*;
 
-/// So many faults, and the rest would only repeat them.
+/// The test ends after this many faults; more would only repeat them.
 const FAULTS_MAX: usize = 10;
-/// What an agent may hold at the end beyond what it held when it was warm: the log's thread comes and goes, and so does a
-/// kept-alive connection for each backend.
+/// How much more an agent may use at the end than after the warm-up: the log thread comes and goes, and so does a kept-alive
+/// connection to each backend.
 const THREADS_SLACK: usize = 1;
 const DESCRIPTORS_SLACK: usize = super::fleet::BACKENDS.len();
 const MEMORY_SLACK_KIB: u64 = 8 << 10;
 
-pub struct Tally {
+pub struct Totals {
     began: Instant,
     pub bytes: u64,
     jobs: BTreeMap<String, u64>,
     sessions: BTreeMap<&'static str, u64>,
     fail_overs: u64,
     faults: Vec<String>,
-    /// While it works, every few seconds.
+    /// Taken every few seconds while it works.
     samples: Vec<ResourceUsage>,
-    /// At rest, with the time since the beginning.
+    /// Taken at rest, with the time since the start.
     rests: Vec<(Duration, ResourceUsage)>,
 }
 
-impl Tally {
+impl Totals {
     pub fn new() -> Self {
         Self {
             began: Instant::now(),
@@ -45,7 +45,7 @@ impl Tally {
         }
     }
 
-    /// Something that must not be.
+    /// Records a violated expectation.
     pub fn fault(&mut self, text: String) {
         println!("FAULT at {:.1} s: {text}", self.began.elapsed().as_secs_f64());
         self.faults.push(text);
@@ -84,9 +84,9 @@ impl Tally {
         self.samples.push(ResourceUsage::of(agent));
     }
 
-    pub fn rest(&mut self, vitals: ResourceUsage) {
-        self.rests.push((self.began.elapsed(), vitals));
-        println!("at rest: {}", told(&vitals));
+    pub fn rest(&mut self, usage: ResourceUsage) {
+        self.rests.push((self.began.elapsed(), usage));
+        println!("at rest: {}", summary_of(&usage));
     }
 
     pub fn progress(&self, in_flight: usize) {
@@ -97,24 +97,24 @@ impl Tally {
             self.sessions.values().sum::<u64>() + 1,
             self.bytes >> 20,
             self.faults.len(),
-            self.samples.last().map(told).unwrap_or_default(),
+            self.samples.last().map(summary_of).unwrap_or_default(),
         );
     }
 
-    /// The agent must weigh at the end what it weighed when it was warm.
-    pub fn check_vitals(&mut self) {
+    /// Checks that the agent uses no more at the end than after the warm-up.
+    pub fn check_leaks(&mut self) {
         let (Some((_, warm)), Some((_, end))) = (self.rests.first().copied(), self.rests.last().copied()) else {
-            return self.fault("the agent was never weighed".to_owned());
+            return self.fault("the agent was never measured".to_owned());
         };
         if end.threads > warm.threads + THREADS_SLACK
             || end.descriptors > warm.descriptors + DESCRIPTORS_SLACK
             || end.resident_kib > warm.resident_kib + MEMORY_SLACK_KIB
         {
-            self.fault(format!("the agent has grown: warm {}, at the end {}", told(&warm), told(&end)));
+            self.fault(format!("the agent has grown: warm {}, at the end {}", summary_of(&warm), summary_of(&end)));
         }
     }
 
-    /// KiB an hour over the times at rest, least squares.
+    /// The trend of the memory at rest in KiB per hour, by least squares.
     fn slope(&self) -> f64 {
         let points: Vec<_> =
             self.rests.iter().map(|(at, v)| (at.as_secs_f64() / 3600.0, v.resident_kib as f64)).collect();
@@ -124,9 +124,9 @@ impl Tally {
         if spread > 0.0 { mean(&|p| (p.0 - x) * (p.1 - y)) / spread } else { 0.0 }
     }
 
-    /// The lines for a report; panics when there was a fault.
-    pub fn conclude(&self, seed: u64, board: &Board) {
-        let summary = board.summary();
+    /// Prints the report; panics if there was a fault.
+    pub fn conclude(&self, seed: u64, play_log: &PlayLog) {
+        let summary = play_log.summary();
         let most = |of: fn(&ResourceUsage) -> u64| self.samples.iter().map(of).max().unwrap_or(0);
         let listed = |counts: Vec<(&str, u64)>| {
             counts.iter().map(|(what, count)| format!("{count} {what}")).collect::<Vec<_>>().join(", ")
@@ -149,8 +149,8 @@ impl Tally {
             summary.orphans,
             summary.working_most,
         );
-        for (at, vitals) in &self.rests {
-            println!("  at rest    {:5.0} s: {}", at.as_secs_f64(), told(vitals));
+        for (at, usage) in &self.rests {
+            println!("  at rest    {:5.0} s: {}", at.as_secs_f64(), summary_of(usage));
         }
         println!("  memory     {:+.0} KiB an hour at rest", self.slope());
         println!(
@@ -164,6 +164,6 @@ impl Tally {
     }
 }
 
-fn told(vitals: &ResourceUsage) -> String {
-    format!("{} threads, {} descriptors, {} KiB", vitals.threads, vitals.descriptors, vitals.resident_kib)
+fn summary_of(usage: &ResourceUsage) -> String {
+    format!("{} threads, {} descriptors, {} KiB", usage.threads, usage.descriptors, usage.resident_kib)
 }
