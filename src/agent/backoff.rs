@@ -1,7 +1,6 @@
-//! How long to wait before the next connection. A pure state machine: the clock and the dice are passed in.
+//! The delay before the next connection attempt: a state machine that is given the time and the randomness.
 //!
-//! Invariant: a delay is never shorter than 0.8 s, so that a coordinator that throws us out at once is dialled about
-//! once a second at the most.
+//! Invariant: no delay is shorter than 0.8 s, so a coordinator that ends every session at once is dialled about once a second.
 
 use std::time::Duration;
 
@@ -9,27 +8,27 @@ use crate::sys::jitter;
 
 /// The first delay.
 const DELAY_MIN: Duration = Duration::from_secs(1);
-/// Where doubling stops.
+/// The longest delay; until then, each is twice the one before.
 const DELAY_MAX: Duration = Duration::from_secs(60);
-/// A session that ends sooner after `auth_ok` has not proved itself.
+/// A session that lasts this long counts as stable.
 const STABLE_AFTER: Duration = Duration::from_secs(5);
-/// So many of them running, and they no longer count as a success.
+/// Unstable sessions in a row from which they count as failures.
 const SHORT_LIVED_MAX: u32 = 3;
 
 const _: () = assert!(DELAY_MIN.as_millis() < DELAY_MAX.as_millis());
 
-/// How a connection ended, as far as the next delay is concerned.
+/// How a connection attempt ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AttemptEnd {
     /// Before `auth_ok`.
     BeforeAuth,
-    /// After `auth_ok`, as the coordinator had announced.
+    /// After `auth_ok`, as the coordinator announced.
     Planned,
-    /// After `auth_ok`, having lasted so long.
+    /// After `auth_ok`; how long the session lasted.
     After(Duration),
 }
 
-/// The delays.
+/// Computes the delays.
 #[derive(Debug)]
 pub struct Backoff {
     next: Duration,
@@ -46,7 +45,7 @@ impl Backoff {
     /// The delay before the next attempt. `random` is uniform in `0.0..1.0`; it
     /// scales the delay by a factor of 0.8 to 1.2.
     pub fn delay_after(&mut self, ended: AttemptEnd, random: f64) -> Duration {
-        let proved = match ended {
+        let succeeded = match ended {
             AttemptEnd::BeforeAuth => false,
             AttemptEnd::Planned => {
                 self.short_lived = 0;
@@ -61,7 +60,7 @@ impl Backoff {
                 self.short_lived < SHORT_LIVED_MAX
             }
         };
-        if proved {
+        if succeeded {
             self.next = DELAY_MIN;
         }
         let delay = self.next;
@@ -81,14 +80,14 @@ mod tests {
     }
 
     #[test]
-    fn failures_before_auth_double_up_to_a_minute() {
+    fn delay_doubles_up_to_a_minute_while_authentication_fails() {
         let mut b = Backoff::default();
         let delays: Vec<u64> = (0..9).map(|_| seconds(&mut b, AttemptEnd::BeforeAuth)).collect();
         assert_eq!(delays, [1, 2, 4, 8, 16, 32, 60, 60, 60]);
     }
 
     #[test]
-    fn a_session_resets_and_the_third_short_one_running_does_not() {
+    fn delay_is_reset_by_a_session_but_not_by_the_third_short_one_in_a_row() {
         let mut b = Backoff::default();
         let short = AttemptEnd::After(Duration::from_millis(4_999));
         for _ in 0..4 {
@@ -103,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn a_planned_end_is_always_followed_by_the_shortest_delay() {
+    fn delay_after_a_planned_end_is_the_shortest() {
         let mut b = Backoff::default();
         for _ in 0..9 {
             seconds(&mut b, AttemptEnd::BeforeAuth);

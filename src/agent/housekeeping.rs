@@ -98,7 +98,7 @@ mod tests {
     use crate::observe::Sources;
 
     #[test]
-    fn socket_is_removed_before_the_lock_is_released() {
+    fn wake_socket_is_removed_before_the_lock_is_released() {
         let folder = std::env::temp_dir().join(format!("usepod-housekeeping-{}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a folder");
         let paths = AgentPaths::beside(&folder.join("identity.key"));

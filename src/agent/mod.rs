@@ -1,7 +1,6 @@
-//! Connect, serve, wait, and again, until told to stop. Runs in the caller's thread.
+//! The agent that `run` runs: it connects to the coordinator, serves a session, waits, and reconnects until it is stopped.
 //!
-//! Nothing that the network does ends it: a connection that cannot be made is tried again for ever, with the delays of
-//! [`crate::agent::backoff`].
+//! No network failure ends it: it retries indefinitely, with the delays of [`backoff`].
 
 pub mod backoff;
 mod drain;
@@ -31,27 +30,27 @@ use crate::net::proxy;
 use crate::observe::{Connection, LiveState, Sources, StateFileWriter};
 use crate::sys::jitter;
 
-/// Everything that an agent is made of.
+/// An agent, ready to run.
 pub struct Agent {
-    /// Where it dials.
+    /// The coordinator to connect to.
     pub coordinator: CoordinatorConfig,
-    /// Whether `HTTPS_PROXY` is heeded on the way there.
+    /// Whether to connect through `HTTPS_PROXY`.
     pub use_proxy: bool,
-    /// Who it is.
+    /// The key and the provider id.
     pub identity: Identity,
-    /// What it may offer.
+    /// The backends to offer.
     pub backends: Vec<BackendOffer>,
-    /// At which prices, and how much at a time.
+    /// Their prices and the limit on concurrent jobs.
     pub terms: OfferTerms,
-    /// Jobs are refused while so many were used in the last minute.
+    /// Jobs are rejected while the last minute's tokens exceed this.
     pub max_tokens_per_minute: Option<u64>,
-    /// For jobs in flight when it stops.
+    /// How long jobs in flight may take when the agent stops.
     pub drain: Duration,
-    /// What other processes may know and do; `None` for an agent that is nobody else's business.
+    /// The files by which other processes observe and control it; `None` for an agent without any.
     pub instance: Option<InstanceHandle>,
 }
 
-/// An agent as other processes see it.
+/// An agent's claim on its identity.
 pub struct InstanceHandle {
     /// The files beside the identity.
     pub paths: AgentPaths,
@@ -63,15 +62,15 @@ pub struct InstanceHandle {
 enum Attempt {
     /// Before `auth_ok`.
     Failed(Connection),
-    /// After it, having lasted so long.
+    /// After it; how long the session lasted.
     Served(SessionEnd, Duration),
 }
 
 impl Agent {
-    /// Serves until `stop` is requested and the jobs in flight are done.
+    /// Serves until `stop` is requested and the jobs in flight are done. Blocks the calling thread.
     ///
     /// # Errors
-    /// The system refused a thread at the start.
+    /// The system refused a thread or a socket at the start.
     pub fn run(mut self, stop: &Arc<Stop>) -> std::io::Result<()> {
         let offers = Arc::new(OfferFeed::default());
         let stats = Arc::new(JobStats::default());
@@ -132,12 +131,15 @@ impl Agent {
         Ok(())
     }
 
-    /// One that other processes can ring, where there can be such a one.
+    /// A socket by which other processes can wake the housekeeping thread, if possible.
     fn wake_socket(&self) -> std::io::Result<WakeSocket> {
-        let Some(presence) = &self.instance else { return WakeSocket::private() };
-        let path = presence.paths.wake();
+        let Some(instance) = &self.instance else { return WakeSocket::private() };
+        let path = instance.paths.wake();
         WakeSocket::at(&path).or_else(|e| {
-            log::warn!("`{}`: failed to make a socket ({e}), so `pause` takes effect up to 15 s late", path.display());
+            log::warn!(
+                "`{}`: failed to create the wake socket: {e}; `pause` takes effect with a delay of up to 15 s",
+                path.display()
+            );
             WakeSocket::private()
         })
     }
@@ -145,8 +147,8 @@ impl Agent {
     fn connect_and_serve(&mut self, dialer: &Dialer, context: &session::Context<'_>) -> Attempt {
         let stop = context.stop;
         context.live.mark_alive();
-        // Probes and the dial go side by side.
-        let settled = context.prober.refresh();
+        // The backends are probed while the connection is made.
+        let first_offer = context.prober.refresh();
         let opened = |tcp| stop.set_active(ActiveState::Handshake(tcp));
         let mut half = match dialer.dial(stop.signal(), opened) {
             Ok(half) => half,
@@ -163,15 +165,15 @@ impl Agent {
             Err(e) => return Attempt::Failed(Connection::Connecting(Some(e.to_string()))),
         }
         context.live.connected(self.identity.provider_id());
-        let id = self.identity.provider_id().map_or_else(|| "a provider without an id".to_owned(), sanitize_for_log);
+        let id = self.identity.provider_id().map_or_else(|| "a provider without id".to_owned(), sanitize_for_log);
         log::info!("connected as {id}");
         let authenticated = Instant::now();
-        let end = session::serve(half, &settled, context);
+        let end = session::serve(half, &first_offer, context);
         Attempt::Served(end, authenticated.elapsed())
     }
 }
 
-/// Tells how an attempt ended.
+/// Logs how an attempt ended and records it in `live`.
 fn log_and_record_end(attempt: &Attempt, live: &LiveState) -> AttemptEnd {
     match attempt {
         Attempt::Failed(connection) => {
@@ -213,11 +215,11 @@ mod tests {
     use crate::instance::LockError;
     use crate::net::tls::ExtraRoots;
 
-    /// Has a bug that the housekeeping meets, and says when.
+    /// Panics in the housekeeping thread, and says when.
     #[derive(Default)]
-    struct Nameless(AtomicBool);
+    struct PanickingBackend(AtomicBool);
 
-    impl Backend for Nameless {
+    impl Backend for PanickingBackend {
         fn kind(&self) -> &'static str {
             "vllm"
         }
@@ -241,13 +243,13 @@ mod tests {
     }
 
     #[test]
-    fn an_agent_whose_housekeeping_has_ended_keeps_its_lock() {
+    fn lock_is_kept_when_the_housekeeping_thread_panics() {
         let folder = std::env::temp_dir().join(format!("usepod-supervisor-{}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a folder");
         let paths = AgentPaths::beside(&folder.join("identity.key"));
         let lock = InstanceLock::acquire(&paths).expect("the lock");
         let price = Price { input_per_1m: 1, output_per_1m: 1 };
-        let backend = Arc::new(Nameless::default());
+        let backend = Arc::new(PanickingBackend::default());
         let agent = Agent {
             coordinator: CoordinatorConfig {
                 url: "ws://127.0.0.72:9/".parse().expect("a URL"),
@@ -274,9 +276,9 @@ mod tests {
                 std::thread::sleep(Duration::from_millis(1));
             }
         };
-        wait_until("the bug is met", &|| backend.0.load(Ordering::SeqCst));
-        // It goes last but for the lock.
-        wait_until("the socket goes", &|| !paths.wake().exists());
+        wait_until("the panic", &|| backend.0.load(Ordering::SeqCst));
+        // Of what the thread owns, only the lock goes later.
+        wait_until("the socket is removed", &|| !paths.wake().exists());
         let watched = Instant::now();
         while watched.elapsed() < Duration::from_millis(100) {
             assert!(matches!(InstanceLock::acquire(&paths), Err(LockError::Held(_))));

@@ -1,7 +1,8 @@
-//! One connection, from the challenge to its end. Runs in the supervisor's thread, which blocks in the socket.
+//! A session: one authenticated connection, from the first offer to its end. It runs in the caller's thread, which reads the
+//! socket.
 //!
-//! Invariants: the reading thread waits for nothing but its socket; what has to be said is queued for the writer. The end
-//! of a session ends its jobs, so that no GPU works for nobody.
+//! Invariants: the reading thread blocks on nothing but its socket; everything it sends is queued for the writer. When a session
+//! ends, so do its jobs: no backend computes answers that cannot be delivered.
 
 use std::io;
 use std::sync::Arc;
@@ -26,10 +27,10 @@ use crate::logging::sanitize_for_log;
 use crate::observe::LiveState;
 use crate::sys::malloc;
 
-/// The first offer waits no longer for the probes, which have a limit of their own below it.
+/// How long the first offer waits for the probes; their own timeouts are shorter.
 const FIRST_OFFER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The memory of a frame of this size or more is worth giving back.
+/// Size from which the memory of a frame is returned to the system, in bytes.
 const LARGE_FRAME_BYTES: usize = 256 << 10;
 
 const _: () = assert!(REQUEST_BYTES_MAX >= MESSAGE_BYTES_MAX);
@@ -37,40 +38,40 @@ const _: () = assert!(REQUEST_BYTES_MAX >= MESSAGE_BYTES_MAX);
 /// How a session ended.
 #[derive(Debug)]
 pub enum SessionEnd {
-    /// The coordinator had announced it, or closed without giving a reason.
+    /// The coordinator announced it, or closed without a reason.
     Planned(String),
-    /// We were told to stop.
+    /// The agent is stopping.
     Stopped,
-    /// Anything else.
+    /// Any other way.
     Unexpected(String),
 }
 
-/// What a session needs that outlives it.
+/// What a session uses and does not own.
 pub struct Context<'a> {
-    /// The offer, kept true by the prober.
+    /// The offer.
     pub offers: &'a Arc<OfferFeed>,
-    /// Told of backends that are gone.
+    /// Probes backends whose jobs fail.
     pub prober: &'a Prober,
-    /// How jobs ended, over all sessions.
+    /// How the jobs of all sessions ended.
     pub stats: &'a Arc<JobStats>,
-    /// `max_tokens_per_minute`, over all sessions.
+    /// `max_tokens_per_minute`, for all sessions together.
     pub token_limit: &'a Arc<TokenLimit>,
-    /// Where it is noted how the agent is.
+    /// Updated with what the session observes.
     pub live: &'a Arc<LiveState>,
-    /// Stated with the offer.
+    /// Sent with the offer.
     pub limits: OfferLimits,
-    /// For jobs in flight when the agent stops.
+    /// How long jobs in flight may take when the agent stops.
     pub drain: Duration,
     /// The request to stop.
     pub stop: &'a Arc<Stop>,
 }
 
-/// Serves jobs until the connection ends. `settled` disconnects when the first offer can be made.
-pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) -> SessionEnd {
-    // From here on a stop is not to cut the connection, but to take its leave on it.
+/// Serves jobs until the connection ends. `first_offer` disconnects when the first offer can be made.
+pub fn serve(mut half: ReadHalf, first_offer: &Receiver<()>, context: &Context<'_>) -> SessionEnd {
+    // From now on, a stop must close the connection gracefully instead of shutting the socket down.
     context.stop.set_active(ActiveState::Nothing);
     select! {
-        recv(settled) -> _ => {}
+        recv(first_offer) -> _ => {}
         recv(context.stop.signal()) -> _ => {}
         default(FIRST_OFFER_TIMEOUT) => {}
     }
@@ -94,8 +95,8 @@ pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) 
         },
     ));
     let link = half.link();
-    let write_half = half.split(outlet_to(lanes.control.clone()));
-    let heartbeat = heartbeat_of(&executor, context, link.clone());
+    let write_half = half.split(queue_raw(lanes.control.clone()));
+    let heartbeat = heartbeat_source(&executor, context, link.clone());
     let writer = match Writer::spawn(write_half, lanes, heartbeat) {
         Ok(writer) => writer,
         Err(e) => return SessionEnd::Unexpected(format!("failed to start the writer thread: {e}")),
@@ -126,8 +127,8 @@ pub fn serve(mut half: ReadHalf, settled: &Receiver<()>, context: &Context<'_>) 
     if context.stop.is_requested() { SessionEnd::Stopped } else { end }
 }
 
-/// The way of what the reading side has to send: pongs, close replies, TLS alerts.
-fn outlet_to(control: ControlSender) -> impl Fn(Vec<u8>) -> io::Result<()> + Send + 'static {
+/// Queues what the reading half has to send: pongs, close replies, TLS alerts.
+fn queue_raw(control: ControlSender) -> impl Fn(Vec<u8>) -> io::Result<()> + Send + 'static {
     move |bytes| control.send(Control::Raw(bytes)).map_err(io::Error::other)
 }
 
@@ -140,13 +141,14 @@ fn announce(context: &Context<'_>, control: &ControlSender) {
     });
 }
 
-/// What the reader has heard shows with the heartbeat that both threads work. Each byte counts: a large message may take minutes.
-fn heartbeat_of(
+/// Builds the heartbeats. A heartbeat is a sign of life if data has arrived since the previous one: then both the reader and the writer
+/// work. Every received byte counts, because a large message may take minutes.
+fn heartbeat_source(
     executor: &Arc<JobExecutor>,
     context: &Context<'_>,
     link: Arc<Link>,
 ) -> impl Fn() -> String + Send + use<> {
-    // Weak: the writer is not to keep the jobs of a session alive.
+    // Weak, so that the writer does not keep the jobs of an ended session alive.
     let executor = Arc::downgrade(executor);
     let in_flight = move || executor.upgrade().map_or(0, |executor| executor.queue_depth());
     context.live.set_in_flight_source(in_flight.clone());
@@ -169,15 +171,15 @@ fn read_loop(half: &mut ReadHalf, executor: &JobExecutor) -> SessionEnd {
                     return SessionEnd::Unexpected(e.to_string());
                 }
             }
-            Ok(Message::Binary(_)) => log::warn!("a binary message from the coordinator is ignored"),
+            Ok(Message::Binary(_)) => log::warn!("ignored a binary message from the coordinator"),
             Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_)) => {}
             Ok(Message::Close(frame)) => {
                 half.flush();
-                return close_of(frame);
+                return session_end(frame);
             }
             Err(WsError::Io(e)) if e.kind() == std::io::ErrorKind::TimedOut => {
                 let silence = STALL_TIMEOUT.as_secs();
-                return SessionEnd::Unexpected(format!("not a byte from the coordinator for {silence} s"));
+                return SessionEnd::Unexpected(format!("received nothing from the coordinator for {silence} s"));
             }
             Err(e) => return SessionEnd::Unexpected(e.to_string()),
         }
@@ -194,7 +196,7 @@ fn handle_frame(text: &str, executor: &JobExecutor) -> Result<(), LaneError> {
             executor.try_dispatch(*job, text.len())
         }
         Ok(Inbound::UnreadableJob(job_id, why)) => {
-            log::warn!("job {job_id} cannot be run: {why}");
+            log::warn!("rejected job {job_id}: {why}");
             executor.reject(job_id, RejectReason::Unreadable, why)
         }
         Ok(Inbound::JobCancel(job_id)) => {
@@ -202,21 +204,21 @@ fn handle_frame(text: &str, executor: &JobExecutor) -> Result<(), LaneError> {
             Ok(())
         }
         Ok(Inbound::Other(kind)) => {
-            log::debug!("a frame of type `{}` is ignored", sanitize_for_log(&kind));
+            log::debug!("ignored a frame of type `{}`", sanitize_for_log(&kind));
             Ok(())
         }
         Ok(Inbound::AuthChallenge(_) | Inbound::AuthOk(_) | Inbound::AuthFailed(_)) => {
-            log::debug!("a frame of the handshake is ignored within the session");
+            log::debug!("ignored a handshake frame during the session");
             Ok(())
         }
         Err(e) => {
-            log::warn!("a frame from the coordinator is ignored: {e}");
+            log::warn!("ignored a frame from the coordinator: {e}");
             Ok(())
         }
     }
 }
 
-fn close_of(frame: Option<CloseFrame>) -> SessionEnd {
+fn session_end(frame: Option<CloseFrame>) -> SessionEnd {
     match frame {
         None => SessionEnd::Planned("closed without a reason".into()),
         Some(frame) if frame.code == CloseCode::Away => SessionEnd::Planned(close::describe(&frame)),

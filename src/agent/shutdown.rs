@@ -1,7 +1,7 @@
-//! How the agent is told to stop, and who is woken by it.
+//! The request to stop, and what it interrupts.
 //!
-//! [`Stop::request`] may be called from any thread, a signal's among them, and never blocks: a first time to stop when
-//! the jobs in flight are done, a second time to stop now.
+//! [`Stop::request`] may be called from any thread, including the signal handler's, and never blocks. The first request stops the
+//! agent when the jobs in flight are done, the second one immediately.
 
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -11,7 +11,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::sys::threads;
 
-/// The request to stop, shared by those who make it and those who heed it.
+/// The request to stop, shared by the threads that make it and those that act on it.
 pub struct Stop {
     requests: AtomicU32,
     /// Disconnects at the first request.
@@ -21,73 +21,73 @@ pub struct Stop {
 
 struct State {
     signal: Option<Sender<()>>,
-    live: ActiveState,
+    active: ActiveState,
 }
 
-/// What has to be woken.
+/// What a request has to interrupt.
 pub enum ActiveState {
-    /// Nothing, or only a wait that heeds the signal.
+    /// Nothing, or a wait that ends with [`Stop::signal`].
     Nothing,
-    /// A handshake, blocked in this socket.
+    /// A handshake that blocks on this socket.
     Handshake(TcpStream),
-    /// A session, which ends in order.
+    /// A session, which is drained.
     Session(Arc<dyn GracefulStop>),
 }
 
-/// What can end in order.
+/// Can end gracefully.
 pub trait GracefulStop: Send + Sync {
-    /// Finishes what is in flight, then ends; at once when `urgent` says so. Blocks meanwhile.
-    fn drain(&self, urgent: &dyn Fn() -> bool);
+    /// Waits for the work in flight, then ends; immediately once `is_forced` returns true. Blocks meanwhile.
+    fn drain(&self, is_forced: &dyn Fn() -> bool);
 
-    /// Ends at once.
+    /// Ends immediately.
     fn abort(&self);
 }
 
 impl Default for Stop {
     fn default() -> Self {
         let (sender, signal) = bounded(0);
-        let state = Mutex::new(State { signal: Some(sender), live: ActiveState::Nothing });
+        let state = Mutex::new(State { signal: Some(sender), active: ActiveState::Nothing });
         Stop { requests: AtomicU32::new(0), signal, state }
     }
 }
 
 impl Stop {
-    /// Stop, when the jobs in flight are done; the second time, now.
+    /// Requests a stop: the first time when the jobs in flight are done, the second time immediately.
     pub fn request(self: &Arc<Self>) {
-        // Counted under the lock, so that `set_live` and this wake a session once between them.
+        // Counted under the lock, so that either this or `set_active` interrupts a session, not both.
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if self.requests.fetch_add(1, Ordering::SeqCst) == 0 {
             drop(state.signal.take());
-            self.wake(&state.live);
+            self.interrupt(&state.active);
         }
     }
 
-    /// Whether there was a request.
+    /// Whether a stop was requested.
     pub fn is_requested(&self) -> bool {
         self.requests.load(Ordering::SeqCst) > 0
     }
 
-    /// Whether there was a second one.
+    /// Whether it was requested a second time.
     pub fn is_forced(&self) -> bool {
         self.requests.load(Ordering::SeqCst) > 1
     }
 
-    /// Disconnects at the first request, for waits.
+    /// Disconnects at the first request.
     pub fn signal(&self) -> &Receiver<()> {
         &self.signal
     }
 
-    /// Says what has to be woken from here on; wakes it at once when the request came first.
-    pub fn set_active(self: &Arc<Self>, live: ActiveState) {
+    /// Sets what a request has to interrupt from now on, and interrupts it at once if there was a request already.
+    pub fn set_active(self: &Arc<Self>, active: ActiveState) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if self.is_requested() {
-            self.wake(&live);
+            self.interrupt(&active);
         }
-        state.live = live;
+        state.active = active;
     }
 
-    fn wake(self: &Arc<Self>, live: &ActiveState) {
-        match live {
+    fn interrupt(self: &Arc<Self>, active: &ActiveState) {
+        match active {
             ActiveState::Nothing => {}
             ActiveState::Handshake(tcp) => {
                 let _ = tcp.shutdown(Shutdown::Both);
@@ -96,7 +96,7 @@ impl Stop {
                 let (session, stop) = (session.clone(), self.clone());
                 let for_thread = session.clone();
                 if let Err(e) = threads::spawn("drain", move || for_thread.drain(&|| stop.is_forced())) {
-                    log::error!("failed to start a thread, so jobs in flight are cut off: {e}");
+                    log::error!("failed to start the drain thread: {e}; aborting the jobs in flight");
                     session.abort();
                 }
             }

@@ -1,30 +1,30 @@
-//! What the agent's threads note about how the agent is, for whoever asks.
+//! The live state of the agent, updated by its threads and read by the housekeeping thread.
 //!
-//! Invariant: to note something never waits for a disk; the housekeeping thread is rung, and writes it down.
+//! Invariant: an update never waits for the disk; it wakes the housekeeping thread, which writes the state file.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use crate::instance::wake_socket::Waker;
 
-/// The notes.
+/// The live state.
 pub struct LiveState {
     inner: Mutex<Inner>,
     waker: Waker,
 }
 
-/// How the link to the coordinator is.
+/// The connection to the coordinator.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Connection {
-    /// There is none, after this error, if there was one.
+    /// Being made; the last error, if any.
     Connecting(Option<String>),
-    /// The coordinator does not want this agent, for this reason.
+    /// Refused by the coordinator, for this reason.
     Rejected(String),
-    /// It is there.
+    /// Established.
     Connected,
 }
 
-/// Jobs in flight, as its session knows it.
+/// Returns the jobs in flight of the current session.
 type InFlight = Box<dyn Fn() -> u32 + Send>;
 
 struct Inner {
@@ -34,29 +34,30 @@ struct Inner {
     in_flight: InFlight,
     is_draining: bool,
     is_throttled: bool,
-    /// Since it was last asked.
+    /// Since the last [`LiveState::take_changes`].
     has_changed: bool,
+    /// Since the last [`LiveState::take_changes`].
     is_alive: bool,
 }
 
-/// The notes at one moment.
+/// The live state at one moment.
 pub struct Snapshot {
-    /// The link.
+    /// The connection.
     pub connection: Connection,
-    /// Since when there is a link, or none.
+    /// Since when the agent is connected, or not.
     pub connection_since: SystemTime,
-    /// Who the coordinator says we are.
+    /// The id that the coordinator gave the agent.
     pub provider_id: Option<String>,
-    /// Jobs in flight.
+    /// The jobs in flight.
     pub in_flight: u32,
-    /// The agent was told to stop.
+    /// The agent is stopping.
     pub is_draining: bool,
 }
 
 impl LiveState {
-    /// Of an agent that has just started; `ringer` wakes who keeps the state file.
+    /// The state of an agent that has just started; `waker` wakes the housekeeping thread.
     pub fn new(provider_id: Option<&str>, waker: Waker) -> LiveState {
-        let notes = Inner {
+        let inner = Inner {
             connection: Connection::Connecting(None),
             connection_since: SystemTime::now(),
             provider_id: provider_id.map(str::to_owned),
@@ -66,85 +67,85 @@ impl LiveState {
             has_changed: true,
             is_alive: true,
         };
-        LiveState { inner: Mutex::new(notes), waker }
+        LiveState { inner: Mutex::new(inner), waker }
     }
 
-    /// There is no connection, or none any more, for this reason. To be called for each attempt that fails.
-    pub fn not_connected(&self, why: Connection) {
-        self.update(|notes| {
-            if notes.connection == Connection::Connected {
-                notes.connection_since = SystemTime::now();
-                notes.in_flight = Box::new(|| 0);
+    /// A connection attempt or a session has ended; `connection` says how. A sign of life.
+    pub fn not_connected(&self, connection: Connection) {
+        self.update(|inner| {
+            if inner.connection == Connection::Connected {
+                inner.connection_since = SystemTime::now();
+                inner.in_flight = Box::new(|| 0);
             }
-            notes.connection = why;
-            notes.is_alive = true;
+            inner.connection = connection;
+            inner.is_alive = true;
         });
     }
 
-    /// The coordinator has let us in.
+    /// The coordinator has admitted the agent.
     pub fn connected(&self, provider_id: Option<&str>) {
-        self.update(|notes| {
-            notes.connection = Connection::Connected;
-            notes.connection_since = SystemTime::now();
-            notes.provider_id = provider_id.map(str::to_owned);
+        self.update(|inner| {
+            inner.connection = Connection::Connected;
+            inner.connection_since = SystemTime::now();
+            inner.provider_id = provider_id.map(str::to_owned);
         });
     }
 
-    /// Who knows the jobs in flight from here on.
+    /// Sets the function that returns the jobs in flight.
     pub fn set_in_flight_source(&self, in_flight: impl Fn() -> u32 + Send + 'static) {
         self.lock().in_flight = Box::new(in_flight);
     }
 
-    /// The agent was told to stop.
+    /// The agent is stopping.
     pub fn draining(&self) {
-        self.update(|notes| notes.is_draining = true);
+        self.update(|inner| inner.is_draining = true);
     }
 
-    /// The agent does its work: it has heard from the coordinator, or tries to reach it. So it does when it fails to.
+    /// Records a sign of life: data has arrived from the coordinator, or the agent tries to connect.
     pub fn mark_alive(&self) {
-        self.update(|notes| notes.is_alive = true);
+        self.update(|inner| inner.is_alive = true);
     }
 
-    /// The token limit refuses jobs. Told as often as it does, it is news once.
+    /// The token limit rejects jobs. Only the first call after [`LiveState::not_throttled`] counts as a change.
     pub fn throttled(&self) {
         if !std::mem::replace(&mut self.lock().is_throttled, true) {
             self.update(|_| ());
         }
     }
 
-    /// The token limit was seen to refuse nothing.
+    /// The token limit no longer rejects jobs.
     pub fn not_throttled(&self) {
         self.lock().is_throttled = false;
     }
 
-    /// It is time to write things down again.
+    /// Has the state file written again.
     pub fn mark_changed(&self) {
         self.update(|_| ());
     }
 
-    /// Whether there is anything new since this was asked last, and whether the agent has shown life since.
+    /// Whether anything has changed since the last call, and whether there was a sign of life.
     pub fn take_changes(&self) -> (bool, bool) {
-        let notes = &mut *self.lock();
-        (std::mem::take(&mut notes.has_changed), std::mem::take(&mut notes.is_alive))
+        let inner = &mut *self.lock();
+        (std::mem::take(&mut inner.has_changed), std::mem::take(&mut inner.is_alive))
     }
 
-    /// How it is now.
+    /// The state as of now.
     pub fn snapshot(&self) -> Snapshot {
-        let notes = self.lock();
+        let inner = self.lock();
         Snapshot {
-            connection: notes.connection.clone(),
-            connection_since: notes.connection_since,
-            provider_id: notes.provider_id.clone(),
-            in_flight: (notes.in_flight)(),
-            is_draining: notes.is_draining,
+            connection: inner.connection.clone(),
+            connection_since: inner.connection_since,
+            provider_id: inner.provider_id.clone(),
+            in_flight: (inner.in_flight)(),
+            is_draining: inner.is_draining,
         }
     }
 
     fn update(&self, change: impl FnOnce(&mut Inner)) {
-        let mut notes = self.lock();
-        change(&mut notes);
-        notes.has_changed = true;
-        drop(notes);
+        let mut inner = self.lock();
+        change(&mut inner);
+        inner.has_changed = true;
+        drop(inner);
         self.waker.wake();
     }
 
@@ -158,9 +159,9 @@ mod tests {
     use super::*;
     use crate::instance::wake_socket::WakeSocket;
 
-    /// The longest delay between two attempts comes after one that may have taken half a minute.
+    /// The longest delay between two attempts follows one that may have taken half a minute.
     #[test]
-    fn an_attempt_that_fails_is_a_sign_of_life() {
+    fn failed_attempt_is_a_sign_of_life() {
         let live = LiveState::new(None, WakeSocket::private().expect("sockets").waker());
         assert_eq!(live.take_changes(), (true, true));
         live.mark_changed();
