@@ -131,7 +131,7 @@ impl JobExecutor {
                 return rejected(RejectReason::NoMemory, message);
             }
             Err(AdmitError::Full) => {
-                let message = format!("the agent runs its maximum of {max_concurrent} jobs");
+                let message = format!("the agent already runs its maximum of {max_concurrent} jobs");
                 return rejected(RejectReason::AtCapacity, &message);
             }
         };
@@ -141,7 +141,7 @@ impl JobExecutor {
         }
         let slot = route.iter().enumerate().find_map(|(at, backend)| Some((at, backend.try_acquire_slot()?)));
         let Some((at, slot)) = slot else {
-            let message = "every backend of this model runs the maximum of jobs that its max_concurrent allows";
+            let message = "every backend of this model already runs its max_concurrent jobs";
             return Err(self.reject_admitted(&in_flight, RejectReason::BackendsFull, message.to_owned()));
         };
         in_flight.attach_slot(slot);

@@ -26,6 +26,7 @@ pub struct ExecutorDeps {
     pub on_throttled: Option<Box<dyn Fn() + Send + Sync>>,
 }
 
+/// Lives until the last worker and the deadline thread have ended.
 pub struct Shared {
     pub max_concurrent: u32,
     pub outbox: Box<dyn Outbox>,

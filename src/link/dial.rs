@@ -169,9 +169,10 @@ impl Dialer {
         let host = host.rsplit('@').next().unwrap_or_default();
         write!(stream, "HEAD / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")?;
         stream.flush()?;
-        let head =
-            read_head(&mut stream)?.ok_or_else(|| DialError::Upgrade("the server's response is not HTTP".into()));
-        Ok(head?.headers)
+        match read_head(&mut stream)? {
+            Some(head) => Ok(head.headers),
+            None => Err(DialError::Upgrade("the server's response is not HTTP".into())),
+        }
     }
 
     /// The certificate that the server presents, trusted or not, in DER. Opens a new connection, and ends it in the TLS
@@ -204,7 +205,7 @@ impl Dialer {
             let opened = match (host.as_str(), port).to_socket_addrs() {
                 Ok(addresses) => {
                     let addresses: Vec<SocketAddr> = addresses.collect();
-                    Progress::of(&of_thread).resolved = Some(addresses.clone());
+                    Progress::lock(&of_thread).resolved = Some(addresses.clone());
                     let _ = progress_sender.send(());
                     connect::connect_any(&addresses, Some(deadline)).map_err(|error| DialError::Connect {
                         host,
@@ -214,7 +215,7 @@ impl Dialer {
                 }
                 Err(error) => Err(DialError::Resolve { host, error }),
             };
-            Progress::of(&of_thread).opened = opened;
+            Progress::lock(&of_thread).opened = opened;
         })?;
         loop {
             let ended = select! {
@@ -222,7 +223,7 @@ impl Dialer {
                 recv(stop) -> _ => return Err(DialError::Stopping),
                 default(deadline.saturating_duration_since(Instant::now())) => return Err(DialError::TimedOut),
             };
-            let mut progress = Progress::of(&progress);
+            let mut progress = Progress::lock(&progress);
             if let Some(addresses) = progress.resolved.take() {
                 observer.resolved(&addresses);
             }
@@ -401,7 +402,7 @@ struct Progress {
 }
 
 impl Progress {
-    fn of(progress: &Mutex<Progress>) -> MutexGuard<'_, Progress> {
+    fn lock(progress: &Mutex<Progress>) -> MutexGuard<'_, Progress> {
         progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

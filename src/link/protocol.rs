@@ -1,7 +1,7 @@
 //! The frames of both directions. No I/O, no clock, no state.
 //!
-//! Frames that the agent sends are built as text: ten thousand chunks per minute are worth that. Frames that it receives are
-//! parsed leniently, because the coordinator may be newer than the agent.
+//! [`JobChunks`] builds its frames directly as text, because the agent may send ten thousand of them per minute. Frames from the
+//! coordinator are parsed leniently, because it may be newer than the agent.
 
 use std::sync::LazyLock;
 
@@ -19,7 +19,7 @@ use crate::discovery::ResolvedModel;
 /// The agent's version on the wire.
 pub const AGENT_VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// Milliseconds of deadline for a job without a valid `deadline_ms`.
+/// The deadline of a job without a valid `deadline_ms`, in milliseconds.
 pub const DEADLINE_DEFAULT_MS: u32 = 60_000;
 
 /// JSON values in one job. Each takes about 100 bytes, so 100 MB in all, while its text may take as little as one byte.
@@ -82,22 +82,22 @@ pub fn parse(text: &str) -> Result<Inbound, FrameError> {
             job_id(text).map(Inbound::JobCancel).ok_or(FrameError::Field { frame: "job_cancel", fields: "job_id" })
         }
         "auth_challenge" => {
-            let nonce = small(text)["nonce"].as_str().and_then(|n| BASE64.decode(n).ok());
+            let nonce = parse_small(text)["nonce"].as_str().and_then(|n| BASE64.decode(n).ok());
             nonce.map(Inbound::AuthChallenge).ok_or(FrameError::Field { frame: "auth_challenge", fields: "nonce" })
         }
         "auth_ok" => {
-            let provider_id = small(text)["provider_id"].as_str().filter(|id| !id.is_empty()).map(str::to_owned);
+            let provider_id = parse_small(text)["provider_id"].as_str().filter(|id| !id.is_empty()).map(str::to_owned);
             Ok(Inbound::AuthOk(provider_id))
         }
         "auth_failed" => {
-            Ok(Inbound::AuthFailed(small(text)["reason"].as_str().unwrap_or("no reason given").to_owned()))
+            Ok(Inbound::AuthFailed(parse_small(text)["reason"].as_str().unwrap_or("no reason given").to_owned()))
         }
         _ => Ok(Inbound::Other(head.r#type)),
     }
 }
 
-/// Parses a frame of a kind that is small; a large one yields null.
-fn small(text: &str) -> Value {
+/// Parses a frame of a type that is never large. A large one yields null.
+fn parse_small(text: &str) -> Value {
     const BYTES_MAX: usize = 64 << 10;
     if text.len() > BYTES_MAX { Value::Null } else { serde_json::from_str(text).unwrap_or_default() }
 }
