@@ -1,7 +1,6 @@
-//! A backend as its jobs know it: how many it runs, how many it may, and how the last ones went. Outlives the catalogs that
-//! name it.
+//! The slots of a backend, and how its recent jobs ended. Outlives the catalogs that contain it.
 //!
-//! Invariant: a [`Slot`] is counted once, and given back once, when it is dropped.
+//! Invariant: each [`Slot`] is counted once, and released once, when it is dropped.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,16 +8,17 @@ use std::time::{Duration, Instant};
 
 use crate::backend::{Backend, BackendResult, JobResult};
 
-/// So many jobs running that failed by the backend's fault, and it is not offered any more.
+/// Consecutive failed jobs after which a backend is withdrawn from the offer. Only failures that the backend caused count.
 pub const FAILURES_MAX: u32 = 3;
-/// A probe that began sooner after that proves nothing: the health check may be fine where the jobs are not.
+/// Time after the withdrawal in which successful probes do not restore the offer: a backend can be healthy and still fail its
+/// jobs.
 pub const QUARANTINE: Duration = Duration::from_secs(4);
 
-/// One of the backends that share the jobs.
+/// A backend that jobs can be routed to.
 pub struct BackendHandle {
-    /// Where its jobs go.
+    /// Runs the jobs.
     pub backend: Arc<dyn Backend>,
-    /// Jobs that it may run at a time.
+    /// Limit of concurrent jobs.
     pub slots_max: u32,
     taken: AtomicU32,
     health: Mutex<Health>,
@@ -26,31 +26,31 @@ pub struct BackendHandle {
 
 #[derive(Default)]
 struct Health {
-    /// In a row, by the backend's fault.
+    /// Consecutive failures that the backend caused.
     failures: u32,
     failing_since: Option<Instant>,
 }
 
 impl BackendHandle {
-    /// Idle and healthy.
+    /// A handle without jobs.
     pub fn new(backend: Arc<dyn Backend>, slots_max: u32) -> Arc<BackendHandle> {
         Arc::new(BackendHandle { backend, slots_max, taken: AtomicU32::new(0), health: Mutex::default() })
     }
 
-    /// Jobs that it could take now.
+    /// Number of free slots.
     pub fn slots_free(&self) -> u32 {
         self.slots_max.saturating_sub(self.taken.load(Ordering::SeqCst))
     }
 
-    /// A place for a job, unless all are taken.
+    /// Acquires a slot, unless all are taken.
     pub fn try_acquire_slot(self: &Arc<Self>) -> Option<Slot> {
         let one_more = |taken| (taken < self.slots_max).then_some(taken + 1);
         self.taken.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more).ok()?;
         Some(Slot(self.clone()))
     }
 
-    /// Takes note of how a job went; true when this was the failure that makes it failing. What is the fault of the request,
-    /// of the deadline or of the box counts neither way.
+    /// Records the outcome of a job. Returns whether this failure was the one that marks the backend as failing. Failures caused
+    /// by the request, the deadline or this machine neither count nor reset the count.
     pub fn record_outcome(&self, outcome: &BackendResult<JobResult>) -> bool {
         let mut health = self.health();
         match outcome {
@@ -58,23 +58,23 @@ impl BackendHandle {
             Err(e) if e.is_backends_fault() => health.failures = health.failures.saturating_add(1),
             Err(_) => {}
         }
-        let fails_now = health.failures >= FAILURES_MAX && health.failing_since.is_none();
-        if fails_now {
+        let starts_failing = health.failures >= FAILURES_MAX && health.failing_since.is_none();
+        if starts_failing {
             health.failing_since = Some(Instant::now());
         }
-        fails_now
+        starts_failing
     }
 
-    /// Whether it is to be left out of the offer for what its jobs met.
+    /// Whether the backend is to be withdrawn because its jobs fail.
     pub fn is_failing(&self) -> bool {
         self.health().failing_since.is_some()
     }
 
-    /// A probe that began then went well: true when that is all it takes to be offered.
-    pub fn probe_succeeded(&self, began: Instant) -> bool {
+    /// Records the success of a probe that was `started` then. Returns whether the backend may be offered.
+    pub fn probe_succeeded(&self, started: Instant) -> bool {
         let mut health = self.health();
         match health.failing_since {
-            Some(since) if began < since + QUARANTINE => return false,
+            Some(since) if started < since + QUARANTINE => return false,
             Some(_) => *health = Health::default(),
             None => {}
         }
@@ -86,11 +86,11 @@ impl BackendHandle {
     }
 }
 
-/// A job's place at a member.
+/// A slot of a backend, held by a job.
 pub struct Slot(Arc<BackendHandle>);
 
 impl Slot {
-    /// Whose it is.
+    /// The backend that it belongs to.
     pub fn backend(&self) -> &Arc<BackendHandle> {
         &self.0
     }
@@ -107,7 +107,7 @@ mod tests {
     use super::*;
     use crate::backend::{BackendError, HttpBackend, HttpStatus, Kind};
 
-    fn member(slots_max: u32) -> Arc<BackendHandle> {
+    fn handle(slots_max: u32) -> Arc<BackendHandle> {
         BackendHandle::new(Arc::new(HttpBackend::new(Kind::Vllm, None, None)), slots_max)
     }
 
@@ -116,19 +116,19 @@ mod tests {
     }
 
     #[test]
-    fn slots_are_given_out_and_back() {
-        let member = member(2);
-        let first = member.try_acquire_slot();
-        let second = member.try_acquire_slot();
-        assert!(first.is_some() && second.is_some() && member.try_acquire_slot().is_none());
-        assert_eq!(member.slots_free(), 0);
+    fn slots_are_acquired_and_released() {
+        let handle = handle(2);
+        let first = handle.try_acquire_slot();
+        let second = handle.try_acquire_slot();
+        assert!(first.is_some() && second.is_some() && handle.try_acquire_slot().is_none());
+        assert_eq!(handle.slots_free(), 0);
         drop(first);
-        assert_eq!(member.slots_free(), 1);
-        assert!(member.try_acquire_slot().is_some());
+        assert_eq!(handle.slots_free(), 1);
+        assert!(handle.try_acquire_slot().is_some());
     }
 
     #[test]
-    fn three_failures_in_a_row_and_nothing_less_make_it_failing() {
+    fn three_consecutive_failures_mark_a_backend_as_failing() {
         let refused = || Err(BackendError::Unreachable("refused".into()));
         let neither = [
             status(400),
@@ -139,29 +139,29 @@ mod tests {
             Err(BackendError::Cancelled),
             Err(BackendError::DeadlinePassed),
         ];
-        let member = member(1);
-        assert!(!member.record_outcome(&status(500)) && !member.record_outcome(&refused()));
-        assert!(!member.record_outcome(&Ok(JobResult::default())));
-        assert!(!member.record_outcome(&status(502)) && !member.record_outcome(&refused()));
+        let handle = handle(1);
+        assert!(!handle.record_outcome(&status(500)) && !handle.record_outcome(&refused()));
+        assert!(!handle.record_outcome(&Ok(JobResult::default())));
+        assert!(!handle.record_outcome(&status(502)) && !handle.record_outcome(&refused()));
         for outcome in &neither {
-            assert!(!member.record_outcome(outcome), "{outcome:?}");
+            assert!(!handle.record_outcome(outcome), "{outcome:?}");
         }
-        assert!(!member.is_failing());
-        assert!(member.record_outcome(&status(503)));
-        assert!(member.is_failing());
-        assert!(!member.record_outcome(&status(500)), "told once");
+        assert!(!handle.is_failing());
+        assert!(handle.record_outcome(&status(503)));
+        assert!(handle.is_failing());
+        assert!(!handle.record_outcome(&status(500)), "reported once");
     }
 
     #[test]
-    fn only_a_probe_after_the_quarantine_brings_it_back() {
-        let member = member(1);
+    fn probe_after_the_quarantine_restores_a_failing_backend() {
+        let handle = handle(1);
         for _ in 0..FAILURES_MAX {
-            member.record_outcome(&Err(BackendError::Status(HttpStatus { status: 500, body: String::new() })));
+            handle.record_outcome(&Err(BackendError::Status(HttpStatus { status: 500, body: String::new() })));
         }
         let now = Instant::now();
-        assert!(!member.probe_succeeded(now));
-        assert!(!member.record_outcome(&Ok(JobResult::default())) && member.is_failing());
-        assert!(member.probe_succeeded(now + QUARANTINE));
-        assert!(!member.is_failing() && !member.record_outcome(&status(500)), "counted anew");
+        assert!(!handle.probe_succeeded(now));
+        assert!(!handle.record_outcome(&Ok(JobResult::default())) && handle.is_failing());
+        assert!(handle.probe_succeeded(now + QUARANTINE));
+        assert!(!handle.is_failing() && !handle.record_outcome(&status(500)), "the count starts from 0");
     }
 }

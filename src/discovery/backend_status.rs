@@ -1,4 +1,4 @@
-//! One backend, as the prober knows it: what its last probes said, and whether it is offered.
+//! The state of one backend: the results of its last probes, and whether it is offered.
 
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
@@ -8,50 +8,50 @@ use super::{BackendHandle, BackendOffer, Listing, OfferTerms, ResolvedModel};
 use crate::backend::{BackendError, BackendModel, BackendResult};
 use crate::logging::sanitize_for_log;
 
-/// What a backend lists, or why it does not.
+/// The listed models, or why there are none.
 pub type ProbeResult = BackendResult<Vec<BackendModel>>;
 
-/// A backend that served is offered on when so many probes in a row get no answer: it may be busy serving.
-const UNANSWERED_MAX: u32 = 1;
+/// Consecutive probe timeouts that leave a serving backend in the offer: it may be busy serving.
+const TIMEOUTS_MAX: u32 = 1;
 
-/// A backend and what its last probes said.
+/// A backend and the results of its last probes.
 pub struct BackendStatus {
-    offered: BackendOffer,
+    offer: BackendOffer,
     handle: Arc<BackendHandle>,
-    /// The last listing; kept while the backend is away.
+    /// The last listing; kept while the backend is unavailable.
     last_listing: Option<Vec<ResolvedModel>>,
     /// Why it is not offered; `None` while it is.
     unavailable: Option<BackendError>,
-    /// When it was heard of first, or came or went last.
+    /// When it was first probed, or last became available or unavailable.
     since: Option<SystemTime>,
     last_error: Option<(SystemTime, String)>,
-    /// Probes in a row without an answer.
-    unanswered: u32,
+    /// Consecutive probe timeouts.
+    timeouts: u32,
 }
 
 impl BackendStatus {
-    /// Nothing is known of it yet.
-    pub fn new(offered: BackendOffer, terms: &OfferTerms) -> BackendStatus {
-        let handle = BackendHandle::new(offered.backend.clone(), offered.slots_max(terms));
+    /// A backend that has not been probed.
+    pub fn new(offer: BackendOffer, terms: &OfferTerms) -> BackendStatus {
+        let handle = BackendHandle::new(offer.backend.clone(), offer.slots_max(terms));
         BackendStatus {
-            offered,
+            offer,
             handle,
             last_listing: None,
             unavailable: None,
             since: None,
             last_error: None,
-            unanswered: 0,
+            timeouts: 0,
         }
     }
 
-    /// What is probed.
-    pub fn offered(&self) -> &BackendOffer {
-        &self.offered
+    /// The configured backend.
+    pub fn offer(&self) -> &BackendOffer {
+        &self.offer
     }
 
     /// Its name for the operator.
     pub fn id(&self) -> &str {
-        self.offered.backend.id()
+        self.offer.backend.id()
     }
 
     /// Whether it is part of the offer.
@@ -59,101 +59,100 @@ impl BackendStatus {
         self.last_listing.is_some() && self.unavailable.is_none()
     }
 
-    /// Why it is not offered, once it was asked.
+    /// Why it is not offered; `None` if it is, and before the first probe.
     pub fn unavailable(&self) -> Option<String> {
         self.unavailable.as_ref().map(redacted_reason)
     }
 
-    /// How many models it offers, or would; `None` before its first listing.
+    /// Number of models in its last listing; `None` before the first.
     pub fn models(&self) -> Option<usize> {
         self.last_listing.as_ref().map(Vec::len)
     }
 
-    /// When it came or went last.
+    /// When it last became available or unavailable.
     pub fn since(&self) -> Option<SystemTime> {
         self.since
     }
 
-    /// Why it was not offered the last time that it was not, and when that was found.
+    /// The last reason for not offering it, and when it was found.
     pub fn last_error(&self) -> Option<&(SystemTime, String)> {
         self.last_error.as_ref()
     }
 
-    /// What it lists, for the catalog.
+    /// Its last listing, for the catalog.
     pub fn listing(&self) -> Option<Listing> {
-        Some(Listing { member: self.handle.clone(), models: self.last_listing.clone()? })
+        Some(Listing { backend: self.handle.clone(), models: self.last_listing.clone()? })
     }
 
-    /// Whether it is worth asking again soon.
+    /// Whether it should be probed again soon.
     pub fn may_serve_soon(&self) -> bool {
         use BackendError::{Exhausted, FailingJobs, Loading, Overloaded, ProbeTimeout};
         let soon = |e: &_| matches!(e, Exhausted(_) | Loading(_) | Overloaded(_) | ProbeTimeout(_) | FailingJobs(_));
-        self.unanswered > 0 || self.unavailable.as_ref().is_some_and(soon)
+        self.timeouts > 0 || self.unavailable.as_ref().is_some_and(soon)
     }
 
-    /// Takes it out of the offer when its jobs fail; true when that is news.
+    /// Withdraws it from the offer if its jobs fail. Returns whether that is a change.
     pub fn withdraw_if_failing(&mut self) -> bool {
         self.unavailable.is_none()
             && self.handle.is_failing()
             && self.set_unavailable(Some(BackendError::FailingJobs(FAILURES_MAX)))
     }
 
-    /// Takes the answer to a question of a round that began then; true when it is news whether the backend is offered.
-    pub fn apply_probe(&mut self, answer: ProbeResult, began: Instant, terms: &OfferTerms) -> bool {
-        self.unanswered = match answer {
-            Err(BackendError::ProbeTimeout(_)) => self.unanswered + 1,
+    /// Applies the result of a probe. Returns whether the availability has changed.
+    pub fn apply_probe(&mut self, result: ProbeResult, started: Instant, terms: &OfferTerms) -> bool {
+        self.timeouts = match result {
+            Err(BackendError::ProbeTimeout(_)) => self.timeouts + 1,
             _ => 0,
         };
         let id = self.id();
-        let serves = self.since.is_some() && self.unavailable.is_none();
-        if serves && (1..=UNANSWERED_MAX).contains(&self.unanswered) {
-            log::info!("{id}: no answer to the probe; offered on until the next one");
+        let is_serving = self.since.is_some() && self.unavailable.is_none();
+        if is_serving && (1..=TIMEOUTS_MAX).contains(&self.timeouts) {
+            log::info!("{id}: probe timed out; still offered until the next probe");
             return false;
         }
-        if let (true, Err(BackendError::Exhausted(why))) = (serves, &answer) {
-            // Who could not even ask knows nothing about the backend.
-            log::info!("{id}: not probed: {why}; offered on until the next one");
+        if let (true, Err(BackendError::Exhausted(why))) = (is_serving, &result) {
+            // The failure is local, and says nothing about the backend.
+            log::info!("{id}: not probed: {why}; still offered until the next probe");
             return false;
         }
-        let ready = self.offered.backend.ready();
-        let (listed, away) = match answer {
+        let ready = self.offer.backend.ready();
+        let (listed, error) = match result {
             Ok(listed) => (Some(listed), ready.err()),
-            // A key that is not set explains a refused listing better than the refusal.
+            // A missing key explains the failure better than the server's response.
             Err(e) => (None, Some(ready.err().unwrap_or(e))),
         };
         if let Some(listed) = listed {
-            self.last_listing = Some(self.offered.price(listed, terms).models);
+            self.last_listing = Some(self.offer.price(listed, terms).models);
         }
-        let fails_its_jobs =
-            || (!self.handle.probe_succeeded(began)).then_some(BackendError::FailingJobs(FAILURES_MAX));
-        let away = away.or_else(fails_its_jobs);
-        self.set_unavailable(away)
+        let failing_jobs =
+            || (!self.handle.probe_succeeded(started)).then_some(BackendError::FailingJobs(FAILURES_MAX));
+        self.set_unavailable(error.or_else(failing_jobs))
     }
 
-    /// Keeps whether the backend is away; logs it when that is news, and says so.
-    fn set_unavailable(&mut self, away: Option<BackendError>) -> bool {
+    /// Sets why the backend is unavailable, or that it is available. Logs a change, and returns whether it is one.
+    fn set_unavailable(&mut self, unavailable: Option<BackendError>) -> bool {
         let id = self.id();
-        let reason = |away: &Option<BackendError>| away.as_ref().map(BackendError::for_log);
-        let is_news = self.since.is_none() || reason(&self.unavailable) != reason(&away);
-        if is_news {
-            match &away {
+        let reason = |error: &Option<BackendError>| error.as_ref().map(BackendError::for_log);
+        let is_change = self.since.is_none() || reason(&self.unavailable) != reason(&unavailable);
+        if is_change {
+            match &unavailable {
                 None => log::info!("{id}: serving {} model(s)", self.last_listing.as_ref().map_or(0, Vec::len)),
                 Some(why) => log::warn!("{id}: not offered: {}", why.for_log()),
             }
         }
         let now = SystemTime::now();
-        if self.since.is_none() || self.unavailable.is_none() != away.is_none() {
+        if self.since.is_none() || self.unavailable.is_none() != unavailable.is_none() {
             self.since = Some(now);
         }
-        if let Some(e) = &away {
+        if let Some(e) = &unavailable {
             self.last_error = Some((now, redacted_reason(e)));
         }
-        self.unavailable = away;
-        is_news
+        self.unavailable = unavailable;
+        is_change
     }
 }
 
-/// In words for the operator: what a backend says to a question of ours quotes no prompt, but of a key it may.
+/// The reason as shown to the operator. A response to a probe contains no prompt, but may contain an API key.
 fn redacted_reason(e: &BackendError) -> String {
     match e {
         BackendError::AuthRejected(_) => format!("the backend rejected the API key: {}", e.for_log()),

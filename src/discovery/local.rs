@@ -1,4 +1,4 @@
-//! The servers on this machine that nobody had to name.
+//! Finds the inference servers on this machine.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,18 +8,18 @@ use super::prober::probe_within;
 use crate::backend::{Backend, BackendModel, BaseUrl, Kind};
 use crate::config::BackendConfig;
 
-/// How long the look takes at the most. A server on this machine answers in milliseconds, or is too busy to show.
-const LOOK_TIME: Duration = Duration::from_millis(800);
+/// Time limit of the search. A local server responds within milliseconds, or is too busy to be shown.
+const SEARCH_TIMEOUT: Duration = Duration::from_millis(800);
 
-/// A server that was found, and what it lists.
+/// A server on this machine, and the models that it lists.
 pub struct LocalBackend {
-    /// As it would stand in `agent.toml`.
+    /// Its entry for `agent.toml`.
     pub config: BackendConfig,
-    /// Never empty.
+    /// The listed models; never empty.
     pub models: Vec<BackendModel>,
 }
 
-/// The servers on the default ports that list at least one model, in the order of rank.
+/// Returns the servers on the default ports that list at least one model, by rank.
 pub fn find_local() -> Vec<LocalBackend> {
     let mut candidates: Vec<BackendConfig> = Vec::new();
     for kind in Kind::ALL {
@@ -27,16 +27,16 @@ pub fn find_local() -> Vec<LocalBackend> {
         candidates.extend(urls.map(|url| BackendConfig::at(kind, url)));
     }
     let backends: Vec<Arc<dyn Backend>> = candidates.iter().map(configured_backend).collect();
-    // A server that accepts and then hangs holds nobody up. Its probe ends by its own timeout.
-    let answers = probe_within(&backends, LOOK_TIME);
+    // The probe of a hung server goes on in its thread until it times out.
+    let results = probe_within(&backends, SEARCH_TIMEOUT);
     let mut found = Vec::new();
-    for ((config, backend), answer) in candidates.into_iter().zip(&backends).zip(answers) {
+    for ((config, backend), result) in candidates.into_iter().zip(&backends).zip(results) {
         let id = backend.id();
-        match answer {
+        match result {
             Some(Ok(models)) if models.is_empty() => log::info!("no {id}: it lists no models"),
             Some(Ok(models)) => found.push(LocalBackend { config, models }),
             Some(Err(error)) => log::debug!("no {id}: {error}"),
-            None => log::debug!("no {id}: no answer in time"),
+            None => log::debug!("no {id}: no response in time"),
         }
     }
     found

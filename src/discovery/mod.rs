@@ -1,8 +1,9 @@
-//! What can be offered right now: probes of the backends, prices, and the catalog that the rest of the agent reads.
+//! What the agent offers: the backends are probed, their models priced, and the result published as a [`Catalog`].
 //!
-//! [`ProbeRounds`], driven by the agent's housekeeping thread, owns the state of the backends ([`BackendStatus`]) and alone publishes a
-//! [`Catalog`]; each round probes all of them side by side, so a hung backend delays nobody but itself. Readers take a snapshot and hold no lock. How the
-//! jobs of a backend go is kept in its [`BackendHandle`]: one that fails them is not offered, whatever its health check says.
+//! [`ProbeRounds`], driven by the housekeeping thread, owns the state of the backends ([`BackendStatus`]) and is the only one to
+//! publish a catalog. Each round probes all backends side by side, so a hung backend delays only itself. Readers take a snapshot and
+//! hold no lock. A [`BackendHandle`] records how a backend's jobs end: a backend that fails them is withdrawn from the offer,
+//! whatever its health check says.
 
 mod catalog;
 mod local;
@@ -22,62 +23,62 @@ pub use prober::{ProbeRounds, Prober, probe_all};
 use crate::backend::{Backend, BackendModel, HttpBackend};
 use crate::config::{BackendConfig, Pricing};
 
-/// The most models of one backend: OpenRouter has some 500.
+/// Limit of models per backend; OpenRouter has about 500.
 const MODELS_MAX: usize = 4096;
 
-/// A model that is offered: by which backend, and at which prices.
+/// An offered model, with its backend and prices.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ResolvedModel {
-    /// The name that jobs ask for.
+    /// The id that jobs ask for.
     pub model_id: String,
     /// USDC micro-units per million input tokens.
     pub input_per_1m: u64,
     /// USDC micro-units per million output tokens.
     pub output_per_1m: u64,
-    /// Jobs of it at a time.
+    /// Limit of concurrent jobs.
     pub max_concurrent: u32,
     /// The kind of its backend.
     pub backend: String,
-    /// Tokens, where the server says.
+    /// The context window in tokens, if known.
     pub context_window: Option<u32>,
 }
 
-/// A backend and what it offers.
+/// A backend and the models that it offers.
 #[derive(Clone)]
 pub struct DiscoveredBackend {
-    /// Where its jobs go.
+    /// Runs the jobs.
     pub backend: Arc<dyn Backend>,
-    /// Its models, each with a price.
+    /// Its models, priced.
     pub models: Vec<ResolvedModel>,
 }
 
-/// A backend that may be offered, as configured.
+/// A configured backend, and what is to be offered of it.
 #[derive(Clone)]
 pub struct BackendOffer {
     /// The backend.
     pub backend: Arc<dyn Backend>,
-    /// Only these of its models; `None` for all of them.
+    /// The models to offer; `None` for all.
     pub allowed_models: Option<Vec<String>>,
-    /// Jobs that it may run at a time; `None` for as many as there are.
+    /// Limit of concurrent jobs; `None` for the limit of the agent.
     pub max_concurrent: Option<u32>,
 }
 
-/// What does not depend on a backend.
+/// The terms that apply to all backends.
 #[derive(Debug, Clone)]
 pub struct OfferTerms {
     /// The operator's prices.
     pub pricing: Pricing,
-    /// Jobs in flight, over all models.
+    /// The agent's limit of concurrent jobs.
     pub max_concurrent: u32,
 }
 
-/// The backend that a `[[backends]]` entry describes.
+/// Creates the backend of a `[[backends]]` entry.
 pub fn configured_backend(config: &BackendConfig) -> Arc<dyn Backend> {
     Arc::new(HttpBackend::new(config.kind, config.url.clone(), config.api_key_env.as_deref()))
 }
 
 impl BackendOffer {
-    /// What a `[[backends]]` entry offers.
+    /// The offer of a `[[backends]]` entry.
     pub fn configured(config: &BackendConfig) -> BackendOffer {
         BackendOffer {
             backend: configured_backend(config),
@@ -86,12 +87,12 @@ impl BackendOffer {
         }
     }
 
-    /// Jobs that it may run at a time.
+    /// Its limit of concurrent jobs.
     pub fn slots_max(&self, terms: &OfferTerms) -> u32 {
         self.max_concurrent.unwrap_or(terms.max_concurrent).min(terms.max_concurrent)
     }
 
-    /// Prices what the backend listed. A model with a price of 0 is dropped, and so is a second one of the same name.
+    /// Prices the listed models. Drops those with a price of 0, and duplicates.
     pub fn price(&self, listed: Vec<BackendModel>, terms: &OfferTerms) -> DiscoveredBackend {
         let allowed = |id: &str| self.allowed_models.as_ref().is_none_or(|only| only.iter().any(|m| m == id));
         let mut seen = HashSet::new();

@@ -1,10 +1,10 @@
-//! Probe rounds: in each, all backends are probed side by side, and a new [`Catalog`] is published as the results arrive.
+//! Probe rounds: each probes all backends side by side, and publishes a new [`Catalog`] as the results arrive.
 //!
-//! [`ProbeRounds`] is a state machine that the housekeeping thread drives; [`Prober`] is the handle by which other threads request
-//! rounds.
+//! [`ProbeRounds`] is a state machine that the housekeeping thread drives. [`Prober`] is the handle that other threads use to
+//! request rounds.
 //!
-//! Invariants: nothing here blocks. Each backend is probed in a thread of its own, so a hung backend delays nothing but itself.
-//! Requests that arrive before the next round share it.
+//! Invariants: nothing here blocks. Each backend is probed on a thread of its own, so a hung backend delays only itself. All
+//! requests that arrive before a round starts share that round.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,13 +17,14 @@ use super::{BackendOffer, BackendStatus, Catalog, OfferFeed, OfferTerms};
 use crate::backend::{Backend, BackendError};
 use crate::sys::{jitter, threads};
 
-/// The catalog is refreshed this often, give or take a fifth.
+/// Interval between rounds, give or take a fifth.
 const REFRESH: Duration = Duration::from_secs(30);
-/// A backend that may serve at any moment (loading its model, full, or too slow to answer) is asked this often.
+/// Interval between rounds while a backend may become available soon: it is loading its model, at capacity, or too slow to
+/// respond.
 const REFRESH_SOON: Duration = Duration::from_secs(5);
-/// The first offer waits for all probes; from here on only until one has found something.
+/// Time for which an offer waits for all probes. After that, one backend is enough.
 const FIRST_OFFER_GRACE: Duration = Duration::from_secs(1);
-/// Rounds that failing jobs ask for are at least so far apart.
+/// Minimum time between rounds that failing jobs request.
 const REFRESH_SPACING: Duration = Duration::from_secs(1);
 
 const _: () = assert!(REFRESH_SOON.as_secs() <= REFRESH.as_secs());
@@ -36,44 +37,44 @@ struct Handle {
     inbox: Arc<Inbox>,
 }
 
-/// What the next [`ProbeRounds::poll`] finds.
+/// Input of the next [`ProbeRounds::poll`].
 struct Inbox {
-    notes: Mutex<Notes>,
+    pending: Mutex<PendingInput>,
     wake: Box<dyn Fn() + Send + Sync>,
 }
 
 #[derive(Default)]
-struct Notes {
+struct PendingInput {
     requests: Requests,
-    answers: Vec<(usize, ProbeResult)>,
-    /// Nobody holds a handle any more.
+    results: Vec<(usize, ProbeResult)>,
+    /// The last handle was dropped.
     is_over: bool,
 }
 
-/// Why a round is wanted.
+/// Requests for a round.
 #[derive(Default)]
 struct Requests {
-    /// Somebody waits for an offer: each sender is dropped when there can be one.
+    /// Wait for an offer: each sender is dropped once an offer can be made.
     waiters: Vec<Sender<()>>,
-    /// The offer may be out of date: a round, soon.
+    /// The offer may be out of date: start a round soon.
     refresh: bool,
-    /// The jobs of a backend fail: an offer without it, at once, and a round when it may have recovered.
+    /// The jobs of a backend fail: withdraw it at once, and start a round when it may have recovered.
     withdraw: bool,
 }
 
 impl Inbox {
-    fn note(&self, change: impl FnOnce(&mut Notes)) {
-        change(&mut self.notes());
+    fn add(&self, change: impl FnOnce(&mut PendingInput)) {
+        change(&mut self.pending());
         (self.wake)();
     }
 
-    fn notes(&self) -> MutexGuard<'_, Notes> {
-        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
+    fn pending(&self) -> MutexGuard<'_, PendingInput> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Prober {
-    /// A prober and its rounds, of which the first begins with the first request. `wake` is called whenever
+    /// Returns a prober and its rounds. The first round starts with the first request. `wake` is called whenever
     /// [`ProbeRounds::poll`] has something to do; it must not block.
     pub fn new(
         backends: Vec<BackendOffer>,
@@ -81,45 +82,45 @@ impl Prober {
         offers: Arc<OfferFeed>,
         wake: impl Fn() + Send + Sync + 'static,
     ) -> (Prober, ProbeRounds) {
-        let inbox = Arc::new(Inbox { notes: Mutex::default(), wake: Box::new(wake) });
+        let inbox = Arc::new(Inbox { pending: Mutex::default(), wake: Box::new(wake) });
         let rounds = ProbeRounds {
-            backends: backends.into_iter().map(|offered| BackendStatus::new(offered, &terms)).collect(),
+            backends: backends.into_iter().map(|offer| BackendStatus::new(offer, &terms)).collect(),
             terms,
             offers,
             inbox: inbox.clone(),
             round: None,
-            wanted: Requests::default(),
+            requests: Requests::default(),
             due: None,
             last_round: Instant::now(),
         };
         (Prober(Arc::new(Handle { inbox })), rounds)
     }
 
-    /// Asks for a round. The receiver disconnects when every backend has been heard, or enough of them to begin with.
+    /// Requests a round. The receiver disconnects once all results are in, or enough of them for a first offer.
     pub fn refresh(&self) -> Receiver<()> {
-        let (settled, receiver) = bounded(0);
-        self.0.inbox.note(|notes| notes.requests.waiters.push(settled));
+        let (waiter, receiver) = bounded(0);
+        self.0.inbox.add(|pending| pending.requests.waiters.push(waiter));
         receiver
     }
 
-    /// A job found its backend gone: asks for a round, waits for nothing.
+    /// Requests a round, because a job has found its backend missing. Does not wait.
     pub fn request_refresh(&self) {
-        self.0.inbox.note(|notes| notes.requests.refresh = true);
+        self.0.inbox.add(|pending| pending.requests.refresh = true);
     }
 
-    /// The jobs of a member fail: has it withdrawn from the offer until a probe succeeds.
+    /// Withdraws the backends whose jobs fail from the offer, until a probe succeeds.
     pub fn withdraw_failing(&self) {
-        self.0.inbox.note(|notes| notes.requests.withdraw = true);
+        self.0.inbox.add(|pending| pending.requests.withdraw = true);
     }
 }
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        self.inbox.note(|notes| notes.is_over = true);
+        self.inbox.add(|pending| pending.is_over = true);
     }
 }
 
-/// The backends and the rounds in which they are probed.
+/// The backends, and the rounds in which they are probed.
 pub struct ProbeRounds {
     backends: Vec<BackendStatus>,
     terms: OfferTerms,
@@ -127,122 +128,122 @@ pub struct ProbeRounds {
     inbox: Arc<Inbox>,
     /// The round in progress.
     round: Option<Round>,
-    /// What asks for the next round.
-    wanted: Requests,
-    /// When the next round begins; nothing is due before somebody asks.
+    /// Requests for the next round.
+    requests: Requests,
+    /// When the next round starts; `None` before the first request.
     due: Option<Instant>,
     last_round: Instant,
 }
 
-/// All backends, asked side by side.
+/// A round in progress.
 struct Round {
-    began: Instant,
+    started: Instant,
     pending: usize,
-    /// There is something to offer: a slow backend holds nobody up.
-    has_found: bool,
-    /// Until an offer can be made.
-    waiting: Vec<Sender<()>>,
+    /// Whether any backend is available.
+    has_offer: bool,
+    /// Dropped once an offer can be made.
+    waiters: Vec<Sender<()>>,
 }
 
 impl ProbeRounds {
-    /// The backends in the order of the configuration.
+    /// The backends, in the order of the configuration.
     pub fn backends(&self) -> &[BackendStatus] {
         &self.backends
     }
 
-    /// When [`ProbeRounds::poll`] has something to do even if it is not woken.
+    /// When to call [`ProbeRounds::poll`] next, if it is not woken before.
     pub fn next_wakeup(&self) -> Option<Instant> {
         match &self.round {
-            Some(round) if round.has_found && !round.waiting.is_empty() => Some(round.began + FIRST_OFFER_GRACE),
-            // Every probe has a time of its own, and answers.
+            Some(round) if round.has_offer && !round.waiters.is_empty() => Some(round.started + FIRST_OFFER_GRACE),
+            // Every probe has a time limit, and reports its result.
             Some(_) => None,
             None => self.due,
         }
     }
 
-    /// Applies probe results and starts the next round when it is due. Returns whether the offer or the state of a backend has
-    /// changed, and `None` once nobody holds a [`Prober`].
+    /// Applies probe results, and starts the next round when it is due. Returns whether the offer or the state of a backend has
+    /// changed; `None` once the last [`Prober`] was dropped.
     pub fn poll(&mut self) -> Option<bool> {
-        let Notes { requests: wanted, answers, is_over } = std::mem::take(&mut *self.inbox.notes());
+        let PendingInput { requests, results, is_over } = std::mem::take(&mut *self.inbox.pending());
         if is_over {
             return None;
         }
-        let mut is_news = false;
+        let mut is_change = false;
         for backend in &mut self.backends {
-            is_news |= backend.withdraw_if_failing();
+            is_change |= backend.withdraw_if_failing();
         }
-        if is_news || !answers.is_empty() {
-            is_news |= self.apply_probes(answers);
-            is_news |= self.publish();
+        if is_change || !results.is_empty() {
+            is_change |= self.apply_probes(results);
+            is_change |= self.publish();
         }
         self.release_waiters();
-        self.wanted.waiters.extend(wanted.waiters);
-        self.wanted.refresh |= wanted.refresh;
-        self.wanted.withdraw |= wanted.withdraw;
+        self.requests.waiters.extend(requests.waiters);
+        self.requests.refresh |= requests.refresh;
+        self.requests.withdraw |= requests.withdraw;
         if self.round.is_none() {
             self.schedule_next();
             if self.due.is_some_and(|due| due <= Instant::now()) {
-                self.begin_round();
+                self.start_round();
                 self.release_waiters();
             }
         }
-        Some(is_news)
+        Some(is_change)
     }
 
-    fn apply_probes(&mut self, answers: Vec<(usize, ProbeResult)>) -> bool {
+    fn apply_probes(&mut self, results: Vec<(usize, ProbeResult)>) -> bool {
         let Some(round) = &mut self.round else { return false };
-        let mut is_news = false;
-        for (index, answer) in answers {
+        let mut is_change = false;
+        for (index, result) in results {
             let backend = &mut self.backends[index];
-            is_news |= backend.apply_probe(answer, round.began, &self.terms);
-            round.has_found |= backend.is_offered();
+            is_change |= backend.apply_probe(result, round.started, &self.terms);
+            round.has_offer |= backend.is_offered();
             round.pending -= 1;
         }
-        is_news
+        is_change
     }
 
-    /// Ends the round when all have been heard, and lets those go who wait for an offer when there can be one.
+    /// Releases the waiters once an offer can be made, and ends the round once all results are in.
     fn release_waiters(&mut self) {
         let Some(round) = &mut self.round else { return };
         if round.pending > 0 {
-            if round.has_found && round.began.elapsed() >= FIRST_OFFER_GRACE {
-                round.waiting.clear();
+            if round.has_offer && round.started.elapsed() >= FIRST_OFFER_GRACE {
+                round.waiters.clear();
             }
             return;
         }
         self.round = None;
         self.last_round = Instant::now();
-        let wait = if self.backends.iter().any(BackendStatus::may_serve_soon) { REFRESH_SOON } else { REFRESH };
-        self.due = Some(self.last_round + jitter::scale(wait, jitter::random()));
+        let interval = if self.backends.iter().any(BackendStatus::may_serve_soon) { REFRESH_SOON } else { REFRESH };
+        self.due = Some(self.last_round + jitter::scale(interval, jitter::random()));
     }
 
-    /// Has the next round begin when it is wanted. A backend in trouble is not asked for every job that it fails; one that
-    /// fails its jobs while it is healthy is asked soon, but not at once.
+    /// Schedules the next round as requested. Limits the rate for jobs that fail on a missing backend. After a withdrawal, waits a
+    /// while: the backend is healthy, and would pass its probe at once.
     fn schedule_next(&mut self) {
         let now = Instant::now();
-        let wanted = match &self.wanted {
-            Requests { waiters: settle, .. } if !settle.is_empty() => now,
+        let requested = match &self.requests {
+            Requests { waiters, .. } if !waiters.is_empty() => now,
             Requests { refresh: true, .. } => self.last_round + REFRESH_SPACING,
             Requests { withdraw: true, .. } => now + REFRESH_SOON,
             _ => return,
         };
-        (self.wanted.refresh, self.wanted.withdraw) = (false, false);
-        self.due = Some(self.due.map_or(wanted, |due| due.min(wanted)));
+        (self.requests.refresh, self.requests.withdraw) = (false, false);
+        self.due = Some(self.due.map_or(requested, |due| due.min(requested)));
     }
 
-    /// One round answers all who asked before it began.
-    fn begin_round(&mut self) {
+    /// Starts a round for all requests so far.
+    fn start_round(&mut self) {
         let round = Round {
-            began: Instant::now(),
+            started: Instant::now(),
             pending: self.backends.len(),
-            has_found: false,
-            waiting: std::mem::take(&mut self.wanted.waiters),
+            has_offer: false,
+            waiters: std::mem::take(&mut self.requests.waiters),
         };
         self.round = Some(round);
-        let backends: Vec<_> = self.backends.iter().map(|probed| probed.offered().backend.clone()).collect();
+        let backends: Vec<_> = self.backends.iter().map(|status| status.offer().backend.clone()).collect();
         let inbox = self.inbox.clone();
-        let tell = move |index, answer| inbox.note(|notes| notes.answers.push((index, answer)));
-        ask_all(&backends, Arc::new(tell));
+        let report = move |index, result| inbox.add(|pending| pending.results.push((index, result)));
+        start_probes(&backends, Arc::new(report));
     }
 
     fn publish(&self) -> bool {
@@ -253,42 +254,42 @@ impl ProbeRounds {
     }
 }
 
-/// Probes all of them side by side; the answers are in their order.
+/// Probes all backends side by side. The results are in the order of the backends.
 pub fn probe_all(backends: &[Arc<dyn Backend>]) -> Vec<ProbeResult> {
     probe_within(backends, Duration::MAX).into_iter().flatten().collect()
 }
 
-/// Likewise, but nobody waits longer than `limit`: `None` for those that have not answered by then.
+/// Like [`probe_all`], with a time limit. The result is `None` for backends that have not responded by then.
 pub fn probe_within(backends: &[Arc<dyn Backend>], limit: Duration) -> Vec<Option<ProbeResult>> {
-    let answers: Vec<Option<ProbeResult>> = backends.iter().map(|_| None).collect();
-    let answers = Arc::new(Mutex::new(answers));
-    // Gone with the last one who tells.
-    let (asked, all_told) = bounded::<()>(0);
-    let slots = answers.clone();
-    let tell = move |index: usize, answer| {
-        let _ = &asked;
-        slots.lock().unwrap_or_else(PoisonError::into_inner)[index] = Some(answer);
+    let results: Vec<Option<ProbeResult>> = backends.iter().map(|_| None).collect();
+    let results = Arc::new(Mutex::new(results));
+    // Dropped with the last probe, which disconnects the receiver.
+    let (running, all_done) = bounded::<()>(0);
+    let slots = results.clone();
+    let report = move |index: usize, result| {
+        let _ = &running;
+        slots.lock().unwrap_or_else(PoisonError::into_inner)[index] = Some(result);
     };
-    ask_all(backends, Arc::new(tell));
-    let _ = all_told.recv_timeout(limit);
-    let mut answers = answers.lock().unwrap_or_else(PoisonError::into_inner);
-    answers.iter_mut().map(Option::take).collect()
+    start_probes(backends, Arc::new(report));
+    let _ = all_done.recv_timeout(limit);
+    let mut results = results.lock().unwrap_or_else(PoisonError::into_inner);
+    results.iter_mut().map(Option::take).collect()
 }
 
-/// `tell` is given one answer for each backend, in the order in which they come.
-fn ask_all(backends: &[Arc<dyn Backend>], tell: Arc<dyn Fn(usize, ProbeResult) + Send + Sync>) {
+/// Probes each backend on a thread of its own, and calls `report` with each result as it arrives.
+fn start_probes(backends: &[Arc<dyn Backend>], report: Arc<dyn Fn(usize, ProbeResult) + Send + Sync>) {
     for (index, backend) in backends.iter().enumerate() {
-        let ask = {
-            let (backend, tell) = (backend.clone(), tell.clone());
+        let probe = {
+            let (backend, report) = (backend.clone(), report.clone());
             move || {
-                // A backend's bug is to cost that backend, not those who wait for the others.
-                let answer = catch_unwind(AssertUnwindSafe(|| backend.probe()));
-                tell(index, answer.unwrap_or(Err(BackendError::Panicked)));
+                // A panic in one backend must not affect the others.
+                let result = catch_unwind(AssertUnwindSafe(|| backend.probe()));
+                report(index, result.unwrap_or(Err(BackendError::Panicked)));
             }
         };
-        let in_thread = ask.clone();
-        if threads::spawn(format!("probe-{index}"), in_thread).is_err() {
-            ask();
+        let on_thread = probe.clone();
+        if threads::spawn(format!("probe-{index}"), on_thread).is_err() {
+            probe();
         }
     }
 }
@@ -300,12 +301,12 @@ mod tests {
     use crate::config::{Price, Pricing};
     use crate::discovery::backend_handle::FAILURES_MAX;
 
-    const PATIENCE: Duration = Duration::from_secs(10);
+    const LIMIT: Duration = Duration::from_secs(10);
 
-    /// Says when it is asked, and answers when the test lets it.
+    /// Signals each probe, and responds when the test lets it.
     struct Gated {
         models: &'static [&'static str],
-        asked: Sender<()>,
+        probed: Sender<()>,
         gate: Receiver<()>,
     }
 
@@ -319,7 +320,7 @@ mod tests {
         }
 
         fn list_models(&self) -> BackendResult<Vec<BackendModel>> {
-            let _ = self.asked.send(());
+            let _ = self.probed.send(());
             let _ = self.gate.recv();
             let model = |id: &&str| BackendModel { model_id: (*id).to_owned(), context_window: None, native: true };
             Ok(self.models.iter().map(model).collect())
@@ -340,49 +341,49 @@ mod tests {
     }
 
     #[test]
-    fn who_fails_its_jobs_is_withdrawn_at_once_also_while_another_hangs_in_its_probe() {
-        let offered = |models, asked: &Sender<()>, gate: &Receiver<()>| {
-            let backend = Arc::new(Gated { models, asked: asked.clone(), gate: gate.clone() });
+    fn failing_backend_is_withdrawn_at_once_even_while_another_hangs_in_its_probe() {
+        let offered = |models, probed: &Sender<()>, gate: &Receiver<()>| {
+            let backend = Arc::new(Gated { models, probed: probed.clone(), gate: gate.clone() });
             BackendOffer { backend, allowed_models: None, max_concurrent: None }
         };
-        let (asked, questions) = bounded(1);
+        let (probed, probes) = bounded(1);
         let (release, gate) = bounded(0);
         let open = bounded(0).1;
-        let backends = vec![offered(&["m"], &bounded(0).0, &open), offered(&["n"], &asked, &gate)];
+        let backends = vec![offered(&["m"], &bounded(0).0, &open), offered(&["n"], &probed, &gate)];
         let offers = Arc::new(OfferFeed::default());
         let (sizes_tx, sizes) = crossbeam_channel::unbounded();
         offers.listen(move |offer| sizes_tx.send(offer.len()).expect("the test listens"));
-        let assert_offered = |models| assert_eq!(sizes.recv_timeout(PATIENCE), Ok(models));
+        let assert_offered = |models| assert_eq!(sizes.recv_timeout(LIMIT), Ok(models));
         assert_offered(0);
-        let (news_tx, news) = crossbeam_channel::unbounded();
+        let (changes_tx, changes) = crossbeam_channel::unbounded();
         let (waker, wakeups) = crossbeam_channel::unbounded();
         let (prober, mut rounds) = Prober::new(backends, terms(), offers.clone(), move || _ = waker.send(()));
         let driver = std::thread::spawn(move || {
-            while let Some(is_news) = rounds.poll() {
+            while let Some(is_change) = rounds.poll() {
                 let unavailable = rounds.backends().iter().filter(|backend| backend.unavailable().is_some()).count();
-                let _ = news_tx.send((is_news, unavailable));
-                let due = rounds.next_wakeup().map_or(PATIENCE, |at| at.saturating_duration_since(Instant::now()));
+                let _ = changes_tx.send((is_change, unavailable));
+                let due = rounds.next_wakeup().map_or(LIMIT, |at| at.saturating_duration_since(Instant::now()));
                 let _ = wakeups.recv_timeout(due);
             }
         });
-        let settled = prober.refresh();
-        questions.recv_timeout(PATIENCE).expect("the second is asked");
+        let refreshed = prober.refresh();
+        probes.recv_timeout(LIMIT).expect("the second is probed");
         assert_offered(1);
-        let member = offers.snapshot().candidates("m").remove(0);
+        let backend = offers.snapshot().candidates("m").remove(0);
         for _ in 0..FAILURES_MAX {
-            member.record_outcome(&Err(BackendError::Unreachable("refused".into())));
+            backend.record_outcome(&Err(BackendError::Unreachable("refused".into())));
         }
         prober.withdraw_failing();
         assert_offered(0);
-        while news.recv_timeout(PATIENCE).expect("news") != (true, 1) {}
-        release.send(()).expect("answered");
+        while changes.recv_timeout(LIMIT).expect("a change") != (true, 1) {}
+        release.send(()).expect("a probe that waits");
         assert_offered(1);
-        assert_eq!(settled.recv_timeout(PATIENCE), Err(crossbeam_channel::RecvTimeoutError::Disconnected));
+        assert_eq!(refreshed.recv_timeout(LIMIT), Err(crossbeam_channel::RecvTimeoutError::Disconnected));
         assert!(!offers.set_paused(false) && offers.set_paused(true));
         assert_offered(0);
         drop(prober);
-        while news.recv_timeout(PATIENCE).is_ok() {}
-        assert_eq!(news.try_recv(), Err(crossbeam_channel::TryRecvError::Disconnected), "poll has returned None");
+        while changes.recv_timeout(LIMIT).is_ok() {}
+        assert_eq!(changes.try_recv(), Err(crossbeam_channel::TryRecvError::Disconnected), "poll has returned None");
         driver.join().expect("no panic");
     }
 }

@@ -291,7 +291,7 @@ impl From<&BackendStatus> for Backend {
     fn from(status: &BackendStatus) -> Backend {
         Backend {
             id: status.id().to_owned(),
-            kind: status.offered().backend.kind().to_owned(),
+            kind: status.offer().backend.kind().to_owned(),
             offered: status.is_offered(),
             since: status.since().map(rfc3339),
             models: status.models(),
