@@ -61,7 +61,7 @@ fn run_by_cron(globals: &Globals) -> Result<(), CliError> {
 /// Acquires the lock and returns it with the configuration; `None` if the operator stopped the agent, or one is running.
 fn acquire(globals: &Globals) -> Result<Option<(Config, InstanceLock)>, CliError> {
     let config = read_config(globals).inspect_err(|_| {
-        let log = Config::usual_key_path().map(|key| AgentPaths::beside(&key).log());
+        let log = Config::default_key_path().map(|key| AgentPaths::beside(&key).log());
         logging::start(globals.log_level.unwrap_or(LevelFilter::Info), log);
     })?;
     let paths = AgentPaths::beside(&config.key_path);

@@ -50,7 +50,7 @@ pub fn run(globals: &Globals, options: &Setup) -> Result<(), CliError> {
     let target = config_target(globals)?;
     let key_path = match &target.old {
         Some((_, config)) => config.key_path.clone(),
-        None => Config::usual_key_path().ok_or_else(no_home)?,
+        None => Config::default_key_path().ok_or_else(no_home)?,
     };
     // Before a person enters a code in vain.
     files::create_folder_of(&target.path)
@@ -95,7 +95,7 @@ fn coordinator_urls(globals: &Globals, options: &Setup) -> Result<CoordinatorUrl
 }
 
 fn config_target(globals: &Globals) -> Result<ConfigTarget, CliError> {
-    let usual = Config::usual_place();
+    let usual = Config::default_path();
     let path = match &globals.config {
         Some(named) => Config::named(named),
         None => usual.clone().ok_or_else(no_home)?,

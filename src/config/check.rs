@@ -1,4 +1,4 @@
-//! The rules of `agent.toml`, each with its fix.
+//! The rules for `agent.toml`, each with its fix.
 
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
@@ -19,10 +19,10 @@ use crate::backend::{BaseUrl, Kind};
 use crate::config::error::Source;
 use crate::net::tls::ExtraRoots;
 
-/// How a price is written.
+/// The fix for an invalid price.
 const PRICE_FIX: &str = "write a price in USDC micro-units per million tokens: 500_000 is 0.50 USDC";
 
-/// Checks a whole file.
+/// Validates a whole file.
 pub fn config(text: &str, path: &Path, allow_insecure: bool) -> Result<Config, ConfigError> {
     let source = Source { text, path };
     let table = DeTable::parse(text).map_err(|e| source.syntax_fault(&e))?;
@@ -44,7 +44,7 @@ pub fn config(text: &str, path: &Path, allow_insecure: bool) -> Result<Config, C
     })
 }
 
-/// Checks what a file says of the identity, and nothing else.
+/// Validates `key_path` only.
 pub fn key_path_in(text: &str, path: &Path) -> Result<PathBuf, ConfigError> {
     let source = Source { text, path };
     let table = DeTable::parse(text).map_err(|e| source.syntax_fault(&e))?;
@@ -65,7 +65,7 @@ fn coordinator(section: &Section<'_>, allow_insecure: bool) -> Result<Coordinato
                 "use wss://, or start the agent with --allow-insecure if the coordinator is on this machine",
             ));
         }
-        _ => return Err(fault("the coordinator speaks WebSocket", "begin the URL with wss://")),
+        _ => return Err(fault("it is not a WebSocket URL", "begin the URL with wss://")),
     }
     let host = uri.host().unwrap_or_default();
     let authority = uri.authority().map_or("", |a| a.as_str());
@@ -73,15 +73,15 @@ fn coordinator(section: &Section<'_>, allow_insecure: bool) -> Result<Coordinato
     if host.is_empty() || (!behind_host.is_empty() && uri.port_u16().is_none()) {
         return Err(fault("it has no valid host and port", FIX));
     }
-    let code = section.string("enrollment_code", "write it in quotes, as it was given to you")?;
+    let code = section.string("enrollment_code", "write the code in quotes")?;
     let enrollment_code = code.map(|c| c.value.trim().to_owned()).filter(|c| !c.is_empty());
     Ok(CoordinatorConfig { url: uri, enrollment_code, roots: extra_roots(section)? })
 }
 
 fn extra_roots(section: &Section<'_>) -> Result<ExtraRoots, ConfigError> {
-    const FIX: &str = "name a PEM file with the certificate of your authority, or leave it out for those of the web";
+    const FIX: &str = "name a PEM file with the certificate of your authority, or remove the key";
     let Some(file) = section.string("ca_file", FIX)? else { return Ok(ExtraRoots::default()) };
-    let path = expand_home(file.value).ok_or_else(|| file.error_at("there is no such home", FIX))?;
+    let path = expand_home(file.value).ok_or_else(|| file.error_at("the home directory is unknown", FIX))?;
     ExtraRoots::from_file(&path).map_err(|what| file.error_at(&what, FIX))
 }
 
@@ -89,9 +89,9 @@ fn key_path(section: &Section<'_>) -> Result<PathBuf, ConfigError> {
     const FIX: &str = "write an absolute path in quotes";
     match section.string("key_path", FIX)? {
         Some(path) if path.value.trim().is_empty() => {
-            Err(path.error_at("it is empty", &format!("leave it out for {KEY_PATH_DEFAULT}")))
+            Err(path.error_at("it is empty", &format!("remove the key for the default, {KEY_PATH_DEFAULT}")))
         }
-        Some(path) => expand_home(path.value).ok_or_else(|| path.error_at("there is no such home", FIX)),
+        Some(path) => expand_home(path.value).ok_or_else(|| path.error_at("the home directory is unknown", FIX)),
         None => expand_home(KEY_PATH_DEFAULT).ok_or_else(|| section.missing("key_path", FIX)),
     }
 }
@@ -101,26 +101,26 @@ fn backends(root: &Section<'_>) -> Result<Vec<BackendConfig>, ConfigError> {
     let mut checked = Vec::new();
     for section in root.sections("backends")? {
         let entry = backend(&section)?;
-        // Hosted entries without a url differ by their key.
-        let place = match &entry.url {
+        // Hosted entries without a url are distinguished by their API key.
+        let address = match &entry.url {
             Some(url) if !entry.kind.is_hosted() => url.root().to_owned(),
             Some(url) => url.to_string(),
             None => entry.api_key_env.clone().unwrap_or_default(),
         };
-        let place = (entry.kind, place);
-        if seen.contains(&place) {
+        let address = (entry.kind, address);
+        if seen.contains(&address) {
             let key = if entry.url.is_some() { "url" } else { "kind" };
             let what = format!("this {} backend is listed twice", entry.kind);
             return Err(section.fault(key, &what, "remove one of the two entries"));
         }
-        seen.push(place);
+        seen.push(address);
         checked.push(entry);
     }
     Ok(checked)
 }
 
 fn backend(section: &Section<'_>) -> Result<BackendConfig, ConfigError> {
-    // `markup` is accepted for the files of 0.3.5, which does not use it either.
+    // Files for 0.3.5 may contain `markup`, which has no effect there either.
     section.refuse_unknown(&["kind", "url", "api_key_env", "models", "max_concurrent", "markup"])?;
     let names: Vec<&str> = Kind::ALL.iter().map(|k| k.name()).collect();
     let one_of = format!("write one of: {}", names.join(", "));
@@ -147,8 +147,7 @@ fn backend_url(section: &Section<'_>, kind: Kind) -> Result<Option<BaseUrl>, Con
 
 fn api_key_env(section: &Section<'_>, kind: Kind) -> Result<Option<String>, ConfigError> {
     let example = kind.name().to_ascii_uppercase();
-    let fix =
-        format!("put the key into an environment variable, and its name here: api_key_env = \"{example}_API_KEY\"");
+    let fix = format!("put the key in an environment variable, and its name here: api_key_env = \"{example}_API_KEY\"");
     match section.string("api_key_env", &fix)? {
         Some(name) if is_variable_name(name.value) => Ok(Some(name.value.to_owned())),
         Some(other) => Err(other.error_at("it is not the name of an environment variable", &fix)),
@@ -166,7 +165,7 @@ fn is_variable_name(name: &str) -> bool {
 fn pricing(section: &Section<'_>) -> Result<Pricing, ConfigError> {
     let default_price = |key| match price(section, key)? {
         None => Err(section.missing(key, PRICE_FIX)),
-        Some(0) => Err(section.fault(key, "a default price of 0 would offer nothing", PRICE_FIX)),
+        Some(0) => Err(section.fault(key, "with a default price of 0, nothing is offered", PRICE_FIX)),
         Some(price) => Ok(price),
     };
     let default = Price {
@@ -193,13 +192,13 @@ fn price(section: &Section<'_>, key: &'static str) -> Result<Option<u64>, Config
 
 fn limits(section: &Section<'_>, warnings: &mut Vec<ConfigError>) -> Result<Limits, ConfigError> {
     let drain_seconds = within(section, "drain_seconds", DRAIN_SECONDS_RANGE)?.unwrap_or(DRAIN_SECONDS_DEFAULT);
-    const TOKENS_FIX: &str = "write a whole number, or leave it out for no limit";
+    const TOKENS_FIX: &str = "write a whole number, or remove the key for no limit";
     let tokens = section.integer("max_tokens_per_minute", TOKENS_FIX)?;
     if let Some(none) = tokens.as_ref().filter(|found| found.value == 0) {
-        warnings.push(none.error_at("every job will be refused", TOKENS_FIX));
+        warnings.push(none.error_at("every job will be rejected", TOKENS_FIX));
     }
-    let non_negative = |found: Field<'_, i64>| {
-        u64::try_from(found.value).map_err(|_| found.error_at("it cannot be negative", TOKENS_FIX))
+    let non_negative = |field: Field<'_, i64>| {
+        u64::try_from(field.value).map_err(|_| field.error_at("it cannot be negative", TOKENS_FIX))
     };
     Ok(Limits {
         max_concurrent: within(section, "max_concurrent", MAX_CONCURRENT_RANGE)?.unwrap_or(MAX_CONCURRENT_DEFAULT),
@@ -216,14 +215,15 @@ fn within(section: &Section<'_>, key: &'static str, range: RangeInclusive<u32>) 
 }
 
 fn log_file(section: &Section<'_>, key_path: &Path) -> Result<Option<PathBuf>, ConfigError> {
-    const FIX: &str = "name a file, such as log_file = \"~/.usepod-agent/agent.log\", or leave it out for stderr";
+    const FIX: &str =
+        "name a file, such as log_file = \"~/.usepod-agent/agent.log\", or remove the key to log to stderr";
     let Some(file) = section.string("log_file", FIX)? else { return Ok(None) };
     if file.value.trim().is_empty() {
         return Err(file.error_at("it is empty", FIX));
     }
-    let path = expand_home(file.value).ok_or_else(|| file.error_at("there is no such home", FIX))?;
+    let path = expand_home(file.value).ok_or_else(|| file.error_at("the home directory is unknown", FIX))?;
     if file.value.ends_with('/') || path.is_dir() {
-        return Err(file.error_at("it is a folder", FIX));
+        return Err(file.error_at("it is a directory", FIX));
     }
     if path == key_path {
         return Err(file.error_at("it is the identity file", FIX));
@@ -231,13 +231,13 @@ fn log_file(section: &Section<'_>, key_path: &Path) -> Result<Option<PathBuf>, C
     Ok(Some(path))
 }
 
-/// 0.3.5 takes any text here (filters such as `info,hyper=warn`), so a level that we do not know is no error.
+/// 0.3.5 accepts any text here, including filters such as `info,hyper=warn`, so an unknown level is a warning only.
 fn log_level(section: &Section<'_>, warnings: &mut Vec<ConfigError>) -> Result<Option<LevelFilter>, ConfigError> {
     const FIX: &str = "use one of: off, error, warn, info, debug, trace";
     let Some(level) = section.string("log_level", FIX)? else { return Ok(None) };
     let known = level.value.split(',').find_map(parse_level);
     if known.is_none() {
-        warnings.push(level.error_at("unknown level, so `info` it is", FIX));
+        warnings.push(level.error_at("unknown level; using `info`", FIX));
     }
     Ok(known)
 }

@@ -1,23 +1,23 @@
-//! What is wrong with a configuration, where, and what to do about it.
+//! Errors in `agent.toml`: what is wrong, where, and how to fix it.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-/// The longest value that an error quotes, in characters.
-const QUOTED_MAX: usize = 80;
+/// Longest value that an error shows, in characters.
+const SHOWN_CHARS_MAX: usize = 80;
 
-/// One fault: the file and the line, the key and its value, what is wrong with it, and the fix.
+/// An error: file and line, key and value, what is wrong, and the fix.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{text}")]
 pub struct ConfigError {
     text: String,
-    /// Where the fault ends in it.
+    /// Length of the fault, which is followed by the fix.
     fault_end: usize,
     /// Whether there is no file at all.
     is_not_found: bool,
 }
 
-/// Between a fault and its fix.
+/// Separates the fault from the fix.
 const SEPARATOR: &str = "; ";
 
 impl ConfigError {
@@ -28,22 +28,22 @@ impl ConfigError {
         ConfigError { text: fault, fault_end, is_not_found: false }
     }
 
-    /// The fault, with its place.
+    /// What is wrong, and where.
     pub fn fault(&self) -> &str {
         &self.text[..self.fault_end]
     }
 
-    /// What to do about it.
+    /// How to fix it.
     pub fn fix(&self) -> &str {
         &self.text[self.fault_end + SEPARATOR.len()..]
     }
 
-    /// A fault of the file as a whole.
+    /// An error about the file as a whole.
     pub(super) fn in_file(file: &Path, what: &str, fix: &str) -> ConfigError {
         ConfigError::new(format!("{}: {what}", file.display()), fix)
     }
 
-    /// There is no file.
+    /// No file was found.
     pub(super) fn not_found(looked_at: &[PathBuf]) -> ConfigError {
         let places: Vec<String> = looked_at.iter().map(|p| format!("`{}`", p.display())).collect();
         let fault = format!("no agent.toml found; looked at {}", places.join(" and "));
@@ -57,7 +57,7 @@ impl ConfigError {
     }
 }
 
-/// The text that the faults are in.
+/// The text that errors refer to.
 #[derive(Clone, Copy)]
 pub struct Source<'a> {
     pub text: &'a str,
@@ -65,35 +65,35 @@ pub struct Source<'a> {
 }
 
 impl Source<'_> {
-    /// A fault of the value at `span`.
+    /// An error about the value at `span`.
     pub fn fault(&self, key: &str, span: Range<usize>, what: &str, fix: &str) -> ConfigError {
-        let value = quoted(key, self.text.get(span.clone()).unwrap_or_default());
+        let value = redacted(key, self.text.get(span.clone()).unwrap_or_default());
         self.at(Some(span.start), &format!("`{key}` = {value}: {what}"), fix)
     }
 
-    /// A fault whose value may be anything, and is not shown.
+    /// An error that does not show the value.
     pub fn hidden_fault(&self, key: &str, span: Range<usize>, what: &str, fix: &str) -> ConfigError {
         self.at(Some(span.start), &format!("`{key}`: {what}"), fix)
     }
 
-    /// A key that should be there; `at` is where it would be, if that is known.
+    /// An error about a missing key; `at` is the position of its table, if that exists.
     pub fn missing(&self, key: &str, at: Option<usize>, fix: &str) -> ConfigError {
         self.at(at, &format!("`{key}`: it is missing"), fix)
     }
 
-    /// What the TOML parser found. Its own rendering would quote the line, secrets and all.
+    /// A syntax error. The parser's own message is not used as it is, because it shows the line, which may contain a secret.
     pub fn syntax_fault(&self, e: &toml::de::Error) -> ConfigError {
         let at = e.span().map_or(0, |s| s.start);
         let line = self.text.lines().nth(self.line_of(at) - 1).unwrap_or_default();
         let is_plain = |key: &str| key.chars().all(|c| c.is_ascii_alphanumeric() || "-_.\"".contains(c));
         let place = match line.split_once('=') {
             Some((key, value)) if is_plain(key.trim()) => {
-                format!("`{}` = {}: ", value_text(key.trim()), quoted(line, value.trim()))
+                format!("`{}` = {}: ", value_text(key.trim()), redacted(line, value.trim()))
             }
             _ => String::new(),
         };
         let message = e.message().replace('\n', ", ");
-        self.at(Some(at), &format!("{place}this is not TOML ({message})"), "write key = value, and texts in quotes")
+        self.at(Some(at), &format!("{place}invalid TOML ({message})"), "write key = value, and strings in quotes")
     }
 
     fn at(&self, at: Option<usize>, what: &str, fix: &str) -> ConfigError {
@@ -106,24 +106,26 @@ impl Source<'_> {
     }
 }
 
-/// Keys whose values may be secrets, also because somebody put one where its name belongs.
+/// Whether the value of this key may be a secret. Includes keys for names of secrets, where an operator may have put the secret
+/// itself.
 fn may_be_secret(key: &str) -> bool {
     let key = key.to_ascii_lowercase().replace("key_path", "");
     ["code", "key", "secret", "token", "passw"].iter().any(|word| key.contains(word)) && !key.contains("max_tokens")
 }
 
-fn quoted(key: &str, value: &str) -> String {
+/// The value as an error shows it.
+fn redacted(key: &str, value: &str) -> String {
     let password = value.contains("://") && value.contains('@');
-    // A table or a list may hold any key, and so may a text whose end was forgotten.
-    let several = value.starts_with(['{', '[']) || value.contains('\n');
-    if may_be_secret(key) || password || (several && may_be_secret(value)) {
+    // A table or a list may contain any key, and so may a string with a missing closing quote.
+    let is_compound = value.starts_with(['{', '[']) || value.contains('\n');
+    if may_be_secret(key) || password || (is_compound && may_be_secret(value)) {
         return "(not shown)".into();
     }
     value_text(value)
 }
 
-/// On one line, and not a page of it.
+/// The text on one line, shortened.
 pub fn value_text(text: &str) -> String {
-    let shown: String = text.chars().take(QUOTED_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect();
-    if text.chars().count() > QUOTED_MAX { format!("{shown}…") } else { shown }
+    let shown: String = text.chars().take(SHOWN_CHARS_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect();
+    if text.chars().count() > SHOWN_CHARS_MAX { format!("{shown}…") } else { shown }
 }

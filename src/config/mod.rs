@@ -1,7 +1,7 @@
-//! `agent.toml`: from text to a [`Config`] in which nothing can be wrong any more.
+//! Parses `agent.toml` into a fully validated [`Config`].
 //!
-//! Every error names the file, the line, the key, the value and the fix; the values of keys that may hold a secret are
-//! not shown. Unknown keys are refused in `[[backends]]` and accepted elsewhere, as 0.3.5 does.
+//! Every error names the file, the line, the key, the value and the fix. The values of keys that may hold a secret are not shown.
+//! Unknown keys are rejected in `[[backends]]` and ignored elsewhere, as in 0.3.5.
 
 mod check;
 mod error;
@@ -22,39 +22,39 @@ use crate::backend::{BaseUrl, Kind};
 use crate::net::tls::ExtraRoots;
 use crate::sys::files;
 
-/// Jobs at a time.
+/// Allowed values of `max_concurrent`.
 pub const MAX_CONCURRENT_RANGE: RangeInclusive<u32> = 1..=256;
-/// Jobs at a time, when the file does not say.
+/// Default of `[limits] max_concurrent`.
 pub const MAX_CONCURRENT_DEFAULT: u32 = 8;
-/// For jobs in flight when the agent stops, when the file does not say.
+/// Default of `drain_seconds`.
 pub const DRAIN_SECONDS_DEFAULT: u32 = 30;
-/// The longest drain: an hour.
+/// Allowed values of `drain_seconds`.
 pub const DRAIN_SECONDS_RANGE: RangeInclusive<u32> = 0..=3600;
-/// Where the identity is, when the file does not say.
+/// Default of `key_path`.
 pub const KEY_PATH_DEFAULT: &str = "~/.usepod-agent/identity.key";
-/// A file larger than this is no `agent.toml`, in bytes.
+/// Size limit of `agent.toml`, in bytes.
 pub const FILE_BYTES_MAX: u64 = 1 << 20;
 
-/// A checked configuration.
+/// A validated configuration.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// The file that it was read from.
     pub path: PathBuf,
-    /// Where the agent dials.
+    /// `[coordinator]`.
     pub coordinator: CoordinatorConfig,
     /// The identity file.
     pub key_path: PathBuf,
-    /// In the order of the file.
+    /// `[[backends]]`, in the order of the file.
     pub backends: Vec<BackendConfig>,
-    /// What tokens cost.
+    /// `[pricing]`.
     pub pricing: Pricing,
-    /// How much at a time.
+    /// `[limits]`.
     pub limits: Limits,
     /// `[observability] log_level`.
     pub log_level: Option<LevelFilter>,
     /// `[observability] log_file`.
     pub log_file: Option<PathBuf>,
-    /// What is odd but no error, for the log.
+    /// Warnings, to be logged.
     pub warnings: Vec<ConfigError>,
 }
 
@@ -63,14 +63,14 @@ pub struct Config {
 pub struct CoordinatorConfig {
     /// `ws` or `wss`, with a host.
     pub url: Uri,
-    /// Sent while the identity has no provider id; a secret.
+    /// Sent until the identity has a provider id. A secret.
     pub enrollment_code: Option<String>,
-    /// `ca_file`: certificates that the coordinator's may be signed by, beside those of the web.
+    /// `ca_file`: certificate authorities to trust in addition to those of the web.
     pub roots: ExtraRoots,
 }
 
 impl CoordinatorConfig {
-    /// The URL, without what may be a password or a token.
+    /// The URL without credentials or query, which may contain secrets.
     pub fn address(&self) -> String {
         let authority = self.url.authority().map_or("", |authority| authority.as_str());
         let host = authority.rsplit('@').next().unwrap_or_default();
@@ -89,36 +89,36 @@ impl fmt::Debug for CoordinatorConfig {
 pub struct BackendConfig {
     /// `kind`.
     pub kind: Kind,
-    /// `url`; `None` for a hosted kind at its own address.
+    /// `url`; `None` for a hosted kind at its default address.
     pub url: Option<BaseUrl>,
     /// `api_key_env`: the name of the environment variable with the key.
     pub api_key_env: Option<String>,
-    /// `models`: only these are offered.
+    /// `models`: the models to offer; `None` for all.
     pub models: Option<Vec<String>>,
-    /// `max_concurrent`: jobs of this one at a time, within [`MAX_CONCURRENT_RANGE`].
+    /// `max_concurrent`: limit of concurrent jobs of this backend, within [`MAX_CONCURRENT_RANGE`].
     pub max_concurrent: Option<u32>,
 }
 
 impl BackendConfig {
-    /// A server that needs no key and offers all that it lists.
+    /// A server that needs no key, with all its models offered.
     pub fn at(kind: Kind, url: BaseUrl) -> BackendConfig {
         BackendConfig { kind, url: Some(url), api_key_env: None, models: None, max_concurrent: None }
     }
 }
 
-/// USDC micro-units per million tokens.
+/// A price in USDC micro-units per million tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Price {
-    /// For a million input tokens.
+    /// Per million input tokens.
     pub input_per_1m: u64,
-    /// For a million output tokens.
+    /// Per million output tokens.
     pub output_per_1m: u64,
 }
 
 /// `[pricing]`.
 #[derive(Debug, Clone)]
 pub struct Pricing {
-    /// For models without a price of their own; never 0.
+    /// The price of models without one of their own; never 0.
     pub default: Price,
     /// `[pricing.models]`.
     pub models: HashMap<String, Price>,
@@ -134,51 +134,51 @@ impl Pricing {
 /// `[limits]`.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Within [`MAX_CONCURRENT_RANGE`].
+    /// Limit of concurrent jobs, within [`MAX_CONCURRENT_RANGE`].
     pub max_concurrent: u32,
-    /// Over a sliding minute, prompts and answers together.
+    /// Limit over a sliding minute, input and output tokens together.
     pub max_tokens_per_minute: Option<u64>,
     /// `drain_seconds`.
     pub drain: Duration,
 }
 
 impl Config {
-    /// Reads and checks a file. `ws://` is refused unless `allow_insecure`.
+    /// Reads and validates a file. `ws://` is rejected unless `allow_insecure` is set.
     ///
     /// # Errors
-    /// The first fault.
+    /// The first error found.
     pub fn load(path: &Path, allow_insecure: bool) -> Result<Config, ConfigError> {
         Config::parse(&Config::read(path)?, path, allow_insecure)
     }
 
-    /// Where the identity is, for a file in which anything else may be wrong.
+    /// Reads `key_path` from a file, without validating anything else.
     ///
     /// # Errors
-    /// The file is no TOML, or says of the identity what cannot be.
+    /// The file is not valid TOML, or `key_path` is invalid.
     pub fn key_path_in(path: &Path) -> Result<PathBuf, ConfigError> {
-        check::key_path_in(without_mark(&Config::read(path)?), path)
+        check::key_path_in(without_bom(&Config::read(path)?), path)
     }
 
-    /// The text of a file.
+    /// Reads the text of a file.
     ///
     /// # Errors
-    /// It cannot be read, or is no text.
+    /// The file cannot be read, or is not UTF-8.
     pub fn read(path: &Path) -> Result<String, ConfigError> {
         let bytes = files::read_bounded(path, FILE_BYTES_MAX).map_err(|e| {
-            ConfigError::in_file(path, &format!("failed to read it: {e}"), "check the path and the rights")
+            ConfigError::in_file(path, &format!("failed to read it: {e}"), "check the path and the permissions")
         })?;
         String::from_utf8(bytes).map_err(|_| ConfigError::in_file(path, "it is not UTF-8 text", "save it as UTF-8"))
     }
 
-    /// Checks the text of a file; `path` is for the errors.
+    /// Validates the text of a file; `path` is for error messages.
     ///
     /// # Errors
-    /// The first fault.
+    /// The first error found.
     pub fn parse(text: &str, path: &Path, allow_insecure: bool) -> Result<Config, ConfigError> {
-        check::config(without_mark(text), path, allow_insecure)
+        check::config(without_bom(text), path, allow_insecure)
     }
 
-    /// The file to read: the one that was named, else the first that exists where an `agent.toml` may be.
+    /// Finds the file to read: the named one, else the first that exists in the default locations.
     ///
     /// # Errors
     /// None exists.
@@ -186,36 +186,36 @@ impl Config {
         if let Some(named) = named {
             return Ok(Config::named(named));
         }
-        let candidates: Vec<PathBuf> = Config::usual_place().into_iter().chain(["./agent.toml".into()]).collect();
+        let candidates: Vec<PathBuf> = Config::default_path().into_iter().chain(["./agent.toml".into()]).collect();
         match candidates.iter().find(|c| c.exists()) {
             Some(found) => Ok(found.clone()),
             None => Err(ConfigError::not_found(&candidates)),
         }
     }
 
-    /// The file that `--config` names.
+    /// The path given with `--config`, with `~` expanded.
     pub fn named(named: &Path) -> PathBuf {
         expand_home(&named.to_string_lossy()).unwrap_or_else(|| named.to_owned())
     }
 
-    /// Where the file of this user belongs; `None` without a home.
-    pub fn usual_place() -> Option<PathBuf> {
-        folder_of_user().map(|folder| folder.join("usepod-agent/agent.toml"))
+    /// The default path of this user's file; `None` without a home directory.
+    pub fn default_path() -> Option<PathBuf> {
+        user_config_dir().map(|folder| folder.join("usepod-agent/agent.toml"))
     }
 
-    /// Where the identity is when no file says otherwise; `None` without a home.
-    pub fn usual_key_path() -> Option<PathBuf> {
+    /// The default path of the identity; `None` without a home directory.
+    pub fn default_key_path() -> Option<PathBuf> {
         expand_home(KEY_PATH_DEFAULT)
     }
 }
 
-/// The text without the byte-order mark that some editors put first.
-pub fn without_mark(text: &str) -> &str {
+/// Removes the byte-order mark that some editors add.
+pub fn without_bom(text: &str) -> &str {
     text.strip_prefix('\u{feff}').unwrap_or(text)
 }
 
-/// Where this user's programs keep their configuration; `None` without a home.
-pub fn folder_of_user() -> Option<PathBuf> {
+/// The directory for configuration files of this user; `None` without a home directory.
+pub fn user_config_dir() -> Option<PathBuf> {
     let configured = std::env::var_os("XDG_CONFIG_HOME").filter(|v| !v.is_empty()).map(PathBuf::from);
     configured.or_else(|| home().map(|home| home.join(".config")))
 }
@@ -224,18 +224,17 @@ fn home() -> Option<PathBuf> {
     std::env::var_os("HOME").filter(|h| !h.is_empty()).map(PathBuf::from)
 }
 
-/// `~` and `~/…`; `None` for another user's, and when there is no home.
+/// Expands `~` and `~/…`. `None` for the home of another user, or without a home directory.
 fn expand_home(path: &str) -> Option<PathBuf> {
     match path.strip_prefix('~') {
         Some("") => home(),
         Some(rest) if rest.starts_with('/') => home().map(|h| h.join(rest.trim_start_matches('/'))),
-        // Another user's home is not ours to find.
         Some(_) => None,
         None => Some(PathBuf::from(path)),
     }
 }
 
-/// A level by its name.
+/// Parses the name of a log level.
 pub fn parse_level(name: &str) -> Option<LevelFilter> {
     match name.trim().to_ascii_lowercase().as_str() {
         "warning" => Some(LevelFilter::Warn),
@@ -248,7 +247,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_text_makes_the_parser_panic_and_no_error_shows_a_code() {
+    fn parser_neither_panics_nor_shows_an_enrollment_code() {
         const VALID: &str = "[coordinator]\nurl = \"wss://c/x\"\nenrollment_code = \"POD-ENROLL-SECRET\"\n\
             [[backends]]\nkind = \"vllm\"\nurl = \"http://h:1\"\n\
             [pricing]\ndefault_input_per_1m = 1\ndefault_output_per_1m = 2\n";
@@ -271,9 +270,9 @@ mod tests {
         });
     }
 
-    /// What the fuzzer found, or was shown.
+    /// Found by fuzzing.
     #[test]
-    fn an_error_shows_no_code_that_hides_in_another_value_and_is_one_short_line() {
+    fn errors_are_one_short_line_without_a_code_that_another_value_contains() {
         let long = format!("[pricing.models.{}]\ninput_per_1m = -1\n", "m".repeat(2000));
         let cases = [
             "coordinator = [{url = \"wss://c/x\", enrollment_code = \"SECRET\"}]\n",
@@ -288,13 +287,13 @@ mod tests {
         for case in cases {
             let whole = if case.contains("[coordinator]") { case.to_owned() } else { format!("{REST}{case}") };
             for text in [case.to_owned(), whole] {
-                let told = match Config::parse(&text, Path::new("x"), false) {
+                let messages = match Config::parse(&text, Path::new("x"), false) {
                     Ok(config) => config.warnings.iter().map(ConfigError::to_string).collect(),
                     Err(e) => vec![e.to_string()],
                 };
-                for told in told {
-                    assert!(!told.contains("SECRET"), "{told}");
-                    assert!(told.len() < 1000 && !told.contains(char::is_control), "{told:?}");
+                for message in messages {
+                    assert!(!message.contains("SECRET"), "{message}");
+                    assert!(message.len() < 1000 && !message.contains(char::is_control), "{message:?}");
                 }
             }
         }

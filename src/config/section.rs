@@ -1,4 +1,4 @@
-//! A table of the file, asked for its keys by type; every answer knows where it stands.
+//! Typed access to the keys of a table. Every value knows its position in the file.
 
 use std::ops::Range;
 
@@ -7,16 +7,16 @@ use toml::de::{DeTable, DeValue};
 
 use super::error::{ConfigError, Source, value_text};
 
-/// A table, or the lack of one, which has no keys.
+/// A table. A missing table is an empty section.
 pub struct Section<'a> {
     source: Source<'a>,
-    /// As an error shows it: `[limits]`.
+    /// The name in error messages, such as `[limits]`.
     name: String,
     table: Option<&'a DeTable<'a>>,
     at: Option<usize>,
 }
 
-/// A value of the right type.
+/// A value of the expected type.
 pub struct Field<'a, T> {
     pub value: T,
     source: Source<'a>,
@@ -25,19 +25,19 @@ pub struct Field<'a, T> {
 }
 
 impl<T> Field<'_, T> {
-    /// What is wrong with it.
+    /// An error about this value.
     pub fn error_at(&self, what: &str, fix: &str) -> ConfigError {
         self.source.fault(&self.key, self.span.clone(), what, fix)
     }
 }
 
 impl<'a> Section<'a> {
-    /// The file itself.
+    /// The root table of the file.
     pub fn root(source: Source<'a>, table: &'a DeTable<'a>) -> Section<'a> {
         Section { source, name: String::new(), table: Some(table), at: None }
     }
 
-    /// The table `[key]`; one that is not there is empty.
+    /// The table `[key]`; empty if missing.
     pub fn section(&self, key: &str) -> Result<Section<'a>, ConfigError> {
         let name = self.nested_name(key);
         let Some(value) = self.get(key) else {
@@ -51,7 +51,7 @@ impl<'a> Section<'a> {
         }
     }
 
-    /// The tables `[[key]]`.
+    /// The array of tables `[[key]]`.
     pub fn sections(&self, key: &str) -> Result<Vec<Section<'a>>, ConfigError> {
         let Some(value) = self.get(key) else { return Ok(Vec::new()) };
         let DeValue::Array(entries) = value.get_ref() else {
@@ -72,12 +72,12 @@ impl<'a> Section<'a> {
         self.table.into_iter().flat_map(|table| table.keys().map(|key| key.get_ref().as_ref()))
     }
 
-    /// A string.
+    /// Reads a string.
     pub fn string(&self, key: &str, fix: &str) -> Result<Option<Field<'a, &'a str>>, ConfigError> {
         self.typed(key, fix, "a string", |value| value.as_str())
     }
 
-    /// A whole number.
+    /// Reads an integer.
     pub fn integer(&self, key: &str, fix: &str) -> Result<Option<Field<'a, i64>>, ConfigError> {
         self.typed(key, fix, "a whole number", |value| {
             let number = value.as_integer()?;
@@ -85,7 +85,7 @@ impl<'a> Section<'a> {
         })
     }
 
-    /// A list of strings.
+    /// Reads a list of strings.
     pub fn strings(&self, key: &str, fix: &str) -> Result<Option<Vec<String>>, ConfigError> {
         let found = self.typed(key, fix, "a list of strings", |value| {
             let strings = value.as_array()?.iter().map(|item| item.get_ref().as_str().map(str::to_owned));
@@ -94,22 +94,22 @@ impl<'a> Section<'a> {
         Ok(found.map(|f| f.value))
     }
 
-    /// Fails at the first key that is none of `known`.
+    /// Fails on the first key that is not in `known`.
     pub fn refuse_unknown(&self, known: &[&str]) -> Result<(), ConfigError> {
         let unknown = self.table.and_then(|t| t.iter().find(|(key, _)| !known.contains(&key.get_ref().as_ref())));
         let Some((key, value)) = unknown else { return Ok(()) };
         let key = format!("{} {}", self.name, value_text(key.get_ref()));
         let fix = format!("remove it; known keys are: {}", known.join(", "));
-        // Whatever stands there is not ours to show: a key pasted in plain, for instance.
+        // The value is not shown: it may be an API key.
         Err(self.source.hidden_fault(&key, value.span(), "unknown key", &fix))
     }
 
-    /// `key` should be there and is not.
+    /// An error about the missing `key`.
     pub fn missing(&self, key: &str, fix: &str) -> ConfigError {
         self.source.missing(&self.full_name(key), self.at, fix)
     }
 
-    /// Something is wrong with the value of `key`, or with the section where it has none.
+    /// An error about the value of `key`, or about its absence.
     pub fn fault(&self, key: &str, what: &str, fix: &str) -> ConfigError {
         match self.get(key) {
             Some(value) => self.source.fault(&self.full_name(key), value.span(), what, fix),
@@ -138,7 +138,7 @@ impl<'a> Section<'a> {
 
     fn wrong_type(&self, key: &str, at: &Spanned<DeValue<'_>>, is: &DeValue<'_>, wanted: &str) -> ConfigError {
         let what = format!("it is of type {}, not {wanted}", is.type_str());
-        self.source.fault(&self.full_name(key), at.span(), &what, "see `Configure` in the README for what goes there")
+        self.source.fault(&self.full_name(key), at.span(), &what, "see `Configure` in the README")
     }
 
     fn get(&self, key: &str) -> Option<&'a Spanned<DeValue<'a>>> {

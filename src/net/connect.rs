@@ -1,18 +1,18 @@
-//! A TCP connection to one of several addresses, in bounded time.
+//! Connects to one of several addresses, in bounded time.
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-/// An address that does not answer has at least so long, unless it is the last.
+/// Minimum time for an address that does not respond, unless it is the last.
 const ADDRESS_TIME_MIN: Duration = Duration::from_millis(10);
 
-/// Tries the addresses in turn until one accepts. What is left of the time is shared by the addresses that are left, so that one
-/// that swallows packets costs its part only; `None` is for ever.
+/// Tries the addresses in order until one accepts. The remaining time is divided among the remaining addresses, so that an
+/// address that drops packets uses up its share only. `None` means no time limit.
 ///
 /// # Errors
-/// That of the first address, which is the one that was meant; `TimedOut` when the time was over before any was tried;
-/// `NotFound` when there is none.
+/// The error of the first address, which is the preferred one; `TimedOut` if there was no time left; `NotFound` if there is no
+/// address.
 pub fn connect_any(addresses: &[SocketAddr], until: Option<Instant>) -> io::Result<TcpStream> {
     let mut failure = None;
     for (tried, address) in addresses.iter().enumerate() {
@@ -39,10 +39,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_that_accepts_is_taken_and_the_first_error_is_told() {
+    fn connect_any_takes_the_first_that_accepts_and_reports_the_first_error() {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a loopback port");
         let open = listener.local_addr().expect("an address");
-        // Nothing listens on the discard port of a loopback address of our own.
+        // Nothing listens on the discard port of this loopback address.
         let closed: SocketAddr = "127.0.0.71:9".parse().expect("an address");
         let soon = || Some(Instant::now() + Duration::from_secs(10));
         for until in [None, soon()] {

@@ -1,4 +1,4 @@
-//! TCP and TLS, for the coordinator and the backends alike.
+//! TCP, TLS and the HTTP proxy, shared by the connections to the coordinator and to the backends.
 
 pub mod connect;
 pub mod proxy;

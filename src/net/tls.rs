@@ -1,6 +1,5 @@
-//! What TLS computes with and whom it trusts, for the coordinator and the hosted backends alike: ring's algorithms, the roots of
-//! the web, and the operator's own. The agent shows no certificate of its own: it proves who it is by its identity, inside the
-//! connection.
+//! TLS configuration for the coordinator and the hosted backends: ring's algorithms, the roots of the web, and the operator's own
+//! roots. The agent has no client certificate: it authenticates with its identity, inside the connection.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,15 +11,15 @@ use rustls::{ClientConfig, RootCertStore};
 
 use crate::sys::files;
 
-/// The largest file of extra roots, in bytes; a whole distribution's bundle has a quarter of it.
+/// Size limit of a file of extra roots, in bytes; the bundle of a Linux distribution has a quarter of that.
 const PEM_BYTES_MAX: u64 = 1 << 20;
 
-/// To be given wherever a TLS configuration is made; there is no default.
+/// The provider for every TLS configuration; none is installed as the default.
 pub fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
-/// Certificates that are trusted beside those of the web: an operator's own authority, for instance.
+/// Certificates to trust in addition to those of the web, such as the operator's own authority.
 #[derive(Debug, Clone, Default)]
 pub struct ExtraRoots(Vec<CertificateDer<'static>>);
 
@@ -28,16 +27,18 @@ impl ExtraRoots {
     /// Reads a PEM file.
     ///
     /// # Errors
-    /// What is wrong with it, in words.
+    /// What is wrong with the file.
     pub fn from_file(path: &Path) -> Result<ExtraRoots, String> {
         let pem = files::read_bounded(path, PEM_BYTES_MAX).map_err(|e| format!("failed to read it: {e}"))?;
         let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
         let certificates = certificates.map_err(|e| format!("it is not a PEM file: {e}"))?;
         let mut store = RootCertStore::empty();
         for certificate in &certificates {
-            store.add(certificate.clone()).map_err(|e| format!("a certificate in it cannot be a root: {e}"))?;
+            store
+                .add(certificate.clone())
+                .map_err(|e| format!("it contains a certificate that cannot be a root: {e}"))?;
         }
-        if certificates.is_empty() { Err("no certificate is in it".into()) } else { Ok(ExtraRoots(certificates)) }
+        if certificates.is_empty() { Err("it contains no certificate".into()) } else { Ok(ExtraRoots(certificates)) }
     }
 }
 
@@ -48,10 +49,10 @@ impl From<CertificateDer<'static>> for ExtraRoots {
     }
 }
 
-/// Trusts the roots of the web and the operator's own; TLS 1.2 and 1.3.
+/// A configuration for TLS 1.2 and 1.3 that trusts the roots of the web and `extra`.
 ///
 /// # Errors
-/// One of `extra` cannot be a root.
+/// A certificate in `extra` cannot be a root.
 pub fn client_config(extra: &ExtraRoots) -> Result<Arc<ClientConfig>, rustls::Error> {
     let mut roots = RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
     for certificate in &extra.0 {

@@ -10,7 +10,7 @@ use toml_edit::{
 };
 
 use super::{CoordinatorUrls, ModelTerms, Paired};
-use crate::config::{BackendConfig, KEY_PATH_DEFAULT, MAX_CONCURRENT_RANGE, without_mark};
+use crate::config::{BackendConfig, KEY_PATH_DEFAULT, MAX_CONCURRENT_RANGE, without_bom};
 use crate::logging::{redact, sanitize_for_log};
 
 /// Prices of a new file when the pairing names none, USDC micro-units per million tokens.
@@ -33,7 +33,7 @@ pub fn text(old: &str, urls: &CoordinatorUrls, paired: &Paired, found: &[Backend
     if old.is_empty() {
         return edit(&new_file(paired, found), urls, paired, &[]);
     }
-    let body = without_mark(old);
+    let body = without_bom(old);
     let mark = &old[..old.len() - body.len()];
     let mut new = edit(body, urls, paired, found)?;
     // `toml_edit` ends every line with a `\n`.

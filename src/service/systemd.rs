@@ -82,7 +82,7 @@ impl Unit {
         if Uid::effective().is_root() {
             return Ok(Unit { path: Path::new(SYSTEM_FOLDER).join(UNIT), is_users: false });
         }
-        let base = config::folder_of_user().ok_or("HOME is not set, so there is no place for the unit; set it")?;
+        let base = config::user_config_dir().ok_or("HOME is not set, so there is no place for the unit; set it")?;
         Ok(Unit { path: base.join("systemd/user").join(UNIT), is_users: true })
     }
 

@@ -53,10 +53,10 @@ fn a_log_file_that_can_be_none_is_an_error_that_names_the_key() {
     for (value, what) in [
         ("\"\"", "it is empty"),
         ("\" \"", "it is empty"),
-        (&*format!("\"{folder}\""), "it is a folder"),
-        ("\"~\"", "it is a folder"),
-        ("\"/nowhere/\"", "it is a folder"),
-        ("\"~nobody/agent.log\"", "there is no such home"),
+        (&*format!("\"{folder}\""), "it is a directory"),
+        ("\"~\"", "it is a directory"),
+        ("\"/nowhere/\"", "it is a directory"),
+        ("\"~nobody/agent.log\"", "the home directory is unknown"),
         ("\"~/.usepod-agent/identity.key\"", "it is the identity file"),
         ("7", "it is not a string"),
     ] {
