@@ -166,7 +166,10 @@ fn advertised(config: &BackendConfig, models: Vec<BackendModel>) -> Advertised {
 fn print_backend(id: &str, advertised: Option<&Advertised>) {
     let models = advertised.map_or(&[][..], |advertised| &advertised.models);
     let names: Vec<String> = models.iter().take(3).map(|name| sanitize_for_log(name)).collect();
-    let more = if models.len() > names.len() { ", …" } else { "" };
+    let more = match models.len() > names.len() {
+        true => format!(", {}", Terminal::of_stdout().ellipsis()),
+        false => String::new(),
+    };
     print_line("backend", &format!("{id}: {} model(s): {}{more}", models.len(), names.join(", ")));
 }
 
@@ -280,8 +283,9 @@ fn write(
     }
     let provider_id =
         paired.provider_id.as_deref().map_or_else(|| "an agent without an id".to_owned(), sanitize_for_log);
-    let token =
-        paired.host_token.as_deref().map_or_else(String::new, |token| format!(" (host token {})", redact(token)));
+    let token = paired.host_token.as_deref().map_or_else(String::new, |token| {
+        format!(" (host token {})", redact(token).replace('…', Terminal::of_stdout().ellipsis()))
+    });
     print(&wrap("  ", &format!("Paired as {provider_id}{token}."), width()));
     out!("\n");
     if text == old {

@@ -60,7 +60,7 @@ impl<'a> Report<'a> {
     /// Shows which check is being waited for, until its result is printed.
     pub fn pending(&mut self, name: &str) {
         if self.terminal.is_live {
-            let ellipsis = if self.terminal.is_utf8 { "…" } else { "..." };
+            let ellipsis = self.terminal.ellipsis();
             let _ = write!(self.out, "{CLEAR_LINE}  {ellipsis} {name}").and_then(|()| self.out.flush());
         }
     }

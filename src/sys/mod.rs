@@ -1,4 +1,4 @@
-//! What the operating system offers, in the form that the agent needs it: files, threads, memory, dates, the terminal, the shell's quoting.
+//! What the operating system offers, in the form that the agent needs: files, threads, memory, dates, the terminal, shell quoting.
 
 pub mod datetime;
 pub mod edit_distance;

@@ -39,6 +39,11 @@ impl Terminal {
         }
     }
 
+    /// The mark of an omission.
+    pub fn ellipsis(&self) -> &'static str {
+        if self.is_utf8 { "…" } else { "..." }
+    }
+
     /// `text` in this colour or weight, an SGR code such as `32`; plain where colour is not wanted.
     pub fn styled(&self, sgr: &str, text: &str) -> String {
         if self.has_colour { format!("\x1b[{sgr}m{text}\x1b[0m") } else { text.to_owned() }

@@ -108,12 +108,9 @@ fn a_page_fits_80_and_60_columns_and_has_no_figure_before_there_is_one() {
     };
     for width in [80, 60] {
         let page = page_at(width);
-        for line in [
-            "\n  jobs         none yet\n",
-            "\n  tokens       none yet\n",
-            "\n  latency      none yet\n",
-            "healthy for ",
-        ] {
+        for line in
+            ["\n  jobs         none yet\n", "\n  tokens       none yet\n", "\n  latency      none yet\n", "healthy for"]
+        {
             assert!(page.contains(line), "no `{line}` in {page}");
         }
     }

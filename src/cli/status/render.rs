@@ -177,7 +177,7 @@ fn jobs(page: &mut Page, state: &Value) {
         page.line(
             "jobs",
             &format!(
-                "{in_flight} in flight, {done} done, {failed} failed, {cancelled} cancelled, {lost} lost with a session, \
+                "{in_flight} in flight, {done} done, {failed} failed, {cancelled} cancelled, {lost} lost on disconnect, \
                  {refused} refused{causes}"
             ),
         );
@@ -185,7 +185,8 @@ fn jobs(page: &mut Page, state: &Value) {
     let (input, output) = (&state["tokens"]["input"], &state["tokens"]["output"]);
     page.line("tokens", &if is_zero(&[input, output]) { NONE_YET.into() } else { format!("{input} in, {output} out") });
     let (p50, p95, speed) = (&state["p50_latency_ms"], &state["p95_latency_ms"], &state["tokens_per_sec_p50"]);
-    let speed_text = if is_zero(&[speed]) { String::new() } else { format!(", {speed} tokens/s") };
+    let speed_text =
+        if is_zero(&[speed]) { String::new() } else { format!(", {:.1} tokens/s", speed.as_f64().unwrap_or_default()) };
     let latency = match (is_zero(&[p50, p95, speed]), is_zero(&[done, failed])) {
         (true, true) => NONE_YET.into(),
         (true, false) => "no job in the last 5 minutes".into(),
@@ -212,10 +213,10 @@ fn text(value: &Value) -> String {
     value.as_str().map(sanitize_for_log).unwrap_or_default()
 }
 
-/// The time since a date; `None` if it is no date.
+/// The time since a date, with no-break spaces; `None` if it is no date.
 fn ago(date: &Value) -> Option<String> {
     let passed = datetime::now() - datetime::parse_rfc3339(date.as_str()?)?;
-    Some(datetime::format_duration(u64::try_from(passed).unwrap_or(0)))
+    Some(datetime::format_duration(u64::try_from(passed).unwrap_or(0)).replace(' ', "\u{a0}"))
 }
 
 #[cfg(test)]
