@@ -39,7 +39,7 @@ fn with_kind(setup: Setup, kind: &str, url: &str) -> Setup {
 }
 
 #[test]
-fn each_kind_is_asked_its_own_questions() {
+fn probe_of_each_kind_makes_the_requests_of_that_kind() {
     struct Case {
         kind: &'static str,
         base: &'static str,
@@ -146,7 +146,7 @@ fn each_kind_is_asked_its_own_questions() {
 }
 
 #[test]
-fn the_context_window_is_the_one_that_is_served_or_left_out() {
+fn context_window_is_the_one_that_is_served_or_left_out() {
     let health = || ("GET /health", json!({}));
     let list = || ("GET /v1/models", listing(&["m"]));
     let entry = |entry: Value| ("GET /v1/models", json!({"data": [entry]}));
@@ -261,7 +261,7 @@ fn base_urls_work_with_and_without_slash_path_and_v1() {
 }
 
 #[test]
-fn a_backend_is_offered_when_its_own_health_check_passes() {
+fn backend_is_offered_if_the_health_check_of_its_kind_passes() {
     // kind, health check, its status, whether the backend is offered.
     let cases = [
         ("vllm", "GET /health", 200, true),
@@ -292,7 +292,7 @@ fn a_backend_is_offered_when_its_own_health_check_passes() {
 }
 
 #[test]
-fn a_listing_that_cannot_be_read_offers_nothing_and_harms_nobody() {
+fn invalid_listing_offers_nothing_and_affects_no_other_backend() {
     let healthy = Backend::vllm(&["healthy"]);
     for body in
         ["", "null", "[]", "{}", "<html>", r#"{"data":7}"#, r#"{"data":[7,{},{"id":7},{"id":""},null]}"#, "\u{1}"]
@@ -304,7 +304,7 @@ fn a_listing_that_cannot_be_read_offers_nothing_and_harms_nobody() {
 }
 
 #[test]
-fn of_several_backends_with_a_model_the_kind_of_the_lowest_rank_is_offered() {
+fn offer_names_the_kind_of_the_lowest_rank_of_several_backends_with_a_model() {
     let kinds = ["vllm", "llamacpp", "lmstudio", "ollama", "openai", "venice", "openrouter"];
     // Model 0 is on all of them, model 1 on all but the first, and so on.
     let backends: Vec<_> = (0..kinds.len())
@@ -334,7 +334,7 @@ fn of_several_backends_with_a_model_the_kind_of_the_lowest_rank_is_offered() {
 }
 
 #[test]
-fn the_offer_is_sorted_without_doubles_unpriced_and_unlisted_models() {
+fn offer_is_sorted_without_duplicates_unpriced_and_unlisted_models() {
     let backend = Backend::vllm(&["z", "a", "free-in", "free-out", "b", "a", "B"]);
     let rig = Rig::with(|setup| {
         setup.backend(backend.toml()).pricing(
@@ -348,7 +348,7 @@ fn the_offer_is_sorted_without_doubles_unpriced_and_unlisted_models() {
 }
 
 #[test]
-fn a_model_may_have_any_name() {
+fn model_may_have_any_name() {
     let names = ["a \"quoted\" one", "back\\slash", "new\nline", "naïve/模型:🦙", "org/Model-7B_Q4.gguf"];
     let backend = Backend::vllm(&names);
     let rig = Rig::new(&backend);
@@ -363,7 +363,7 @@ fn a_model_may_have_any_name() {
 }
 
 #[test]
-fn an_allow_list_offers_only_what_it_names_and_an_empty_one_nothing() {
+fn allow_list_offers_only_what_it_names_and_an_empty_one_nothing() {
     let backend = Backend::vllm(&["a", "b", "c"]);
     for (models, expected) in [("[\"c\", \"a\", \"not-there\"]", &["a", "c"][..]), ("[]", &[]), ("[\"A\"]", &[])] {
         let rig = Rig::with(|setup| setup.backend(format!("{}\nmodels = {models}", backend.toml())));
@@ -374,7 +374,7 @@ fn an_allow_list_offers_only_what_it_names_and_an_empty_one_nothing() {
 }
 
 #[test]
-fn a_hosted_backend_without_its_key_is_not_offered_and_says_why_when_asked() {
+fn hosted_backend_without_its_key_is_not_offered_and_validate_says_why() {
     let backend = scripted(&[("GET /models", listing(&["hosted"]))]);
     let rig = Rig::with(|setup| {
         setup.backend(format!("kind = \"openrouter\"\nurl = \"{}\"\napi_key_env = \"NOT_SET\"", backend.url()))
@@ -388,7 +388,7 @@ fn a_hosted_backend_without_its_key_is_not_offered_and_says_why_when_asked() {
 }
 
 #[test]
-fn of_a_llamacpp_router_only_loaded_models_are_offered() {
+fn llamacpp_router_offers_only_its_loaded_models() {
     let entry = |status: &str| json!({"id": status, "status": {"value": status}});
     let statuses = ["loaded", "unloaded", "sleeping", "loading", "downloading", "failed"];
     let list = json!({"data": statuses.map(entry)});
@@ -399,7 +399,7 @@ fn of_a_llamacpp_router_only_loaded_models_are_offered() {
 
 /// A listing without end costs neither the memory of it nor the others their place.
 #[test]
-fn an_endless_listing_is_given_up() {
+fn endless_listing_is_given_up() {
     let endless = Backend::new(|request| match request.target.as_str() {
         "/health" => Answer::Json(200, json!({})),
         _ => Answer::Hold,
@@ -422,7 +422,7 @@ fn hung() -> Backend {
 }
 
 #[test]
-fn one_hung_backend_delays_nobody() {
+fn hung_backend_delays_no_other() {
     let (first, second, healthy) = (hung(), hung(), Backend::vllm(&["m"]));
     let began = Instant::now();
     let rig = Rig::with(|setup| setup.backend(first.toml()).backend(second.toml()).backend(healthy.toml()));
@@ -442,7 +442,7 @@ fn one_hung_backend_delays_nobody() {
 }
 
 #[test]
-fn probes_run_side_by_side_and_take_three_seconds_at_most() {
+fn probes_run_in_parallel_and_take_at_most_three_seconds() {
     let backends = [hung(), hung(), hung()];
     let began = Instant::now();
     let rig = Rig::with(|setup| backends.iter().fold(setup, |setup, backend| setup.backend(backend.toml())));

@@ -158,7 +158,7 @@ fn assert_nothing_was_said(session: &Session, ids: &[String]) {
 }
 
 #[test]
-fn a_cancel_reaches_the_backend_within_20_ms() {
+fn slow_cancel_reaches_the_backend_within_20_ms() {
     let _descriptors = reserve_descriptors(130);
     for phase in [BeforeHeaders, MidStream, BlockedOnAFullLane] {
         assert_prompt(&format!("cancel, {phase:?}"), phase == BlockedOnAFullLane, || {
@@ -180,7 +180,7 @@ fn a_cancel_reaches_the_backend_within_20_ms() {
 }
 
 #[test]
-fn a_deadline_reaches_the_backend_within_20_ms() {
+fn slow_deadline_reaches_the_backend_within_20_ms() {
     let _descriptors = reserve_descriptors(350);
     // Time enough to take all jobs into their phase, on a loaded machine too.
     const DEADLINE: Duration = secs(3);
@@ -202,7 +202,7 @@ fn a_deadline_reaches_the_backend_within_20_ms() {
 }
 
 #[test]
-fn the_end_of_a_session_reaches_the_backend_within_20_ms_for_all_its_jobs() {
+fn slow_session_end_reaches_the_backend_within_20_ms_for_all_jobs() {
     let _descriptors = reserve_descriptors(240);
     type End = fn(&Session);
     let ends: [(&str, End); 2] = [("cut", Session::cut), ("closed", |session| session.close(1001, "drain:deploy"))];
@@ -230,7 +230,7 @@ fn the_end_of_a_session_reaches_the_backend_within_20_ms_for_all_its_jobs() {
 
 /// Nothing has reached the backend yet, and nothing will: also not when it accepts again.
 #[test]
-fn a_job_cancelled_while_it_connects_is_never_sent_and_its_place_is_free_at_once() {
+fn slow_cancel_while_connecting_prevents_the_request_and_frees_the_slot_at_once() {
     let _descriptors = reserve_descriptors(240);
     let stuck = Backend::vllm(&["stuck"]);
     let healthy = Backend::vllm(&["m"]);
@@ -278,7 +278,7 @@ fn make_jobs_queue(rig: &Rig, stuck: &Backend) -> Vec<std::net::TcpStream> {
 }
 
 #[test]
-fn a_deadline_in_the_queue_is_heeded_in_time() {
+fn slow_deadline_ends_a_queued_job_in_time() {
     let _descriptors = reserve_descriptors(160);
     let stuck = Backend::vllm(&["stuck"]);
     let healthy = Backend::vllm(&["m"]);
@@ -298,7 +298,7 @@ fn a_deadline_in_the_queue_is_heeded_in_time() {
 }
 
 #[test]
-fn a_job_cancelled_in_the_queue_is_never_sent_and_the_one_behind_it_is_served() {
+fn slow_cancel_of_a_queued_job_prevents_its_request_and_the_next_job_is_served() {
     let _descriptors = reserve_descriptors(160);
     let stuck = Backend::vllm(&["stuck"]);
     let healthy = Backend::vllm(&["m"]);
@@ -329,7 +329,7 @@ fn a_job_cancelled_in_the_queue_is_never_sent_and_the_one_behind_it_is_served() 
 
 /// What nobody wants any more is not kept for a worker to find out.
 #[test]
-fn requests_cancelled_in_the_queue_take_their_memory_with_them() {
+fn slow_cancel_of_a_queued_job_frees_the_memory_of_its_request() {
     let _descriptors = reserve_descriptors(160);
     let stuck = Backend::vllm(&["stuck"]);
     let rig = Rig::with(|setup| setup.backend(stuck.toml()).limits("max_concurrent = 1"));

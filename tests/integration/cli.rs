@@ -47,7 +47,7 @@ fn help_names_every_command_and_has_an_example() {
 }
 
 #[test]
-fn every_help_has_the_options_of_every_command_and_fits_the_terminal() {
+fn help_of_every_command_has_the_global_options_and_fits_the_terminal() {
     let home = Scratch::new();
     for command in COMMANDS.into_iter().map(Some).chain([None]) {
         for width in [80, 60] {
@@ -77,7 +77,7 @@ fn version_is_an_option_of_every_command() {
 }
 
 #[test]
-fn a_command_line_that_makes_no_sense_exits_2_and_says_why() {
+fn invalid_command_line_exits_2_and_says_why() {
     let cases: [(&[&str], &str); 17] = [
         (&["--no-such-option"], "--no-such-option"),
         (&["validate", "--no-such-option"], "--no-such-option"),
@@ -110,7 +110,7 @@ fn a_command_line_that_makes_no_sense_exits_2_and_says_why() {
 }
 
 #[test]
-fn options_stand_before_or_after_the_command_in_any_spelling() {
+fn options_may_precede_or_follow_the_command_in_any_spelling() {
     let setup = plain();
     let path = setup.scratch.write("other.toml", setup.toml().replace("[limits]", "[limits]\nmax_concurrent = 0"));
     let path = path.to_str().expect("UTF-8");
@@ -137,7 +137,7 @@ fn options_stand_before_or_after_the_command_in_any_spelling() {
 }
 
 #[test]
-fn the_config_is_looked_for_in_xdg_config_home_then_home_then_here() {
+fn config_is_searched_in_xdg_config_home_then_home_then_the_working_folder() {
     let setup = Setup::new("wss://coordinator.example/");
     let faulty = |name: &str| setup.scratch.write(name, "[coordinator]\nurl = \"nowhere\"\n");
     let xdg = setup.scratch.join("xdg");
@@ -153,7 +153,7 @@ fn the_config_is_looked_for_in_xdg_config_home_then_home_then_here() {
 }
 
 #[test]
-fn no_config_at_all_exits_2_and_says_where_it_looked() {
+fn missing_config_exits_2_and_names_the_places_searched() {
     let home = Scratch::new();
     for command in ["run", "validate", "enroll"] {
         let Ran { code, stderr, .. } = cli(home.path(), &[command], &[]);
@@ -165,7 +165,7 @@ fn no_config_at_all_exits_2_and_says_where_it_looked() {
 }
 
 #[test]
-fn without_agent_toml_every_error_leads_with_setup() {
+fn missing_agent_toml_errors_lead_with_setup() {
     let home = Scratch::new();
     let cases: [(&[&str], i32); 16] = [
         (&[], 2),
@@ -197,7 +197,7 @@ fn without_agent_toml_every_error_leads_with_setup() {
 }
 
 #[test]
-fn ws_is_refused_without_allow_insecure() {
+fn ws_coordinator_is_refused_without_allow_insecure() {
     let setup = Setup::new("ws://127.0.0.1:1/");
     for command in ["run", "validate", "enroll"] {
         let ran = run(&setup, &[command], &[]);
@@ -223,7 +223,7 @@ fn enroll_prints_key_and_id_and_only_the_ends_of_the_code() {
 }
 
 #[test]
-fn a_second_agent_on_the_same_identity_exits_4_and_names_the_first() {
+fn second_agent_with_the_same_identity_exits_4_and_names_the_first() {
     let coordinator = Coordinator::new();
     let setup = Setup::new(&coordinator.url());
     let first = setup.start();
@@ -259,7 +259,7 @@ fn run_logs_to_stderr_and_prints_nothing() {
 }
 
 #[test]
-fn the_log_level_of_the_command_line_beats_the_one_in_the_file() {
+fn log_level_of_the_command_line_overrides_the_one_in_the_file() {
     let cases =
         [("info", None, [true, false]), ("debug", None, [true, true]), ("debug", Some("error"), [false, false])];
     for (in_file, option, expected) in cases {
@@ -277,7 +277,7 @@ fn the_log_level_of_the_command_line_beats_the_one_in_the_file() {
 
 /// 0.3.5 ends with its stdout; a log that nobody reads any more is no reason to stop earning.
 #[test]
-fn an_agent_whose_outputs_are_closed_serves_on() {
+fn closed_stdout_and_stderr_do_not_stop_the_agent() {
     let backend = Backend::vllm(&["m"]);
     let coordinator = Coordinator::new();
     let setup = Setup::new(&coordinator.url()).backend(backend.toml());
@@ -294,7 +294,7 @@ fn an_agent_whose_outputs_are_closed_serves_on() {
 }
 
 #[test]
-fn no_output_shows_a_secret_at_any_level() {
+fn output_shows_no_secret_at_any_level() {
     let backend = Backend::vllm(&["m"]);
     let code = "POD-ENROLL-0123-4567-89ab";
     let coordinator = Coordinator::new();

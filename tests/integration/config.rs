@@ -33,7 +33,7 @@ fn validate(file: &Path) -> Ran {
 }
 
 #[test]
-fn every_valid_file_is_taken() {
+fn valid_files_are_accepted() {
     for file in data_files("config/valid", 10) {
         let text = fs::read_to_string(&file).expect("a data file");
         let backends = header(&text, "backends").expect("# backends:");
@@ -46,7 +46,7 @@ fn every_valid_file_is_taken() {
 }
 
 #[test]
-fn every_invalid_file_is_refused_by_line_key_value_and_fix() {
+fn invalid_files_are_refused_with_line_key_value_and_fix() {
     for file in data_files("config/invalid", 25) {
         let text = fs::read_to_string(&file).expect("a data file");
         let Ran { code, stdout, stderr } = validate(&file);
@@ -67,7 +67,7 @@ fn every_invalid_file_is_refused_by_line_key_value_and_fix() {
 }
 
 #[test]
-fn a_file_that_cannot_be_read_is_named() {
+fn unreadable_file_is_named() {
     let scratch = Scratch::new();
     let cases = [
         ("there-is-none.toml", None),
@@ -105,7 +105,7 @@ fn validate_prints_what_would_be_offered_and_at_which_prices() {
 }
 
 #[test]
-fn validate_names_a_backend_that_does_not_answer_and_the_file_is_still_valid() {
+fn validate_names_an_unreachable_backend_and_accepts_the_file() {
     let address = nobody_at("127.0.0.9");
     let setup =
         Setup::new("wss://coordinator.example/").backend(format!("kind = \"ollama\"\nurl = \"http://{address}\""));

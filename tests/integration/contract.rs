@@ -139,7 +139,7 @@ fn assert_error(frame: &Value, id: Uuid, code: &str) {
 }
 
 #[test]
-fn a_job_for_a_model_that_no_backend_serves_is_refused_with_one_frame() {
+fn job_for_an_unserved_model_is_refused_with_one_frame() {
     let backend = Scripted::new(|_, _| Ok(JobResult::default()));
     let bench = Bench::new(backend.clone(), 4);
     let id = bench.dispatch("another");
@@ -149,7 +149,7 @@ fn a_job_for_a_model_that_no_backend_serves_is_refused_with_one_frame() {
 }
 
 #[test]
-fn a_served_job_gives_its_chunks_in_order_then_its_tokens() {
+fn served_job_sends_its_chunks_in_order_then_its_tokens() {
     let backend = Scripted::new(|_, sink| {
         sink.send_chunk(b"hello ")?;
         sink.send_chunk(b"world")?;
@@ -170,7 +170,7 @@ fn a_served_job_gives_its_chunks_in_order_then_its_tokens() {
 }
 
 #[test]
-fn the_backend_gets_the_job_as_it_was_dispatched() {
+fn backend_gets_the_job_as_it_was_dispatched() {
     let (sender, seen) = unbounded();
     let backend = Scripted::new(move |job, _| {
         let format = matches!(job.format, WireFormat::Anthropic);
@@ -186,7 +186,7 @@ fn the_backend_gets_the_job_as_it_was_dispatched() {
 }
 
 #[test]
-fn a_job_above_the_limit_is_refused_while_the_first_goes_on() {
+fn job_above_the_limit_is_refused_while_the_first_continues() {
     let (release, gate) = bounded::<()>(0);
     let backend = Scripted::new(move |_, sink| {
         let _ = gate.recv_timeout(SOON);
@@ -206,7 +206,7 @@ fn a_job_above_the_limit_is_refused_while_the_first_goes_on() {
 }
 
 #[test]
-fn a_cancelled_job_stops_within_300_ms_and_says_nothing_more() {
+fn cancel_stops_a_job_within_300_ms_and_no_frame_follows() {
     let backend = Scripted::new(|_, sink| {
         for _ in 0..50 {
             sink.send_chunk(b"x")?;
@@ -230,7 +230,7 @@ fn a_cancelled_job_stops_within_300_ms_and_says_nothing_more() {
 }
 
 #[test]
-fn cancelling_an_unknown_or_finished_job_does_nothing() {
+fn cancel_of_an_unknown_or_finished_job_does_nothing() {
     let bench = Bench::new(Scripted::new(|_, _| Ok(JobResult::default())), 1);
     bench.executor.cancel(Uuid::new_v4());
     for _ in 0..3 {
@@ -243,7 +243,7 @@ fn cancelling_an_unknown_or_finished_job_does_nothing() {
 }
 
 #[test]
-fn a_panic_in_a_backend_costs_that_job_and_nothing_else() {
+fn panic_in_a_backend_fails_only_that_job() {
     let backend = Scripted::new(|job, sink| {
         sink.send_chunk(b"x")?;
         assert!(job.request["panic"] != true, "as the test wants it");
@@ -291,7 +291,7 @@ impl Gates {
 
 /// The books after every single step, for any order of dispatch, completion and cancel.
 #[test]
-fn every_order_of_dispatch_completion_and_cancel_keeps_the_count() {
+fn queue_depth_is_right_in_every_order_of_dispatch_completion_and_cancel() {
     arbtest(|u| {
         let limit = u.int_in_range(1..=4)?;
         let gates = Gates::default();
@@ -336,7 +336,7 @@ fn every_order_of_dispatch_completion_and_cancel_keeps_the_count() {
 
 /// Cancels that meet completions: a counter that went wrong shows in what is admitted afterwards.
 #[test]
-fn a_race_of_cancels_and_completions_leaves_exactly_the_limit() {
+fn race_of_cancels_and_completions_leaves_exactly_the_limit() {
     const LIMIT: u32 = 4;
     let gates = Gates::default();
     let gated = gates.backend();
@@ -389,7 +389,7 @@ fn a_race_of_cancels_and_completions_leaves_exactly_the_limit() {
 
 /// Backpressure is for the workers: the session's reader, which dispatches and cancels, goes on.
 #[test]
-fn nobody_reading_the_frames_blocks_neither_dispatch_nor_cancel() {
+fn dispatch_and_cancel_do_not_block_while_nobody_reads_the_frames() {
     let backend = Scripted::new(|_, sink| {
         loop {
             sink.send_chunk(&[0; 1024])?;
@@ -425,7 +425,7 @@ fn nobody_reading_the_frames_blocks_neither_dispatch_nor_cancel() {
 }
 
 #[test]
-fn the_end_of_the_session_stops_its_jobs() {
+fn session_end_stops_its_jobs() {
     let (stopped, seen) = unbounded();
     let backend = Scripted::new(move |_, sink| {
         let error = loop {
@@ -447,7 +447,7 @@ fn the_end_of_the_session_stops_its_jobs() {
 }
 
 #[test]
-fn the_agents_own_backend_can_be_driven_without_an_executor() {
+fn http_backend_can_be_driven_without_an_executor() {
     let answer = |_: &Request| Answer::Raw(response(200, "text/event-stream", sse(7, 13)));
     let server = crate::support::Backend::vllm_with(&["m"], answer);
     let url = BaseUrl::parse(&server.url()).expect("a URL");

@@ -131,7 +131,7 @@ impl Known {
 }
 
 #[test]
-fn an_agent_killed_200_times_while_it_starts_keeps_its_key_its_id_and_its_folder_in_order() {
+fn slow_sigkill_at_200_moments_of_the_start_never_loses_key_or_id() {
     let enroller = Enroller::new();
     let new_setup =
         || Setup::new(&format!("ws://{}/", enroller.address)).coordinator("enrollment_code = \"POD-ENROLL-abc\"");

@@ -55,7 +55,7 @@ fn has_pending_term(pid: u32) -> bool {
 }
 
 #[test]
-fn where_no_agent_runs_the_call_becomes_it_and_logs_to_a_file() {
+fn call_without_a_running_agent_serves_and_logs_to_a_file() {
     let coordinator = Coordinator::new();
     let setup = Setup::new(&coordinator.url());
     let mut agent = setup.start_by_cron();
@@ -70,7 +70,7 @@ fn where_no_agent_runs_the_call_becomes_it_and_logs_to_a_file() {
 }
 
 #[test]
-fn a_call_without_any_output_serves_as_well() {
+fn call_with_closed_outputs_serves() {
     let backend = Backend::vllm(&["m"]);
     let coordinator = Coordinator::new();
     let setup = Setup::new(&coordinator.url()).backend(backend.toml()).after("exec <&- >&- 2>&-");
@@ -84,7 +84,7 @@ fn a_call_without_any_output_serves_as_well() {
 }
 
 #[test]
-fn an_agent_at_work_is_left_alone_without_a_word() {
+fn running_agent_is_left_alone_and_the_call_prints_nothing() {
     let coordinator = Coordinator::new();
     // A warning that every start makes.
     let setup = Setup::new(&coordinator.url()).more("[observability]\nlog_level = \"loud\"");
@@ -104,7 +104,7 @@ fn an_agent_at_work_is_left_alone_without_a_word() {
 }
 
 #[test]
-fn what_was_stopped_stays_stopped_for_cron_and_not_for_who_starts_it_by_hand() {
+fn stop_marker_keeps_cron_from_starting_the_agent_but_not_the_operator() {
     let coordinator = Coordinator::new();
     let setup = Setup::new(&coordinator.url());
     setup.scratch.write(".usepod-agent/identity.key.stopped", "");
@@ -115,7 +115,7 @@ fn what_was_stopped_stays_stopped_for_cron_and_not_for_who_starts_it_by_hand() {
 }
 
 #[test]
-fn one_that_hangs_is_killed_and_replaced_by_one_call_of_several() {
+fn slow_hung_agent_is_killed_and_replaced_by_one_of_several_calls() {
     let coordinator = Coordinator::new();
     let setup = Setup::new(&coordinator.url());
     let (mut hung, _session) = serving(&setup, &coordinator);
@@ -144,7 +144,7 @@ fn one_that_hangs_is_killed_and_replaced_by_one_call_of_several() {
 
 /// `service stop` came while the call looked again, or ended the agent that hung.
 #[test]
-fn a_stop_that_was_said_meanwhile_is_heeded() {
+fn slow_stop_during_a_takeover_prevents_the_start() {
     let moments: [fn(&Setup, &Agent); 2] = [
         |_, call| wait_until("the call looks again", || waits(call)),
         |setup, _| drop(wait_line_in(&setup.log(), &["WARN", "no sign of life"])),
@@ -167,7 +167,7 @@ fn a_stop_that_was_said_meanwhile_is_heeded() {
 
 /// As after the thaw of a frozen box: the silence was nobody's fault.
 #[test]
-fn one_that_shows_a_moment_later_that_it_works_is_left_alone() {
+fn slow_agent_that_recovers_before_the_recheck_is_left_alone() {
     let coordinator = Coordinator::new();
     let setup = Setup::new(&coordinator.url());
     let (mut agent, _session) = serving(&setup, &coordinator);
@@ -184,7 +184,7 @@ fn one_that_shows_a_moment_later_that_it_works_is_left_alone() {
 }
 
 #[test]
-fn one_that_hangs_and_still_heeds_a_signal_ends_in_order() {
+fn slow_hung_agent_that_reacts_to_sigterm_ends_in_order() {
     let coordinator = Coordinator::new();
     let setup = Setup::new(&coordinator.url());
     let (mut hung, session) = serving(&setup, &coordinator);
@@ -201,7 +201,7 @@ fn one_that_hangs_and_still_heeds_a_signal_ends_in_order() {
 }
 
 #[test]
-fn one_that_cannot_write_down_that_it_works_is_left_alone() {
+fn agent_that_cannot_record_its_liveness_is_left_alone() {
     let coordinator = Coordinator::new();
     let setup = Setup::new(&coordinator.url());
     let (mut agent, session) = serving(&setup, &coordinator);
@@ -226,7 +226,7 @@ impl Drop for Bystander {
 }
 
 #[test]
-fn who_cannot_be_told_is_left_alone_and_so_is_a_bystander_with_its_pid() {
+fn lock_that_identifies_no_owner_ends_no_process() {
     let coordinator = Coordinator::new();
     let setup = Setup::new(&coordinator.url());
     let (mut agent, _session) = serving(&setup, &coordinator);
@@ -247,7 +247,7 @@ fn who_cannot_be_told_is_left_alone_and_so_is_a_bystander_with_its_pid() {
 }
 
 #[test]
-fn a_fault_before_the_log_is_known_is_in_the_default_one() {
+fn error_before_the_log_file_is_known_is_in_the_default_one() {
     let home = Scratch::new();
     let log = home.join(".usepod-agent/agent.log");
     let path = home.write("agent.toml", "[coordinator]\nurl = \"nowhere\"\n");
@@ -263,7 +263,7 @@ fn a_fault_before_the_log_is_known_is_in_the_default_one() {
 }
 
 #[test]
-fn a_fault_of_the_identity_is_in_the_log() {
+fn identity_error_is_in_the_log() {
     let setup = Setup::new("ws://127.0.0.1:1/").more("[observability]\nlog_file = \"own.log\"");
     setup.scratch.write(".usepod-agent/identity.key", "no identity");
     let mut call = setup.start_by_cron();
@@ -275,7 +275,7 @@ fn a_fault_of_the_identity_is_in_the_log() {
 
 /// By hand the agent would run, with a warning; under cron there would be one more each minute.
 #[test]
-fn without_a_lock_cron_starts_nothing() {
+fn missing_lock_keeps_cron_from_starting_the_agent() {
     let coordinator = Coordinator::new();
     let setup = Setup::new(&coordinator.url()).more("[observability]\nlog_file = \"own.log\"").bound_by_modes();
     let folder = setup.scratch.join(".usepod-agent");

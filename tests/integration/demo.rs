@@ -38,7 +38,7 @@ fn messages_stream() -> String {
 const STAGES: [&str; 6] = ["connect", "auth", "discovery", "first byte", "total", "overhead"];
 
 #[test]
-fn demo_once_without_any_set_up_answers_and_exits_0() {
+fn demo_once_without_a_config_answers_and_exits_0() {
     let home = Scratch::new();
     let Ran { code, stdout, stderr } = cli(home.path(), &["demo", "--once", "--port", "0"], &[]);
     assert_eq!(code, Some(0), "{stdout}\n{stderr}");
@@ -65,7 +65,7 @@ fn demo_once_asks_the_backends_of_the_config_and_prints_their_answer() {
 }
 
 #[test]
-fn demo_once_fails_when_the_answer_does() {
+fn demo_once_fails_if_the_answer_does() {
     let backend = Backend::vllm_with(&["m"], |_| Answer::Raw(response(500, "text/plain", "boom")));
     let setup = Setup::new("wss://never-dialled.example/").backend(backend.toml());
     let config = setup.write();
@@ -94,7 +94,7 @@ fn run_bench(home: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> R
 }
 
 #[test]
-fn a_bench_without_any_set_up_measures_on_the_echo() {
+fn bench_without_a_config_measures_the_echo() {
     let home = Scratch::new();
     let Ran { code, stdout, stderr } = run_bench(home.path(), &["--prompt", "one two three"], &[]);
     assert_eq!(code, Some(0), "{stdout}\n{stderr}");
@@ -113,7 +113,7 @@ fn a_bench_without_any_set_up_measures_on_the_echo() {
 }
 
 #[test]
-fn a_bench_finds_the_pace_of_the_backend_and_keeps_to_what_the_agent_takes() {
+fn bench_measures_the_pace_of_the_backend_within_max_concurrent() {
     const WAIT: u64 = 20;
     const PACE: u64 = 10;
     let backend = Backend::vllm_with(&["m"], |_| {
@@ -148,7 +148,7 @@ fn a_bench_finds_the_pace_of_the_backend_and_keeps_to_what_the_agent_takes() {
 }
 
 #[test]
-fn a_bench_fails_when_an_answer_does() {
+fn bench_fails_if_an_answer_does() {
     let asked = AtomicUsize::new(0);
     let backend = Backend::vllm_with(&["m"], move |_| {
         let whole = asked.fetch_add(1, Ordering::SeqCst) < 20;
@@ -164,7 +164,7 @@ fn a_bench_fails_when_an_answer_does() {
 }
 
 #[test]
-fn a_bench_costs_nobody_money() {
+fn bench_refuses_to_spend_money_on_hosted_backends() {
     let backend = Backend::new(|request| match request.method.as_str() {
         "GET" => Answer::Json(200, json!({"data": [{"id": "m"}]})),
         _ => Answer::Raw(response(200, "text/event-stream", sse(7, 13))),
@@ -180,7 +180,7 @@ fn a_bench_costs_nobody_money() {
 }
 
 #[test]
-fn a_bench_does_not_overflow_to_a_hosted_backend() {
+fn bench_does_not_overflow_to_a_hosted_backend() {
     let play = |request: &Request| match request.method.as_str() {
         "GET" => Answer::Json(200, json!({"data": [{"id": "m"}]})),
         _ => Answer::Raw(response(200, "text/event-stream", sse(7, 13))),
@@ -199,7 +199,7 @@ fn a_bench_does_not_overflow_to_a_hosted_backend() {
 }
 
 #[test]
-fn the_front_door_serves_both_formats_until_a_signal() {
+fn front_door_serves_both_formats_until_a_signal() {
     let (backend, setup) = backend_and_setup();
     let config = setup.write();
     let mut demo = Agent::run(setup.scratch.path(), &["demo", "--port", "0", "-c", config.to_str().expect("UTF-8")]);

@@ -112,7 +112,7 @@ fn setup(coordinator_url: &str) -> Setup {
 }
 
 #[test]
-fn where_all_is_well_each_layer_says_so_and_the_exit_code_is_0() {
+fn healthy_setup_passes_every_check_and_exits_0() {
     let (coordinator, backend) = (coordinator(Some(0)), backend());
     let setup = setup(&coordinator.url()).backend(backend.toml());
     let told = Told::by(&setup, &[]);
@@ -137,7 +137,7 @@ fn where_all_is_well_each_layer_says_so_and_the_exit_code_is_0() {
 }
 
 #[test]
-fn the_config_is_named_with_its_line_and_nothing_else_is_guessed() {
+fn config_error_is_reported_with_its_line_and_ends_the_checks() {
     let setup = setup("wss://coordinator.example/").limits("max_concurrent = 0");
     let told = Told::by(&setup, &[]);
     told.assert_only_broken("config", &["agent.toml:", "`[limits] max_concurrent` = 0", "out of range"], "1 to 256");
@@ -147,7 +147,7 @@ fn the_config_is_named_with_its_line_and_nothing_else_is_guessed() {
 }
 
 #[test]
-fn an_identity_that_others_can_read_is_broken_and_one_that_is_missing_is_not_made() {
+fn identity_that_others_can_read_is_broken_and_a_missing_one_is_not_created() {
     let (coordinator, backend) = (coordinator(Some(0)), backend());
     let setup = setup(&coordinator.url()).backend(backend.toml());
     set_mode(setup.identity(), 0o644);
@@ -168,7 +168,7 @@ fn an_identity_that_others_can_read_is_broken_and_one_that_is_missing_is_not_mad
 }
 
 #[test]
-fn an_agent_that_runs_is_named_and_not_disturbed() {
+fn running_agent_is_named_and_not_disturbed() {
     let coordinator = Coordinator::new();
     let backend = Backend::vllm(&["m"]);
     let setup = setup(&coordinator.url()).backend(backend.toml());
@@ -189,7 +189,7 @@ fn an_agent_that_runs_is_named_and_not_disturbed() {
 }
 
 #[test]
-fn an_agent_without_a_sign_of_life_hangs() {
+fn agent_without_a_sign_of_life_is_reported_as_hung() {
     let setup = setup("wss://nowhere.invalid/");
     // This very process, which by its lock was last well when the machine booted.
     let stat = fs::read_to_string("/proc/self/stat").expect("our own state");
@@ -203,7 +203,7 @@ fn an_agent_without_a_sign_of_life_hangs() {
 }
 
 #[test]
-fn a_disk_that_takes_nothing_is_broken() {
+fn disk_that_cannot_be_written_is_broken() {
     let full = setup("wss://nowhere.invalid/").after("trap '' XFSZ; ulimit -f 0");
     Told::by(&full, &["--no-inference"]).line('✗', "disk", &["File too large"]);
     let locked = setup("wss://nowhere.invalid/").bound_by_modes();
@@ -215,7 +215,7 @@ fn a_disk_that_takes_nothing_is_broken() {
 }
 
 #[test]
-fn a_name_without_an_address_and_a_closed_port_are_told_apart() {
+fn unresolvable_name_and_closed_port_are_distinguished() {
     let backend = backend();
     let no_name = setup("wss://coordinator.invalid/").backend(backend.toml());
     let told = Told::by(&no_name, &["--no-inference"]);
@@ -231,7 +231,7 @@ fn a_name_without_an_address_and_a_closed_port_are_told_apart() {
 }
 
 #[test]
-fn a_certificate_is_told_with_its_issuer_and_what_is_wrong_with_it() {
+fn certificate_faults_are_reported_with_issuer_and_cause() {
     let cases = [
         (Flaw::None, false, "unknown authority", "ca_file"),
         (Flaw::Expired, true, "to 2021-01-01", "timedatectl"),
@@ -254,7 +254,7 @@ fn a_certificate_is_told_with_its_issuer_and_what_is_wrong_with_it() {
 }
 
 #[test]
-fn a_good_certificate_is_told_with_issuer_expiry_and_version() {
+fn certificate_without_fault_is_reported_with_issuer_expiry_and_version() {
     for (flaw, mark, words) in [(Flaw::None, '✓', "on 4096-01-01"), (Flaw::EndsSoon, '!', "expires in 5 day(s)")] {
         let (coordinator, backend, authority) = (coordinator(Some(0)), backend(), Authority::new());
         let proxy = TlsProxy::new(&authority, flaw, coordinator.address());
@@ -269,7 +269,7 @@ fn a_good_certificate_is_told_with_issuer_expiry_and_version() {
 }
 
 #[test]
-fn who_speaks_no_tls_is_not_taken_for_a_bad_certificate() {
+fn peer_without_tls_is_not_reported_as_a_bad_certificate() {
     let backend = backend();
     let setup = setup(&format!("wss://{}/", backend.address())).backend(backend.toml());
     let told = Told::by(&setup, &["--no-inference"]);
@@ -277,7 +277,7 @@ fn who_speaks_no_tls_is_not_taken_for_a_bad_certificate() {
 }
 
 #[test]
-fn the_clock_is_compared_with_the_coordinators() {
+fn clock_is_compared_with_the_coordinators() {
     for (off, mark, words) in
         [(3600, '✗', "behind"), (-3600, '✗', "ahead of"), (120, '!', "behind"), (-5, '✓', "within")]
     {
@@ -295,7 +295,7 @@ fn the_clock_is_compared_with_the_coordinators() {
 
 /// Here it is the box's clock that is off, and the date comes with an answer of its own.
 #[test]
-fn a_coordinator_that_dates_no_upgrade_is_asked_for_the_date() {
+fn clock_check_asks_for_the_date_if_the_upgrade_has_none() {
     let (coordinator, backend) = (coordinator(None), backend());
     let setup = Shim::load(setup(&coordinator.url()).backend(backend.toml()));
     Told::by(&setup, &["--no-inference"]).assert_well();
@@ -305,7 +305,7 @@ fn a_coordinator_that_dates_no_upgrade_is_asked_for_the_date() {
 }
 
 #[test]
-fn a_coordinator_that_refuses_says_nothing_or_is_none_is_the_broken_layer() {
+fn slow_coordinator_that_refuses_or_is_silent_is_the_broken_layer() {
     let refusing = Coordinator::played(|mut dialled| {
         dialled.request_if_any();
         dialled.send(format!("HTTP/1.1 502 Bad Gateway\r\nDate: {}\r\n\r\n", http_date(-7200)).as_bytes());
@@ -335,7 +335,7 @@ fn a_coordinator_that_refuses_says_nothing_or_is_none_is_the_broken_layer() {
 }
 
 #[test]
-fn a_proxy_is_a_layer_of_its_own_and_its_password_is_not_shown() {
+fn proxy_is_its_own_layer_and_its_password_is_not_shown() {
     let backend = backend();
     let proxy = Coordinator::played(|mut dialled| {
         dialled.request_if_any();
@@ -362,7 +362,7 @@ fn server(other: impl Fn(&Request) -> Option<Answer> + Send + Sync + 'static) ->
 }
 
 #[test]
-fn a_backend_is_told_by_what_is_wrong_with_it() {
+fn backend_faults_are_reported_by_their_cause() {
     let loading = || server(|r| (r.target == "/health").then(|| Answer::Json(503, json!({"error": "Loading model"}))));
     let failing = || server(|r| (r.method == "POST").then(|| Answer::Json(500, json!({"error": "out of memory"}))));
     let refusing = || server(|r| (r.target == "/v1/models").then(|| Answer::Json(401, json!({"error": "no key"}))));
@@ -392,7 +392,7 @@ fn a_backend_is_told_by_what_is_wrong_with_it() {
 }
 
 #[test]
-fn a_backend_that_is_down_is_told_with_its_address_and_how_it_is_started() {
+fn backend_that_is_down_is_reported_with_its_address_and_start_command() {
     let coordinator = coordinator(Some(0));
     let cases =
         [("vllm", "vllm serve"), ("llamacpp", "llama-server"), ("lmstudio", "lms server"), ("ollama", "ollama serve")];
@@ -407,7 +407,7 @@ fn a_backend_that_is_down_is_told_with_its_address_and_how_it_is_started() {
 }
 
 #[test]
-fn a_server_that_dies_of_a_cancel_is_broken() {
+fn backend_that_dies_of_a_cancel_is_broken() {
     let is_dead = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
     let dies = is_dead.clone();
     let backend = server(move |request| {
@@ -426,7 +426,7 @@ fn a_server_that_dies_of_a_cancel_is_broken() {
 }
 
 #[test]
-fn the_window_is_the_one_that_runs_and_a_model_that_is_not_loaded_is_a_warning() {
+fn context_window_is_that_of_the_loaded_model_and_an_unloaded_model_is_a_warning() {
     let ollama = server(|request| {
         let ps = json!({"models": [{"name": "n", "context_length": 4096}]});
         (request.target == "/api/ps").then(|| Answer::Json(200, ps))
@@ -465,7 +465,7 @@ fn the_window_is_the_one_that_runs_and_a_model_that_is_not_loaded_is_a_warning()
 }
 
 #[test]
-fn a_price_of_0_is_a_warning() {
+fn price_of_0_is_a_warning() {
     let (coordinator, backend) = (coordinator(Some(0)), server(|_| None));
     let setup = setup(&coordinator.url()).backend(backend.toml());
     let setup = setup.pricing("[pricing.models]\nn = { input_per_1m = 0, output_per_1m = 1 }");
@@ -476,7 +476,7 @@ fn a_price_of_0_is_a_warning() {
 }
 
 #[test]
-fn a_hosted_backend_is_not_charged_to_the_operator() {
+fn hosted_backend_gets_no_test_completion() {
     let (coordinator, backend) = (coordinator(Some(0)), server(|_| None));
     let toml = format!("kind = \"openrouter\"\nurl = \"{}/v1\"\napi_key_env = \"THE_KEY\"", backend.url());
     let setup = setup(&coordinator.url()).backend(toml).env("THE_KEY", "sk-secret-123");
@@ -488,7 +488,7 @@ fn a_hosted_backend_is_not_charged_to_the_operator() {
 }
 
 #[test]
-fn no_supervisor_is_broken_and_what_the_operator_decided_is_a_warning() {
+fn supervisor_that_is_missing_is_broken_and_a_stop_or_pause_is_a_warning() {
     let (coordinator, backend) = (coordinator(Some(0)), backend());
     let setup = setup(&coordinator.url()).backend(backend.toml());
     setup.scratch.write(".usepod-agent/identity.key.stopped", "");
@@ -533,14 +533,14 @@ fn broken_report(variables: &[(&str, &str)]) -> String {
 }
 
 #[test]
-fn the_report_fits_80_and_60_columns() {
+fn report_fits_80_and_60_columns() {
     for width in [80, 60] {
         assert_fits(&broken_report(&[("COLUMNS", &width.to_string())]), width);
     }
 }
 
 #[test]
-fn without_a_utf8_locale_the_marks_are_words() {
+fn marks_are_words_without_a_utf8_locale() {
     for locale in [[("LC_ALL", "C"), ("LANG", "en_US.UTF-8")], [("LC_CTYPE", "POSIX"), ("LANG", "")]] {
         let text = broken_report(&locale);
         assert!(text.is_ascii(), "{text}");
@@ -552,7 +552,7 @@ fn without_a_utf8_locale_the_marks_are_words() {
 
 /// On a terminal of `script`, of util-linux.
 #[test]
-fn colour_is_for_a_terminal_that_wants_it() {
+fn colour_needs_a_terminal_and_the_absence_of_no_color() {
     let home = Scratch::new();
     for (variables, is_coloured) in [
         (&[("TERM", "xterm")][..], true),
@@ -572,7 +572,7 @@ fn colour_is_for_a_terminal_that_wants_it() {
 }
 
 #[test]
-fn no_secret_is_in_the_output() {
+fn output_shows_no_secret() {
     let coordinator = coordinator(Some(0));
     let code = "POD-ENROLL-0123-4567-89ab";
     let echo = server(|request| {
@@ -593,7 +593,7 @@ fn no_secret_is_in_the_output() {
 }
 
 #[test]
-fn a_text_from_outside_cannot_move_the_terminals_cursor() {
+fn output_shows_no_control_characters_of_others() {
     let coordinator = coordinator(Some(0));
     let backend = server(|request| {
         let models = json!({"data": [{"id": "a\u{1b}[2Jb\nc"}]});

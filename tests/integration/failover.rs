@@ -15,7 +15,7 @@ fn rig(first: &Backend, second: &Backend) -> Rig {
 }
 
 #[test]
-fn a_job_that_the_advertised_backend_cannot_take_goes_to_the_next() {
+fn job_that_the_advertised_backend_cannot_take_goes_to_the_next() {
     let loading = r#"{"error":{"message":"Loading model","code":503}}"#;
     let cases: [(&str, Vec<u8>); 5] = [
         ("closed before an answer", Vec::new()),
@@ -42,7 +42,7 @@ fn a_job_that_the_advertised_backend_cannot_take_goes_to_the_next() {
 }
 
 #[test]
-fn what_is_the_jobs_own_fault_or_has_begun_stays_where_it_is() {
+fn job_that_is_at_fault_or_has_begun_does_not_fail_over() {
     let begun =
         b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 1000\r\n\r\ndata: 1\n\n".to_vec();
     let cases = [
@@ -62,7 +62,7 @@ fn what_is_the_jobs_own_fault_or_has_begun_stays_where_it_is() {
 }
 
 #[test]
-fn when_no_backend_can_take_a_job_it_ends_once_within_its_deadline() {
+fn job_that_no_backend_can_take_ends_once_within_its_deadline() {
     let (first, second) = (Backend::vllm(&["m"]), Backend::vllm(&["m"]));
     let rig = rig(&first, &second);
     let id = rig.session.job("m", json!({}));
@@ -126,7 +126,7 @@ fn jobs_spread_over_equal_backends_by_their_free_slots() {
 }
 
 #[test]
-fn equal_backends_without_a_limit_of_their_own_share_the_jobs() {
+fn equal_backends_without_limits_share_the_jobs() {
     let (first, second) = (Backend::vllm(&["m"]), Backend::vllm(&["m"]));
     let rig = Rig::with(|setup| setup.backend(first.toml()).backend(second.toml()));
     let jobs: Vec<_> = (0..8).map(|_| rig.session.job("m", json!({}))).collect();
@@ -140,7 +140,7 @@ fn equal_backends_without_a_limit_of_their_own_share_the_jobs() {
 }
 
 #[test]
-fn a_job_above_what_its_backends_take_is_refused_at_once_and_others_are_not() {
+fn job_above_the_capacity_of_its_backends_is_refused_at_once_and_others_are_not() {
     let (capped_one, free) = (Backend::vllm(&["m"]), Backend::vllm(&["n"]));
     let rig = Rig::with(|setup| setup.backend(capped(&capped_one, 2)).backend(free.toml()));
     assert_eq!(places(&rig.session.capabilities), 2, "{}", rig.session.capabilities);
@@ -161,7 +161,7 @@ fn a_job_above_what_its_backends_take_is_refused_at_once_and_others_are_not() {
 }
 
 #[test]
-fn a_job_fails_over_to_a_backend_only_while_that_one_has_a_slot() {
+fn job_fails_over_to_a_backend_only_while_that_has_a_free_slot() {
     let (first, second) = (Backend::vllm(&["m"]), Backend::vllm(&["m"]));
     let rig = Rig::with(|setup| {
         let second = capped(&second, 1).replace("vllm", "openai");

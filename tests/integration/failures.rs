@@ -22,7 +22,7 @@ fn chunked(data: &str) -> String {
 }
 
 #[test]
-fn a_stream_that_breaks_is_never_a_success_and_its_bytes_are_relayed_first() {
+fn broken_stream_is_never_a_success_and_its_bytes_are_relayed_first() {
     let done = "data: [DONE]\n\n";
     let abort = "data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"abort\"}]}\n\ndata: [DONE]\n\n";
     let error = "data: {\"error\":{\"message\":\"out of memory\",\"code\":500}}\n\n";
@@ -85,7 +85,7 @@ fn a_stream_that_breaks_is_never_a_success_and_its_bytes_are_relayed_first() {
 }
 
 #[test]
-fn an_empty_finish_reason_is_no_terminal_mark() {
+fn empty_finish_reason_is_no_end_marker() {
     let backend = without_keep_alive();
     let rig = Rig::new(&backend);
     let id = rig.session.job("m", json!({}));
@@ -98,7 +98,7 @@ fn an_empty_finish_reason_is_no_terminal_mark() {
 }
 
 #[test]
-fn a_stream_with_a_terminal_mark_is_a_success() {
+fn stream_with_an_end_marker_is_a_success() {
     let bodies = [
         "data: [DONE]\n\n",
         "data:[DONE]\r\n\r\n",
@@ -126,7 +126,7 @@ fn a_stream_with_a_terminal_mark_is_a_success() {
 }
 
 #[test]
-fn a_reset_connection_is_unreachable_before_the_first_byte_and_internal_after_it() {
+fn reset_is_backend_unreachable_before_the_first_byte_and_internal_after_it() {
     let backend = without_keep_alive();
     let rig = Rig::new(&backend);
     backend.reset_on_close();
@@ -162,7 +162,7 @@ fn garbage_between_two_chunks_ends_the_stream_as_internal() {
 
 /// Costs neither the job's whole deadline nor the memory of what was sent.
 #[test]
-fn a_head_without_end_is_given_up() {
+fn endless_head_is_given_up() {
     let backend = without_keep_alive();
     let rig = Rig::new(&backend);
     let id = rig.session.job("m", json!({}));
@@ -177,7 +177,7 @@ fn a_head_without_end_is_given_up() {
 }
 
 #[test]
-fn a_body_that_is_no_event_stream_and_is_cut_short_fails_too() {
+fn truncated_body_that_is_no_event_stream_fails_too() {
     let backend = without_keep_alive();
     let rig = Rig::new(&backend);
     for framing in ["Content-Length: 99\r\n\r\n{\"a\":1}", "Transfer-Encoding: chunked\r\n\r\n7\r\n{\"a\":1}\r\n"] {
@@ -208,7 +208,7 @@ fn tokens_emitted_counts_the_output_tokens_of_the_broken_stream() {
 }
 
 #[test]
-fn an_http_error_becomes_its_code_and_the_message_names_it() {
+fn http_error_maps_to_its_error_code_and_the_message_names_it() {
     let openai = |text: &str, kind: &str| json!({"error": {"message": text, "type": kind}}).to_string();
     let cases: Vec<(u16, String, &str)> = vec![
         (
@@ -252,7 +252,7 @@ fn an_http_error_becomes_its_code_and_the_message_names_it() {
 }
 
 #[test]
-fn a_hosted_backend_that_wants_money_or_time_is_out_of_capacity() {
+fn hosted_backend_that_asks_for_money_or_time_is_out_of_capacity() {
     let backend = Backend::new(|request| match request.target.as_str() {
         "/models" => Answer::Json(200, json!({"data": [{"id": "m"}]})),
         _ => Answer::Hold,
@@ -295,7 +295,7 @@ fn spoilt(seed: u64) -> Vec<u8> {
 }
 
 #[test]
-fn whatever_a_backend_sends_the_job_ends_once_and_the_agent_lives() {
+fn slow_corrupted_responses_end_the_job_once_and_the_agent_survives() {
     let backend = Backend::vllm_with(&["m"], |request| {
         Answer::RawThenClose(spoilt(request.json()["seed"].as_u64().expect("a seed")))
     });
@@ -309,7 +309,7 @@ fn whatever_a_backend_sends_the_job_ends_once_and_the_agent_lives() {
 }
 
 #[test]
-fn an_error_message_holds_at_most_512_bytes_of_the_body() {
+fn error_message_quotes_at_most_512_bytes_of_the_body() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let bodies: [Vec<u8>; 4] = [
@@ -352,7 +352,7 @@ fn redirects_are_not_followed() {
 }
 
 #[test]
-fn a_backend_that_is_gone_is_unreachable() {
+fn unreachable_backend_is_reported_as_such() {
     let address = nobody_at("127.0.0.5");
     let backend = Backend::vllm_on(&address, &["m"]);
     let rig = Rig::new(&backend);
@@ -376,7 +376,7 @@ fn second_job(rig: &Rig, backend: &Backend) -> (String, Held) {
 }
 
 #[test]
-fn a_kept_alive_connection_that_turns_out_closed_is_retried_once() {
+fn kept_alive_connection_that_turns_out_closed_is_retried_once() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let (id, held) = second_job(&rig, &backend);
@@ -391,7 +391,7 @@ fn a_kept_alive_connection_that_turns_out_closed_is_retried_once() {
 }
 
 #[test]
-fn a_retry_is_not_retried() {
+fn retry_is_not_retried() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let (id, held) = second_job(&rig, &backend);
@@ -402,7 +402,7 @@ fn a_retry_is_not_retried() {
 }
 
 #[test]
-fn after_one_byte_of_the_response_nothing_is_retried() {
+fn response_is_not_retried_after_its_first_byte() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let (id, mut held) = second_job(&rig, &backend);
@@ -413,7 +413,7 @@ fn after_one_byte_of_the_response_nothing_is_retried() {
 }
 
 #[test]
-fn connections_that_the_backend_closed_while_idle_cost_no_job() {
+fn idle_connections_that_the_backend_closed_fail_no_job() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     for _ in 0..10 {
@@ -427,7 +427,7 @@ fn connections_that_the_backend_closed_while_idle_cost_no_job() {
 }
 
 #[test]
-fn an_error_names_no_key_and_no_prompt() {
+fn error_message_shows_no_key_and_no_prompt() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::with(|setup| {
         setup.backend(format!("{}\napi_key_env = \"THE_KEY\"", backend.toml())).env("THE_KEY", "sk-secret-123")

@@ -80,7 +80,7 @@ fn assert_harmless((what, first, relayed, rest, more, then, end): Broken<'_>) {
 }
 
 #[test]
-fn a_body_of_another_length_than_its_own_costs_the_job_alone() {
+fn body_of_the_wrong_length_fails_only_the_job() {
     let _descriptors = reserve_descriptors(160);
     let first_chunk = || format!("{CHUNKED}{:x}\r\n{DONE}\r\n", DONE.len());
     // What lies behind an answer is not the answer to the next request.
@@ -122,7 +122,7 @@ fn a_body_of_another_length_than_its_own_costs_the_job_alone() {
 }
 
 #[test]
-fn a_head_of_a_megabyte_costs_the_job_alone_and_a_thousand_interim_ones_nothing() {
+fn head_of_a_megabyte_fails_only_the_job_and_a_thousand_interim_heads_nothing() {
     let megabyte = "x".repeat(1 << 20);
     let given_up = [
         ("one header", format!("{SSE}X: {megabyte}\r\n\r\n")),
@@ -143,7 +143,7 @@ fn a_head_of_a_megabyte_costs_the_job_alone_and_a_thousand_interim_ones_nothing(
 
 /// Both directions are cut off, so that nothing is left reading.
 #[test]
-fn of_an_error_of_10_mb_half_a_kilobyte_is_passed_on_and_the_rest_is_left() {
+fn error_body_of_10_mb_is_quoted_with_512_bytes_and_the_rest_is_not_read() {
     let framings = [
         "Content-Length: 10000000\r\n\r\n",
         "Transfer-Encoding: chunked\r\n\r\n989680\r\n",
@@ -171,7 +171,7 @@ fn of_an_error_of_10_mb_half_a_kilobyte_is_passed_on_and_the_rest_is_left() {
 }
 
 #[test]
-fn an_error_that_never_ends_is_not_waited_for() {
+fn error_body_that_never_ends_is_not_awaited() {
     let stalls = ["Content-Length: 500\r\n\r\nbusy", "Transfer-Encoding: chunked\r\n\r\n4\r\nbusy\r\n", "\r\nbusy"];
     side_by_side(stalls, |rest| {
         let measured = MeasuredAgent::new();
@@ -309,7 +309,7 @@ fn never_accepts() {
 }
 
 #[test]
-fn a_backend_that_refuses_resets_stalls_or_never_ends_costs_the_job_alone() {
+fn slow_backend_that_refuses_resets_stalls_or_never_ends_fails_only_the_job() {
     let _descriptors = reserve_descriptors(240);
     let faults: [fn(); 9] = [
         refuses,
@@ -346,7 +346,7 @@ fn send_large_job(measured: &MeasuredAgent, time: Duration) -> String {
 
 /// It accepts, reads the head of the request, and no more.
 #[test]
-fn a_request_that_the_backend_never_reads_is_ended_by_its_deadline_and_by_a_cancel() {
+fn slow_request_that_the_backend_never_reads_is_ended_by_deadline_and_cancel() {
     side_by_side([false, true], |is_cancelled| {
         let mut measured = MeasuredAgent::new();
         allow_for_large_requests(&mut measured);
@@ -377,7 +377,7 @@ fn a_request_that_the_backend_never_reads_is_ended_by_its_deadline_and_by_a_canc
 
 /// As a server does that has heard enough: the rest of the request is never read, and closing resets the connection.
 #[test]
-fn an_answer_before_the_request_was_read_is_relayed_or_an_error_and_costs_the_job_alone() {
+fn slow_answer_before_the_request_was_read_is_relayed_or_fails_only_the_job() {
     let answers = [(response(413, "text/plain", "too large"), "internal"), (with_length("14", DONE).into(), "done")];
     side_by_side(answers, |(answer, end)| {
         let mut measured = MeasuredAgent::new();
@@ -394,7 +394,7 @@ fn an_answer_before_the_request_was_read_is_relayed_or_an_error_and_costs_the_jo
 }
 
 #[test]
-fn two_hundred_megabytes_without_a_line_end_arrive_as_they_were_sent_in_bounded_memory() {
+fn slow_line_of_200_mb_is_relayed_unchanged_in_bounded_memory() {
     const PERIODS: usize = 4200;
     let measured = MeasuredAgent::new();
     let id = measured.rig.session.job_within(secs(120), "m", json!({}));
@@ -429,7 +429,7 @@ fn two_hundred_megabytes_without_a_line_end_arrive_as_they_were_sent_in_bounded_
 
 /// Two backends list `m`, the first is advertised; `n` is the second's alone.
 #[test]
-fn of_two_backends_one_dies_and_the_other_goes_on_until_it_is_back() {
+fn slow_death_of_one_of_two_backends_leaves_the_other_serving_until_it_is_back() {
     const STREAMS: usize = 4;
     let address = nobody_at("127.0.0.11");
     let (mortal, other) = (Backend::vllm_on(&address, &["m"]), Backend::vllm(&["m", "n"]));

@@ -22,7 +22,7 @@ fn with_folder(url: &str) -> Setup {
 }
 
 #[test]
-fn a_first_start_that_can_write_nowhere_ends_with_an_error_and_leaves_nothing_behind() {
+fn first_start_without_a_writable_folder_fails_and_leaves_nothing_behind() {
     type Break = fn(Setup) -> Setup;
     let read_only: Break = |setup| {
         set_mode(setup.scratch.join("own"), 0o555);
@@ -44,7 +44,7 @@ fn a_first_start_that_can_write_nowhere_ends_with_an_error_and_leaves_nothing_be
 }
 
 #[test]
-fn an_identity_that_cannot_be_written_is_used_and_stays_whole() {
+fn unwritable_identity_is_used_and_stays_intact() {
     /// Makes the fault, in the folder of the identity.
     type Break = fn(Setup, &Path) -> Setup;
     let cases: [(Break, &str, bool); 3] = [
@@ -109,7 +109,7 @@ fn an_identity_that_cannot_be_written_is_used_and_stays_whole() {
 }
 
 #[test]
-fn a_log_that_cannot_be_written_loses_its_lines_and_nothing_else() {
+fn unwritable_log_loses_its_lines_and_nothing_else() {
     // The second disk is full when the identity and the first lines are on it.
     side_by_side(["exec 2>/dev/full", "trap '' XFSZ; ulimit -f 1; exec 2>agent.log"], |disk| {
         let mut measured = MeasuredAgent::with(|setup| setup.after(disk));
@@ -127,7 +127,7 @@ fn a_log_that_cannot_be_written_loses_its_lines_and_nothing_else() {
 }
 
 #[test]
-fn a_clock_that_jumps_disturbs_nothing() {
+fn slow_clock_jump_disturbs_nothing() {
     let (hour, day) = (3600, 86_400);
     side_by_side([-hour, day], |jump| {
         let measured = MeasuredAgent::with(Shim::load);
@@ -171,7 +171,7 @@ fn a_clock_that_jumps_disturbs_nothing() {
 }
 
 #[test]
-fn jobs_that_find_no_descriptor_are_refused_and_the_others_go_on() {
+fn slow_jobs_without_a_descriptor_are_refused_and_the_others_continue() {
     let measured = MeasuredAgent::with(|setup| setup.limits("max_concurrent = 256"));
     let session = &measured.rig.session;
     measured.rig.agent.limit_descriptors(64);
@@ -197,7 +197,7 @@ fn jobs_that_find_no_descriptor_are_refused_and_the_others_go_on() {
 
 /// Who cannot even ask learns nothing about the backend.
 #[test]
-fn a_probe_that_finds_no_descriptor_withdraws_no_offer() {
+fn probe_without_a_descriptor_withdraws_no_offer() {
     let measured = MeasuredAgent::new();
     let session = &measured.rig.session;
     // The last connection goes, and the reason for it is one to probe at once.
@@ -214,7 +214,7 @@ fn a_probe_that_finds_no_descriptor_withdraws_no_offer() {
 }
 
 #[test]
-fn an_agent_out_of_descriptors_dials_again_as_soon_as_there_are_some() {
+fn agent_without_descriptors_dials_again_once_there_are_some() {
     let measured = MeasuredAgent::new();
     measured.rig.agent.limit_descriptors(3);
     measured.rig.session.cut();
@@ -224,7 +224,7 @@ fn an_agent_out_of_descriptors_dials_again_as_soon_as_there_are_some() {
 }
 
 #[test]
-fn jobs_that_find_no_thread_are_refused_and_the_next_ones_are_served() {
+fn slow_jobs_without_a_thread_are_refused_and_the_next_ones_are_served() {
     let measured = MeasuredAgent::with(Shim::load);
     let (shim, session) = (Shim::of(&measured.rig.setup), &measured.rig.session);
     shim.refuse_threads();
@@ -250,7 +250,7 @@ fn jobs_that_find_no_thread_are_refused_and_the_next_ones_are_served() {
 }
 
 #[test]
-fn an_agent_that_can_start_no_thread_for_a_session_comes_back_by_itself() {
+fn slow_session_that_cannot_start_a_thread_is_followed_by_one_that_can() {
     let no_dial = || {
         let measured = MeasuredAgent::with(Shim::load);
         let shim = Shim::of(&measured.rig.setup);
@@ -279,7 +279,7 @@ fn an_agent_that_can_start_no_thread_for_a_session_comes_back_by_itself() {
 }
 
 #[test]
-fn an_agent_that_can_start_no_thread_ends_in_order() {
+fn agent_that_cannot_start_a_thread_ends_in_order() {
     let asked = || {
         let mut measured = MeasuredAgent::with(Shim::load);
         measured.rig.session.job("m", json!({}));

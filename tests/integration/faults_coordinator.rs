@@ -22,7 +22,7 @@ fn start(session: &Session, backend: &Backend, deadline_ms: u64) -> (String, Hel
 }
 
 #[test]
-fn a_coordinator_that_falls_silent_in_the_handshake_leaves_nothing_behind() {
+fn slow_silence_in_the_handshake_leaks_nothing() {
     // Each returns what has to stay open.
     type Step = fn(&Coordinator) -> Box<dyn std::any::Any>;
     let steps: [Step; 3] = [
@@ -44,7 +44,7 @@ fn a_coordinator_that_falls_silent_in_the_handshake_leaves_nothing_behind() {
 }
 
 #[test]
-fn whatever_breaks_the_websocket_ends_that_session_with_a_warning_and_nothing_else() {
+fn websocket_violation_ends_only_that_session_with_a_warning() {
     let _descriptors = reserve_descriptors(180);
     let open = || encode(TEXT, false, b"{");
     let cases = [
@@ -76,7 +76,7 @@ fn whatever_breaks_the_websocket_ends_that_session_with_a_warning_and_nothing_el
 }
 
 #[test]
-fn what_is_lawful_and_no_use_changes_nothing() {
+fn valid_but_useless_frames_change_nothing() {
     let pieces = |opcode, piece: &[u8], count| {
         let more = encode(CONTINUATION, false, piece).repeat(count);
         [encode(opcode, false, piece), more, encode(CONTINUATION, true, piece)].concat()
@@ -97,7 +97,7 @@ fn what_is_lawful_and_no_use_changes_nothing() {
 }
 
 #[test]
-fn fragments_that_add_up_to_more_than_64_mib_end_the_session_and_its_memory_comes_back() {
+fn fragments_above_64_mib_end_the_session_and_their_memory_is_returned() {
     side_by_side([TEXT, BINARY], |opcode| {
         let measured = MeasuredAgent::new();
         let piece = vec![b'x'; 1 << 20];
@@ -113,7 +113,7 @@ fn fragments_that_add_up_to_more_than_64_mib_end_the_session_and_its_memory_come
 }
 
 #[test]
-fn a_reset_ends_the_session_and_nothing_else() {
+fn reset_ends_only_the_session() {
     let MeasuredAgent { rig: Rig { session, agent, setup: _setup, coordinator }, backend, before } =
         MeasuredAgent::new();
     let (_, mut held) = start(&session, &backend, 30_000);
@@ -124,7 +124,7 @@ fn a_reset_ends_the_session_and_nothing_else() {
 }
 
 #[test]
-fn every_close_is_followed_by_a_session_that_serves_and_only_1001_is_no_reason_to_warn() {
+fn slow_close_with_any_code_is_followed_by_a_session_and_only_1001_is_not_a_warning() {
     let lawful = [1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014, 3000, 4000, 4999];
     let unlawful = [0, 1, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, u16::MAX];
     let payloads = lawful.into_iter().chain(unlawful).map(|code| close_payload(code, "")).chain([Vec::new()]);
@@ -147,7 +147,7 @@ fn every_close_is_followed_by_a_session_that_serves_and_only_1001_is_no_reason_t
 
 /// Bytes that stop coming, in both directions or in the middle of a frame.
 #[test]
-fn a_link_gone_dead_is_given_up_with_all_that_it_held() {
+fn slow_dead_link_is_given_up_with_all_its_jobs() {
     let swallowed = || {
         let coordinator = Coordinator::new();
         let proxy = FaultProxy::to(coordinator.address());
@@ -179,7 +179,7 @@ fn a_link_gone_dead_is_given_up_with_all_that_it_held() {
 }
 
 #[test]
-fn a_coordinator_that_reads_a_byte_a_second_stops_no_cancel_and_no_deadline() {
+fn slow_reader_of_a_byte_a_second_delays_no_cancel_and_no_deadline() {
     // As in `relay`: where unread bytes pile up, the kernel may drop what acknowledges the cancel, and it never arrives.
     assert!((0..3).any(|_| slowly_read_jobs_end()), "the cancel did not get through to the agent, three times");
 }
@@ -214,7 +214,7 @@ fn slowly_read_jobs_end() -> bool {
 }
 
 #[test]
-fn each_of_10_000_jobs_at_once_is_answered_once() {
+fn slow_burst_of_10_000_jobs_is_answered_once_each() {
     let backend = Backend::vllm_with(&["m", "quick"], |request| match request.json()["model"].as_str() {
         Some("quick") => Answer::Raw(response(200, "text/event-stream", sse(7, 13))),
         _ => Answer::Hold,
@@ -248,7 +248,7 @@ fn each_of_10_000_jobs_at_once_is_answered_once() {
 }
 
 #[test]
-fn a_job_that_comes_a_thousand_times_runs_once() {
+fn job_sent_a_thousand_times_runs_once() {
     let measured = MeasuredAgent::new();
     let session = &measured.rig.session;
     let id = session.job("m", json!({}));
@@ -264,7 +264,7 @@ fn a_job_that_comes_a_thousand_times_runs_once() {
 }
 
 #[test]
-fn fifty_sessions_that_end_right_after_auth_ok_cost_nothing() {
+fn slow_sessions_that_end_right_after_auth_ok_leak_nothing() {
     let measured = MeasuredAgent::new();
     measured.rig.session.close(1001, "drain:deploy");
     let goodbye = encode(CLOSE, true, &close_payload(1001, "drain:deploy"));
@@ -279,7 +279,7 @@ fn fifty_sessions_that_end_right_after_auth_ok_cost_nothing() {
 
 /// Every place taken, and every buffer full on the way from each backend to the coordinator.
 #[test]
-fn jobs_in_all_256_places_behind_a_coordinator_that_reads_nothing_fit_into_64_mb() {
+fn slow_memory_of_256_jobs_blocked_by_the_coordinator_stays_below_64_mb() {
     let _descriptors = reserve_descriptors(300);
     let measured = MeasuredAgent::with(|setup| setup.limits("max_concurrent = 256"));
     let session = &measured.rig.session;

@@ -25,7 +25,7 @@ const IDLE_WINDOW: Duration = secs(15);
 const STREAM_RESIDENT_KIB_MAX: u64 = 40;
 
 #[test]
-fn an_idle_agent_has_at_most_four_threads_also_after_work() {
+fn slow_threads_of_an_idle_agent_are_at_most_four_also_after_work() {
     let backend = Backend::vllm(&["m"]);
     let other = Backend::vllm(&["n"]);
     let rig = Rig::with(|setup| setup.backend(backend.toml()).backend(other.toml()).limits("max_concurrent = 16"));
@@ -52,7 +52,7 @@ fn wait_idle(rig: &Rig, what: &str) {
 }
 
 #[test]
-fn a_large_frame_of_an_unknown_type_costs_little_more_than_its_text() {
+fn slow_memory_of_a_large_unknown_frame_is_little_more_than_its_text() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let values = "0,".repeat(12_000_000);
@@ -65,7 +65,7 @@ fn a_large_frame_of_an_unknown_type_costs_little_more_than_its_text() {
 }
 
 #[test]
-fn lines_without_end_cost_a_job_no_memory_worth_mentioning() {
+fn slow_memory_of_endless_lines_is_bounded() {
     const JOBS: usize = 48;
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::with(|setup| setup.backend(backend.toml()).limits("max_concurrent = 64"));
@@ -88,7 +88,7 @@ fn lines_without_end_cost_a_job_no_memory_worth_mentioning() {
 
 #[test]
 #[ignore = "needs a release build; .ci/run has one"]
-fn an_idle_agent_sleeps() {
+fn idle_agent_sleeps() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     wait_idle(&rig, "connected");
@@ -101,7 +101,7 @@ fn an_idle_agent_sleeps() {
 
 #[test]
 #[ignore = "needs a release build; .ci/run has one"]
-fn an_idle_agent_and_a_stream_take_little_memory() {
+fn memory_of_an_idle_agent_and_of_a_stream_is_small() {
     const STREAMS: u64 = 256;
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::with(|setup| setup.backend(backend.toml()).limits("max_concurrent = 256"));

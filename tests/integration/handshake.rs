@@ -21,7 +21,7 @@ fn agent_without_backends() -> (Coordinator, Agent, Setup) {
 }
 
 #[test]
-fn the_agent_asks_for_a_websocket_at_the_configured_path() {
+fn upgrade_request_names_the_configured_path() {
     let coordinator = Coordinator::new();
     let _agent = Setup::new(&format!("ws://{}/some/path?x=1", coordinator.address())).start();
     let request = coordinator.dialled(SOON).request();
@@ -32,7 +32,7 @@ fn the_agent_asks_for_a_websocket_at_the_configured_path() {
 }
 
 #[test]
-fn the_coordinator_speaks_first() {
+fn agent_waits_for_the_challenge() {
     let (coordinator, _agent, _setup) = agent_without_backends();
     let session = coordinator.accept();
     session.assert_no_frame("a frame before the challenge", QUIET, |_| true);
@@ -40,7 +40,7 @@ fn the_coordinator_speaks_first() {
 }
 
 #[test]
-fn the_answer_to_the_challenge_signs_the_decoded_nonce() {
+fn auth_response_signs_the_decoded_nonce() {
     side_by_side([vec![0xfb], vec![0; 32], (0..=255).collect()], |nonce| {
         let (coordinator, _agent, _setup) = agent_without_backends();
         let session = coordinator.accept();
@@ -52,7 +52,7 @@ fn the_answer_to_the_challenge_signs_the_decoded_nonce() {
 }
 
 #[test]
-fn no_capabilities_before_auth_ok() {
+fn capabilities_are_not_sent_before_auth_ok() {
     let (coordinator, _agent, _setup) = agent_without_backends();
     let session = coordinator.accept();
     session.challenge(b"nonce");
@@ -62,7 +62,7 @@ fn no_capabilities_before_auth_ok() {
 }
 
 #[test]
-fn a_job_right_behind_auth_ok_is_served() {
+fn job_right_behind_auth_ok_is_served() {
     let backend = Backend::vllm(&["m"]);
     let coordinator = Coordinator::new();
     let _agent = Setup::new(&coordinator.url()).backend(backend.toml()).start();
@@ -78,7 +78,7 @@ fn a_job_right_behind_auth_ok_is_served() {
 }
 
 #[test]
-fn an_auth_ok_whose_provider_id_makes_no_sense_is_an_auth_ok() {
+fn auth_ok_with_an_invalid_provider_id_is_accepted() {
     side_by_side([json!(7), json!(null), json!(""), json!(["prov"])], |id| {
         let (coordinator, _agent, setup) = agent_without_backends();
         let session = coordinator.accept();
@@ -106,7 +106,7 @@ fn localhost_reaches_a_coordinator_and_a_backend_on_127_0_0_1() {
 }
 
 #[test]
-fn a_challenge_that_comes_in_one_packet_with_the_101_is_not_lost() {
+fn challenge_in_one_packet_with_the_101_is_not_lost() {
     let (coordinator, _agent, _setup) = agent_without_backends();
     let challenge = json!({"type": "auth_challenge", "nonce": base64("early")}).to_string();
     let session = coordinator.dialled(SOON).upgrade_with(&encode(TEXT, true, challenge.as_bytes()));
@@ -114,7 +114,7 @@ fn a_challenge_that_comes_in_one_packet_with_the_101_is_not_lost() {
 }
 
 #[test]
-fn a_challenge_in_fragments_with_a_ping_between_is_one_challenge() {
+fn challenge_in_fragments_with_a_ping_between_is_one_challenge() {
     let (coordinator, _agent, _setup) = agent_without_backends();
     let session = coordinator.accept();
     let text = json!({"type": "auth_challenge", "nonce": base64("cut")}).to_string();
@@ -127,7 +127,7 @@ fn a_challenge_in_fragments_with_a_ping_between_is_one_challenge() {
 }
 
 #[test]
-fn the_enrollment_code_is_sent_until_there_is_a_provider_id() {
+fn enrollment_code_is_sent_until_there_is_a_provider_id() {
     let coordinator = Coordinator::new();
     let setup = Setup::new(&coordinator.url()).coordinator("enrollment_code = \"POD-ENROLL-abc\"");
     let agent = setup.start();
@@ -154,7 +154,7 @@ fn the_enrollment_code_is_sent_until_there_is_a_provider_id() {
 }
 
 #[test]
-fn auth_failed_is_told_and_tried_again_later_without_capabilities() {
+fn auth_failed_is_logged_and_retried_without_capabilities() {
     let (coordinator, mut agent, _setup) = agent_without_backends();
     let session = coordinator.accept();
     session.challenge(b"nonce");
@@ -167,7 +167,7 @@ fn auth_failed_is_told_and_tried_again_later_without_capabilities() {
 
 /// What the coordinator says instead of a challenge; each ends that connection, and the next one is a fresh start.
 #[test]
-fn a_handshake_that_goes_wrong_is_begun_anew() {
+fn slow_handshake_that_fails_is_followed_by_another() {
     let text = |text: &str| encode(TEXT, true, text.as_bytes());
     let cases = [
         ("a binary frame", encode(BINARY, true, br#"{"type":"auth_challenge","nonce":"AAAA"}"#)),
@@ -191,7 +191,7 @@ fn a_handshake_that_goes_wrong_is_begun_anew() {
 }
 
 #[test]
-fn a_refused_upgrade_is_tried_again() {
+fn refused_upgrade_is_retried() {
     let cases = [
         "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
         "HTTP/1.1 301 Moved\r\nLocation: ws://127.0.0.1:9/\r\nContent-Length: 0\r\n\r\n",
@@ -213,7 +213,7 @@ fn a_refused_upgrade_is_tried_again() {
 
 /// A coordinator that falls silent, or that dribbles just enough to keep a timeout of each read from running out.
 #[test]
-fn every_wait_of_the_handshake_is_bounded() {
+fn slow_handshake_timeouts_bound_every_wait() {
     let patience = secs(25);
     let upgrade_never_answered = |dribbles: bool| {
         let (coordinator, _agent, _setup) = agent_without_backends();
@@ -277,7 +277,7 @@ fn assert_between(took: Duration, bound_seconds: u64, what: &str) {
 }
 
 #[test]
-fn an_agent_whose_first_connect_fails_stays_and_tries_again() {
+fn first_connect_that_fails_is_retried() {
     let address = nobody_at("127.0.0.2");
     let mut agent = Setup::new(&format!("ws://{address}/")).start();
     agent.stderr.wait_line(&["refused"]);
@@ -286,7 +286,7 @@ fn an_agent_whose_first_connect_fails_stays_and_tries_again() {
 }
 
 #[test]
-fn what_auth_failed_says_is_one_short_line_of_the_log() {
+fn auth_failed_reason_is_one_short_line_of_the_log() {
     side_by_side([50_000, 100_000], |length| {
         let (coordinator, agent, _setup) = agent_without_backends();
         let session = coordinator.accept();

@@ -26,7 +26,7 @@ fn run(session: &Session, answer: impl Into<Value>) -> Outcome {
 }
 
 #[test]
-fn three_failures_running_withdraw_a_backend_until_a_probe_succeeds() {
+fn slow_backend_with_three_failures_in_a_row_is_withdrawn_until_a_probe_succeeds() {
     let cases: [[Value; 3]; 4] = [
         [json!(500), json!(502), json!(504)],
         [json!(503), json!(503), json!(503)],
@@ -56,7 +56,7 @@ fn three_failures_running_withdraw_a_backend_until_a_probe_succeeds() {
 }
 
 #[test]
-fn what_is_not_the_backends_fault_counts_neither_way_and_a_success_ends_the_count() {
+fn failure_count_ignores_client_errors_cancels_and_deadlines() {
     let backend = obedient();
     let rig = Rig::new(&backend);
     for _ in 0..2 {
@@ -84,7 +84,7 @@ fn what_is_not_the_backends_fault_counts_neither_way_and_a_success_ends_the_coun
 }
 
 #[test]
-fn while_a_backend_is_withdrawn_the_next_that_lists_the_model_serves_it() {
+fn slow_withdrawn_backend_is_replaced_by_the_next_that_lists_the_model() {
     let (failing, other) = (obedient(), obedient());
     let rig = Rig::with(|setup| setup.backend(failing.toml()).backend(other.toml().replace("vllm", "openai")));
     assert_eq!(rig.session.capabilities["models"][0]["backend"], "vllm");
@@ -103,7 +103,7 @@ fn while_a_backend_is_withdrawn_the_next_that_lists_the_model_serves_it() {
 
 /// The other is busy: what it cannot take is refused, and does not go to one that is known to fail.
 #[test]
-fn a_withdrawn_backend_gets_no_job_while_another_serves_the_model() {
+fn withdrawn_backend_gets_no_job_while_another_serves_the_model() {
     let (busy, failing) = (Backend::vllm(&["m"]), obedient());
     let rig = Rig::with(|setup| {
         let failing = failing.toml().replace("vllm", "openai");

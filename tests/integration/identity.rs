@@ -28,7 +28,7 @@ fn enroll(setup: &Setup) -> Ran {
 }
 
 #[test]
-fn every_valid_file_gives_the_same_key() {
+fn valid_files_give_the_same_key() {
     for file in data_files("identity/valid", 8) {
         let content = fs::read(&file).expect("a data file");
         let Ran { code, stdout, stderr } = enroll(&with_identity("ws://127.0.0.1:1/", &content));
@@ -43,7 +43,7 @@ fn every_valid_file_gives_the_same_key() {
 }
 
 #[test]
-fn every_invalid_file_is_refused_by_name_and_left_alone() {
+fn invalid_files_are_refused_by_name_and_left_unchanged() {
     for file in data_files("identity/invalid", 12) {
         let content = fs::read(&file).expect("a data file");
         let setup = with_identity("ws://127.0.0.1:1/", &content);
@@ -60,7 +60,7 @@ fn every_invalid_file_is_refused_by_name_and_left_alone() {
 }
 
 #[test]
-fn the_first_run_makes_a_private_file_in_the_format_of_0_3_5() {
+fn first_run_creates_a_private_file_in_the_format_of_0_3_5() {
     let setup = Setup::new("ws://127.0.0.1:1/");
     let Ran { code, stdout, stderr } = enroll(&setup);
     assert_eq!(code, Some(0), "{stderr}");
@@ -84,7 +84,7 @@ fn the_first_run_makes_a_private_file_in_the_format_of_0_3_5() {
 }
 
 #[test]
-fn two_agents_do_not_share_a_key() {
+fn keys_of_two_agents_differ() {
     let [first, second] = [(), ()].map(|()| enroll(&Setup::new("ws://127.0.0.1:1/")).stdout);
     assert_ne!(first.lines().next(), second.lines().next());
 }
@@ -100,7 +100,7 @@ fn key_path_is_honoured_and_its_tilde_expanded() {
 }
 
 #[test]
-fn the_key_in_the_file_signs_and_a_new_provider_id_is_kept_with_every_other_line() {
+fn key_in_the_file_signs_and_a_new_provider_id_is_added_to_the_file() {
     let coordinator = Coordinator::new();
     let known =
         fs::read(data_files("identity/valid", 8).iter().find(|f| f.ends_with("unknown-lines.key")).expect("the file"));
@@ -126,7 +126,7 @@ fn the_key_in_the_file_signs_and_a_new_provider_id_is_kept_with_every_other_line
 }
 
 #[test]
-fn without_a_new_provider_id_the_file_stays_as_it_is() {
+fn file_is_not_rewritten_without_a_new_provider_id() {
     let coordinator = Coordinator::new();
     let file = &data_files("identity/valid", 8)[0];
     let content = fs::read(file).expect("a data file");
@@ -137,7 +137,7 @@ fn without_a_new_provider_id_the_file_stays_as_it_is() {
 }
 
 #[test]
-fn a_symlink_is_followed_and_not_replaced() {
+fn symlink_is_followed_and_not_replaced() {
     let coordinator = Coordinator::new();
     let setup = Setup::new(&coordinator.url());
     let target =
@@ -152,7 +152,7 @@ fn a_symlink_is_followed_and_not_replaced() {
 
 /// A full disk, a read-only one: here the folder itself is gone.
 #[test]
-fn an_agent_that_cannot_write_the_file_serves_on_with_what_it_learnt() {
+fn agent_that_cannot_write_the_file_serves_with_the_new_provider_id() {
     let coordinator = Coordinator::new();
     let setup = Setup::new(&coordinator.url()).coordinator("enrollment_code = \"POD-ENROLL-abc\"");
     let agent = setup.start();
@@ -167,7 +167,7 @@ fn an_agent_that_cannot_write_the_file_serves_on_with_what_it_learnt() {
 }
 
 #[test]
-fn an_identity_that_cannot_be_made_is_a_runtime_error() {
+fn identity_that_cannot_be_created_is_a_runtime_error() {
     let setup = Setup::new("ws://127.0.0.1:1/").more("[identity]\nkey_path = \"agent.toml/identity.key\"");
     let Ran { code, stderr, .. } = enroll(&setup);
     assert_eq!(code, Some(1), "{stderr}");
@@ -175,7 +175,7 @@ fn an_identity_that_cannot_be_made_is_a_runtime_error() {
 }
 
 #[test]
-fn whoever_starts_together_in_an_empty_home_has_the_one_key_that_is_on_disk() {
+fn slow_simultaneous_first_starts_share_the_one_key_on_disk() {
     for round in 0..40 {
         let coordinator = Coordinator::new();
         let setup = Setup::new(&coordinator.url());
@@ -207,7 +207,7 @@ fn whoever_starts_together_in_an_empty_home_has_the_one_key_that_is_on_disk() {
 }
 
 #[test]
-fn no_provider_id_makes_the_file_unreadable() {
+fn provider_id_of_any_content_leaves_the_file_readable() {
     let [long, longer] = [50_000, 100_000].map(|length| "x".repeat(length));
     let ids = [
         &long,

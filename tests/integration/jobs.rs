@@ -16,7 +16,7 @@ fn answering(models: &[&str]) -> Backend {
 }
 
 #[test]
-fn a_job_is_answered_with_its_chunks_then_job_done() {
+fn job_is_answered_with_its_chunks_then_job_done() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let id = rig.session.job("m", body());
@@ -38,7 +38,7 @@ fn a_job_is_answered_with_its_chunks_then_job_done() {
 }
 
 #[test]
-fn a_job_for_an_unknown_model_is_refused_at_once() {
+fn job_for_an_unknown_model_is_refused_at_once() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     for model in ["another", "M", ""] {
@@ -52,7 +52,7 @@ fn a_job_for_an_unknown_model_is_refused_at_once() {
 }
 
 #[test]
-fn jobs_above_the_limit_are_refused_at_once_and_the_others_go_on() {
+fn jobs_above_the_limit_are_refused_at_once_and_the_others_continue() {
     let backend = Backend::vllm(&["m", "n"]);
     let rig = Rig::with(|setup| setup.backend(backend.toml()).limits("max_concurrent = 2"));
     let admitted = [rig.session.job("m", body()), rig.session.job("n", body())];
@@ -68,7 +68,7 @@ fn jobs_above_the_limit_are_refused_at_once_and_the_others_go_on() {
 }
 
 #[test]
-fn as_many_jobs_as_the_limit_can_be_run_side_by_side() {
+fn max_concurrent_of_256_runs_256_jobs_in_parallel() {
     let _descriptors = reserve_descriptors(300);
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::with(|setup| setup.backend(backend.toml()).limits("max_concurrent = 256"));
@@ -84,7 +84,7 @@ fn as_many_jobs_as_the_limit_can_be_run_side_by_side() {
 
 /// The place is free when the coordinator sees the terminal frame, and no later.
 #[test]
-fn a_job_right_behind_a_terminal_frame_is_admitted() {
+fn job_right_behind_a_terminal_frame_is_admitted() {
     let backend = answering(&["m"]);
     let rig = Rig::with(|setup| setup.backend(backend.toml()).limits("max_concurrent = 1"));
     for _ in 0..100 {
@@ -93,7 +93,7 @@ fn a_job_right_behind_a_terminal_frame_is_admitted() {
 }
 
 #[test]
-fn a_job_right_behind_a_cancel_is_admitted() {
+fn job_right_behind_a_cancel_is_admitted() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::with(|setup| setup.backend(backend.toml()).limits("max_concurrent = 1"));
     let mut running = rig.session.job("m", body());
@@ -113,7 +113,7 @@ fn a_job_right_behind_a_cancel_is_admitted() {
 }
 
 #[test]
-fn a_cancel_drops_the_backend_request_and_nothing_more_is_said() {
+fn cancel_closes_the_backend_request_and_no_frame_follows() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     type Progress = fn(&mut Held);
@@ -151,7 +151,7 @@ fn a_cancel_drops_the_backend_request_and_nothing_more_is_said() {
 }
 
 #[test]
-fn cancelling_an_unknown_or_finished_job_does_nothing() {
+fn cancel_of_an_unknown_or_finished_job_does_nothing() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let running = rig.session.job("m", body());
@@ -171,7 +171,7 @@ fn cancelling_an_unknown_or_finished_job_does_nothing() {
 
 /// A counter that goes wrong when a cancel meets a completion shows in what is admitted afterwards.
 #[test]
-fn a_storm_of_cancels_and_completions_leaves_the_limit_as_it_was() {
+fn max_concurrent_is_kept_through_300_races_of_cancel_and_completion() {
     let backend = Backend::vllm_with(&["m", "held"], |request| match request.json()["model"].as_str() {
         Some("held") => Answer::Hold,
         _ => Answer::Raw(response(200, "text/event-stream", sse(1, 2))),
@@ -200,7 +200,7 @@ fn a_storm_of_cancels_and_completions_leaves_the_limit_as_it_was() {
 }
 
 #[test]
-fn the_deadline_covers_the_whole_job() {
+fn deadline_covers_the_whole_job() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let start = |deadline_ms: u64| {
@@ -240,7 +240,7 @@ fn the_deadline_covers_the_whole_job() {
 }
 
 #[test]
-fn a_deadline_of_0_or_1_is_over_at_once() {
+fn deadline_of_0_or_1_ms_ends_the_job_at_once() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     for deadline_ms in [0, 1] {
@@ -254,7 +254,7 @@ fn a_deadline_of_0_or_1_is_over_at_once() {
 
 /// Each of these means a minute or more; a backend that takes half a second is in time.
 #[test]
-fn a_deadline_that_makes_no_sense_is_the_default_and_a_huge_one_is_not_cut() {
+fn deadline_that_is_invalid_is_the_default_and_a_huge_one_is_kept() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let deadlines =
@@ -287,7 +287,7 @@ fn expect_served_after(backend: &Backend, session: &Session, jobs: Vec<(String, 
 }
 
 #[test]
-fn any_spelling_of_a_job_id_is_taken_and_echoed_in_lower_case_with_hyphens() {
+fn job_id_of_any_spelling_is_echoed_in_lower_case_with_hyphens() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let uuid = Uuid::new_v4();
@@ -312,7 +312,7 @@ fn any_spelling_of_a_job_id_is_taken_and_echoed_in_lower_case_with_hyphens() {
 }
 
 #[test]
-fn a_second_job_with_the_id_of_a_running_one_is_ignored() {
+fn job_with_the_id_of_a_running_one_is_ignored() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let id = rig.session.job("m", body());
@@ -328,7 +328,7 @@ fn a_second_job_with_the_id_of_a_running_one_is_ignored() {
 
 /// 0.3.5 deadlocks here: its reader waits for room in the queue that it alone empties.
 #[test]
-fn a_burst_of_5000_refusals_is_answered_one_by_one() {
+fn burst_of_5000_refusals_is_answered_once_each() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let running = rig.session.job("m", body());
@@ -354,7 +354,7 @@ fn a_burst_of_5000_refusals_is_answered_one_by_one() {
 }
 
 #[test]
-fn the_end_of_a_session_ends_its_jobs_at_the_backend() {
+fn session_end_ends_its_jobs_at_the_backend() {
     let backend = Backend::vllm(&["m"]);
     let Rig { session, agent: _agent, setup: _setup, coordinator } = Rig::new(&backend);
     type End = fn(&Session);
@@ -388,7 +388,7 @@ fn the_end_of_a_session_ends_its_jobs_at_the_backend() {
 
 /// A worker cannot be woken out of a connect: whoever comes next must not wait for it.
 #[test]
-fn a_cancelled_job_that_still_connects_delays_no_other() {
+fn cancelled_job_that_still_connects_delays_no_other() {
     let _descriptors = reserve_descriptors(160);
     let stuck = Backend::vllm(&["stuck"]);
     let healthy = answering(&["m"]);

@@ -33,7 +33,7 @@ fn measured_agent() -> (MeasuredAgent, PathBuf) {
 }
 
 #[test]
-fn lines_go_to_the_file_that_the_configuration_names_and_not_to_stderr() {
+fn log_file_gets_the_lines_instead_of_stderr() {
     let mut measured = MeasuredAgent::with(|setup| setup.more(LOG_FILE));
     let log = measured.rig.setup.scratch.join("logs/agent.log");
     wait_line_in(&log, &["INFO", "usepod-agent"]);
@@ -47,7 +47,7 @@ fn lines_go_to_the_file_that_the_configuration_names_and_not_to_stderr() {
 }
 
 #[test]
-fn a_log_file_that_can_be_none_is_an_error_that_names_the_key() {
+fn log_file_that_is_invalid_is_an_error_that_names_the_key() {
     let folder = Scratch::new();
     let folder = folder.path().to_str().expect("UTF-8");
     for (value, what) in [
@@ -68,7 +68,7 @@ fn a_log_file_that_can_be_none_is_an_error_that_names_the_key() {
 }
 
 #[test]
-fn a_log_that_others_rotate_goes_on_in_the_file_of_that_name() {
+fn log_that_others_rotate_continues_in_a_new_file() {
     let (measured, log) = measured_agent();
     let rotations: [fn(&Path); 3] = [
         |log| fs::rename(log, log.with_file_name("agent.log.old")).expect("renamed"),
@@ -90,7 +90,7 @@ fn a_log_that_others_rotate_goes_on_in_the_file_of_that_name() {
 }
 
 #[test]
-fn a_log_file_that_cannot_be_used_is_warned_of_and_the_agent_serves() {
+fn log_file_that_cannot_be_used_is_a_warning_and_the_agent_serves() {
     type Break = fn(&Scratch);
     let nothing: Break = |_| {};
     let cases: [(&str, Break, &str); 4] = [
@@ -125,7 +125,7 @@ fn a_log_file_that_cannot_be_used_is_warned_of_and_the_agent_serves() {
 
 /// The limit of file sizes is a disk that is full, and on which there is room again. Its signal ends no agent.
 #[test]
-fn lines_that_found_no_room_are_counted_and_told_of_once_there_is_some() {
+fn log_lines_lost_on_a_full_disk_are_counted_and_reported_later() {
     let (measured, log) = measured_agent();
     let room = fs::metadata(&log).expect("the log").len() + 10;
     limit_file_size(measured.rig.agent.pid(), &room.to_string());

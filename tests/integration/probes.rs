@@ -17,7 +17,7 @@ fn provoke_a_probe(rig: &Rig, backend: &Backend, model: &str) {
 }
 
 #[test]
-fn two_probes_in_a_row_without_an_answer_end_an_offer_and_one_does_not() {
+fn slow_probe_without_an_answer_ends_the_offer_only_the_second_time() {
     let hangs = Arc::new(AtomicBool::new(false));
     let is_hanging = Arc::clone(&hangs);
     let backend = Backend::new(move |request| match request.line().as_str() {
@@ -47,7 +47,7 @@ fn two_probes_in_a_row_without_an_answer_end_an_offer_and_one_does_not() {
 }
 
 #[test]
-fn a_context_window_that_cannot_be_asked_for_in_time_stays_as_it_was() {
+fn context_window_that_cannot_be_probed_in_time_stays_unchanged() {
     let hangs = Arc::new(AtomicBool::new(false));
     let is_hanging = Arc::clone(&hangs);
     let list = json!({"data": [{"id": "a"}, {"id": "b"}, {"id": "c"}]});
@@ -77,7 +77,7 @@ fn a_context_window_that_cannot_be_asked_for_in_time_stays_as_it_was() {
 }
 
 #[test]
-fn of_a_listing_without_measure_a_part_is_offered_in_good_time() {
+fn slow_listing_of_100_000_models_is_offered_in_part_within_the_handshake() {
     let data: Vec<_> = (0..100_000).map(|n| json!({"id": format!("model-{n}")})).collect();
     let list = response(200, "application/json", json!({"data": data}).to_string());
     let backend = Backend::new(move |request| match request.line().as_str() {

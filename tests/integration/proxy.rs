@@ -31,7 +31,7 @@ fn assert_client_hello(bytes: &[u8], host: &str) {
 const COORDINATOR: &str = "wss://coordinator.example:4433/provider/connect";
 
 #[test]
-fn the_coordinator_is_reached_by_connect_through_https_proxy() {
+fn https_proxy_is_asked_to_connect_to_the_coordinator() {
     side_by_side(["HTTPS_PROXY", "https_proxy"], |variable| {
         let proxy = Coordinator::new();
         let agent = Setup::new(COORDINATOR).env(variable, &format!("http://{}", proxy.address())).start();
@@ -44,7 +44,7 @@ fn the_coordinator_is_reached_by_connect_through_https_proxy() {
 }
 
 #[test]
-fn a_proxys_password_goes_to_the_proxy_and_into_no_log() {
+fn proxy_password_is_sent_to_the_proxy_and_not_logged() {
     let proxy = Coordinator::new();
     let url = format!("http://me:s3cret@{}", proxy.address());
     let agent = Setup::new(COORDINATOR).env("HTTPS_PROXY", &url).start();
@@ -61,7 +61,7 @@ fn a_proxys_password_goes_to_the_proxy_and_into_no_log() {
 }
 
 #[test]
-fn no_proxy_names_who_is_dialled_directly() {
+fn no_proxy_names_the_hosts_to_dial_directly() {
     side_by_side(["127.0.0.1", "localhost,127.0.0.1", "*"], |no_proxy| {
         let (proxy, coordinator) = (Coordinator::new(), Coordinator::new());
         let agent = Setup::new(&format!("wss://{}/", coordinator.address()))
@@ -107,7 +107,7 @@ fn hosted_backends_go_through_https_proxy_and_local_ones_through_none() {
 }
 
 #[test]
-fn a_proxy_may_have_an_ipv6_address() {
+fn proxy_may_have_an_ipv6_address() {
     if std::net::TcpListener::bind("[::1]:0").is_err() {
         return left_out("there is no IPv6 loopback");
     }
@@ -120,7 +120,7 @@ fn a_proxy_may_have_an_ipv6_address() {
 
 /// The names cannot be resolved, and that it was tried is the proof: through a proxy it would be the proxy's affair.
 #[test]
-fn no_proxy_with_a_domain_covers_what_is_below_it() {
+fn no_proxy_with_a_domain_covers_its_subdomains() {
     side_by_side(["invalid", "elsewhere.example, .coordinator.invalid"], |no_proxy| {
         let proxy = Coordinator::new();
         let agent = Setup::new("wss://eu.coordinator.invalid:4433/")

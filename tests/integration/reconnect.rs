@@ -13,7 +13,7 @@ fn assert_delay(delay: Duration, seconds: u32, what: &str) {
 }
 
 #[test]
-fn planned_closes_are_told_at_info_and_reconnect_from_the_shortest_delay() {
+fn planned_closes_are_logged_at_info_and_reconnect_from_the_shortest_delay() {
     let closes: [(&str, Vec<u8>); 4] = [
         ("drain:deploy", close_payload(1001, "drain:deploy")),
         ("drain:operator", close_payload(1001, "drain:operator")),
@@ -36,7 +36,7 @@ fn planned_closes_are_told_at_info_and_reconnect_from_the_shortest_delay() {
 }
 
 #[test]
-fn any_other_end_is_a_warning_and_reconnects_too() {
+fn unplanned_ends_are_warnings_and_reconnect_too() {
     type End = fn(&Session);
     let ends: [(&str, End); 7] = [
         ("the connection is cut", Session::cut),
@@ -62,7 +62,7 @@ fn any_other_end_is_a_warning_and_reconnects_too() {
 }
 
 #[test]
-fn failures_before_auth_ok_double_the_delay_and_a_session_resets_it() {
+fn slow_delay_doubles_with_each_failed_handshake_and_a_session_resets_it() {
     let coordinator = Coordinator::new();
     let _agent = Setup::new(&coordinator.url()).start();
     let mut ended = None;
@@ -84,7 +84,7 @@ fn failures_before_auth_ok_double_the_delay_and_a_session_resets_it() {
 }
 
 #[test]
-fn three_sessions_running_that_die_at_once_no_longer_reset_the_delay() {
+fn slow_delay_is_no_longer_reset_after_three_short_sessions() {
     let coordinator = Coordinator::new();
     let _agent = Setup::new(&coordinator.url()).start();
     let mut session = coordinator.session();
@@ -98,7 +98,7 @@ fn three_sessions_running_that_die_at_once_no_longer_reset_the_delay() {
 }
 
 #[test]
-fn discovery_runs_anew_on_every_connection() {
+fn discovery_runs_again_on_every_connection() {
     let address = nobody_at("127.0.0.7");
     let first = Backend::vllm_on(&address, &["before"]);
     let rig = Rig::new(&first);
@@ -112,7 +112,7 @@ fn discovery_runs_anew_on_every_connection() {
 }
 
 #[test]
-fn five_sessions_in_a_row_each_serve() {
+fn slow_sessions_serve_five_times_in_a_row() {
     let backend = Backend::vllm(&["m"]);
     let Rig { mut session, coordinator, agent: _agent, setup: _setup } = Rig::new(&backend);
     for _ in 0..5 {

@@ -6,7 +6,7 @@ use crate::support::*;
 
 /// As web servers do with a body above their limit: the answer comes first, and the rest of the request is never read.
 #[test]
-fn an_early_413_is_heard_although_the_connection_breaks() {
+fn slow_early_413_is_read_although_the_connection_breaks() {
     let backend = Backend::vllm_with(&["m"], |_| Answer::RawThenClose(response(413, "text/plain", "over the limit")));
     backend.leave_unread(usize::MAX);
     let rig = Rig::new(&backend);
@@ -39,7 +39,7 @@ fn assert_kept(key: &str, answers: Vec<Vec<u8>>) {
 }
 
 #[test]
-fn a_key_that_the_backend_repeats_goes_no_further() {
+fn key_that_the_backend_repeats_is_not_passed_on() {
     let key = format!("sk-{}", "0123456789".repeat(10));
     let text = |text: String| response(401, "text/plain", text);
     let answers = vec![
@@ -54,7 +54,7 @@ fn a_key_that_the_backend_repeats_goes_no_further() {
 
 /// Only the beginning of an answer is read: what is cut off there is a part of the key, and as secret as the whole.
 #[test]
-fn no_part_of_a_key_that_the_backend_repeats_goes_further() {
+fn key_fragment_that_the_backend_repeats_is_not_passed_on() {
     let key = format!("sk-{}", "0123456789".repeat(10));
     assert_kept(&key, vec![response(401, "text/plain", key.repeat(40))]);
     // Tokens that carry claims are as long as this.
@@ -63,7 +63,7 @@ fn no_part_of_a_key_that_the_backend_repeats_goes_further() {
 }
 
 #[test]
-fn a_key_that_the_backend_repeats_is_not_printed_by_validate() {
+fn key_that_the_backend_repeats_is_not_printed_by_validate() {
     let key = format!("sk-{}", "0123456789".repeat(4));
     let answer = response(401, "text/plain", format!("bad key Bearer {key}"));
     let backend = Backend::new(move |_| Answer::Raw(answer.clone()));
@@ -77,7 +77,7 @@ fn a_key_that_the_backend_repeats_is_not_printed_by_validate() {
 }
 
 #[test]
-fn what_came_of_an_error_before_it_broke_off_still_tells_its_cause() {
+fn truncated_error_body_still_gives_the_cause() {
     let cut = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n\
                {\"error\":{\"message\":\"Loading model\",";
     let backend = Backend::vllm_with(&["m"], move |_| Answer::RawThenClose(cut.into()));

@@ -79,7 +79,7 @@ fn assert_same(outcome: &Outcome, body: &[u8], what: &str) {
 }
 
 #[test]
-fn a_stream_arrives_byte_by_byte_as_it_was_sent_however_it_is_framed_and_cut() {
+fn stream_arrives_unchanged_in_any_framing_and_segmentation() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let body = awkward_stream();
@@ -94,7 +94,7 @@ fn a_stream_arrives_byte_by_byte_as_it_was_sent_however_it_is_framed_and_cut() {
 }
 
 #[test]
-fn a_chunk_leaves_as_soon_as_its_bytes_arrive() {
+fn chunk_is_relayed_as_soon_as_its_bytes_arrive() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     for framing in FRAMINGS {
@@ -113,7 +113,7 @@ fn a_chunk_leaves_as_soon_as_its_bytes_arrive() {
 }
 
 #[test]
-fn bodies_of_16_mib_arrive_whole() {
+fn slow_bodies_of_16_mib_arrive_complete() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let body = noise(16 << 20);
@@ -126,7 +126,7 @@ fn bodies_of_16_mib_arrive_whole() {
 
 /// One line of 32 MiB: the scanner for usage must neither keep it nor lose it.
 #[test]
-fn an_endless_line_passes_and_what_follows_it_is_still_read() {
+fn slow_line_of_32_mib_is_relayed_and_the_usage_behind_it_read() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let line = [b"data: ", &vec![b'x'; 32 << 20][..], b"\n\n"].concat();
@@ -138,7 +138,7 @@ fn an_endless_line_passes_and_what_follows_it_is_still_read() {
 }
 
 #[test]
-fn sixty_four_interleaved_streams_keep_apart() {
+fn interleaved_streams_of_64_jobs_do_not_mix() {
     const JOBS: usize = 64;
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::with(|setup| setup.backend(backend.toml()).limits("max_concurrent = 64"));
@@ -165,7 +165,7 @@ fn sixty_four_interleaved_streams_keep_apart() {
 }
 
 #[test]
-fn any_other_content_type_is_whole_when_its_framing_says_so() {
+fn body_of_any_other_content_type_ends_with_its_framing() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let json = br#"{"choices":[{"message":{"content":"hi"}}],"usage":{"prompt_tokens":3,"completion_tokens":4}}"#;
@@ -183,7 +183,7 @@ fn any_other_content_type_is_whole_when_its_framing_says_so() {
 }
 
 #[test]
-fn odd_but_lawful_http_is_understood() {
+fn unusual_but_valid_http_is_understood() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let done = "data: [DONE]\n\n";
@@ -207,7 +207,7 @@ fn odd_but_lawful_http_is_understood() {
 
 /// Nobody asked for an encoding; what comes in one all the same is the client's to undo.
 #[test]
-fn an_encoded_body_stays_encoded() {
+fn encoded_body_stays_encoded() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let body = [0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 3, 1, 2, 3];
@@ -223,7 +223,7 @@ fn an_encoded_body_stays_encoded() {
 }
 
 #[test]
-fn usage_is_read_off_the_stream_as_it_passes() {
+fn usage_is_read_from_the_stream_as_it_passes() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let cases: [(&str, &[&str], (u64, u64)); 13] = [
@@ -312,7 +312,7 @@ fn usage_is_read_off_the_stream_as_it_passes() {
 
 /// A coordinator that stops reading for a while: nothing is dropped, and the cancel of another job still gets through.
 #[test]
-fn a_slow_coordinator_slows_the_backend_down_and_loses_nothing() {
+fn slow_backpressure_reaches_the_backend_and_loses_nothing() {
     // More than every buffer on the way together; the writing must come to a stop. Made before the job's deadline runs.
     let body = noise(48 << 20);
     let backend = Backend::vllm(&["m", "n"]);
@@ -355,7 +355,7 @@ fn a_slow_coordinator_slows_the_backend_down_and_loses_nothing() {
 
 /// A job that waits for room in the coordinator's socket is as easy to end as any other.
 #[test]
-fn a_job_blocked_by_a_slow_coordinator_heeds_cancel_and_deadline() {
+fn blocked_job_is_ended_by_cancel_and_deadline() {
     // A coordinator that lets tens of megabytes pile up unread may lose the use of its own kernel's connection: segments
     // from the agent are dropped, the acknowledgement of the cancel among them. What the agent never got proves nothing.
     assert!((0..3).any(|_| blocked_jobs_end()), "the cancel did not get through to the agent, three times");
@@ -393,7 +393,7 @@ fn blocked_jobs_end() -> bool {
 }
 
 #[test]
-fn control_never_waits_behind_a_flood_of_chunks() {
+fn slow_control_frames_never_wait_behind_a_flood_of_chunks() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let (jobs, floods): (Vec<_>, Vec<_>) = (0..4)

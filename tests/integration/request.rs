@@ -19,7 +19,7 @@ fn posted(rig: &Rig, backend: &Backend, request: &str, format: &str) -> Request 
 }
 
 #[test]
-fn an_openai_job_is_posted_as_a_stream_with_usage() {
+fn openai_job_is_posted_as_a_stream_with_usage() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     // What is sent, and what must arrive: the request's own keys first, then what was added.
@@ -48,7 +48,7 @@ fn an_openai_job_is_posted_as_a_stream_with_usage() {
 }
 
 #[test]
-fn an_anthropic_job_is_posted_to_messages_and_gets_only_stream_and_model() {
+fn anthropic_job_is_posted_to_messages_with_only_stream_and_model_added() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let cases = [
@@ -64,7 +64,7 @@ fn an_anthropic_job_is_posted_to_messages_and_gets_only_stream_and_model() {
 
 /// A tool schema's key order reaches the model's prompt, and a number is not ours to round.
 #[test]
-fn the_requests_own_text_arrives_with_its_key_order_and_exact_numbers() {
+fn request_keeps_its_key_order_and_exact_numbers() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let own = concat!(
@@ -86,7 +86,7 @@ fn the_requests_own_text_arrives_with_its_key_order_and_exact_numbers() {
 }
 
 #[test]
-fn a_request_that_is_not_an_object_is_posted_as_it_is() {
+fn request_that_is_no_object_is_posted_unchanged() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     for request in ["[1,2]", "\"text\"", "null", "true", "1.50"] {
@@ -98,7 +98,7 @@ fn a_request_that_is_not_an_object_is_posted_as_it_is() {
 }
 
 #[test]
-fn the_backend_gets_the_agents_own_headers_and_no_others() {
+fn headers_to_the_backend_are_the_agents_own() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let id = Uuid::new_v4().to_string();
@@ -128,7 +128,7 @@ fn the_backend_gets_the_agents_own_headers_and_no_others() {
 }
 
 #[test]
-fn the_key_of_a_backend_goes_into_each_request_to_it() {
+fn api_key_is_sent_with_each_request_to_its_backend() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::with(|setup| {
         setup.backend(format!("{}\napi_key_env = \"THE_KEY\"", backend.toml())).env("THE_KEY", "sk-secret-123")
@@ -141,7 +141,7 @@ fn the_key_of_a_backend_goes_into_each_request_to_it() {
 }
 
 #[test]
-fn a_job_goes_to_the_backend_that_was_advertised_for_its_model() {
+fn job_goes_to_the_backend_that_was_advertised_for_its_model() {
     let backends = [&["a", "shared"], &["b", "shared"]].map(|models| Backend::vllm(models));
     let rig = Rig::with(|setup| backends.iter().fold(setup, |setup, backend| setup.backend(backend.toml())));
     for (model, served_by) in [("a", 0), ("b", 1), ("shared", 0)] {
@@ -155,7 +155,7 @@ fn a_job_goes_to_the_backend_that_was_advertised_for_its_model() {
 
 /// Requests carry pictures: 0.3.5 takes frames up to 16 MiB only.
 #[test]
-fn a_request_of_20_mb_and_one_of_nearly_64_mib_pass_in_one_frame() {
+fn slow_requests_of_20_mb_and_nearly_64_mib_pass_in_one_frame() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     for size in [20_000_000, (64 << 20) - 1000] {
@@ -176,7 +176,7 @@ fn a_request_of_20_mb_and_one_of_nearly_64_mib_pass_in_one_frame() {
 }
 
 #[test]
-fn a_job_whose_request_cannot_be_read_is_answered_by_its_id() {
+fn slow_job_with_an_unreadable_request_is_answered_by_its_id() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let nested = format!("{}{}", "[".repeat(300), "]".repeat(300));

@@ -115,7 +115,7 @@ impl Drop for Operator {
 }
 
 #[test]
-fn the_other_lines_of_a_crontab_stay_and_a_second_install_writes_nothing() {
+fn crontab_keeps_its_other_lines_and_a_second_install_writes_nothing() {
     let before: [Option<&[u8]>; 4] = [
         None,
         Some(b"MAILTO=\"\"\n# mine\n0 3 * * * date +\\%F >> log\n"),
@@ -158,7 +158,7 @@ fn the_other_lines_of_a_crontab_stay_and_a_second_install_writes_nothing() {
 }
 
 #[test]
-fn what_cannot_be_installed_is_told_with_the_fix_and_changes_nothing() {
+fn install_that_fails_names_the_fix_and_changes_nothing() {
     let tab = "# mine\n";
     let operator = Operator::new();
     operator.setup.scratch.write("tab", tab);
@@ -187,14 +187,14 @@ fn what_cannot_be_installed_is_told_with_the_fix_and_changes_nothing() {
 }
 
 #[test]
-fn without_cron_the_operator_is_told_what_to_install() {
+fn missing_cron_is_reported_with_the_package_to_install() {
     let operator = Operator::new().with("PATH", "/nowhere");
     operator.service(&["install", "--allow-insecure"]).fails(1, &["no `crontab`", "apt install cron", "--systemd"]);
     operator.service(&["status"]).fails(3, &["not installed"]);
 }
 
 #[test]
-fn a_block_that_somebody_edited_is_left_alone() {
+fn crontab_block_that_was_edited_is_left_unchanged() {
     let operator = Operator::new();
     operator.install();
     let edited = String::from_utf8(operator.crontab().expect("a crontab")).expect("UTF-8");
@@ -207,7 +207,7 @@ fn a_block_that_somebody_edited_is_left_alone() {
 }
 
 #[test]
-fn another_configuration_is_not_put_in_the_place_of_the_one_that_is_supervised() {
+fn install_does_not_replace_another_supervised_configuration() {
     let operator = Operator::new();
     operator.install();
     let other = operator.setup.scratch.write("other.toml", operator.setup.toml());
@@ -220,7 +220,7 @@ fn another_configuration_is_not_put_in_the_place_of_the_one_that_is_supervised()
 
 /// Whatever the paths hold; and with what cron would give it, nothing of the shell that `start` was typed in.
 #[test]
-fn start_runs_the_line_of_the_crontab_and_stop_ends_that_agent_until_it_is_started_again() {
+fn start_runs_the_crontab_line_and_stop_lasts_until_the_next_start() {
     let coordinator = Coordinator::new();
     let operator = Operator::of(Setup::new(&coordinator.url())).with("SECRET_OF_THIS_SHELL", "1");
     operator.setup.scratch.write("tab", "# NOT=1\nFROM_CRONTAB = \"a b\"\n");
@@ -273,7 +273,7 @@ fn start_runs_the_line_of_the_crontab_and_stop_ends_that_agent_until_it_is_start
 
 /// The minute comes while `start` is typed: what it started itself finds another at work, and leaves.
 #[test]
-fn start_is_done_when_cron_was_faster() {
+fn start_succeeds_if_cron_was_faster() {
     let coordinator = Coordinator::new();
     let operator = Operator::of(Setup::new(&coordinator.url()));
     let lock = operator.file(".usepod-agent/identity.key.lock");
@@ -286,7 +286,7 @@ fn start_is_done_when_cron_was_faster() {
 }
 
 #[test]
-fn root_does_not_end_whatever_a_users_lock_file_names() {
+fn root_does_not_end_the_process_that_a_users_lock_file_names() {
     if !nix::unistd::geteuid().is_root() {
         return left_out("only root could end it");
     }
@@ -327,7 +327,7 @@ fn stop_waits_for_the_jobs_in_flight() {
 }
 
 #[test]
-fn one_that_does_not_heed_is_killed_when_its_drain_is_long_over() {
+fn slow_stop_kills_an_agent_that_outlasts_its_drain() {
     let coordinator = Coordinator::new();
     let operator = Operator::of(Setup::new(&coordinator.url()).limits("drain_seconds = 0"));
     operator.install();
@@ -341,7 +341,7 @@ fn one_that_does_not_heed_is_killed_when_its_drain_is_long_over() {
 }
 
 #[test]
-fn an_agent_that_does_not_come_up_is_told_with_its_log() {
+fn start_that_fails_points_to_the_log() {
     let operator = Operator::new();
     operator.setup.scratch.write(".usepod-agent/identity.key", "no key\n");
     operator.install();
@@ -353,7 +353,7 @@ fn an_agent_that_does_not_come_up_is_told_with_its_log() {
 }
 
 #[test]
-fn install_names_the_variables_that_cron_will_not_know_and_shows_no_value() {
+fn install_names_the_variables_that_cron_lacks_and_shows_no_value() {
     let hosted =
         ["SET_ABOVE", "OPENROUTER_API_KEY"].map(|key| format!("kind = \"openrouter\"\napi_key_env = \"{key}\""));
     let setup = Setup::new("ws://127.0.0.1:9/provider/connect");
@@ -369,7 +369,7 @@ fn install_names_the_variables_that_cron_will_not_know_and_shows_no_value() {
 }
 
 #[test]
-fn logs_show_the_end_and_follow_the_file_that_takes_its_place() {
+fn logs_show_the_last_lines_and_follow_a_rotation() {
     let operator = Operator::new();
     operator.install();
     let log = operator.setup.scratch.write(".usepod-agent/agent.log", "four\nfive\n");
@@ -396,7 +396,7 @@ fn logs_show_the_end_and_follow_the_file_that_takes_its_place() {
 }
 
 #[test]
-fn an_option_of_another_command_is_refused() {
+fn option_of_another_command_is_refused() {
     let operator = Operator::new();
     for arguments in [&["stop", "--systemd"][..], &["status", "-f"], &["install", "--lines", "3"], &["enable"], &[]] {
         operator.service(arguments).fails(2, &[]);
@@ -423,7 +423,7 @@ fn as_user(operator: &Operator, arguments: &[&str]) -> Ran {
 
 /// A system unit that names a folder which is not there does not start, and under it the agent could not make one.
 #[test]
-fn install_makes_the_folder_of_the_log() {
+fn install_creates_the_folder_of_the_log() {
     let operator = Operator::new();
     let log = operator.file("logs/of/agent.log");
     let toml = format!("{}\n[observability]\nlog_file = {log:?}\n", operator.setup.toml());
@@ -433,7 +433,7 @@ fn install_makes_the_folder_of_the_log() {
 }
 
 #[test]
-fn a_user_unit_is_written_enabled_and_taken_away_by_systemctl() {
+fn systemd_user_unit_is_written_enabled_and_removed() {
     let operator = Operator::new();
     operator.program("systemctl", SYSTEMCTL);
     operator.program("journalctl", JOURNALCTL);

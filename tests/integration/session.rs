@@ -48,7 +48,7 @@ fn capabilities_states_models_limits_and_version() {
 }
 
 #[test]
-fn an_empty_offer_is_sent_too_with_the_default_limits() {
+fn empty_offer_is_sent_with_the_default_limits() {
     let rig = Rig::with(|setup| setup);
     assert_eq!(rig.session.capabilities["models"], json!([]));
     let limits = &rig.session.capabilities["limits"];
@@ -57,7 +57,7 @@ fn an_empty_offer_is_sent_too_with_the_default_limits() {
 }
 
 #[test]
-fn frames_that_nobody_knows_or_can_read_do_not_end_the_session() {
+fn unknown_and_invalid_frames_do_not_end_the_session() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let unknown = [
@@ -100,7 +100,7 @@ fn frames_that_nobody_knows_or_can_read_do_not_end_the_session() {
 
 /// Frames with a few characters changed, the same each time: none may end the session or the agent.
 #[test]
-fn whatever_text_the_coordinator_sends_the_session_lives() {
+fn random_text_frames_do_not_end_the_session() {
     let backend = Backend::vllm_with(&["m", "held"], |request| match request.json()["model"].as_str() {
         Some("held") => Answer::Hold,
         _ => Answer::Raw(response(200, "text/event-stream", sse(1, 2))),
@@ -131,7 +131,7 @@ fn whatever_text_the_coordinator_sends_the_session_lives() {
 }
 
 #[test]
-fn a_ping_is_answered_with_its_own_payload() {
+fn ping_is_answered_with_its_payload() {
     let rig = Rig::with(|setup| setup);
     for payload in [&b""[..], b"1", &[0xff; 125]] {
         rig.session.send_frame(PING, payload);
@@ -140,7 +140,7 @@ fn a_ping_is_answered_with_its_own_payload() {
 }
 
 #[test]
-fn a_session_byte_by_byte_serves_as_well() {
+fn session_byte_by_byte_serves() {
     let coordinator = Coordinator::new();
     let proxy = FaultProxy::to(coordinator.address());
     let backend = Backend::vllm(&["m"]);
@@ -155,7 +155,7 @@ fn a_session_byte_by_byte_serves_as_well() {
 }
 
 #[test]
-fn a_job_in_fragments_is_one_job() {
+fn job_in_fragments_is_one_job() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let id = uuid::Uuid::new_v4().to_string();
@@ -181,7 +181,7 @@ fn first_heartbeat(session: &Session, since: Instant) -> Value {
 }
 
 #[test]
-fn the_heartbeat_carries_the_true_figures() {
+fn slow_heartbeat_carries_the_true_figures() {
     let idle = || {
         let rig = Rig::with(|setup| setup);
         let heartbeat = first_heartbeat(&rig.session, Instant::now());
@@ -245,7 +245,7 @@ fn the_heartbeat_carries_the_true_figures() {
 
 /// The link dies without a word: bytes go in and nothing comes out. What keeps a session alive is any byte at all.
 #[test]
-fn forty_five_seconds_of_silence_end_a_session_and_any_byte_prevents_it() {
+fn slow_silence_of_45_s_ends_a_session_and_any_byte_prevents_it() {
     let silent = || {
         let coordinator = Coordinator::new();
         let proxy = FaultProxy::to(coordinator.address());
@@ -294,7 +294,7 @@ fn forty_five_seconds_of_silence_end_a_session_and_any_byte_prevents_it() {
 }
 
 #[test]
-fn a_changed_offer_is_sent_again_on_the_live_session_and_an_unchanged_one_is_not() {
+fn slow_offer_is_sent_again_if_it_changes_and_only_then() {
     let address = nobody_at("127.0.0.6");
     let fleeting = Backend::vllm_on(&address, &["fleeting"]);
     let steady = Backend::vllm(&["steady"]);
@@ -316,7 +316,7 @@ fn a_changed_offer_is_sent_again_on_the_live_session_and_an_unchanged_one_is_not
 }
 
 #[test]
-fn a_backend_that_is_still_loading_is_picked_up_by_itself() {
+fn slow_backend_that_is_loading_is_offered_once_it_is_ready() {
     let kinds = ["vllm", "llamacpp"];
     side_by_side(kinds, |kind| {
         let ready = Arc::new(AtomicBool::new(false));

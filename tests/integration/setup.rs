@@ -63,7 +63,7 @@ fn text(path: impl AsRef<Path>) -> String {
 }
 
 #[test]
-fn a_pairing_asks_as_the_protocol_says_and_writes_a_file_that_the_agent_takes() {
+fn pairing_follows_the_protocol_and_writes_a_valid_file() {
     let server = coordinator(|n| if n < 2 { pending() } else { active() });
     let home = Scratch::new();
     let began = Instant::now();
@@ -103,7 +103,7 @@ fn a_pairing_asks_as_the_protocol_says_and_writes_a_file_that_the_agent_takes() 
 }
 
 #[test]
-fn what_setup_prints_fits_80_and_60_columns_and_is_ascii_without_a_utf8_locale() {
+fn output_fits_80_and_60_columns_and_is_ascii_without_a_utf8_locale() {
     for width in [80, 60] {
         let server = coordinator(|n| if n == 1 { Answer::Json(500, json!({"error": "at rest"})) } else { active() });
         let home = Scratch::new();
@@ -118,7 +118,7 @@ fn what_setup_prints_fits_80_and_60_columns_and_is_ascii_without_a_utf8_locale()
 }
 
 #[test]
-fn without_encryption_nothing_is_said_unless_it_is_allowed() {
+fn unencrypted_coordinator_is_refused_unless_allowed() {
     let home = Scratch::new();
     for base in ["http://192.0.2.7:8787", "ftp://h", "api.usepod.ai", "https://h:x"] {
         let Ran { code, stderr, .. } = cli(home.path(), &["setup", "--coordinator", base], &[]);
@@ -134,7 +134,7 @@ fn without_encryption_nothing_is_said_unless_it_is_allowed() {
 }
 
 #[test]
-fn what_may_pass_is_told_once_and_tried_again() {
+fn transient_faults_are_reported_once_and_retried() {
     let huge = format!("{{\"status\":\"active\",\"pad\":\"{}\"}}", "x".repeat(2 << 20));
     type Fault = fn(&str) -> Answer;
     let faults: [(&str, Fault, &str); 8] = [
@@ -166,7 +166,7 @@ fn what_may_pass_is_told_once_and_tried_again() {
 }
 
 #[test]
-fn a_coordinator_that_is_not_there_yet_is_waited_for() {
+fn coordinator_that_is_not_up_yet_is_awaited() {
     let address = nobody_at("127.0.0.93");
     let home = Scratch::new();
     let base = format!("http://{address}");
@@ -184,7 +184,7 @@ fn a_coordinator_that_is_not_there_yet_is_waited_for() {
 }
 
 #[test]
-fn what_will_not_pass_ends_it_with_the_reason_and_leaves_the_file_alone() {
+fn permanent_faults_end_the_pairing_with_the_reason_and_leave_the_file_unchanged() {
     let elsewhere = Backend::new(|request| panic!("followed to {}", request.line()));
     let target = format!("{}/v1/host/pair/issue", elsewhere.url());
     let redirect = format!("HTTP/1.1 307 Moved\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n").into_bytes();
@@ -220,7 +220,7 @@ fn now() -> u64 {
 }
 
 #[test]
-fn a_signal_ends_it_at_once_even_in_the_middle_of_a_question() {
+fn signal_ends_the_pairing_at_once_even_during_a_request() {
     let server = coordinator(|_| Answer::Hold);
     let home = Scratch::new();
     let base = server.url();
@@ -233,7 +233,7 @@ fn a_signal_ends_it_at_once_even_in_the_middle_of_a_question() {
 }
 
 #[test]
-fn what_was_made_by_hand_survives_and_is_what_the_coordinator_is_told_of() {
+fn handwritten_settings_survive_and_are_sent_to_the_coordinator() {
     let backend = Backend::vllm(&["m", "not-offered"]);
     let server = coordinator(|_| active());
     let home = Scratch::new();
@@ -301,7 +301,7 @@ fn what_was_made_by_hand_survives_and_is_what_the_coordinator_is_told_of() {
 }
 
 #[test]
-fn an_edit_that_is_made_while_the_code_is_waited_for_is_not_lost() {
+fn edit_during_the_pairing_is_not_lost() {
     let home = Scratch::new();
     let pricing = "[coordinator]\nurl = \"wss://h/\"\n[pricing]\ndefault_input_per_1m = 1\ndefault_output_per_1m = ";
     let (old, edited) = (format!("{pricing}2\n"), format!("{pricing}3\n# mine\n"));
@@ -364,7 +364,7 @@ fn setup_changes_only_what_the_pairing_decides_however_the_file_is_spelled() {
 }
 
 #[test]
-fn a_broken_file_is_named_and_left_as_it_is() {
+fn invalid_file_is_named_and_left_unchanged() {
     let server = coordinator(|_| active());
     let home = Scratch::new();
     for broken in ["[coordinator]\nurl = 7\n", "not toml", "\u{0}"] {
@@ -379,7 +379,7 @@ fn a_broken_file_is_named_and_left_as_it_is() {
 }
 
 #[test]
-fn a_link_stays_a_link_and_a_place_that_cannot_be_written_is_named_before_any_code() {
+fn symlink_stays_and_an_unwritable_path_is_named_before_the_pairing() {
     let server = coordinator(|_| active());
     let home = Scratch::new();
     let old = "[coordinator]\nurl = \"wss://h/\"\n[pricing]\ndefault_input_per_1m = 1\ndefault_output_per_1m = 2\n";
@@ -404,7 +404,7 @@ fn a_link_stays_a_link_and_a_place_that_cannot_be_written_is_named_before_any_co
 }
 
 #[test]
-fn the_operators_own_authority_counts_for_the_pairing_too() {
+fn ca_file_applies_to_the_pairing_too() {
     let server = coordinator(|_| active());
     let authority = Authority::new();
     let proxy = TlsProxy::new(&authority, Flaw::None, server.address());
@@ -429,7 +429,7 @@ fn the_operators_own_authority_counts_for_the_pairing_too() {
 
 /// The way of a new operator, with the demo for the market.
 #[test]
-fn a_paired_agent_serves_the_demos_front_door() {
+fn paired_agent_serves_the_demos_front_door() {
     let backend = Backend::vllm_with(&["m"], |_| Answer::Raw(response(200, "text/event-stream", sse(7, 13))));
     let home = Scratch::new();
     let market = Agent::run(home.path(), &["demo", "--await-agent", "--port", "0", "--listen", "127.0.0.1:0"]);
@@ -472,7 +472,7 @@ fn a_paired_agent_serves_the_demos_front_door() {
 }
 
 #[test]
-fn a_demo_that_waits_for_an_agent_runs_none_and_stays_on_this_machine() {
+fn await_agent_refuses_options_that_run_an_agent_or_leave_this_machine() {
     let home = Scratch::new();
     for (arguments, word) in [
         (&["demo", "--await-agent", "--once"][..], "--once"),

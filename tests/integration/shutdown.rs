@@ -29,7 +29,7 @@ fn assert_takes_its_leave(agent: &mut Agent, session: &Session, limit: Duration)
 }
 
 #[test]
-fn an_idle_agent_takes_its_leave_within_a_second_of_each_signal() {
+fn each_signal_stops_an_idle_agent_within_a_second() {
     side_by_side(["TERM", "INT", "HUP"], |signal| {
         let backend = Backend::vllm(&["m"]);
         let mut rig = Rig::new(&backend);
@@ -43,7 +43,7 @@ fn an_idle_agent_takes_its_leave_within_a_second_of_each_signal() {
 }
 
 #[test]
-fn jobs_in_flight_finish_new_ones_are_refused_and_heartbeats_go_on() {
+fn slow_drain_finishes_jobs_refuses_new_ones_and_keeps_the_heartbeat() {
     let backend = Backend::vllm(&["m"]);
     // One that is asked every 5 s while it loads: that it is ready at last must not bring an offer back.
     let ready = Arc::new(AtomicBool::new(false));
@@ -84,7 +84,7 @@ fn jobs_in_flight_finish_new_ones_are_refused_and_heartbeats_go_on() {
 }
 
 #[test]
-fn what_is_left_after_drain_seconds_gets_a_job_error() {
+fn drain_seconds_end_the_remaining_jobs_with_a_job_error() {
     let backend = Backend::vllm(&["m"]);
     let mut rig = Rig::with(|setup| setup.backend(backend.toml()).limits("drain_seconds = 1"));
     let jobs = [rig.session.job("m", json!({})), rig.session.job("m", json!({}))];
@@ -106,7 +106,7 @@ fn what_is_left_after_drain_seconds_gets_a_job_error() {
 }
 
 #[test]
-fn a_drain_ends_with_its_last_job() {
+fn drain_ends_with_its_last_job() {
     let backend = Backend::vllm(&["m"]);
     let mut rig = Rig::new(&backend);
     let id = rig.session.job("m", json!({}));
@@ -121,7 +121,7 @@ fn a_drain_ends_with_its_last_job() {
 }
 
 #[test]
-fn a_second_signal_stops_at_once() {
+fn second_signal_stops_at_once() {
     let backend = Backend::vllm(&["m"]);
     let mut rig = Rig::new(&backend);
     let id = rig.session.job("m", json!({}));
@@ -139,7 +139,7 @@ fn a_second_signal_stops_at_once() {
 }
 
 #[test]
-fn an_agent_whose_session_ends_while_it_drains_stops_and_does_not_reconnect() {
+fn session_end_during_the_drain_stops_the_agent_without_a_reconnect() {
     let backend = Backend::vllm(&["m"]);
     let mut rig = Rig::new(&backend);
     rig.session.job("m", json!({}));
@@ -154,7 +154,7 @@ fn an_agent_whose_session_ends_while_it_drains_stops_and_does_not_reconnect() {
 
 /// A coordinator that does not read any more must not keep the process: what cannot be said is left unsaid.
 #[test]
-fn a_stuck_coordinator_does_not_outlast_the_drain() {
+fn slow_drain_does_not_outlast_its_limit_if_the_coordinator_is_stuck() {
     let backend = Backend::vllm(&["m"]);
     let mut rig = Rig::with(|setup| setup.backend(backend.toml()).limits("drain_seconds = 1"));
     rig.session.pause(true);
@@ -169,7 +169,7 @@ fn a_stuck_coordinator_does_not_outlast_the_drain() {
 }
 
 #[test]
-fn a_signal_is_heeded_in_every_state_of_connecting() {
+fn signal_stops_the_agent_in_every_state_of_connecting() {
     // Each returns what has to stay open.
     type Get = fn(&Coordinator) -> Box<dyn Any>;
     let states: [(&str, Get); 4] = [
@@ -198,7 +198,7 @@ fn a_signal_is_heeded_in_every_state_of_connecting() {
 }
 
 #[test]
-fn an_agent_takes_its_leave_also_while_the_first_offer_is_gathered() {
+fn signal_stops_the_agent_while_the_first_offer_is_gathered() {
     let hung = Backend::new(|_| Answer::Hold);
     let coordinator = Coordinator::new();
     let mut agent = Setup::new(&coordinator.url()).backend(hung.toml()).start();
@@ -211,7 +211,7 @@ fn an_agent_takes_its_leave_also_while_the_first_offer_is_gathered() {
 }
 
 #[test]
-fn an_agent_whose_log_nobody_reads_serves_and_stops() {
+fn unread_log_does_not_keep_the_agent_from_serving_and_stopping() {
     let backend = Backend::vllm(&["m"]);
     let coordinator = Coordinator::new();
     let mut agent = Setup::new(&coordinator.url()).backend(backend.toml()).start_unread();
@@ -227,7 +227,7 @@ fn an_agent_whose_log_nobody_reads_serves_and_stops() {
 }
 
 #[test]
-fn a_second_signal_waits_for_no_coordinator_that_does_not_read() {
+fn second_signal_does_not_wait_for_a_coordinator_that_does_not_read() {
     let backend = Backend::vllm(&["m"]);
     let mut rig = Rig::new(&backend);
     rig.session.pause(true);
@@ -252,7 +252,7 @@ fn a_second_signal_waits_for_no_coordinator_that_does_not_read() {
 }
 
 #[test]
-fn a_job_cut_off_at_the_end_of_the_drain_reports_the_tokens_that_went_out() {
+fn job_cut_off_at_the_end_of_the_drain_reports_the_tokens_sent() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::with(|setup| setup.backend(backend.toml()).limits("drain_seconds = 1"));
     let id = rig.session.job("m", json!({}));

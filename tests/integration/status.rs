@@ -50,7 +50,7 @@ fn command(setup: &Setup, name: &str) -> String {
 }
 
 #[test]
-fn a_serving_agent_says_what_it_offers_and_what_it_has_done() {
+fn serving_is_shown_with_the_offer_and_the_totals() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     assert_state(&rig.setup, "serving", 0);
@@ -94,7 +94,7 @@ fn a_serving_agent_says_what_it_offers_and_what_it_has_done() {
 }
 
 #[test]
-fn a_page_fits_80_and_60_columns_and_has_no_figure_before_there_is_one() {
+fn page_fits_80_and_60_columns_and_has_no_figure_before_there_is_one() {
     let backend = Backend::vllm(&["m", "a-model-with-a-long-name/and-a-long-suffix-70B-Instruct"]);
     let mut rig = Rig::new(&backend);
     assert_state(&rig.setup, "serving", 0);
@@ -128,7 +128,7 @@ fn a_page_fits_80_and_60_columns_and_has_no_figure_before_there_is_one() {
 }
 
 #[test]
-fn without_a_coordinator_it_is_connecting_and_says_since_when_and_why() {
+fn connecting_is_shown_with_since_when_and_why() {
     let coordinator = nobody_at("127.0.0.61");
     let setup = Setup::new(&format!("ws://user:password@{coordinator}/x?token=token"));
     setup.write();
@@ -147,7 +147,7 @@ fn without_a_coordinator_it_is_connecting_and_says_since_when_and_why() {
 }
 
 #[test]
-fn a_rejection_is_told_with_the_coordinators_reason_until_it_lets_the_agent_in() {
+fn rejection_is_shown_with_the_coordinators_reason_until_it_is_lifted() {
     let backend = Backend::vllm(&["m"]);
     let coordinator = Coordinator::new();
     let setup = Setup::new(&coordinator.url()).backend(backend.toml());
@@ -163,7 +163,7 @@ fn a_rejection_is_told_with_the_coordinators_reason_until_it_lets_the_agent_in()
 }
 
 #[test]
-fn each_backend_that_is_down_or_loading_is_named_with_its_error() {
+fn slow_backends_that_are_down_or_loading_are_shown_with_their_errors() {
     let is_up = Arc::new(AtomicBool::new(false));
     let answers = is_up.clone();
     let loading = Backend::new(move |request| match (answers.load(Ordering::SeqCst), request.line().as_str()) {
@@ -189,7 +189,7 @@ fn each_backend_that_is_down_or_loading_is_named_with_its_error() {
 }
 
 #[test]
-fn a_backend_that_repeats_a_key_it_refuses_tells_nobody_else() {
+fn key_that_the_backend_repeats_is_not_shown() {
     let backend = Backend::new(|_| Answer::Json(401, json!({"error": "no such key: sk-secret"})));
     let rig = Rig::new(&backend);
     let state = assert_state(&rig.setup, "no_healthy_backend", 1);
@@ -198,7 +198,7 @@ fn a_backend_that_repeats_a_key_it_refuses_tells_nobody_else() {
 }
 
 #[test]
-fn without_backends_or_with_none_of_their_models_there_is_nothing_to_offer() {
+fn missing_backends_and_models_are_shown() {
     let agent_without_backends = Rig::with(|setup| setup);
     let state = assert_state(&agent_without_backends.setup, "no_healthy_backend", 1);
     assert!(state["reason"].as_str().is_some_and(|why| why.contains("[[backends]]")), "{state}");
@@ -208,7 +208,7 @@ fn without_backends_or_with_none_of_their_models_there_is_nothing_to_offer() {
 }
 
 #[test]
-fn a_used_up_token_limit_is_told() {
+fn token_limit_that_is_used_up_is_shown() {
     let backend = Backend::vllm_with(&["m"], |_| Answer::Raw(response(200, "text/event-stream", sse(7, 13))));
     let rig = Rig::with(|setup| setup.backend(backend.toml()).limits("max_tokens_per_minute = 20"));
     assert_state(&rig.setup, "serving", 0);
@@ -220,7 +220,7 @@ fn a_used_up_token_limit_is_told() {
 }
 
 #[test]
-fn a_draining_agent_says_so_and_what_is_in_flight() {
+fn draining_is_shown_with_the_jobs_in_flight() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let id = rig.session.job("m", json!({}));
@@ -234,7 +234,7 @@ fn a_draining_agent_says_so_and_what_is_in_flight() {
 }
 
 #[test]
-fn an_agent_that_shows_no_life_is_hung_whatever_its_state_file_says() {
+fn agent_without_liveness_is_hung_whatever_its_state_file_says() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     assert_state(&rig.setup, "serving", 0);
@@ -251,7 +251,7 @@ fn an_agent_that_shows_no_life_is_hung_whatever_its_state_file_says() {
 }
 
 #[test]
-fn a_beat_needs_both_directions_of_the_link() {
+fn slow_liveness_needs_both_directions_of_the_link() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let lock = rig.setup.identity().with_file_name("identity.key.lock");
@@ -280,7 +280,7 @@ fn a_beat_needs_both_directions_of_the_link() {
 }
 
 #[test]
-fn a_pause_empties_the_offer_at_once_lets_jobs_finish_and_survives_a_restart() {
+fn pause_empties_the_offer_at_once_lets_jobs_finish_and_survives_a_restart() {
     let backend = Backend::vllm(&["m"]);
     let mut rig = Rig::new(&backend);
     let id = rig.session.job("m", json!({}));
@@ -313,7 +313,7 @@ fn a_pause_empties_the_offer_at_once_lets_jobs_finish_and_survives_a_restart() {
 
 /// As where the path of the socket is longer than the system allows.
 #[test]
-fn a_pause_without_a_socket_takes_a_heartbeat_and_does_not_fail() {
+fn slow_pause_without_a_wake_socket_takes_effect_with_the_next_heartbeat() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     std::fs::remove_file(rig.setup.identity().with_file_name("identity.key.wake")).expect("a socket");
@@ -323,7 +323,7 @@ fn a_pause_without_a_socket_takes_a_heartbeat_and_does_not_fail() {
 }
 
 #[test]
-fn a_pause_that_cannot_be_read_any_more_goes_on() {
+fn pause_persists_if_its_marker_becomes_unreadable() {
     let backend = Backend::vllm(&["m"]);
     let mut rig = Rig::with(|setup| setup.backend(backend.toml()).bound_by_modes());
     command(&rig.setup, "pause");
@@ -338,7 +338,7 @@ fn a_pause_that_cannot_be_read_any_more_goes_on() {
 }
 
 #[test]
-fn a_pause_does_not_wait_for_a_backend_that_hangs() {
+fn pause_does_not_wait_for_a_hung_backend() {
     let hangs = Arc::new(AtomicBool::new(false));
     let hanging = hangs.clone();
     let backend = Backend::new(move |request| match (hanging.load(Ordering::SeqCst), request.line().as_str()) {
@@ -377,7 +377,7 @@ fn pause_and_resume_work_without_an_agent_and_without_a_sound_config() {
 }
 
 #[test]
-fn whoever_reads_the_state_file_reads_a_whole_one() {
+fn state_file_is_complete_whenever_it_is_read() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     assert_state(&rig.setup, "serving", 0);
@@ -399,7 +399,7 @@ fn whoever_reads_the_state_file_reads_a_whole_one() {
 }
 
 #[test]
-fn a_state_file_that_is_not_renewed_any_more_is_not_believed() {
+fn state_file_that_is_out_of_date_is_not_trusted() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::with(|setup| setup.backend(backend.toml()).bound_by_modes());
     assert_state(&rig.setup, "serving", 0);
@@ -415,7 +415,7 @@ fn a_state_file_that_is_not_renewed_any_more_is_not_believed() {
 }
 
 #[test]
-fn a_state_file_that_cannot_be_written_costs_a_warning_and_nothing_else() {
+fn state_file_that_cannot_be_written_is_a_warning_and_the_agent_serves() {
     let backend = Backend::vllm(&["m"]);
     let coordinator = Coordinator::new();
     let setup = Setup::new(&coordinator.url()).backend(backend.toml());

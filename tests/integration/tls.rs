@@ -16,7 +16,7 @@ fn session(backend: &Backend) -> (Session, TlsProxy, Agent, Coordinator) {
 }
 
 #[test]
-fn streams_pass_over_tls_and_new_keys_in_the_middle_change_no_byte() {
+fn streams_over_tls_are_unchanged_by_a_key_update() {
     let _descriptors = reserve_descriptors(300);
     const JOBS: usize = 256;
     let backend = Backend::vllm(&["m"]);
@@ -47,7 +47,7 @@ fn streams_pass_over_tls_and_new_keys_in_the_middle_change_no_byte() {
 }
 
 #[test]
-fn a_request_of_20_mb_passes_over_tls_and_so_does_a_cancel() {
+fn slow_request_of_20_mb_and_a_cancel_pass_over_tls() {
     let backend = Backend::vllm(&["m"]);
     let (session, _proxy, _agent, _coordinator) = session(&backend);
     let picture = "x".repeat(20 << 20);
@@ -61,7 +61,7 @@ fn a_request_of_20_mb_passes_over_tls_and_so_does_a_cancel() {
 }
 
 #[test]
-fn a_certificate_that_proves_nothing_is_refused_and_the_log_says_why() {
+fn untrusted_certificate_is_refused_and_the_log_says_why() {
     let cases = [
         (Flaw::None, false, "UnknownIssuer"),
         (Flaw::WrongName, true, "not valid for name"),
@@ -82,7 +82,7 @@ fn a_certificate_that_proves_nothing_is_refused_and_the_log_says_why() {
 }
 
 #[test]
-fn a_ca_file_that_is_none_is_a_config_error() {
+fn ca_file_that_is_invalid_is_a_config_error() {
     for (content, words) in [(None, "failed to read"), (Some("no PEM"), "no certificate")] {
         let setup = Setup::new("wss://localhost:1/x");
         let path = setup.scratch.join("ca.pem");

@@ -13,7 +13,7 @@ fn answering(input: u32, output: u32) -> Backend {
 }
 
 #[test]
-fn jobs_are_refused_while_the_tokens_of_the_last_minute_reach_the_limit() {
+fn slow_jobs_are_refused_while_the_tokens_of_the_last_minute_reach_the_limit() {
     let backend = answering(7, 13);
     let rig = rig(&backend, 60);
     let run = || rig.session.outcome(&rig.session.job("m", json!({})));
@@ -40,7 +40,7 @@ fn jobs_are_refused_while_the_tokens_of_the_last_minute_reach_the_limit() {
 }
 
 #[test]
-fn tokens_of_an_answer_count_as_they_pass_and_those_of_a_cancelled_one_too() {
+fn tokens_count_as_they_pass_even_of_a_cancelled_answer() {
     let backend = Backend::vllm(&["m"]);
     let rig = rig(&backend, 5);
     let id = rig.session.job("m", json!({}));
@@ -57,7 +57,7 @@ fn tokens_of_an_answer_count_as_they_pass_and_those_of_a_cancelled_one_too() {
 }
 
 #[test]
-fn without_a_limit_or_below_it_every_job_runs() {
+fn jobs_below_the_limit_or_without_one_all_run() {
     let backend = answering(1000, u32::MAX);
     for limits in ["", "max_tokens_per_minute = 9_000_000_000_000"] {
         let rig = Rig::with(|setup| setup.backend(backend.toml()).limits(limits));
