@@ -255,15 +255,15 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> (Option<&'static str>, Res
     let typed = args.skip(1).map(|word| {
         word.into_string().map_err(|word| format!("`{}` is not UTF-8 text", word.to_string_lossy().escape_debug()))
     });
-    let normalised = match typed.collect::<Result<Vec<_>, _>>() {
-        Ok(typed) => Normalised::from(typed),
+    let normalized = match typed.collect::<Result<Vec<_>, _>>() {
+        Ok(typed) => Normalized::from(typed),
         Err(e) => return (None, Err(e)),
     };
-    let command = normalised.command();
-    if let Some(option) = normalised.without_value {
+    let command = normalized.command();
+    if let Some(option) = normalized.without_value {
         return (command, Err(format!("`{option}` needs a value")));
     }
-    let words: Vec<&str> = normalised.globals.iter().chain(&normalised.rest).map(String::as_str).collect();
+    let words: Vec<&str> = normalized.globals.iter().chain(&normalized.rest).map(String::as_str).collect();
     let parsed = match Args::from_args(&["usepod-agent"], &words) {
         Ok(args) => Ok(Parsed::Command(args)),
         Err(EarlyExit { status: Ok(()), .. }) => Ok(Parsed::Help),
@@ -274,7 +274,7 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> (Option<&'static str>, Res
 
 /// The command line in the order that argh accepts, each value as a word of its own.
 #[derive(Default)]
-struct Normalised {
+struct Normalized {
     /// Options of every command, with their values.
     globals: Vec<String>,
     /// The command and its own options.
@@ -283,9 +283,9 @@ struct Normalised {
     without_value: Option<String>,
 }
 
-impl From<Vec<String>> for Normalised {
-    fn from(typed: Vec<String>) -> Normalised {
-        let Normalised { mut globals, mut rest, mut without_value } = Normalised::default();
+impl From<Vec<String>> for Normalized {
+    fn from(typed: Vec<String>) -> Normalized {
+        let Normalized { mut globals, mut rest, mut without_value } = Normalized::default();
         let mut words = typed.into_iter();
         while let Some(word) = words.next() {
             if word == "--" {
@@ -308,16 +308,16 @@ impl From<Vec<String>> for Normalised {
                     globals.push(word);
                 }
             } else if matches!(word.as_str(), "-V" | "--version") {
-                return Normalised { rest: vec!["version".to_owned()], ..Normalised::default() };
+                return Normalized { rest: vec!["version".to_owned()], ..Normalized::default() };
             } else {
                 rest.push(if word == "-h" { "--help".to_owned() } else { word });
             }
         }
-        Normalised { globals, rest, without_value }
+        Normalized { globals, rest, without_value }
     }
 }
 
-impl Normalised {
+impl Normalized {
     fn command(&self) -> Option<&'static str> {
         let known = Args::get_args_info().commands;
         self.rest.iter().find_map(|word| known.iter().find(|command| command.name == word)).map(|command| command.name)
@@ -342,7 +342,7 @@ fn split_value(word: &str) -> (&str, Option<&str>) {
 fn explain(output: &str, command: Option<&str>) -> String {
     let message = output.split("\n\nRun ").next().unwrap_or_default().trim();
     if let Some(word) = message.strip_prefix("Unrecognized argument: ") {
-        return unrecognised(word, command);
+        return unrecognized(word, command);
     }
     if message.starts_with("Required positional") && command == Some("service") {
         return format!("`service` needs one of: {}", action_names());
@@ -356,7 +356,7 @@ fn explain(output: &str, command: Option<&str>) -> String {
     of_value.unwrap_or_else(|| message.to_owned())
 }
 
-fn unrecognised(word: &str, command: Option<&str>) -> String {
+fn unrecognized(word: &str, command: Option<&str>) -> String {
     let program = Args::get_args_info();
     let own = command.and_then(|name| program.commands.iter().find(|command| command.name == name));
     if word.starts_with('-') {
@@ -383,12 +383,12 @@ fn unrecognised(word: &str, command: Option<&str>) -> String {
 mod tests {
     use super::*;
 
-    fn normalised(words: &[&str]) -> Normalised {
-        Normalised::from(words.iter().map(|w| (*w).to_owned()).collect::<Vec<_>>())
+    fn normalized(words: &[&str]) -> Normalized {
+        Normalized::from(words.iter().map(|w| (*w).to_owned()).collect::<Vec<_>>())
     }
 
     fn normal(words: &[&str]) -> Vec<String> {
-        let Normalised { globals, rest, without_value } = normalised(words);
+        let Normalized { globals, rest, without_value } = normalized(words);
         assert_eq!(without_value, None);
         [globals, rest].concat()
     }
@@ -402,7 +402,7 @@ mod tests {
         assert_eq!(normal(&["demo", "--prompt", "-c"]), ["demo", "--prompt", "-c"]);
         assert_eq!(normal(&["demo", "--prompt=--config", "--once"]), ["demo", "--prompt", "--config", "--once"]);
         assert_eq!(normal(&["run", "--allow-insecure", "--allow-insecure"]), ["--allow-insecure", "run"]);
-        assert_eq!(normalised(&["run", "-c"]).without_value.as_deref(), Some("-c"));
+        assert_eq!(normalized(&["run", "-c"]).without_value.as_deref(), Some("-c"));
         assert_eq!(normal(&["run", "-c", "x", "-V"]), ["version"]);
     }
 

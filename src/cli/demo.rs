@@ -54,7 +54,7 @@ fn listen_address(globals: &Globals, options: &Demo) -> Result<Option<SocketAddr
     Ok(Some(listen))
 }
 
-/// Reads a configuration that was named. One that merely lies around must not decide which servers a demo queries.
+/// Reads a configuration that was named. A file that happens to be there must not decide which servers a demo queries.
 fn named_config(globals: &Globals) -> Result<Option<Config>, CliError> {
     let Some(named) = &globals.config else { return Ok(None) };
     let path = Config::find(Some(named))?;

@@ -18,12 +18,12 @@ const VERSION: u8 = 0xa0;
 const TEXTS: [u8; 4] = [0x0c, 0x13, 0x14, 0x16];
 
 const COMMON_NAME: &[u8] = &[0x55, 0x04, 0x03];
-const ORGANISATION: &[u8] = &[0x55, 0x04, 0x0a];
+const ORGANIZATION: &[u8] = &[0x55, 0x04, 0x0a];
 
 /// The printed fields of a certificate.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Certificate {
-    /// The issuer's common name, organisation, or both; empty if it has neither.
+    /// The issuer's common name, organization, or both; empty if it has neither.
     pub issuer: String,
     /// Not valid before, in seconds since 1970.
     pub not_before: i64,
@@ -48,7 +48,7 @@ pub fn parse(der: &[u8]) -> Option<Certificate> {
 
 /// The name from a sequence of sets of pairs; unknown values are skipped.
 fn issuer(mut name: Der<'_>) -> String {
-    let (mut common_name, mut organisation) = (None, None);
+    let (mut common_name, mut organization) = (None, None);
     while let Some(set) = name.value(SET) {
         let mut set = Der(set);
         while let Some(pair) = set.value(SEQUENCE) {
@@ -58,12 +58,12 @@ fn issuer(mut name: Der<'_>) -> String {
             let text = String::from_utf8_lossy(value).into_owned();
             match key {
                 COMMON_NAME => common_name = Some(text),
-                ORGANISATION => organisation = Some(text),
+                ORGANIZATION => organization = Some(text),
                 _ => {}
             }
         }
     }
-    match (common_name, organisation) {
+    match (common_name, organization) {
         (Some(name), Some(of)) => format!("{name} ({of})"),
         (name, of) => name.or(of).unwrap_or_default(),
     }

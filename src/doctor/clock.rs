@@ -40,7 +40,7 @@ mod tests {
             (3 * 86400 + 7200, '✗', "3 d 2 h ahead of"),
             (i64::MAX, '✗', "ahead of"),
         ] {
-            let terminal = Terminal { width: 80, is_utf8: true, is_live: false, has_colour: false };
+            let terminal = Terminal { width: 80, is_utf8: true, is_live: false, has_color: false };
             let mut out = Vec::new();
             compare(&mut Report::new(&mut out, terminal), 0, off);
             let text = String::from_utf8(out).expect("text");

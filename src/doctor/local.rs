@@ -65,12 +65,12 @@ pub fn identity(report: &mut Report<'_>, config: &Config) {
                 let what = format_args!("`{shown_path}` has mode {mode:04o}, so other users can use your key");
                 report.fail("identity", what, format_args!("chmod 600 '{shown_path}'"));
             }
-            enrolment(report, config, Identity::load(path), open_to_others(&metadata).is_none());
+            enrollment(report, config, Identity::load(path), open_to_others(&metadata).is_none());
         }
     }
 }
 
-fn enrolment(report: &mut Report<'_>, config: &Config, identity: Result<Identity, IdentityError>, is_private: bool) {
+fn enrollment(report: &mut Report<'_>, config: &Config, identity: Result<Identity, IdentityError>, is_private: bool) {
     let path = config.key_path.display();
     let identity = match identity {
         Ok(identity) => identity,
@@ -92,11 +92,11 @@ fn enrolment(report: &mut Report<'_>, config: &Config, identity: Result<Identity
         report.pass("identity", format_args!("`{path}`, public key {}", identity.public_key_base64()));
     }
     match (identity.provider_id(), &config.coordinator.enrollment_code) {
-        (Some(id), _) => report.pass("enrolment", format_args!("enrolled as {}", id)),
+        (Some(id), _) => report.pass("enrollment", format_args!("enrolled as {}", id)),
         (None, Some(_)) => report
-            .pass("enrolment", format_args!("pending: the first connection sends the enrollment code of the configuration")),
+            .pass("enrollment", format_args!("pending: the first connection sends the enrollment code of the configuration")),
         (None, None) => report.warn(
-            "enrolment",
+            "enrollment",
             format_args!(
                 "no provider id yet and no enrollment code: only a coordinator that knows the public key accepts the agent"
             ),

@@ -35,7 +35,7 @@ enum Mark {
 }
 
 impl Mark {
-    /// The mark in UTF-8 and in ASCII, and its colour as an SGR code.
+    /// The mark in UTF-8 and in ASCII, and its color as an SGR code.
     fn looks(self) -> (&'static str, &'static str, &'static str) {
         match self {
             Mark::Pass => ("✓", "ok  ", "32"),
@@ -110,12 +110,12 @@ impl<'a> Report<'a> {
     }
 
     fn entry(&mut self, mark: Mark, name: &str, what: fmt::Arguments<'_>) {
-        let (utf8, ascii, colour) = mark.looks();
+        let (utf8, ascii, color) = mark.looks();
         let mark = if self.terminal.is_utf8 { utf8 } else { ascii };
         let text = wrap(&format!("  {mark} {name:NAME_WIDTH$}"), &one_line(what), self.terminal.width);
-        // Coloured only now, since escape codes have no width.
-        let coloured = text.replacen(mark, &self.terminal.styled(colour, mark), 1);
-        self.print(&coloured);
+        // Colored only now, since escape codes have no width.
+        let colored = text.replacen(mark, &self.terminal.styled(color, mark), 1);
+        self.print(&colored);
     }
 
     fn fix(&mut self, fix: fmt::Arguments<'_>) {
@@ -160,7 +160,7 @@ mod tests {
         String::from_utf8(out).expect("text")
     }
 
-    const PLAIN: Terminal = Terminal { width: 80, is_utf8: true, is_live: false, has_colour: false };
+    const PLAIN: Terminal = Terminal { width: 80, is_utf8: true, is_live: false, has_color: false };
 
     #[test]
     fn each_check_has_a_line_with_its_fix_below_and_the_verdict_names_the_first_failure() {
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn without_utf8_the_marks_are_words_and_with_colour_they_are_coloured() {
+    fn without_utf8_the_marks_are_words_and_with_color_they_are_colored() {
         let text = printed(Terminal { is_utf8: false, ..PLAIN });
         assert!(text.is_ascii(), "{text}");
         for line in [
@@ -182,7 +182,7 @@ mod tests {
         ] {
             assert!(text.contains(line), "no `{line}` in {text}");
         }
-        let text = printed(Terminal { has_colour: true, ..PLAIN });
+        let text = printed(Terminal { has_color: true, ..PLAIN });
         assert!(text.contains("  \x1b[31m✗\x1b[0m c           two"), "{text}");
     }
 }

@@ -1,4 +1,4 @@
-//! How text is printed on stdout: the line width, the characters of the locale, colour, and the one function that wraps lines.
+//! How text is printed on stdout: the line width, the characters of the locale, color, and the one function that wraps lines.
 
 use std::io::{IsTerminal, stdout};
 
@@ -16,8 +16,8 @@ pub struct Terminal {
     pub is_utf8: bool,
     /// Whether lines can be redrawn in place.
     pub is_live: bool,
-    /// Whether colour and bold are wanted.
-    pub has_colour: bool,
+    /// Whether color and bold are wanted.
+    pub has_color: bool,
 }
 
 impl Terminal {
@@ -35,7 +35,7 @@ impl Terminal {
             width: width.max(WIDTH_MIN),
             is_utf8: locale.contains("utf-8") || locale.contains("utf8"),
             is_live,
-            has_colour: is_live && set("NO_COLOR").is_none(),
+            has_color: is_live && set("NO_COLOR").is_none(),
         }
     }
 
@@ -44,9 +44,9 @@ impl Terminal {
         if self.is_utf8 { "…" } else { "..." }
     }
 
-    /// `text` in this colour or weight, an SGR code such as `32`; plain where colour is not wanted.
+    /// `text` in this color or weight, an SGR code such as `32`; plain where color is not wanted.
     pub fn styled(&self, sgr: &str, text: &str) -> String {
-        if self.has_colour { format!("\x1b[{sgr}m{text}\x1b[0m") } else { text.to_owned() }
+        if self.has_color { format!("\x1b[{sgr}m{text}\x1b[0m") } else { text.to_owned() }
     }
 }
 
@@ -144,15 +144,15 @@ mod tests {
     }
 
     #[test]
-    fn colour_needs_a_terminal_that_is_not_dumb_and_no_no_color() {
-        for (variables, is_terminal, has_colour) in [
+    fn color_needs_a_terminal_that_is_not_dumb_and_no_no_color() {
+        for (variables, is_terminal, has_color) in [
             (&[("TERM", "xterm")][..], true, true),
             (&[("TERM", "xterm")], false, false),
             (&[("TERM", "dumb")], true, false),
             (&[("TERM", "xterm"), ("NO_COLOR", "1")], true, false),
             (&[("TERM", "xterm"), ("NO_COLOR", "")], true, true),
         ] {
-            assert_eq!(terminal(variables, is_terminal).has_colour, has_colour, "{variables:?}");
+            assert_eq!(terminal(variables, is_terminal).has_color, has_color, "{variables:?}");
         }
         assert_eq!(terminal(&[], true).styled("1", "x"), "\x1b[1mx\x1b[0m");
         assert_eq!(terminal(&[], false).styled("1", "x"), "x");

@@ -117,9 +117,9 @@ fn healthy_setup_passes_every_check_and_exits_0() {
     let setup = setup(&coordinator.url()).backend(backend.toml());
     let told = Told::by(&setup, &[]);
     told.assert_well();
-    told.assert_passed(&["config", "identity", "enrolment", "lock", "disk", "dns", "tcp", "websocket", "challenge"]);
+    told.assert_passed(&["config", "identity", "enrollment", "lock", "disk", "dns", "tcp", "websocket", "challenge"]);
     told.assert_passed(&["clock", "health", "models", "window", "completion", "cancel"]);
-    told.line('✓', "enrolment", &["prov_7"]);
+    told.line('✓', "enrollment", &["prov_7"]);
     told.line('-', "tls", &["ws://"]);
     told.line('✓', "models", &["lists 1, 1 to offer: m"]);
     told.line('✓', "completion", &["first byte after", " ms"]);
@@ -552,9 +552,9 @@ fn marks_are_words_without_a_utf8_locale() {
 
 /// On a terminal of `script`, of util-linux.
 #[test]
-fn colour_needs_a_terminal_and_the_absence_of_no_color() {
+fn color_needs_a_terminal_and_the_absence_of_no_color() {
     let home = Scratch::new();
-    for (variables, is_coloured) in [
+    for (variables, is_colored) in [
         (&[("TERM", "xterm")][..], true),
         (&[("TERM", "xterm"), ("NO_COLOR", "1")], false),
         (&[("TERM", "dumb")], false),
@@ -564,7 +564,7 @@ fn colour_needs_a_terminal_and_the_absence_of_no_color() {
         script.env_clear().env("HOME", home.path()).envs(variables.iter().copied());
         let output = script.stdin(std::process::Stdio::null()).output().expect("script, of util-linux");
         let text = String::from_utf8_lossy(&output.stdout);
-        assert_eq!(text.contains("\u{1b}[31mFAIL\u{1b}[0m config"), is_coloured, "{variables:?}: {text}");
+        assert_eq!(text.contains("\u{1b}[31mFAIL\u{1b}[0m config"), is_colored, "{variables:?}: {text}");
         assert!(text.contains("config "), "{variables:?}: {text}");
     }
     let (_, text) = Agent::run(home.path(), &["doctor"]).finish(SOON);

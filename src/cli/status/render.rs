@@ -91,9 +91,9 @@ fn headline(page: &mut Page, state: &Value) {
         }
         _ => (format!("not serving: {name}{since}{reason}"), ""),
     };
-    let colour = if name == "serving" { GREEN } else { YELLOW };
+    let color = if name == "serving" { GREEN } else { YELLOW };
     let what = wrap("", &what, page.terminal.width);
-    page.text += &format!("{}\n", page.terminal.styled(colour, what.trim_end()));
+    page.text += &format!("{}\n", page.terminal.styled(color, what.trim_end()));
     if !advice.is_empty() {
         page.advice(advice);
     }
@@ -223,7 +223,7 @@ fn ago(date: &Value) -> Option<String> {
 mod tests {
     use super::*;
 
-    const PLAIN: Terminal = Terminal { width: 60, is_utf8: false, is_live: false, has_colour: false };
+    const PLAIN: Terminal = Terminal { width: 60, is_utf8: false, is_live: false, has_color: false };
 
     #[test]
     fn a_figure_that_does_not_exist_yet_is_none_and_a_stopped_agent_has_no_figures() {
