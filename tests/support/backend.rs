@@ -2,7 +2,7 @@
 //! it holds back come to the test as [`Held`], which the test answers byte by byte.
 
 use std::collections::HashMap;
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, BufReader, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use super::acceptor::Acceptor;
 use super::descriptors::opened;
 use super::http::{LAST_CHUNK, Request, SSE_HEAD, push_chunk, read_request, response};
-use super::{QUIET, SOON, ms};
+use super::{QUIET, SOON, ms, read};
 
 pub enum Answer {
     Json(u16, Value),
@@ -407,7 +407,7 @@ impl Held {
 
     fn read_to_hang_up(&mut self, within: Duration) -> io::Result<()> {
         self.stream.set_read_timeout(Some(within)).expect("a read timeout");
-        match (&*self.stream).read(&mut [0; 64]) {
+        match read(&self.stream, &mut [0; 64]) {
             Ok(0) => Ok(()),
             Ok(n) => panic!("{n} bytes where the agent should hang up"),
             Err(e) if e.kind() == io::ErrorKind::ConnectionReset => Ok(()),
@@ -420,7 +420,7 @@ impl Held {
         self.stream.set_read_timeout(Some(within)).expect("a read timeout");
         let (mut buffer, mut total) = ([0; 1 << 16], 0);
         loop {
-            match (&*self.stream).read(&mut buffer) {
+            match read(&self.stream, &mut buffer) {
                 Ok(n @ 1..) => total += n,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     panic!("the agent did not hang up within {within:?}")
@@ -433,7 +433,7 @@ impl Held {
     /// Panics when the agent has closed the connection.
     pub fn assert_connected(&mut self) {
         self.stream.set_read_timeout(Some(ms(50))).expect("a read timeout");
-        let outcome = (&*self.stream).read(&mut [0; 64]);
+        let outcome = read(&self.stream, &mut [0; 64]);
         self.stream.set_read_timeout(None).expect("no read timeout");
         match outcome {
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {}

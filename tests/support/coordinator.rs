@@ -1,19 +1,19 @@
 //! The listening half of a scripted coordinator: takes the agent's connections, upgrades them, and hands out
 //! [`Session`]s.
 
-use std::io::{self, BufReader, ErrorKind, Read, Write};
+use std::io::{self, BufReader, ErrorKind, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, unbounded};
 
-use super::SOON;
 use super::acceptor::Acceptor;
 use super::connection::Connection;
 use super::http::{Request, read_request};
 use super::session::Session;
 use super::websocket::WebSocket;
+use super::{SOON, read};
 
 pub struct Coordinator {
     acceptor: Acceptor,
@@ -131,7 +131,7 @@ impl Dialled {
     pub fn drain_until_hang_up(&self, within: Duration) -> Instant {
         self.stream.set_read_timeout(Some(within)).expect("a read timeout");
         loop {
-            match (&self.stream).read(&mut [0; 4096]) {
+            match read(&self.stream, &mut [0; 4096]) {
                 Ok(1..) => {}
                 Err(e) if e.kind() == ErrorKind::WouldBlock => panic!("the agent did not hang up within {within:?}"),
                 _ => return Instant::now(),

@@ -21,8 +21,8 @@ mod shim;
 mod tls;
 pub mod websocket;
 
-use std::io::Write;
-use std::net::TcpListener;
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::thread::JoinHandle;
@@ -113,6 +113,16 @@ pub fn wait_line_in(file: &Path, words: &[&str]) -> String {
 pub fn left_out(why: &str) {
     let thread = std::thread::current();
     let _ = writeln!(std::io::stderr(), "test {} was left out: {why}", thread.name().unwrap_or_default());
+}
+
+/// Reads from a socket. A read with a timeout is interrupted when the test process is stopped and continued, and starts again.
+fn read(mut stream: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match stream.read(buffer) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
 }
 
 /// Joins a thread, for a `drop`: one that does not end in time is reported and left, as the test must go on or fail.
