@@ -281,7 +281,7 @@ fn closed_stdout_and_stderr_do_not_stop_the_agent() {
     let backend = Backend::vllm(&["m"]);
     let coordinator = Coordinator::new();
     let setup = Setup::new(&coordinator.url()).backend(backend.toml());
-    let mut agent = setup.start_unheard();
+    let mut agent = setup.start_with_closed_outputs();
     let session = coordinator.session();
     for _ in 0..3 {
         // A warning each, into a closed pipe.

@@ -214,7 +214,7 @@ fn signal_stops_the_agent_while_the_first_offer_is_gathered() {
 fn unread_log_does_not_keep_the_agent_from_serving_and_stopping() {
     let backend = Backend::vllm(&["m"]);
     let coordinator = Coordinator::new();
-    let mut agent = Setup::new(&coordinator.url()).backend(backend.toml()).start_unread();
+    let mut agent = Setup::new(&coordinator.url()).backend(backend.toml()).start_with_unread_outputs();
     let session = coordinator.session();
     // A warning for each: many times what a pipe holds.
     for _ in 0..5000 {

@@ -1,4 +1,4 @@
-//! The real binary as a child process, with a home of its own and nothing of our environment.
+//! The real binary as a child process, with its own home and none of the test's environment.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read};
@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use super::descriptors::opened;
 use super::{Ran, SOON, Scratch, ms, procfs};
 
-/// The binary under test: another one where `AGENT` names it.
+/// The binary under test; `AGENT` may name another one.
 pub fn binary() -> OsString {
     std::env::var_os("AGENT").unwrap_or_else(|| env!("CARGO_BIN_EXE_usepod-agent").into())
 }
 
-/// What an agent is started with. Outlives the agent, so that a second one can be started over the same files.
+/// The configuration of an agent. It outlives the agent, so that a second one can be started with the same files.
 pub struct Setup {
     pub scratch: Arc<Scratch>,
     coordinator: String,
@@ -59,7 +59,7 @@ impl Setup {
         self
     }
 
-    /// A line for `[coordinator]`, beside the url.
+    /// A line for `[coordinator]`, after the URL.
     pub fn coordinator(mut self, toml: &str) -> Self {
         self.coordinator = format!("{}\n{toml}", self.coordinator);
         self
@@ -76,14 +76,14 @@ impl Setup {
         self
     }
 
-    /// Lines of shell for the process that then becomes the agent: limits, redirections.
+    /// Shell commands that run before the agent in its process: limits, redirections.
     pub fn after(mut self, shell: &str) -> Self {
         self.prelude.push_str(shell);
         self.prelude.push('\n');
         self
     }
 
-    /// Files' modes bind the agent also where the tests run as root, whom they would not bind.
+    /// Makes file permissions apply to the agent even if the tests run as root.
     pub fn bound_by_modes(self) -> Self {
         self.after(
             "[ \"$(id -u)\" != 0 ] || exec setpriv --inh-caps=-all \\
@@ -99,7 +99,7 @@ impl Setup {
         )
     }
 
-    /// Writes the config file; not again where it is as it should be, for somebody may be reading it.
+    /// Writes the config file unless it is up to date, as another process may be reading it.
     pub fn write(&self) -> PathBuf {
         let path = self.scratch.join("agent.toml");
         if std::fs::read_to_string(&path).is_ok_and(|text| text == self.toml()) {
@@ -120,35 +120,35 @@ impl Setup {
         Agent::spawn(self.command(level), Some(Arc::clone(&self.scratch)))
     }
 
-    /// Starts another command than `run`, over the same files.
+    /// Starts a command other than `run`, with the same files.
     pub fn start_command(&self, words: &[&str]) -> Agent {
         let mut command = self.command(None);
         command.args(words);
         Agent::spawn(command, Some(Arc::clone(&self.scratch)))
     }
 
-    /// Nobody reads what it prints: its pipes are closed before it can write.
-    pub fn start_unheard(&self) -> Agent {
+    /// Starts it with pipes whose other end is closed.
+    pub fn start_with_closed_outputs(&self) -> Agent {
         let mut child = spawn(self.command(None).stdout(Stdio::piped()).stderr(Stdio::piped()));
         drop((child.stdout.take(), child.stderr.take()));
         Agent { child, stdout: Log::closed(), stderr: Log::closed(), _scratch: Some(Arc::clone(&self.scratch)) }
     }
 
-    /// Nobody reads what it prints, and its pipes stay open: once they are full, who writes waits.
-    pub fn start_unread(&self) -> Agent {
+    /// Starts it with pipes that stay open and are never read: once they are full, writes block.
+    pub fn start_with_unread_outputs(&self) -> Agent {
         let mut command = self.command(Some("debug"));
         let child = spawn(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
         Agent { child, stdout: Log::closed(), stderr: Log::closed(), _scratch: Some(Arc::clone(&self.scratch)) }
     }
 
-    /// As a line of crontab does, at the level that the file says.
+    /// Starts it as the crontab line does.
     pub fn start_by_cron(&self) -> Agent {
         let mut command = self.command(None);
         command.args(["run", "--cron"]);
         Agent::spawn(command, Some(Arc::clone(&self.scratch)))
     }
 
-    /// Where an agent logs that was started so.
+    /// The log file of an agent started by cron.
     pub fn log(&self) -> PathBuf {
         self.identity().with_file_name("agent.log")
     }
@@ -168,7 +168,7 @@ fn command(home: &Path, prelude: &str) -> Command {
         command.arg("-c").arg(format!("{prelude}exec \"$0\" \"$@\"")).arg(binary());
     }
     command.env_clear().env("HOME", home).current_dir(home).stdin(Stdio::null());
-    // Wide lines are not wrapped, so that a test finds its words in one; tests of the layout set their own.
+    // Wide enough that no line is wrapped; tests of the layout set their own width.
     command.env("COLUMNS", "1000").env("LANG", "C.UTF-8");
     command
 }
@@ -177,12 +177,12 @@ fn spawn(command: &mut Command) -> Child {
     opened(command.spawn(), &format!("failed to start {:?}", command.get_program()))
 }
 
-/// Runs the binary to its end, with `home` as home and working folder.
+/// Runs the binary to its end, with `home` as home and working directory.
 pub fn cli(home: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Ran {
     cli_within(SOON, home, arguments, environment)
 }
 
-/// Likewise, for what takes its time.
+/// Likewise, with this time limit.
 pub fn cli_within(limit: Duration, home: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Ran {
     let mut agent = Agent::spawn_in(home, arguments, environment);
     let status = agent.wait(limit);
@@ -194,12 +194,12 @@ pub struct Agent {
     child: Child,
     pub stdout: Log,
     pub stderr: Log,
-    // The agent's folder stays for as long as the agent.
+    // Keeps the folder until the agent has ended.
     _scratch: Option<Arc<Scratch>>,
 }
 
 impl Agent {
-    /// The binary with these arguments, with `home` as home and working folder.
+    /// Starts the binary with these arguments, with `home` as home and working directory.
     pub fn run(home: &Path, arguments: &[&str]) -> Self {
         Self::spawn_in(home, arguments, &[])
     }
@@ -227,14 +227,14 @@ impl Agent {
         assert!(status.expect("a shell").success(), "kill -{name} failed: is the agent still running?");
     }
 
-    /// From now on it may have descriptors below this number only; those that it has stay.
+    /// Limits new descriptors to numbers below this; open ones stay open.
     pub fn limit_descriptors(&self, below: u32) {
         let limit = format!("--nofile={below}:");
         let status = Command::new("prlimit").args(["--pid", &self.pid().to_string(), &limit]).status();
         assert!(status.expect("prlimit, of util-linux").success(), "the limit of descriptors was not set");
     }
 
-    /// From now on it can write to no file.
+    /// Makes every further write to a file fail.
     pub fn limit_files(&self) {
         let status = Command::new("prlimit").args(["--pid", &self.pid().to_string(), "--fsize=0:"]).status();
         assert!(status.expect("prlimit, of util-linux").success(), "the limit of files was not set");
@@ -252,13 +252,13 @@ impl Agent {
         }
     }
 
-    /// Waits for the end of the process; its exit code, and all that it printed.
+    /// Waits for the end of the process; returns its exit code and stdout.
     pub fn finish(&mut self, within: Duration) -> (Option<i32>, String) {
         let status = self.wait(within);
         (status.code(), self.stdout.whole())
     }
 
-    /// Its log's warnings so far.
+    /// The warnings logged so far.
     pub fn warnings(&self) -> Vec<String> {
         self.stderr.text().lines().filter(|line| line.contains("WARN")).map(str::to_owned).collect()
     }
@@ -269,14 +269,14 @@ impl Agent {
         names.iter().map(|name| name.trim().to_owned()).collect()
     }
 
-    /// How often its threads that are still there have gone to sleep: once for each wake-up.
+    /// The voluntary context switches of its current threads: one for each wake-up.
     pub fn wake_ups(&self) -> u64 {
         let statuses = procfs::read_each_thread(self.pid(), "status").expect("the agent's threads");
         let switches = |status: &String| procfs::number(status, "voluntary_ctxt_switches:").expect("a count");
         statuses.iter().map(switches).sum()
     }
 
-    /// The most memory that it ever held.
+    /// The peak of its resident memory.
     pub fn peak_kib(&self) -> u64 {
         self.status_kib("VmHWM")
     }
@@ -301,7 +301,7 @@ impl Drop for Agent {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let killed = Instant::now();
-        // A process that the system does not let go is left to it.
+        // A process that does not end after SIGKILL is left to the system.
         while matches!(self.child.try_wait(), Ok(None)) && killed.elapsed() < SOON {
             std::thread::sleep(ms(1));
         }
@@ -314,16 +314,16 @@ impl Drop for Agent {
                 eprintln!("--- the agent's stderr ends:\n{}\n---", tail.join("\n"));
             }
         } else {
-            // Whatever else a test looks at: no thread of the agent may have panicked.
+            // In every test, no thread of the agent may have panicked.
             assert!(!self.stderr.has_panicked(), "the agent panicked:\n{log}");
         }
     }
 }
 
-/// Of an output that grows for hours only the end is kept.
+/// How many bytes of an output are kept; of a longer one only the end.
 const LOG_KEPT: usize = 16 << 20;
 
-/// What a process wrote to one of its outputs, as it grows.
+/// One output of a running process.
 #[derive(Clone, Default)]
 pub struct Log(Arc<(Mutex<State>, Condvar)>);
 
@@ -361,7 +361,7 @@ impl Log {
         log
     }
 
-    /// Of a pipe that nobody reads.
+    /// The log of a pipe that is not read.
     fn closed() -> Self {
         let log = Self::default();
         log.update(|state| state.ended = true);
@@ -377,31 +377,31 @@ impl Log {
         self.0.0.lock().expect("log").panicked
     }
 
-    /// What was written so far.
+    /// The output so far.
     pub fn text(&self) -> String {
         self.0.0.lock().expect("log").text.clone()
     }
 
-    /// All of it; of a process that has ended.
+    /// The complete output of a process that has ended.
     pub fn whole(&self) -> String {
         let state = self.0.0.lock().expect("log");
         let (state, _) = self.0.1.wait_timeout_while(state, SOON, |state| !state.ended).expect("log");
         state.text.clone()
     }
 
-    /// The first line that holds every one of `words`, in any case.
+    /// Waits for the first line that contains all of `words`, ignoring case.
     pub fn wait_line(&self, words: &[&str]) -> String {
         self.find_line(words, SOON).unwrap_or_else(|text| {
             panic!("no line with {words:?} was written; all there is:\n{text}");
         })
     }
 
-    /// Whether such a line is written in time.
+    /// Whether such a line is written within this time.
     pub fn has_line(&self, words: &[&str], within: Duration) -> bool {
         self.find_line(words, within).is_ok()
     }
 
-    /// The line, or all that was written instead.
+    /// The line, or the whole output without it.
     fn find_line(&self, words: &[&str], within: Duration) -> Result<String, String> {
         let words: Vec<_> = words.iter().map(|word| word.to_lowercase()).collect();
         let find = |text: &str| {

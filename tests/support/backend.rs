@@ -1,5 +1,5 @@
-//! An inference server that does as it is told. A function of the request says how each one is answered; those that
-//! it holds back come to the test as [`Held`], which the test answers byte by byte.
+//! The scripted backend. A function of the request decides how each one is answered; held requests are passed to the test as
+//! [`Held`], which answers them byte by byte.
 
 use std::collections::HashMap;
 use std::io::{self, BufReader, Write};
@@ -21,11 +21,11 @@ pub enum Answer {
     Json(u16, Value),
     /// These bytes; the connection stays open.
     Raw(Vec<u8>),
-    /// These bytes, then the end of the connection.
+    /// These bytes, then closes the connection.
     RawThenClose(Vec<u8>),
-    /// This answers, in the connection's own thread, and says whether the connection serves on.
+    /// Calls this function on the connection's thread; it returns whether the connection stays open.
     Play(Box<Player>),
-    /// The test answers, see [`Backend::next`].
+    /// Holds the request for the test, see [`Backend::next`].
     Hold,
 }
 
@@ -43,9 +43,9 @@ struct Shared {
     held: Sender<Held>,
     accepting: Mutex<Accepting>,
     accepting_changed: Condvar,
-    /// Bytes of each request's body that stay in the socket: closing it then sends a reset instead of an end.
+    /// Bytes at the end of each request's body that are not read: closing the socket then sends a reset.
     unread: AtomicUsize,
-    /// Requests are not kept for [`Backend::seen`].
+    /// Whether requests are not kept for [`Backend::seen`].
     forgetful: AtomicBool,
     connected: AtomicUsize,
     open: Mutex<HashMap<usize, Arc<TcpStream>>>,
@@ -56,7 +56,7 @@ struct Shared {
 #[derive(Clone, Copy, PartialEq)]
 enum Accepting {
     Yes,
-    /// The acceptor is to wait with the next connection in its hand.
+    /// The acceptor is to block once it has accepted one more connection.
     ToPause,
     Paused,
 }
@@ -66,7 +66,7 @@ impl Backend {
         Self::on("127.0.0.1:0", routes)
     }
 
-    /// On a given address, to come back where another backend was.
+    /// On a given address, for instance that of an earlier backend.
     pub fn on(address: &str, routes: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
         let (sender, held) = unbounded();
         let shared = Arc::new(Shared {
@@ -119,21 +119,21 @@ impl Backend {
         self.leave_unread(1);
     }
 
-    /// From the next connection on, so many bytes of each body stay in the socket; closing it resets the connection.
+    /// From the next connection on, leaves this many bytes of each body unread, so that closing the connection resets it.
     pub fn leave_unread(&self, bytes: usize) {
         self.shared.unread.store(bytes, Ordering::SeqCst);
     }
 
-    /// From now on no request is kept: for a test that makes too many of them.
+    /// Stops keeping requests for [`Self::seen`]; for tests with very many.
     pub fn forget(&self) {
         self.shared.forgetful.store(true, Ordering::SeqCst);
     }
 
-    /// From now on nobody who connects hears anything: the queue of the connections to be accepted is full, which it
-    /// is for as long as what is returned.
+    /// Leaves every further connect unanswered, by filling the queue of connections to be accepted. It stays full as long as the
+    /// returned connections live.
     pub fn swallow_connects(&self) -> Vec<TcpStream> {
         self.shared.set_accepting(Accepting::ToPause);
-        // The acceptor sits in `accept`: it has to leave before the queue can be full.
+        // The acceptor blocks in `accept` and would empty the queue: one connection makes it leave.
         let last = opened(TcpStream::connect(self.address()), "a connection for the acceptor");
         let accepting = self.shared.accepting.lock().expect("accepting");
         let is_coming = |accepting: &mut Accepting| *accepting != Accepting::Paused;
@@ -141,7 +141,7 @@ impl Backend {
         assert!(!waited.timed_out(), "the acceptor goes on accepting");
         let mut queue = vec![last];
         loop {
-            // Over loopback only a full queue takes any time.
+            // Over loopback, only a full queue delays a connect.
             match TcpStream::connect_timeout(&self.address(), ms(500)) {
                 Err(e) if e.kind() == io::ErrorKind::TimedOut => break,
                 result => queue.push(opened(result, "a connection for the queue")),
@@ -151,13 +151,13 @@ impl Backend {
         queue
     }
 
-    /// Ends what [`Self::swallow_connects`] began; whoever still tries to connect gets through.
+    /// Ends [`Self::swallow_connects`]; pending connects succeed.
     pub fn accept_again(&self, queue: Vec<TcpStream>) {
         drop(queue);
         self.shared.set_accepting(Accepting::Yes);
     }
 
-    /// How many connects to it the kernel still tries: nothing has answered their SYN yet.
+    /// The number of connects to this backend whose SYN is unanswered.
     pub fn connects_under_way(&self) -> usize {
         let port = format!(":{:04X}", self.address().port());
         let table = std::fs::read_to_string("/proc/net/tcp").expect("the TCP table");
@@ -165,7 +165,7 @@ impl Backend {
         rows.filter(|fields| fields.len() > 3 && fields[2].ends_with(&port) && fields[3] == "02").count()
     }
 
-    /// Waits until so many connects to it are under way.
+    /// Waits until exactly `count` connects are unanswered.
     pub fn wait_for_connects(&self, count: usize) {
         let began = Instant::now();
         while self.connects_under_way() != count {
@@ -174,17 +174,17 @@ impl Backend {
         }
     }
 
-    /// The jobs asked so far.
+    /// The number of jobs received so far.
     pub fn posts(&self) -> usize {
         self.seen().iter().filter(|request| request.method == "POST").count()
     }
 
-    /// The next request that was held back.
+    /// The next held request.
     pub fn next(&self) -> Held {
         self.next_within(SOON)
     }
 
-    /// The next one, if it is held back in time.
+    /// The next held request, if there is one within this time.
     pub fn try_next(&self, within: Duration) -> Option<Held> {
         self.held.recv_timeout(within).ok()
     }
@@ -198,14 +198,14 @@ impl Backend {
         })
     }
 
-    /// Panics when a request is held back within `time`.
+    /// Panics if a request is held within `time`.
     pub fn assert_none(&self, time: Duration) {
         if let Some(held) = self.try_next(time) {
             panic!("a request that must not come: {} {}", held.request.line(), held.request.body_text());
         }
     }
 
-    /// Everything asked so far.
+    /// All requests so far.
     pub fn seen(&self) -> Vec<Request> {
         self.shared.seen.lock().expect("requests").clone()
     }
@@ -248,7 +248,7 @@ fn serving(
 impl Drop for Backend {
     fn drop(&mut self) {
         self.shared.set_accepting(Accepting::Yes);
-        // Before the connections end, so that no new one takes their place.
+        // First, so that no new connection is accepted after the others are closed.
         self.acceptor.stop();
         self.hang_up();
     }
@@ -262,7 +262,7 @@ impl Shared {
         self.open.lock().expect("connections").insert(id, Arc::clone(&stream));
         std::thread::spawn(move || {
             let _ = shared.serve(&stream, id);
-            // Nothing may keep the socket open once its thread is through with it.
+            // The last owner closes the socket, here or in the test.
             shared.open.lock().expect("connections").remove(&id);
         });
     }
@@ -285,7 +285,7 @@ impl Shared {
     fn serve(&self, stream: &Arc<TcpStream>, id: usize) -> io::Result<()> {
         stream.set_nodelay(true)?;
         let (shared_stream, mut stream) = (stream, &**stream);
-        // What is left unread has to stay in the socket, and not in a buffer.
+        // Unread bytes must stay in the socket, not in a buffer.
         let capacity = if self.unread.load(Ordering::SeqCst) > 0 { 1 } else { 8 << 10 };
         let mut reader = BufReader::with_capacity(capacity, stream);
         while let Some(request) = read_request(&mut reader, id, self.unread.load(Ordering::SeqCst))? {
@@ -323,26 +323,26 @@ fn flood_chunk() -> Vec<u8> {
     chunk
 }
 
-/// A request that waits for the test to answer it. Dropping it closes the connection.
+/// A request that the test answers. Dropping it closes the connection.
 pub struct Held {
     pub request: Request,
-    // Before `release`: the connection's thread must find itself the last owner of the socket.
+    // Declared before `release`, so that the connection's thread is the last owner of the socket.
     stream: Arc<TcpStream>,
     release: Sender<()>,
 }
 
 impl Held {
-    /// Raw bytes onto the connection; that the agent is gone is for the test to find out elsewhere.
+    /// Sends raw bytes; a closed connection is ignored.
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
         self.try_send(bytes.as_ref());
     }
 
-    /// Whether the agent still takes them.
+    /// Sends raw bytes; false if the connection is closed.
     pub fn try_send(&mut self, bytes: &[u8]) -> bool {
         (&*self.stream).write_all(bytes).is_ok()
     }
 
-    /// Sends chunks of 64 KiB without end, until the agent hangs up. They hold one line without end.
+    /// Sends one endless line in chunks of 64 KiB until the agent hangs up.
     pub fn flood(mut self) -> JoinHandle<()> {
         let chunk = flood_chunk();
         std::thread::spawn(move || while self.try_send(&chunk) {})
@@ -359,31 +359,31 @@ impl Held {
         self.send(chunk);
     }
 
-    /// Ends a chunked body and gives the connection back for the next request.
+    /// Ends a chunked body; the connection serves the next request.
     pub fn end(mut self) {
         self.send(LAST_CHUNK);
         self.keep();
     }
 
-    /// The whole of a good answer.
+    /// Sends a complete, successful answer.
     pub fn finish(mut self) {
         self.send(response(200, "text/event-stream", super::sse(7, 13)));
         self.keep();
     }
 
-    /// The answer is complete; the connection serves on.
+    /// Ends the answer; the connection serves the next request.
     pub fn keep(self) {
         let _ = self.release.send(());
     }
 
-    /// Writes chunks until nothing on the way to the coordinator takes any more of them.
+    /// Writes chunks until every buffer up to the coordinator is full.
     pub fn flood_until_full(&mut self) {
         self.stream.set_write_timeout(Some(QUIET)).expect("a write timeout");
         let chunk = flood_chunk();
         while self.try_send(&chunk) {}
     }
 
-    /// Waits until the agent has closed the connection, and tells how long that took.
+    /// Waits until the agent has closed the connection; returns how long that took.
     pub fn wait_hang_up(&mut self) -> Duration {
         self.wait_hang_up_within(SOON)
     }
@@ -396,8 +396,8 @@ impl Held {
         }
     }
 
-    /// When the agent closed the connection, `None` if it does not within that time. The thread blocks in the read, so that
-    /// no polling blurs the moment; and gives the request back, so that others' moments are not blurred by cleaning up.
+    /// Starts a thread that returns when the agent closed the connection, or `None` after this time. It blocks in the read, as
+    /// polling would be less precise, and returns the request, as dropping it would delay the other measurements.
     pub fn watch_hang_up(mut self, within: Duration) -> JoinHandle<(Held, Option<Instant>)> {
         std::thread::spawn(move || {
             let closed = self.read_to_hang_up(within).is_ok().then(Instant::now);
@@ -415,7 +415,7 @@ impl Held {
         }
     }
 
-    /// Reads what is left of the request, up to the end of the connection, and tells how much it was.
+    /// Reads the rest of the request up to the end of the connection; returns its length.
     pub fn read_to_end(&mut self, within: Duration) -> usize {
         self.stream.set_read_timeout(Some(within)).expect("a read timeout");
         let (mut buffer, mut total) = ([0; 1 << 16], 0);
@@ -430,7 +430,7 @@ impl Held {
         }
     }
 
-    /// Panics when the agent has closed the connection.
+    /// Panics if the agent has closed the connection.
     pub fn assert_connected(&mut self) {
         self.stream.set_read_timeout(Some(ms(50))).expect("a read timeout");
         let outcome = read(&self.stream, &mut [0; 64]);

@@ -1,5 +1,4 @@
-//! The listening half of a scripted coordinator: takes the agent's connections, upgrades them, and hands out
-//! [`Session`]s.
+//! The listening half of the scripted coordinator: accepts the agent's connections and upgrades them to [`Session`]s.
 
 use std::io::{self, BufReader, ErrorKind, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -20,7 +19,7 @@ pub struct Coordinator {
     dialled: Receiver<Dialled>,
 }
 
-/// A connection of the agent's that nothing was said on yet.
+/// A new connection of the agent.
 pub struct Dialled {
     pub stream: TcpStream,
     pub at: Instant,
@@ -34,19 +33,19 @@ impl Coordinator {
     pub fn on(address: &str) -> Self {
         let (sender, dialled) = unbounded();
         let acceptor = Acceptor::new(address, move |stream| {
-            // The last ones may find nobody any more.
+            // The receiver is dropped before the acceptor.
             let _ = sender.send(Dialled { stream, at: Instant::now() });
         });
         Self { acceptor, dialled }
     }
 
-    /// One that plays the same part in each connection, on a thread of its own.
+    /// A coordinator that handles each connection with the same function, on its own thread.
     pub fn played(part: impl Fn(Dialled) + Send + Sync + 'static) -> Self {
         let mut coordinator = Self::new();
         let dialled = std::mem::replace(&mut coordinator.dialled, unbounded().1);
         let part = Arc::new(part);
         std::thread::spawn(move || {
-            // Until the acceptor is gone.
+            // Ends with the acceptor.
             for dialled in dialled {
                 let part = Arc::clone(&part);
                 std::thread::spawn(move || part(dialled));
@@ -68,22 +67,22 @@ impl Coordinator {
         self.try_dialled(within).unwrap_or_else(|| panic!("the agent did not dial the coordinator within {within:?}"))
     }
 
-    /// The next connection, if there is one in time.
+    /// The next connection, if there is one within this time.
     pub fn try_dialled(&self, within: Duration) -> Option<Dialled> {
         self.dialled.recv_timeout(within).ok()
     }
 
-    /// Panics when the agent dials within `time`.
+    /// Panics if the agent dials within `time`.
     pub fn assert_not_dialled(&self, time: Duration) {
         assert!(self.dialled.recv_timeout(time).is_err(), "the agent dialled, and must not within {time:?}");
     }
 
-    /// The next connection, upgraded; the coordinator has not spoken yet.
+    /// The next connection, upgraded; no frame has been sent yet.
     pub fn accept(&self) -> Session {
         self.dialled(SOON).upgrade()
     }
 
-    /// The next connection, taken through the handshake.
+    /// The next connection, after its handshake.
     pub fn session(&self) -> Session {
         self.accept().authenticate(None)
     }
@@ -102,12 +101,12 @@ impl Dialled {
 
     fn try_request(&self) -> io::Result<Request> {
         self.stream.set_read_timeout(Some(SOON))?;
-        // The client says nothing more before it is answered, so that the reader's buffer ends up empty.
+        // The client sends nothing more before the response, so that the reader's buffer is empty when it is dropped.
         let request = read_request(&mut BufReader::new(&self.stream), 0, 0)?;
         request.ok_or_else(|| ErrorKind::UnexpectedEof.into())
     }
 
-    /// Upgrades, over a link that may break.
+    /// Upgrades; fails if the link breaks.
     pub fn try_upgrade(self) -> io::Result<Session> {
         self.accept(b"")
     }
@@ -116,7 +115,7 @@ impl Dialled {
         self.upgrade_with(b"")
     }
 
-    /// Upgrades, with `more` in the same write as the 101.
+    /// Upgrades, with `more` in the same write as the response.
     pub fn upgrade_with(self, more: &[u8]) -> Session {
         self.accept(more).unwrap_or_else(|e| panic!("failed to upgrade the agent's connection: {e}"))
     }
@@ -127,7 +126,7 @@ impl Dialled {
         Ok(Session::new(socket, self.at))
     }
 
-    /// Takes whatever the agent says and answers nothing; returns when it closed the connection.
+    /// Reads without answering; returns when the agent closed the connection.
     pub fn drain_until_hang_up(&self, within: Duration) -> Instant {
         self.stream.set_read_timeout(Some(within)).expect("a read timeout");
         loop {

@@ -1,14 +1,14 @@
-//! An answer that is too large to be kept.
+//! A line that is too long to be kept in memory.
 
 use super::{base64, unbase64};
 
-/// A line without end, that repeats itself: its pieces are compared as they come, in base64, for to keep it or to decode it
-/// would cost an unoptimised test its time.
+/// An endless line that repeats a period. Received pieces are compared in base64 as they come, as decoding them would take an
+/// unoptimised test too long.
 pub struct EndlessLine {
     pub period: Vec<u8>,
     /// The base64 of two periods, from each of the first three bytes on.
     base64: [String; 3],
-    /// Bytes that came.
+    /// Bytes received.
     pub length: usize,
 }
 
@@ -21,7 +21,7 @@ impl EndlessLine {
         Self { period, base64, length: 0 }
     }
 
-    /// The next piece, in base64.
+    /// Compares the next piece, in base64.
     pub fn compare(&mut self, piece: &str) {
         let at = self.length % self.period.len();
         let (groups, last) = piece.split_at(piece.len() - 4);

@@ -1,4 +1,4 @@
-//! A TCP relay that can cut, stall and trickle what passes.
+//! A TCP relay that can cut, stall and trickle the bytes.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -11,11 +11,11 @@ use super::ms;
 #[derive(Clone, Copy, PartialEq)]
 pub enum Mode {
     Pass,
-    /// Takes the bytes of both sides and passes on none, as a dead link behind a middlebox does.
+    /// Discards the bytes of both sides, like a dead link behind a middlebox.
     Swallow,
-    /// Passes on nothing until the mode changes, and then all of it, as TCP does over a link that was away.
+    /// Relays nothing until the mode changes, then all of it, like TCP after an interruption of the link.
     Stall,
-    /// One byte a write, and each in a segment of its own.
+    /// Relays one byte per write, each in its own segment.
     Trickle,
 }
 
@@ -54,7 +54,7 @@ impl FaultProxy {
         self.shared.changed.notify_all();
     }
 
-    /// Ends every connection there is.
+    /// Closes all connections.
     pub fn cut(&self) {
         let open = std::mem::take(&mut *self.shared.open.lock().expect("connections"));
         for connection in open.iter().filter_map(Weak::upgrade) {
@@ -100,13 +100,13 @@ impl Shared {
         let _ = to.shutdown(Shutdown::Write);
     }
 
-    /// The mode, once it is another than to stall.
+    /// The mode, once it is not `Stall`.
     fn passing_mode(&self) -> Mode {
         let mode = self.mode.lock().expect("mode");
         *self.changed.wait_while(mode, |mode| *mode == Mode::Stall).expect("mode")
     }
 
-    /// As the mode says, which may change in the middle.
+    /// Relays as the mode says, which may change meanwhile.
     fn pass_on(&self, mut bytes: &[u8], mut to: &TcpStream) -> io::Result<()> {
         while !bytes.is_empty() {
             match self.passing_mode() {

@@ -1,4 +1,4 @@
-//! As much of HTTP/1.1 as a scripted server needs.
+//! The part of HTTP/1.1 that a scripted server needs.
 
 use std::io::{self, BufRead, Read};
 
@@ -8,10 +8,10 @@ use serde_json::Value;
 pub struct Request {
     pub method: String,
     pub target: String,
-    /// In their order, names in lower case.
+    /// In order, with names in lower case.
     pub headers: Vec<(String, String)>,
     pub body: Vec<u8>,
-    /// Which connection of the server it came on, counted from 0.
+    /// The number of its connection, counted from 0.
     pub connection: usize,
 }
 
@@ -35,7 +35,7 @@ impl Request {
     }
 }
 
-/// Reads one request; `unread` bytes at the end of its body are left in the socket. `None` at a clean end.
+/// Reads one request, except the last `unread` bytes of its body. `None` at the end of the connection.
 pub fn read_request(from: &mut impl BufRead, connection: usize, unread: usize) -> io::Result<Option<Request>> {
     let mut line = String::new();
     if from.read_line(&mut line)? == 0 {
@@ -92,7 +92,7 @@ pub fn push_chunk(out: &mut Vec<u8>, data: &[u8]) {
     out.extend_from_slice(b"\r\n");
 }
 
-/// A whole response with a content-length.
+/// A complete response with a content-length.
 pub fn response(status: u16, content_type: &str, body: impl AsRef<[u8]>) -> Vec<u8> {
     let body = body.as_ref();
     let head =
@@ -100,7 +100,7 @@ pub fn response(status: u16, content_type: &str, body: impl AsRef<[u8]>) -> Vec<
     [head.as_bytes(), body].concat()
 }
 
-/// The whole of a small, good stream: two deltas, usage, `[DONE]`.
+/// A small, complete stream: two deltas, usage, `[DONE]`.
 pub fn sse(input: u32, output: u32) -> String {
     format!(
         "data: {{\"choices\":[{{\"delta\":{{\"content\":\"hello \"}}}}]}}\n\n\

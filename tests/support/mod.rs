@@ -1,6 +1,6 @@
-//! Fakes of everything the agent talks to, each over a real loopback socket and each with a bound on every wait.
+//! Scripted peers of the agent, over real loopback sockets, with a limit for every wait.
 //!
-//! [`Rig`] is what most tests want: one coordinator, one started agent, one session past its handshake.
+//! Most tests use a [`Rig`]: one coordinator, one agent, and one session after its handshake.
 
 mod acceptor;
 mod agent;
@@ -44,13 +44,13 @@ pub use shim::Shim;
 pub use tls::{Authority, Flaw, TlsProxy};
 pub use websocket::{BINARY, CLOSE, CONTINUATION, PING, TEXT, close_payload, encode, switching_protocols};
 
-/// How long anything that should happen at once may take on a loaded machine.
+/// The time limit for events that should happen at once, on a loaded machine.
 pub const SOON: Duration = Duration::from_secs(10);
 
-/// How long a test watches for something that must not happen.
+/// How long a test waits for an event that must not happen.
 pub const QUIET: Duration = Duration::from_millis(300);
 
-/// What a running agent keeps beside its identity, and leaves there.
+/// The identity file, and the files that an agent keeps beside it.
 pub const STATE_FILES: [&str; 4] = ["identity.key", "identity.key.lock", "identity.key.state", "identity.key.wake"];
 
 /// The names in a folder, sorted.
@@ -70,7 +70,7 @@ pub const fn secs(n: u64) -> Duration {
     Duration::from_secs(n)
 }
 
-/// An address where nothing listens. On a loopback address of its own, so that no other test's port can fall there.
+/// An address where nothing listens. Each caller names its own loopback address, so that no other test uses the port.
 pub fn nobody_at(loopback: &str) -> String {
     let listener = TcpListener::bind((loopback, 0)).expect("a loopback port");
     listener.local_addr().expect("a bound address").to_string()
@@ -86,7 +86,7 @@ pub fn mode(path: impl AsRef<Path>) -> u32 {
     std::fs::metadata(path).expect("its metadata").permissions().mode() & 0o7777
 }
 
-/// Waits until it is so.
+/// Waits until `is_so` returns true.
 #[track_caller]
 pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
     let began = Instant::now();
@@ -96,7 +96,7 @@ pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
     }
 }
 
-/// Waits for the first line of a file that holds every one of `words`.
+/// Waits for the first line of a file that contains all of `words`.
 pub fn wait_line_in(file: &Path, words: &[&str]) -> String {
     let began = Instant::now();
     loop {
@@ -109,13 +109,13 @@ pub fn wait_line_in(file: &Path, words: &[&str]) -> String {
     }
 }
 
-/// Says that this test does not run here, and why: past the capture of output, for the test passes.
+/// Reports that this test does not run here, and why. Bypasses the capture of output, as the test passes.
 pub fn left_out(why: &str) {
     let thread = std::thread::current();
     let _ = writeln!(std::io::stderr(), "test {} was left out: {why}", thread.name().unwrap_or_default());
 }
 
-/// Reads from a socket. A read with a timeout is interrupted when the test process is stopped and continued, and starts again.
+/// Reads from a socket. Repeats a read with a timeout that was interrupted because the process was stopped and continued.
 fn read(mut stream: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
     loop {
         match stream.read(buffer) {
@@ -125,7 +125,7 @@ fn read(mut stream: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
     }
 }
 
-/// Joins a thread, for a `drop`: one that does not end in time is reported and left, as the test must go on or fail.
+/// Joins a thread in a `drop`. A thread that does not end in time is reported and left running.
 fn join_within(limit: Duration, thread: JoinHandle<()>, what: &str) {
     let began = Instant::now();
     while !thread.is_finished() {
@@ -160,7 +160,7 @@ pub fn unbase64(text: &str) -> Vec<u8> {
     base64::engine::general_purpose::STANDARD.decode(text).unwrap_or_else(|e| panic!("not base64 ({e}): {text:?}"))
 }
 
-/// Numbers without a pattern that a bug could hide in; the same each time for the same seed, which is not 0.
+/// Pseudo-random numbers; the same for the same seed, which must not be 0.
 pub fn xorshift(seed: u64) -> impl FnMut() -> u64 {
     let mut state = seed;
     move || {
@@ -171,7 +171,7 @@ pub fn xorshift(seed: u64) -> impl FnMut() -> u64 {
     }
 }
 
-/// Runs each case on a thread of its own, for cases that mostly wait; the first panic fails the test.
+/// Runs the cases in parallel, each on its own thread; the first panic fails the test. For cases that mostly wait.
 pub fn side_by_side<C: Send>(cases: impl IntoIterator<Item = C>, run: impl Fn(C) + Sync) {
     std::thread::scope(|scope| {
         let threads: Vec<_> = cases.into_iter().map(|case| scope.spawn(|| run(case))).collect();

@@ -1,23 +1,23 @@
-//! What a running agent holds of the box, so that a test can show that a fault left nothing behind.
+//! The resource usage of a running agent, so that a test can show that a fault leaks nothing.
 
 use std::time::Instant;
 
 use super::{Agent, Backend, Rig, Session, Setup, ms, secs};
 
-/// How far memory may stay above what it was, in KiB: what an allocator keeps for the next job.
+/// By how many KiB the memory may exceed the earlier value: what the allocator retains for the next job.
 const MEMORY_SLACK_KIB: u64 = 8 << 10;
 
-/// Taken right after a job, when one worker and one kept-alive connection are there.
+/// Measured right after a job, when there are one worker and one kept-alive connection.
 #[derive(Clone, Copy, Debug)]
 pub struct ResourceUsage {
-    /// Without that of the log, which comes and goes with the lines.
+    /// Without the log thread, which comes and goes.
     pub threads: usize,
     pub descriptors: usize,
     pub resident_kib: u64,
 }
 
 impl ResourceUsage {
-    /// Has the agent serve one job for `m` at `backend`, which holds jobs back, and weighs it.
+    /// Has the agent serve one job for `m` at `backend`, which holds jobs, and measures it.
     pub fn after_a_job(agent: &Agent, session: &Session, backend: &Backend) -> Self {
         let id = session.job("m", serde_json::json!({}));
         backend.next().finish();
@@ -34,10 +34,10 @@ impl ResourceUsage {
         }
     }
 
-    /// Waits until the agent is as it was, and has it serve one more job. Workers leave after 10 s.
+    /// Waits until the agent's usage is back at this level, and has it serve one more job. Idle workers end after 10 s.
     pub fn assert_no_leak(&self, agent: &Agent, session: &Session, backend: &Backend) {
         let began = Instant::now();
-        // A cancelled job takes its memory with it when its worker notices.
+        // The memory of a cancelled job is freed when its worker notices.
         let is_back =
             |now: Self| now.threads <= self.threads && now.resident_kib <= self.resident_kib + MEMORY_SLACK_KIB;
         while !is_back(Self::of(agent)) {
@@ -45,7 +45,7 @@ impl ResourceUsage {
             assert!(began.elapsed() < secs(25), "before: {self:?}, now: {now:?}, {:?}", agent.threads());
             std::thread::sleep(ms(50));
         }
-        // Kept-alive connections that have become stale are closed by the next exchange.
+        // Kept-alive connections that are too old are closed by the next exchange.
         let mut now = Self::after_a_job(agent, session, backend);
         while now.threads > self.threads || now.descriptors > self.descriptors {
             assert!(began.elapsed() < secs(40), "before: {self:?}, now: {now:?}, {:?}", agent.threads());
@@ -56,7 +56,7 @@ impl ResourceUsage {
     }
 }
 
-/// An agent at work, weighed before a fault.
+/// An agent in session, measured before a fault.
 pub struct MeasuredAgent {
     pub rig: Rig,
     pub backend: Backend,
@@ -72,19 +72,19 @@ impl MeasuredAgent {
         Self::beside(Backend::vllm(&["m"]), configure)
     }
 
-    /// Beside a backend that lists `m` and holds jobs back.
+    /// With this backend, which lists `m` and holds jobs.
     pub fn beside(backend: Backend, configure: impl FnOnce(Setup) -> Setup) -> Self {
         let rig = Rig::with(|setup| configure(setup.backend(backend.toml())));
         let before = ResourceUsage::after_a_job(&rig.agent, &rig.session, &backend);
         Self { rig, backend, before }
     }
 
-    /// The session went on.
+    /// After a fault that leaves the session alive.
     pub fn assert_no_leak(&self) {
         self.before.assert_no_leak(&self.rig.agent, &self.rig.session, &self.backend);
     }
 
-    /// The session ended, and the next one serves.
+    /// After a fault that ends the session: the next one serves.
     pub fn assert_no_leak_after_reconnect(&self) {
         self.assert_no_leak_in(&self.rig.coordinator.session());
     }

@@ -10,12 +10,12 @@ pub struct Rig {
 }
 
 impl Rig {
-    /// An agent in session, with this one backend.
+    /// An agent in session with this backend.
     pub fn new(backend: &Backend) -> Self {
         Self::with(|setup| setup.backend(backend.toml()))
     }
 
-    /// An agent in session, set up as `configure` says.
+    /// An agent in session, configured by `configure`.
     pub fn with(configure: impl FnOnce(Setup) -> Setup) -> Self {
         let coordinator = Coordinator::new();
         let setup = configure(Setup::new(&coordinator.url()));

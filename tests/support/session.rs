@@ -1,5 +1,5 @@
-//! One connection of the agent's, from the coordinator's side. A thread reads; what it reads waits here until a test
-//! asks for it, so that a heartbeat in between disturbs nobody.
+//! One connection of the agent, from the coordinator's side. A thread reads; its events are kept until the test waits for them,
+//! in any order, so that a heartbeat in between does not matter.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -27,19 +27,19 @@ pub enum Event {
     Violation(String),
 }
 
-/// What a visitor of [`Session::each`] does with an event.
+/// What the visitor of [`Session::each`] did with an event.
 pub enum Take {
-    /// Not mine: it stays for a later wait.
+    /// Nothing: it is kept for a later wait.
     Leave,
     Eat,
-    /// Eaten, and it was the last.
+    /// Consumed it, and needs no more.
     Stop,
 }
 
 pub struct Session {
-    /// When the agent's connection came in.
+    /// When the agent's connection was accepted.
     pub dialled_at: Instant,
-    /// The first `capabilities`; null before the handshake is over.
+    /// The first `capabilities`; null before the end of the handshake.
     pub capabilities: Value,
     connection: Arc<Connection>,
     control: Arc<Control>,
@@ -47,15 +47,15 @@ pub struct Session {
     kept: RefCell<VecDeque<Event>>,
 }
 
-/// Looks at a text message before it is taken apart; true when that was all there is to do with it.
+/// Is shown each text message before it is parsed; true if the message needs no further handling.
 type Tap = Box<dyn FnMut(&[u8]) -> bool + Send>;
 
-/// How the reader is to behave.
+/// The test's instructions to the reader.
 struct Control {
     answers_pings: AtomicBool,
-    /// We sent the first Close: the agent's is the answer.
+    /// The coordinator sent the first Close; the agent's is the answer.
     closing: AtomicBool,
-    /// The reader is to go without reading on.
+    /// The reader is to end without reading on.
     leaving: AtomicBool,
     reads_slowly: AtomicBool,
     paused: Mutex<bool>,
@@ -82,7 +82,7 @@ impl Session {
         Self { dialled_at, capabilities: Value::Null, connection, control, events, kept: RefCell::default() }
     }
 
-    /// Takes the agent through the handshake, checking its signature.
+    /// Performs the handshake and checks the agent's signature.
     pub fn authenticate(mut self, provider_id: Option<&str>) -> Self {
         let nonce: Vec<u8> = Uuid::new_v4().as_bytes().repeat(2);
         verify_auth(&self.challenge(&nonce), &nonce);
@@ -112,7 +112,7 @@ impl Session {
         self.send_raw(&encode(opcode, true, payload));
     }
 
-    /// Bytes onto the socket; that the agent is gone shows in what it does not answer.
+    /// Sends raw bytes; a closed connection is ignored.
     pub fn send_raw(&self, bytes: &[u8]) {
         let _ = self.connection.write(bytes);
     }
@@ -127,15 +127,15 @@ impl Session {
         self.send_frame(CLOSE, payload);
     }
 
-    /// Ends the TCP connection without a word.
+    /// Closes the TCP connection without a Close frame.
     pub fn cut(&self) {
         self.connection.close();
     }
 
-    /// Ends the TCP connection with a reset, which is what closing a socket with unread bytes in it sends.
+    /// Resets the TCP connection, by closing the socket with unread bytes in it.
     pub fn reset(self) {
         self.control.leaving.store(true, Ordering::SeqCst);
-        // The first pong is the last thing that the reader takes, the second stays in the socket.
+        // The reader ends after the first pong; the second one stays unread.
         self.send_frame(PING, b"");
         assert!(self.ends_within(SOON), "the agent does not answer a ping");
         self.send_frame(PING, b"");
@@ -143,23 +143,23 @@ impl Session {
         self.connection.stream.peek(&mut [0]).expect("the second pong");
     }
 
-    /// From now on one byte a second is read from the socket.
+    /// Reads one byte a second from now on.
     pub fn read_slowly(&self) {
         self.control.reads_slowly.store(true, Ordering::SeqCst);
     }
 
-    /// Pings of the agent's are not answered any more.
+    /// Stops answering the agent's pings.
     pub fn ignore_pings(&self) {
         self.control.answers_pings.store(false, Ordering::SeqCst);
     }
 
-    /// Stops reading from the socket, or goes on.
+    /// Stops or resumes reading from the socket.
     pub fn pause(&self, paused: bool) {
         *self.control.paused.lock().expect("pause flag") = paused;
         self.control.resumed.notify_all();
     }
 
-    /// Shows each text message of the agent's to `tap` first: for more of them than an unoptimised test can take apart.
+    /// Passes each text message to `tap` first; for more of them than an unoptimised test can parse.
     pub fn tap(&self, tap: impl FnMut(&[u8]) -> bool + Send + 'static) {
         *self.control.tap.lock().expect("the tap") = Box::new(tap);
     }
@@ -182,12 +182,12 @@ impl Session {
         self.send(&json!({"type": "job_cancel", "job_id": id}));
     }
 
-    /// The next event, for one who takes them all as they come.
+    /// The next event, in order of arrival.
     pub fn next(&self, until: Instant) -> Result<Event, RecvTimeoutError> {
         self.events.recv_deadline(until)
     }
 
-    /// Visits the events in their order, those left over by earlier waits first, until `visit` stops.
+    /// Visits the events in order, those kept by earlier waits first, until `visit` stops.
     pub fn each(&self, what: &str, within: Duration, mut visit: impl FnMut(&Event) -> Take) {
         let deadline = Instant::now() + within;
         let mut earlier = std::mem::take(&mut *self.kept.borrow_mut());
@@ -218,7 +218,7 @@ impl Session {
         *self.kept.borrow_mut() = left;
     }
 
-    /// The first event that `pick` takes.
+    /// Waits for the first event that `pick` accepts.
     pub fn wait<T>(&self, what: &str, within: Duration, pick: impl Fn(&Event) -> Option<T>) -> T {
         let mut found = None;
         self.each(what, within, |event| {
@@ -228,7 +228,7 @@ impl Session {
         found.expect("the wait ended with a match")
     }
 
-    /// The next frame of this type.
+    /// Waits for the next frame of this type.
     pub fn frame(&self, kind: &str, within: Duration) -> Value {
         self.wait(kind, within, |event| match event {
             Event::Frame(frame) if frame["type"] == kind => Some(frame.clone()),
@@ -236,7 +236,7 @@ impl Session {
         })
     }
 
-    /// All chunks of a job, up to its terminal frame.
+    /// Waits for the end of a job; returns its chunks and its terminal frame.
     pub fn outcome(&self, id: &str) -> Outcome {
         self.outcome_within(id, 3 * SOON)
     }
@@ -257,7 +257,7 @@ impl Session {
         outcome
     }
 
-    /// The next chunk of a job.
+    /// Waits for the next chunk of a job.
     pub fn chunk(&self, id: &str) -> Vec<u8> {
         self.wait(&format!("job_chunk of {id}"), SOON, |event| match event {
             Event::Frame(frame) if frame["job_id"] == id => {
@@ -268,7 +268,7 @@ impl Session {
         })
     }
 
-    /// The frames that come within `time`, or are waiting, and that `is_it` knows. They stay for a later wait.
+    /// The frames, kept or received within `time`, that `is_it` accepts. They are kept for a later wait.
     pub fn frames(&self, time: Duration, is_it: impl Fn(&Value) -> bool) -> Vec<Value> {
         let deadline = Instant::now() + time;
         let mut kept = self.kept.borrow_mut();
@@ -282,14 +282,14 @@ impl Session {
         kept.iter().filter_map(known).collect()
     }
 
-    /// Panics when a frame comes, or is waiting, that `is_it` knows.
+    /// Panics if a frame that `is_it` accepts is kept, or comes within `time`.
     pub fn assert_no_frame(&self, what: &str, time: Duration, is_it: impl Fn(&Value) -> bool) {
         if let Some(frame) = self.frames(time, is_it).first() {
             panic!("{what} must not come: {frame}");
         }
     }
 
-    /// Panics when anything comes for a job.
+    /// Panics if any frame comes for a job.
     pub fn assert_quiet(&self, id: &str) {
         self.assert_no_frame(&format!("a frame of {id}"), super::QUIET, |frame| frame["job_id"] == id);
     }
@@ -319,7 +319,7 @@ impl Drop for Session {
     fn drop(&mut self) {
         self.pause(false);
         self.control.reads_slowly.store(false, Ordering::SeqCst);
-        // After a reset there is nothing left to say.
+        // After a reset the connection is closed.
         if !self.control.leaving.load(Ordering::SeqCst) {
             self.cut();
         }
@@ -343,7 +343,7 @@ pub fn job_within(time: Duration, id: &str, model: &str, request: Value) -> Valu
     frame
 }
 
-/// How a job went.
+/// The chunks and the end of a job.
 #[derive(Debug)]
 pub struct Outcome {
     pub chunks: Vec<Vec<u8>>,
@@ -379,7 +379,7 @@ fn brief(events: &VecDeque<Event>) -> String {
     format!("{} events, the last: {texts:#?}", events.len())
 }
 
-/// Panics unless `auth` is signed over the nonce's own bytes.
+/// Panics unless `auth` is signed over the bytes of the nonce.
 pub fn verify_auth(auth: &Value, nonce: &[u8]) {
     let field = |name: &str| unbase64(auth[name].as_str().unwrap_or_else(|| panic!("no {name} in {auth}")));
     let (key, signature) = (field("pubkey"), field("signature"));
@@ -390,7 +390,7 @@ pub fn verify_auth(auth: &Value, nonce: &[u8]) {
 }
 
 struct Reader {
-    /// Before `events`: whoever sees their end is the last owner of the socket.
+    /// Declared before `events`: whoever sees their end is the last owner of the socket.
     socket: WebSocket,
     control: Arc<Control>,
     events: Sender<Event>,
@@ -431,7 +431,7 @@ impl Reader {
             if events.send(event).is_err() || control.leaving.load(Ordering::SeqCst) {
                 return false;
             }
-            // Once the Close frames are exchanged it is the server that ends the connection (RFC 6455, 7.1.1).
+            // After the exchange of Close frames the server closes the connection (RFC 6455, 7.1.1).
             if is_close {
                 if !control.closing.load(Ordering::SeqCst) {
                     let _ = connection.write(&encode(CLOSE, true, &close_payload(1000, "")));

@@ -1,4 +1,4 @@
-//! A clock that jumps and a system that has no thread to spare, by a library that is loaded before libc.
+//! Faults of the clock and of thread creation, injected by a library that is preloaded into the agent.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use std::time::Instant;
 use super::scratch::temporary;
 use super::{SOON, Scratch, Setup, ms};
 
-/// Built once for all tests of a run.
+/// Compiled once per test run.
 static LIBRARY: LazyLock<PathBuf> = LazyLock::new(compile);
 
 fn compile() -> PathBuf {
@@ -18,23 +18,23 @@ fn compile() -> PathBuf {
     let (fresh, target) = (folder.join(format!("{}-shim.so", std::process::id())), folder.join("shim.so"));
     let status = Command::new("cc").args(["-shared", "-fPIC", "-O1", "-o"]).args([&fresh, &source]).status();
     assert!(status.expect("a C compiler").success(), "{} does not compile", source.display());
-    // Another run may be using the one that is there.
+    // Another run may be using the existing file.
     fs::rename(fresh, &target).expect("the file in its place");
     target
 }
 
-/// The hand on the faults of one agent.
+/// Controls the faults of one agent.
 pub struct Shim(Arc<Scratch>);
 
 impl Shim {
-    /// Has it loaded into the agent.
+    /// Configures the agent to load the library.
     pub fn load(setup: Setup) -> Setup {
         let shim = Self::of(&setup);
         let variables = [("LD_PRELOAD", &*LIBRARY), ("FAULT_CLOCK", &shim.clock()), ("FAULT_THREADS", &shim.threads())];
         variables.into_iter().fold(setup, |setup, (name, path)| setup.env(name, path.to_str().expect("UTF-8")))
     }
 
-    /// That of an agent whose setup was loaded with it.
+    /// The shim of an agent whose setup loads it.
     pub fn of(setup: &Setup) -> Self {
         Self(Arc::clone(&setup.scratch))
     }
@@ -47,18 +47,18 @@ impl Shim {
         self.0.join("fault-threads")
     }
 
-    /// The wall clock is off by so many seconds from now on.
+    /// Shifts the wall clock by this many seconds from now on.
     pub fn set_clock_off_by(&self, seconds: i64) {
         let fresh = self.0.write("fault-clock.new", seconds.to_string());
         fs::rename(fresh, self.clock()).expect("the clock's file");
     }
 
-    /// From now on no thread can be started.
+    /// Makes every further start of a thread fail.
     pub fn refuse_threads(&self) {
         self.0.write("fault-threads", "");
     }
 
-    /// Waits until a thread was refused, which is the proof that the fault was there.
+    /// Waits until the start of a thread has failed, which proves that the fault occurred.
     pub fn wait_refused(&self) {
         let began = Instant::now();
         while fs::metadata(self.threads()).expect("the threads' file").len() == 0 {
@@ -67,7 +67,7 @@ impl Shim {
         }
     }
 
-    /// From now on threads can be started again.
+    /// Lets threads start again.
     pub fn allow_threads(&self) {
         fs::remove_file(self.threads()).expect("the threads' file");
     }

@@ -15,19 +15,19 @@ use super::acceptor::Acceptor;
 use super::connection::Connection;
 use super::descriptors::opened;
 
-/// An authority of this test alone.
+/// A certificate authority of one test.
 pub struct Authority(CertifiedIssuer<'static, KeyPair>);
 
-/// What is wrong with a server's certificate.
+/// The fault of a server's certificate.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Flaw {
     None,
-    /// It is for another host.
+    /// It names another host.
     WrongName,
     Expired,
-    /// It holds from a later day on.
+    /// It is not valid yet.
     NotYet,
-    /// It holds for five days and a half.
+    /// It expires in five and a half days.
     EndsSoon,
 }
 
