@@ -1,8 +1,6 @@
-//! The coordinator's handshake with one agent, and the agent's frames.
+//! The coordinator's side of the protocol: its handshake with an agent, and the agent's frames.
 //!
-//! This is the *other* side of the protocol, so it shares no code with the agent's: a mistake there must show here.
-//!
-//! Who runs here: the connection's own thread.
+//! Shares no code with the agent's side, so that the demo finds mistakes there.
 
 use std::time::Duration;
 
@@ -16,33 +14,33 @@ use uuid::Uuid;
 
 use super::websocket::{Reader, Sender};
 
-/// How long the agent may take for each step of the handshake, as long as the agent itself allows the coordinator.
+/// Time limit for each step of the handshake; the agent has the same.
 pub(super) const HANDSHAKE_STEP_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Length of the challenge's nonce.
+/// Length of the nonce.
 const NONCE_BYTES: usize = 32;
 
 /// Why the handshake with an agent failed.
 #[derive(Debug, Error)]
 pub enum HandshakeError {
-    /// The connection is no WebSocket, or broke.
+    /// The WebSocket upgrade failed, or the connection broke.
     #[error("the connection failed: {0}")]
     Connection(#[from] std::io::Error),
-    /// What came was not the `auth_response` that the protocol asks for.
-    #[error("the agent did not answer the challenge properly: {0}")]
+    /// The agent sent no valid `auth_response`.
+    #[error("the agent sent no valid response to the challenge: {0}")]
     Protocol(String),
-    /// Key or signature do not check out.
+    /// The key or the signature is invalid.
     #[error("the agent's signature is not valid: {0}")]
     Signature(&'static str),
 }
 
-/// What the handshake told about the agent.
+/// What the handshake established about the agent.
 pub(super) struct Verified {
     pub(super) agent_version: String,
     pub(super) provider_id: String,
 }
 
-/// Challenges the agent, and answers `auth_ok` or `auth_failed`.
+/// Challenges the agent, and sends `auth_ok` or `auth_failed`.
 pub(super) fn authenticate(reader: &mut Reader<'_>, sender: &Sender) -> Result<Verified, HandshakeError> {
     let mut nonce = [0_u8; NONCE_BYTES];
     SystemRandom::new().fill(&mut nonce).map_err(|_| std::io::Error::other("the system has no random numbers"))?;
@@ -52,7 +50,7 @@ pub(super) fn authenticate(reader: &mut Reader<'_>, sender: &Sender) -> Result<V
     match read_auth_response(reader).and_then(|answer| verify(&nonce, &answer)) {
         Ok(verified) => {
             say("auth_ok", "provider_id", &verified.provider_id)?;
-            reader.set_timeout(None)?; // from here on the agent may be silent for as long as it likes
+            reader.set_timeout(None)?; // from here on, the agent may be silent
             Ok(verified)
         }
         Err(error) => {
@@ -74,9 +72,9 @@ fn read_auth_response(reader: &mut Reader<'_>) -> Result<AuthResponse, Handshake
     };
     let frame = parse_json(&text).map_err(HandshakeError::Protocol)?;
     if frame["type"] != "auth_response" {
-        return Err(HandshakeError::Protocol("the first frame is no `auth_response`".to_owned()));
+        return Err(HandshakeError::Protocol("the first frame is not an `auth_response`".to_owned()));
     }
-    // What is missing is an empty key or signature, which `verify` refuses.
+    // Missing fields become empty, and `verify` rejects them.
     let field = |key: &str| frame[key].as_str().unwrap_or_default().to_owned();
     Ok(AuthResponse { pubkey: field("pubkey"), signature: field("signature"), agent_version: field("agent_version") })
 }
@@ -86,15 +84,15 @@ fn verify(nonce: &[u8], answer: &AuthResponse) -> Result<Verified, HandshakeErro
     let signature =
         STANDARD.decode(&answer.signature).map_err(|_| HandshakeError::Signature("`signature` is not base64"))?;
     if key.len() != 32 || signature.len() != 64 {
-        return Err(HandshakeError::Signature("key or signature have the wrong length"));
+        return Err(HandshakeError::Signature("the key or the signature has the wrong length"));
     }
     UnparsedPublicKey::new(&ED25519, &key)
         .verify(nonce, &signature)
-        .map_err(|_| HandshakeError::Signature("it does not match key and nonce"))?;
+        .map_err(|_| HandshakeError::Signature("it does not match the key and the nonce"))?;
     Ok(Verified { agent_version: answer.agent_version.clone(), provider_id: provider_id(&key) })
 }
 
-/// What an agent with this public key is called.
+/// The provider id for a public key.
 pub(super) fn provider_id(key: &[u8]) -> String {
     let id: String = key.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
     format!("demo-{id}")
@@ -105,27 +103,27 @@ pub(super) fn cancel_frame(job_id: Uuid) -> String {
     json!({"type": "job_cancel", "job_id": job_id.to_string()}).to_string()
 }
 
-/// One model as an agent offers it.
+/// A model that an agent offers.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OfferedModel {
-    /// The name that jobs ask for.
+    /// The id that jobs ask for.
     pub model_id: String,
-    /// Kind of the backend behind it.
+    /// The kind of its backend.
     pub backend: String,
-    /// Tokens that fit, when the agent knows.
+    /// The context window in tokens, if known.
     pub context_window: Option<u64>,
-    /// Jobs of it that the agent takes at a time.
+    /// Limit of concurrent jobs.
     pub max_concurrent: u64,
 }
 
-/// What the agent's `job_done` says.
+/// The content of a `job_done` frame.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct JobEnd {
     /// Input tokens.
     pub input_tokens: Option<u64>,
     /// Output tokens.
     pub output_tokens: Option<u64>,
-    /// How long the agent says it took.
+    /// Duration as reported by the agent.
     pub duration_ms: Option<u64>,
 }
 
@@ -140,10 +138,10 @@ pub(super) enum Frame {
     Other(String),
 }
 
-/// Reads one frame. The error says what is wrong with it, never what is in it.
+/// Parses a frame. The error never contains its content.
 pub(super) fn parse_frame(text: &str) -> Result<Frame, String> {
     let frame = parse_json(text)?;
-    let kind = frame["type"].as_str().ok_or("no string `type` in it")?;
+    let kind = frame["type"].as_str().ok_or("it has no string `type`")?;
     let malformed = |key: &str| format!("malformed `{kind}`: `{key}` is missing or wrong");
     let string = |key: &str| frame[key].as_str().ok_or_else(|| malformed(key));
     let job_id = || Uuid::parse_str(string("job_id")?).map_err(|_| malformed("job_id"));
@@ -190,7 +188,7 @@ mod tests {
     const ID: &str = "00000000-0000-4000-8000-000000000001";
 
     #[test]
-    fn reads_the_frames_of_a_job() {
+    fn parse_frame_reads_the_frames_of_a_job() {
         let job_id = Uuid::parse_str(ID).unwrap();
         let chunk = json!({"type":"job_chunk","job_id":ID,"data":"aGVsbG8g"}).to_string();
         assert_eq!(parse_frame(&chunk), Ok(Frame::Chunk { job_id, bytes: b"hello ".to_vec() }));
@@ -204,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_frames_are_refused_without_their_content() {
+    fn parse_frame_rejects_invalid_frames_without_showing_their_content() {
         for bad in ["", "[]", "{}", "{\"type\":1}", "{\"type\":\"job_chunk\"}"] {
             assert!(parse_frame(bad).is_err(), "{bad}");
         }
@@ -213,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_signature_is_refused() {
+    fn verify_rejects_a_wrong_signature() {
         let answer = AuthResponse {
             pubkey: STANDARD.encode([1_u8; 32]),
             signature: STANDARD.encode([2_u8; 64]),

@@ -1,31 +1,30 @@
-//! Turns a finished stream back into the one document that a non-streaming client asked for.
+//! Assembles a complete stream into the single document that a non-streaming client expects.
 //!
-//! The agent only ever streams; who wants `"stream": false` gets the stream put together here. Pure functions.
-//! Fields that the merge does not know are kept, so that a backend's extras reach the client.
+//! The agent always streams, so requests with `"stream": false` are served this way. Unknown fields are kept.
 
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 
 use super::sse;
 
-/// Tool calls and content blocks beyond this index are a broken stream: the merge would pad a list up to them.
+/// Largest index of a tool call or content block. The lists are padded up to an index, so it has to be bounded.
 const INDEX_MAX: usize = 1023;
 
-/// Why a stream could not be put together.
+/// Why a stream could not be assembled.
 #[derive(Debug, Error, PartialEq)]
 pub(super) enum AssembleError {
     /// The backend reported an error inside its stream.
     #[error("the backend reported an error: {0}")]
     Reported(String),
-    /// The stream holds something that is no event of its format.
+    /// The stream contains an invalid event.
     #[error("the backend's stream cannot be read: {0}")]
     Malformed(String),
-    /// The stream ended without a single event.
+    /// The stream contains no event.
     #[error("the backend's stream is empty")]
     Empty,
 }
 
-/// Puts an OpenAI chat stream together into one `chat.completion`.
+/// Assembles an OpenAI chat stream into a `chat.completion`.
 pub(super) fn openai_completion(stream: &[u8]) -> Result<Value, AssembleError> {
     if let Some(document) = plain_document(stream)? {
         return Ok(document);
@@ -54,7 +53,7 @@ pub(super) fn openai_completion(stream: &[u8]) -> Result<Value, AssembleError> {
     Ok(Value::Object(head))
 }
 
-/// Puts an Anthropic stream together into one `message`.
+/// Assembles an Anthropic stream into a `message`.
 pub(super) fn anthropic_message(stream: &[u8]) -> Result<Value, AssembleError> {
     if let Some(document) = plain_document(stream)? {
         return Ok(document);
@@ -73,7 +72,7 @@ pub(super) fn anthropic_message(stream: &[u8]) -> Result<Value, AssembleError> {
                 merge_block(slot(&mut blocks, &event)?, delta);
             }
             "message_delta" => merge_message(message.get_or_insert_default(), event),
-            _ => {} // ping, content_block_stop, message_stop, and what may come
+            _ => {} // ping, content_block_stop, message_stop, and unknown events
         }
     }
     let Some(mut message) = message else {
@@ -85,7 +84,7 @@ pub(super) fn anthropic_message(stream: &[u8]) -> Result<Value, AssembleError> {
     Ok(Value::Object(message))
 }
 
-/// The text that an event of either format adds to the answer, thinking included.
+/// The text that an event of either format adds to the response, including thinking.
 pub(super) fn delta_text(event: &Value) -> String {
     let openai = &event["choices"][0]["delta"];
     let anthropic = &event["delta"];
@@ -99,7 +98,7 @@ pub(super) fn delta_text(event: &Value) -> String {
     pieces.into_iter().filter_map(Value::as_str).collect()
 }
 
-/// A proxy in front of a backend may have answered with one JSON document: that is the result already.
+/// A proxy in front of a backend may have responded with a single JSON document, which is the result.
 fn plain_document(stream: &[u8]) -> Result<Option<Value>, AssembleError> {
     if stream.trim_ascii_start().first() != Some(&b'{') {
         return Ok(None);
@@ -149,7 +148,7 @@ fn merge_choice(choices: &mut Vec<Map<String, Value>>, part: Value) -> Result<()
     Ok(())
 }
 
-/// Text is appended, tool calls are merged by their index, of anything else the last value stays.
+/// Appends text, merges tool calls by index, and replaces other values.
 fn merge_delta(target: &mut Value, delta: Map<String, Value>) -> Result<(), AssembleError> {
     let Value::Object(target) = target else { return Ok(()) };
     for (key, value) in delta {
@@ -159,7 +158,7 @@ fn merge_delta(target: &mut Value, delta: Map<String, Value>) -> Result<(), Asse
                 let Value::Array(known) = target.entry("tool_calls").or_insert_with(|| json!([])) else { continue };
                 calls.into_iter().try_for_each(|call| merge_tool_call(known, call))?;
             }
-            // Some servers repeat these in every piece.
+            // Some servers repeat these in every event.
             ("role" | "id" | "type", value) => {
                 target.insert(key, value);
             }
@@ -217,7 +216,7 @@ fn merge_block(block: &mut Map<String, Value>, delta: Map<String, Value>) {
     }
 }
 
-/// The pieces of a tool's input are JSON text that only makes sense when whole.
+/// Parses the input of a tool call, which arrives as fragments of JSON text.
 fn finished_block(mut block: Map<String, Value>) -> Result<Value, AssembleError> {
     if let Some(Value::String(text)) = block.shift_remove("partial_json")
         && !text.is_empty()
@@ -237,7 +236,7 @@ fn merge_message(message: &mut Map<String, Value>, mut event: Map<String, Value>
     }
 }
 
-/// The place in `list` that `part`'s `index` names (0 without one), made when it is new.
+/// The entry of `list` at the `index` of `part` (default 0), created if missing.
 fn slot<'a>(
     list: &'a mut Vec<Map<String, Value>>,
     part: &Map<String, Value>,
@@ -335,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn openai_choices_stay_apart_and_logprobs_are_joined() {
+    fn openai_choices_stay_separate_and_logprobs_are_joined() {
         let stream = sse_of(&[
             json!({"choices":[{"index":1,"delta":{"content":"b"},"logprobs":{"content":[{"token":"b"}]}}]}),
             json!({"choices":[{"index":0,"delta":{"content":"a"}}]}),

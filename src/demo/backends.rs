@@ -1,5 +1,5 @@
-//! Which backends the demo's agent gets: those of the config, else those that answer on the default local ports, else
-//! the built-in echo.
+//! Chooses the backends of the demo's agent: those of the config, else those found on the default local ports, else the built-in
+//! echo.
 
 use std::io;
 use std::sync::Arc;
@@ -10,15 +10,15 @@ use crate::backend::{BackendError, BackendModel, BaseUrl, Kind};
 use crate::config::{BackendConfig, Config};
 use crate::discovery::{BackendOffer, configured_backend, find_local};
 
-/// What the agent is given, and what the operator is told about it.
+/// The chosen backends.
 pub(super) struct Chosen {
     pub(super) backends: Vec<BackendOffer>,
     pub(super) record: Arc<Recording>,
-    /// The built-in backend, when it is what is used; dropping it stops it.
+    /// The built-in echo backend, if it is used; dropping it stops it.
     pub(super) echo: Option<Echo>,
 }
 
-/// Chooses, and starts the echo backend if nothing else is there.
+/// Chooses the backends, and starts the echo backend if there is no other.
 pub(super) fn choose(config: Option<&Config>) -> io::Result<Chosen> {
     let record = Arc::new(Recording::default());
     let (configs, echo) = match config {
@@ -32,39 +32,39 @@ pub(super) fn choose(config: Option<&Config>) -> io::Result<Chosen> {
             found => (found.into_iter().map(|found| found.config).collect(), None),
         },
     };
-    let backends = configs.iter().map(|config| watched(config, &record)).collect();
+    let backends = configs.iter().map(|config| recorded(config, &record)).collect();
     Ok(Chosen { backends, record, echo })
 }
 
-/// Whether the demo's agent runs on the built-in echo with this model.
+/// Whether this model is that of the built-in echo.
 pub(super) fn is_echo(chosen: &Chosen, model_id: &str) -> bool {
     chosen.echo.is_some() && model_id == echo::MODEL
 }
 
-fn watched(config: &BackendConfig, record: &Arc<Recording>) -> BackendOffer {
-    let witness = RecordingBackend::new(configured_backend(config), record.clone());
-    BackendOffer { backend: Arc::new(witness), ..BackendOffer::configured(config) }
+fn recorded(config: &BackendConfig, record: &Arc<Recording>) -> BackendOffer {
+    let backend = RecordingBackend::new(configured_backend(config), record.clone());
+    BackendOffer { backend: Arc::new(backend), ..BackendOffer::configured(config) }
 }
 
-/// Those that are there, but not ready yet: waiting will help.
+/// The backends that are still loading their model.
 pub(super) fn loading(backends: &[BackendOffer]) -> Vec<String> {
     let is_loading = |b: &&BackendOffer| matches!(b.backend.probe(), Err(BackendError::Loading(_)));
     backends.iter().filter(is_loading).map(|b| b.backend.id().to_owned()).collect()
 }
 
-/// Why each backend contributes nothing, for an agent that offers nothing.
+/// Why each backend offers no model.
 pub(super) fn diagnose(backends: &[BackendOffer]) -> Vec<String> {
     if backends.is_empty() {
-        return vec!["the config has no [[backends]]; add one, or leave out `--config` to see the demo".to_owned()];
+        return vec!["the config has no [[backends]]; add one, or omit `--config`".to_owned()];
     }
     backends
         .iter()
-        .map(|offered| {
-            let backend = &offered.backend;
+        .map(|offer| {
+            let backend = &offer.backend;
             let why = match backend.ready().and_then(|()| backend.probe()) {
                 Err(error) => error.to_string(),
                 Ok(models) if models.is_empty() => "it lists no models".to_owned(),
-                Ok(models) => not_offered(&models, offered.allowed_models.as_deref()),
+                Ok(models) => not_offered(&models, offer.allowed_models.as_deref()),
             };
             format!("{}: {why}", backend.id())
         })

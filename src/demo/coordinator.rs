@@ -1,11 +1,11 @@
-//! A coordinator for one machine: what the market's coordinator does with an agent, on loopback.
+//! A local coordinator: it does for one agent on loopback what the market's coordinator does.
 //!
-//! Who runs here: the threads of its `HttpServer`, one a connection, which answer the pairing or become an agent's session
-//! (see `session`). Whoever submits a job sends it on its own thread, and receives the job's events through a channel. One
-//! agent is current: a newer one replaces it, and the jobs of the older one are lost.
+//! Each connection has a thread, which handles pairing requests or runs an agent's session (see `session`). A job is sent from the
+//! thread that submits it, which receives the job's events from a queue. One agent is current: a newer one replaces it, and the jobs
+//! of the older one fail.
 //!
-//! Invariants: no lock of the state is held across I/O. A job's events are its chunks in order, then exactly one end. A
-//! [`Job`] that is dropped before its end cancels. The buffered bytes of a job are bounded by its inbox.
+//! Invariants: a job's events are its chunks in order, then exactly one end. Dropping a [`Job`] before its end cancels it. The queue
+//! of a job is bounded.
 
 use std::io;
 use std::net::TcpListener;
@@ -18,17 +18,17 @@ use uuid::Uuid;
 
 use super::agent_protocol::cancel_frame;
 use super::agent_sessions::{Offer, Sessions};
-use super::job_events::{self, Inbox, JobEvent, Received};
+use super::job_events::{self, JobEvent, Received, Receiver};
 use super::pairing::Pairings;
 use super::session;
 use super::websocket::Sender;
 use crate::http_server::connection::Exchange;
 use crate::http_server::{self, HttpServer};
 
-/// How much later than its deadline a job is given up when the agent stays silent.
+/// Time after its deadline at which a job without an end fails.
 const DEADLINE_GRACE: Duration = Duration::from_secs(5);
 
-/// Whose wire format a job's request has, as the `format` of the job frame says it.
+/// The API of a job's request, as in the `format` of the job frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     /// `/v1/chat/completions`
@@ -46,48 +46,48 @@ impl Format {
     }
 }
 
-/// What came of waiting for a job's next event.
+/// The result of waiting for a job's next event.
 pub enum Waited {
-    /// Here it is.
+    /// The event.
     Event(JobEvent),
-    /// Nothing within the limit.
+    /// No event within the limit.
     NotYet,
-    /// The job has ended: no event will come.
+    /// The job has ended.
     Over,
 }
 
-/// A job to be dispatched.
+/// A job to submit.
 pub struct JobOrder {
-    /// The job's id; fresh for every job.
+    /// The job's id.
     pub job_id: Uuid,
-    /// The model asked for.
+    /// The requested model.
     pub model_id: String,
     /// The request body.
     pub request: Value,
-    /// Its format.
+    /// The API of the request.
     pub format: Format,
-    /// How long the whole job may take.
+    /// Time limit of the whole job.
     pub deadline: Duration,
 }
 
-/// Why the coordinator cannot do what was asked.
+/// Why a call to the coordinator failed.
 #[derive(Debug, Error)]
 pub enum CoordinatorError {
-    /// The listening socket or a thread could not be made.
+    /// The socket or a thread could not be created.
     #[error("failed to start the local coordinator: {0}")]
     Start(#[from] io::Error),
-    /// The agent did not get to its offer in time; the second part is the last thing seen.
+    /// The agent made no offer in time. The text is the last thing seen of it.
     #[error("no agent has made an offer within {limit} s ({1})", limit = .0.as_secs())]
     NoOffer(Duration, String),
     /// A job was submitted without an agent.
-    #[error("no agent is connected; wait for it to reconnect, or start it anew")]
+    #[error("no agent is connected; wait for it to reconnect, or restart it")]
     NoAgent,
-    /// The agent's connection broke while the job was sent.
+    /// The connection to the agent broke while the job was sent.
     #[error("failed to send to the agent: {0}")]
     Send(io::Error),
 }
 
-/// The running coordinator; dropping it ends its connections and joins its threads.
+/// A running coordinator. Dropping it closes its connections and joins its threads.
 pub struct Coordinator {
     sessions: Arc<Sessions>,
     server: HttpServer,
@@ -99,44 +99,44 @@ impl Coordinator {
         Ok(Self::serve(http_server::bind(0)?)?)
     }
 
-    /// Serves agents and the pairing on a socket of one's own.
+    /// Serves agents and pairing requests on this socket.
     pub fn serve(listener: TcpListener) -> io::Result<Self> {
         let sessions = Arc::new(Sessions::default());
-        let (of_handler, pairings) = (sessions.clone(), Pairings::default());
+        let (handler_sessions, pairings) = (sessions.clone(), Pairings::default());
         let handle = move |exchange: &mut Exchange<'_>| match exchange.upgrade() {
-            Some((key, input)) => session::run(&key, input, &of_handler),
+            Some((key, input)) => session::run(&key, input, &handler_sessions),
             None => pairings.handle(exchange),
         };
         let server = HttpServer::start(listener, "demo-coordinator", Arc::new(handle))?;
         Ok(Self { sessions, server })
     }
 
-    /// Where agents are paired.
+    /// The base URL for pairing.
     pub fn base(&self) -> String {
         format!("http://{}", self.server.address)
     }
 
-    /// Where agents connect to.
+    /// The URL for agents.
     pub fn url(&self) -> String {
         format!("ws://{}/provider/connect", self.server.address)
     }
 
-    /// The last thing that was seen of an agent, for a person.
+    /// The last thing seen of an agent, for people.
     pub fn last_seen(&self) -> String {
         self.sessions.last_seen()
     }
 
-    /// An agent is started now: the connect stage counts from here.
+    /// Starts the clock of the connect stage: an agent is about to start.
     pub fn expect_agent(&self) {
         self.sessions.expect_agent();
     }
 
-    /// What the current agent offers, if there is one.
+    /// The offer of the current agent.
     pub fn offer(&self) -> Option<Offer> {
         self.sessions.offer()
     }
 
-    /// Waits until an agent has made an offer that is `wanted`.
+    /// Waits for an offer that is `wanted`.
     pub fn wait_for_offer(&self, limit: Duration, wanted: fn(&Offer) -> bool) -> Result<Offer, CoordinatorError> {
         self.sessions.wait_for_offer(limit, wanted).map_err(|last_seen| CoordinatorError::NoOffer(limit, last_seen))
     }
@@ -144,8 +144,8 @@ impl Coordinator {
     /// Sends a job to the current agent.
     pub fn submit(&self, order: JobOrder) -> Result<Job, CoordinatorError> {
         let JobOrder { job_id, model_id, request, format, deadline } = order;
-        let (events, inbox) = job_events::channel();
-        let sender = self.sessions.add_job(job_id, events).ok_or(CoordinatorError::NoAgent)?;
+        let (sender, events) = job_events::channel();
+        let sender = self.sessions.add_job(job_id, sender).ok_or(CoordinatorError::NoAgent)?;
         let frame = json!({
             "type": "job",
             "job_id": job_id.to_string(),
@@ -154,11 +154,11 @@ impl Coordinator {
             "format": format.as_str(),
             "deadline_ms": u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX),
         });
-        let give_up = Instant::now() + deadline + DEADLINE_GRACE;
+        let expires_at = Instant::now() + deadline + DEADLINE_GRACE;
         let job = Job {
             job_id,
-            inbox,
-            give_up,
+            events,
+            expires_at,
             arrived_at: Instant::now(),
             ended: false,
             sender,
@@ -175,11 +175,11 @@ impl Drop for Coordinator {
     }
 }
 
-/// A job in flight. Dropped before its end, it is cancelled.
+/// A job in flight. Dropping it before its end cancels it.
 pub struct Job {
     job_id: Uuid,
-    inbox: Inbox,
-    give_up: Instant,
+    events: Receiver,
+    expires_at: Instant,
     arrived_at: Instant,
     ended: bool,
     sender: Sender,
@@ -187,7 +187,7 @@ pub struct Job {
 }
 
 impl Job {
-    /// The next event; `None` after the end. Blocks no longer than the job's deadline and a little grace.
+    /// Waits for the next event, at most until shortly after the job's deadline. `None` after the end.
     pub fn next_event(&mut self) -> Option<JobEvent> {
         loop {
             match self.wait(Duration::from_secs(60)) {
@@ -203,13 +203,13 @@ impl Job {
         if self.ended {
             return Waited::Over;
         }
-        let until = self.give_up.min(Instant::now() + limit);
-        let event = match self.inbox.receive(until) {
+        let until = self.expires_at.min(Instant::now() + limit);
+        let event = match self.events.receive(until) {
             Received::Event(at, event) => {
                 self.arrived_at = at;
                 event
             }
-            Received::Timeout if until < self.give_up => return Waited::NotYet,
+            Received::Timeout if until < self.expires_at => return Waited::NotYet,
             Received::Timeout => {
                 self.cancel();
                 JobEvent::failed("backend_timeout", "the agent did not end the job by its deadline")
@@ -220,19 +220,19 @@ impl Job {
         Waited::Event(event)
     }
 
-    /// When the event that was given last came from the agent, however long it waited here to be asked for.
+    /// When the last returned event arrived from the agent.
     pub fn arrived_at(&self) -> Instant {
         self.arrived_at
     }
 
-    /// Tells the agent to stop. No event follows.
+    /// Cancels the job. No event follows.
     pub fn cancel(&mut self) {
         self.ended = true;
         if !self.sessions.remove_job(self.job_id) {
-            return; // the end was on its way already, or the agent is gone
+            return; // the job has ended, or the agent has disconnected
         }
         if let Err(error) = self.sender.send(&cancel_frame(self.job_id)) {
-            log::debug!("the cancel of job {} did not go out: {error}", self.job_id);
+            log::debug!("failed to send the cancel of job {}: {error}", self.job_id);
         }
     }
 }

@@ -1,7 +1,5 @@
-//! The built-in backend for a machine that has none: it says the last user message back, word by word, in the stream of
-//! OpenAI or of Anthropic. What it will send for a request is a pure function, so that every byte can be checked.
-//!
-//! Who runs here: the connection threads of its `HttpServer`; they share nothing.
+//! The built-in backend for a machine without one. It repeats the last user message word by word, as an OpenAI or Anthropic stream.
+//! Its response is a pure function of the request, so every byte can be verified.
 
 use std::io;
 use std::net::SocketAddr;
@@ -11,13 +9,13 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::coordinator::Format;
-use crate::http_server::connection::{Exchange, refusal};
+use crate::http_server::connection::{Exchange, error_document};
 use crate::http_server::{self, HttpServer};
 
-/// The only model that the echo backend lists.
+/// Id of the only model that it lists.
 pub(super) const MODEL: &str = "echo";
 
-/// Pause between two words, so that a person sees the stream.
+/// Pause between words, so that the stream is visible.
 const WORD_PAUSE: Duration = Duration::from_millis(10);
 
 /// The echo backend; dropping it stops it.
@@ -38,9 +36,9 @@ impl Echo {
     }
 }
 
-/// The exact bytes that are sent for `request`.
-pub(super) fn exact_answer(request: &Value, format: Format) -> Vec<u8> {
-    answer_pieces(request, format).concat().into_bytes()
+/// The exact response to `request`.
+pub(super) fn exact_response(request: &Value, format: Format) -> Vec<u8> {
+    response_pieces(request, format).concat().into_bytes()
 }
 
 fn handle(exchange: &mut Exchange<'_>) {
@@ -49,11 +47,11 @@ fn handle(exchange: &mut Exchange<'_>) {
         ("GET", "/v1/models") => return exchange.respond_json(200, &listing()),
         ("POST", "/v1/chat/completions") => Format::Openai,
         ("POST", "/v1/messages") => Format::Anthropic,
-        _ => return exchange.respond_json(404, &refusal("no such route")),
+        _ => return exchange.respond_json(404, &error_document("no such route")),
     };
     match exchange.read_json() {
-        Ok(body) => stream(exchange, &answer_pieces(&body, format)),
-        Err(bad) => exchange.respond_json(bad.status, &refusal(&bad.message)),
+        Ok(body) => stream(exchange, &response_pieces(&body, format)),
+        Err(bad) => exchange.respond_json(bad.status, &error_document(&bad.message)),
     }
 }
 
@@ -72,53 +70,53 @@ fn stream(exchange: &mut Exchange<'_>, pieces: &[String]) {
         body.finish()
     });
     if let Err(error) = sent {
-        log::debug!("the echo was not wanted to its end: {error}");
+        log::debug!("a client disconnected from the echo backend: {error}");
     }
 }
 
-/// The answer, cut where the echo pauses.
-fn answer_pieces(request: &Value, format: Format) -> Vec<String> {
+/// The response, in pieces between which the echo pauses.
+fn response_pieces(request: &Value, format: Format) -> Vec<String> {
     let text = last_user_text(request);
     let words: Vec<&str> = text.split_inclusive(char::is_whitespace).collect();
     let limit = ["max_tokens", "max_completion_tokens"].iter().find_map(|key| request[*key].as_u64());
     let limit = limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX);
-    let answer = Answer {
+    let response = Response {
         model: request["model"].as_str().unwrap_or(MODEL),
         words: &words[..words.len().min(limit)],
-        cut: words.len() > limit,
+        truncated: words.len() > limit,
         input_tokens: words.len(),
     };
     match format {
-        Format::Openai => openai_pieces(&answer, request["stream_options"]["include_usage"] == true),
-        Format::Anthropic => anthropic_pieces(&answer),
+        Format::Openai => openai_pieces(&response, request["stream_options"]["include_usage"] == true),
+        Format::Anthropic => anthropic_pieces(&response),
     }
 }
 
-struct Answer<'a> {
+struct Response<'a> {
     model: &'a str,
     words: &'a [&'a str],
-    cut: bool,
+    truncated: bool,
     input_tokens: usize,
 }
 
-fn openai_pieces(answer: &Answer, with_usage: bool) -> Vec<String> {
+fn openai_pieces(response: &Response, with_usage: bool) -> Vec<String> {
     let chunk = |choices: Value| {
         let (id, object) = ("chatcmpl-echo", "chat.completion.chunk");
-        json!({"id": id, "object": object, "created": 0, "model": answer.model, "choices": choices})
+        json!({"id": id, "object": object, "created": 0, "model": response.model, "choices": choices})
     };
     let event = |chunk: Value| format!("data: {chunk}\n\n");
     let delta = |delta: Value, finish: Option<&str>| {
         event(chunk(json!([{"index": 0, "delta": delta, "finish_reason": finish}])))
     };
     let content = |word: &&str| delta(json!({"content": word}), None);
-    let mut pieces: Vec<String> = answer.words.iter().map(content).collect();
+    let mut pieces: Vec<String> = response.words.iter().map(content).collect();
     if pieces.is_empty() {
         pieces.push(String::new());
     }
     pieces[0].insert_str(0, &delta(json!({"role": "assistant", "content": ""}), None));
-    let mut end = delta(json!({}), Some(if answer.cut { "length" } else { "stop" }));
+    let mut end = delta(json!({}), Some(if response.truncated { "length" } else { "stop" }));
     if with_usage {
-        let (input, output) = (answer.input_tokens, answer.words.len());
+        let (input, output) = (response.input_tokens, response.words.len());
         let mut last = chunk(json!([]));
         last["usage"] = json!({"prompt_tokens": input, "completion_tokens": output, "total_tokens": input + output});
         end += &event(last);
@@ -126,23 +124,23 @@ fn openai_pieces(answer: &Answer, with_usage: bool) -> Vec<String> {
     finished(pieces, &(end + "data: [DONE]\n\n"))
 }
 
-fn anthropic_pieces(answer: &Answer) -> Vec<String> {
+fn anthropic_pieces(response: &Response) -> Vec<String> {
     let event = |data: Value| format!("event: {}\ndata: {data}\n\n", data["type"].as_str().unwrap_or_default());
     let start = event(json!({"type": "message_start", "message": {
         "id": "msg_echo", "type": "message", "role": "assistant", "content": [], "stop_reason": null, "stop_sequence": null,
-        "model": answer.model, "usage": {"input_tokens": answer.input_tokens, "output_tokens": 0},
+        "model": response.model, "usage": {"input_tokens": response.input_tokens, "output_tokens": 0},
     }}));
     let block =
         event(json!({"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}));
     let delta = |word: &&str| {
         event(json!({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}}))
     };
-    let mut pieces: Vec<String> = answer.words.iter().map(delta).collect();
+    let mut pieces: Vec<String> = response.words.iter().map(delta).collect();
     if pieces.is_empty() {
         pieces.push(String::new());
     }
     pieces[0].insert_str(0, &(start + &block));
-    let (reason, output) = (if answer.cut { "max_tokens" } else { "end_turn" }, answer.words.len());
+    let (reason, output) = (if response.truncated { "max_tokens" } else { "end_turn" }, response.words.len());
     let ends = [
         json!({"type": "content_block_stop", "index": 0}),
         json!({"type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": null},
@@ -152,7 +150,7 @@ fn anthropic_pieces(answer: &Answer) -> Vec<String> {
     finished(pieces, &ends.map(event).concat())
 }
 
-/// The end of the stream comes with the last word.
+/// Appends the end of the stream to the last piece.
 fn finished(mut pieces: Vec<String>, end: &str) -> Vec<String> {
     if let Some(last) = pieces.last_mut() {
         last.push_str(end);
@@ -184,7 +182,7 @@ mod tests {
     #[test]
     fn openai_echo_is_a_whole_stream() {
         let request = request(&json!("grüße an  alle\n"));
-        let stream = exact_answer(&request, Format::Openai);
+        let stream = exact_response(&request, Format::Openai);
         assert!(stream.ends_with(b"data: [DONE]\n\n"));
         let whole = assemble::openai_completion(&stream).unwrap();
         assert_eq!(whole["choices"][0]["message"]["content"], "grüße an  alle\n");
@@ -195,25 +193,25 @@ mod tests {
     #[test]
     fn anthropic_echo_is_a_whole_stream() {
         let request = request(&json!([{"type": "text", "text": "one two"}, {"type": "image"}]));
-        let whole = assemble::anthropic_message(&exact_answer(&request, Format::Anthropic)).unwrap();
+        let whole = assemble::anthropic_message(&exact_response(&request, Format::Anthropic)).unwrap();
         assert_eq!(whole["content"], json!([{"type": "text", "text": "one two"}]));
         assert_eq!(whole["stop_reason"], "end_turn");
         assert_eq!(whole["usage"], json!({"input_tokens": 2, "output_tokens": 2}));
     }
 
     #[test]
-    fn max_tokens_cuts_and_usage_is_only_sent_when_asked_for() {
+    fn max_tokens_truncates_and_usage_is_sent_on_request_only() {
         let mut request = request(&json!("one two three"));
         request["max_tokens"] = json!(1);
         request["stream_options"] = Value::Null;
-        let stream = exact_answer(&request, Format::Openai);
+        let stream = exact_response(&request, Format::Openai);
         let whole = assemble::openai_completion(&stream).unwrap();
         assert_eq!(whole["choices"][0]["message"]["content"], "one ");
         assert_eq!(whole["choices"][0]["finish_reason"], "length");
         assert_eq!(whole["usage"], Value::Null);
         request["max_tokens"] = json!(0);
-        assert!(assemble::openai_completion(&exact_answer(&request, Format::Openai)).is_ok());
-        assert!(assemble::anthropic_message(&exact_answer(&json!({}), Format::Anthropic)).is_ok());
-        assert!(assemble::openai_completion(&exact_answer(&json!(7), Format::Openai)).is_ok());
+        assert!(assemble::openai_completion(&exact_response(&request, Format::Openai)).is_ok());
+        assert!(assemble::anthropic_message(&exact_response(&json!({}), Format::Anthropic)).is_ok());
+        assert!(assemble::openai_completion(&exact_response(&json!(7), Format::Openai)).is_ok());
     }
 }

@@ -1,10 +1,7 @@
-//! An OpenAI-compatible HTTP server in front of the local coordinator: what a buyer of the market would talk to.
+//! The front door: an OpenAI- and Anthropic-compatible API in front of the local coordinator, as a customer of the market would use.
 //!
-//! Who runs here: the `demo-door-N` threads of its `HttpServer`, one a connection; they share the coordinator.
-//!
-//! Invariants: what a streaming client gets is what the backend sent, byte for byte; only a job that fails after its first
-//! byte gets an error event added, so that a cut stream is seen as one. A client that goes away, even before the first
-//! byte, cancels its job.
+//! Invariants: a streaming client receives the bytes of the backend unchanged. If a job fails after its first byte, an error event is
+//! appended, so that the client notices the truncated stream. A client that disconnects, even before the first byte, cancels its job.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -21,14 +18,14 @@ use super::job_events::JobEvent;
 use crate::http_server::connection::{Exchange, percent_decoded};
 use crate::http_server::{self, HttpServer};
 
-/// How long a request may take: long enough for a cold model on a slow machine.
+/// Time limit of a request; a model that has to be loaded may take minutes.
 const JOB_DEADLINE: Duration = Duration::from_secs(600);
 
-/// How often a silent job's client is looked at.
+/// Interval at which the client of a silent job is checked.
 const CLIENT_POLL: Duration = Duration::from_millis(100);
 
-/// The longest answer that is put together for a client that does not stream.
-const ANSWER_BYTES_MAX: usize = 64 * 1024 * 1024;
+/// Limit of a response that is assembled for a non-streaming client, in bytes.
+const RESPONSE_BYTES_MAX: usize = 64 * 1024 * 1024;
 
 /// The front door; dropping it stops it.
 pub struct FrontDoor {
@@ -49,28 +46,28 @@ impl FrontDoor {
     }
 }
 
-/// Takes a loopback port for the front door; 0 is any free one.
+/// Binds a loopback port for the front door; 0 for any free port.
 pub fn bind(port: u16) -> io::Result<TcpListener> {
     http_server::bind(port)
 }
 
-/// An answer that is not the model's.
-struct Refusal {
+/// An error response.
+struct ErrorResponse {
     status: u16,
     code: String,
     message: String,
 }
 
-impl Refusal {
+impl ErrorResponse {
     fn new(status: u16, code: &str, message: impl Into<String>) -> Self {
         Self { status, code: code.to_owned(), message: message.into() }
     }
 
-    fn of_job(code: String, message: String) -> Self {
+    fn from_job(code: String, message: String) -> Self {
         Self { status: status_of(&code), code, message }
     }
 
-    /// One body for both formats: OpenAI's clients look at `error`, Anthropic's at `type` as well.
+    /// One body for both formats: OpenAI's clients read `error`, Anthropic's read `type` as well.
     fn body(&self) -> Value {
         let kind = if self.status < 500 { "invalid_request_error" } else { "api_error" };
         let error = json!({"message": self.message, "type": kind, "param": null, "code": self.code});
@@ -78,7 +75,7 @@ impl Refusal {
     }
 }
 
-impl From<CoordinatorError> for Refusal {
+impl From<CoordinatorError> for ErrorResponse {
     fn from(error: CoordinatorError) -> Self {
         let status = match error {
             CoordinatorError::NoAgent | CoordinatorError::NoOffer(..) => 503,
@@ -89,14 +86,14 @@ impl From<CoordinatorError> for Refusal {
     }
 }
 
-/// The HTTP status that tells a client what an error code of the protocol means.
+/// The HTTP status for an error code of the protocol.
 fn status_of(code: &str) -> u16 {
     match code {
         "model_not_loaded" => 404,
         "out_of_capacity" => 429,
         "backend_unreachable" | "auth_rejected_by_backend" => 502,
         "backend_timeout" => 504,
-        _ => 500, // `internal`, and what a newer agent may say
+        _ => 500, // `internal`, and codes of newer agents
     }
 }
 
@@ -107,14 +104,14 @@ fn handle(coordinator: &Coordinator, exchange: &mut Exchange<'_>) {
         ("POST", "/v1/chat/completions") => answer(coordinator, exchange, Format::Openai),
         ("POST", "/v1/messages") => answer(coordinator, exchange, Format::Anthropic),
         (_, path @ ("/health" | "/v1/models" | "/v1/chat/completions" | "/v1/messages")) => {
-            let refusal = Refusal::new(405, "method_not_allowed", format!("`{path}` does not take this method"));
-            refuse(exchange, &refusal);
+            let error = ErrorResponse::new(405, "method_not_allowed", format!("`{path}` does not support this method"));
+            respond_error(exchange, &error);
         }
         (_, path) => {
-            let refusal = Refusal::new(404, "not_found", format!("there is no `{path}`"));
+            let error = ErrorResponse::new(404, "not_found", format!("no such path: `{path}`"));
             match path.strip_prefix("/v1/models/").map(percent_decoded) {
                 Some(model_id) => one_model(coordinator, exchange, &model_id),
-                None => refuse(exchange, &refusal),
+                None => respond_error(exchange, &error),
             }
         }
     }
@@ -146,59 +143,68 @@ fn listed(model: &OfferedModel) -> Value {
 fn one_model(coordinator: &Coordinator, exchange: &mut Exchange<'_>, model_id: &str) {
     match offered(coordinator).iter().find(|model| model.model_id == model_id) {
         Some(model) => exchange.respond_json(200, &listed(model)),
-        None => refuse(exchange, &Refusal::new(404, "model_not_found", format!("no model `{model_id}` is offered"))),
+        None => respond_error(
+            exchange,
+            &ErrorResponse::new(404, "model_not_found", format!("no model `{model_id}` is offered")),
+        ),
     }
 }
 
-fn refuse(exchange: &mut Exchange<'_>, refusal: &Refusal) {
-    exchange.respond_json(refusal.status, &refusal.body());
+fn respond_error(exchange: &mut Exchange<'_>, error: &ErrorResponse) {
+    exchange.respond_json(error.status, &error.body());
 }
 
 fn answer(coordinator: &Coordinator, exchange: &mut Exchange<'_>, format: Format) {
     let body = match exchange.read_json() {
         Ok(body) if body.is_object() => body,
-        Ok(_) => return refuse(exchange, &Refusal::new(400, "invalid_body", "the body is not a JSON object")),
-        Err(bad) => return refuse(exchange, &Refusal::new(bad.status, "invalid_body", bad.message)),
+        Ok(_) => {
+            return respond_error(exchange, &ErrorResponse::new(400, "invalid_body", "the body is not a JSON object"));
+        }
+        Err(bad) => return respond_error(exchange, &ErrorResponse::new(bad.status, "invalid_body", bad.message)),
     };
     let streaming = body["stream"] == true;
     let mut job = match submit(coordinator, body, format) {
         Ok(job) => job,
-        Err(refusal) => return refuse(exchange, &refusal),
+        Err(error) => return respond_error(exchange, &error),
     };
     let served = if streaming { stream(exchange, &mut job, format) } else { whole(exchange, &mut job, format) };
-    if let Err(gone) = served {
+    if let Err(error) = served {
         job.cancel();
-        log::info!("an HTTP client left before the end of its answer, the job is cancelled: {gone}");
+        log::info!("an HTTP client disconnected before the end of its response; its job is cancelled: {error}");
     }
 }
 
-fn submit(coordinator: &Coordinator, request: Value, format: Format) -> Result<Job, Refusal> {
+fn submit(coordinator: &Coordinator, request: Value, format: Format) -> Result<Job, ErrorResponse> {
     let Some(model_id) = request["model"].as_str().map(str::to_owned) else {
-        return Err(Refusal::new(400, "invalid_body", "the body has no string `model`; GET /v1/models lists them"));
+        return Err(ErrorResponse::new(
+            400,
+            "invalid_body",
+            "the body has no string `model`; GET /v1/models lists them",
+        ));
     };
-    // A model that is not offered is asked for all the same: the agent has to refuse it, and shows so here.
+    // Jobs for models that are not offered are sent anyway, to show that the agent rejects them.
     let order = JobOrder { job_id: Uuid::new_v4(), model_id, request, format, deadline: JOB_DEADLINE };
     Ok(coordinator.submit(order)?)
 }
 
-/// The job's next event, while the client is there to see it. `None` after the end.
-fn next_event(job: &mut Job, client_is_gone: impl Fn() -> bool) -> io::Result<Option<JobEvent>> {
+/// Waits for the job's next event while the client is connected. `None` after the end.
+fn next_event(job: &mut Job, client_has_disconnected: impl Fn() -> bool) -> io::Result<Option<JobEvent>> {
     loop {
         match job.wait(CLIENT_POLL) {
             Waited::Event(event) => return Ok(Some(event)),
             Waited::Over => return Ok(None),
-            Waited::NotYet if client_is_gone() => return Err(io::ErrorKind::ConnectionAborted.into()),
+            Waited::NotYet if client_has_disconnected() => return Err(io::ErrorKind::ConnectionAborted.into()),
             Waited::NotYet => {}
         }
     }
 }
 
-/// Passes the chunks on as they come. An error means that the client has gone.
+/// Relays the chunks as they arrive. Fails if the client has disconnected.
 fn stream(exchange: &mut Exchange<'_>, job: &mut Job, format: Format) -> io::Result<()> {
-    let first = match next_event(job, || exchange.client_is_gone())? {
+    let first = match next_event(job, || exchange.client_has_disconnected())? {
         Some(JobEvent::Chunk(bytes)) => bytes,
         Some(JobEvent::Failed { code, message }) => {
-            refuse(exchange, &Refusal::of_job(code, message));
+            respond_error(exchange, &ErrorResponse::from_job(code, message));
             return Ok(());
         }
         Some(JobEvent::Done(_)) | None => Vec::new(),
@@ -210,7 +216,7 @@ fn stream(exchange: &mut Exchange<'_>, job: &mut Job, format: Format) -> io::Res
     let mut body = exchange.stream(content_type)?;
     body.send(&first)?;
     let mut ended_clean = first.is_empty() || first.ends_with(b"\n\n");
-    while let Some(event) = next_event(job, || body.client_is_gone())? {
+    while let Some(event) = next_event(job, || body.client_has_disconnected())? {
         match event {
             JobEvent::Chunk(bytes) => {
                 body.send(&bytes)?;
@@ -218,55 +224,55 @@ fn stream(exchange: &mut Exchange<'_>, job: &mut Job, format: Format) -> io::Res
             }
             JobEvent::Done(_) => {}
             JobEvent::Failed { code, message } => {
-                body.send(&failure_event(&Refusal::of_job(code, message), format, ended_clean))?;
+                body.send(&failure_event(&ErrorResponse::from_job(code, message), format, ended_clean))?;
             }
         }
     }
     body.finish()
 }
 
-/// An error event that a client recognises, even when the stream was cut within a line.
-fn failure_event(refusal: &Refusal, format: Format, ended_clean: bool) -> Vec<u8> {
+/// An error event that clients recognize even if the stream was truncated within a line.
+fn failure_event(error: &ErrorResponse, format: Format, ended_clean: bool) -> Vec<u8> {
     let separator = if ended_clean { "" } else { "\n\n" };
     let name = match format {
         Format::Openai => "",
         Format::Anthropic => "event: error\n",
     };
-    format!("{separator}{name}data: {}\n\n", refusal.body()).into_bytes()
+    format!("{separator}{name}data: {}\n\n", error.body()).into_bytes()
 }
 
-/// Collects the stream and answers with one document. An error means that the client has gone.
+/// Collects the stream, and responds with one document. Fails if the client has disconnected.
 fn whole(exchange: &mut Exchange<'_>, job: &mut Job, format: Format) -> io::Result<()> {
     match collected(exchange, job)?.and_then(|bytes| assembled(&bytes, format)) {
         Ok(document) => exchange.respond_json(200, &document),
-        Err(refusal) => refuse(exchange, &refusal),
+        Err(error) => respond_error(exchange, &error),
     }
     Ok(())
 }
 
-fn collected(exchange: &Exchange<'_>, job: &mut Job) -> io::Result<Result<Vec<u8>, Refusal>> {
+fn collected(exchange: &Exchange<'_>, job: &mut Job) -> io::Result<Result<Vec<u8>, ErrorResponse>> {
     let mut bytes = Vec::new();
-    while let Some(event) = next_event(job, || exchange.client_is_gone())? {
+    while let Some(event) = next_event(job, || exchange.client_has_disconnected())? {
         match event {
-            JobEvent::Chunk(chunk) if bytes.len() + chunk.len() > ANSWER_BYTES_MAX => {
+            JobEvent::Chunk(chunk) if bytes.len() + chunk.len() > RESPONSE_BYTES_MAX => {
                 job.cancel();
-                let message = "the answer is too long for one document; ask for it with `stream`";
-                return Ok(Err(Refusal::new(502, "answer_too_long", message)));
+                let message = "the response is too long for one document; request it with `stream`";
+                return Ok(Err(ErrorResponse::new(502, "answer_too_long", message)));
             }
             JobEvent::Chunk(chunk) => bytes.extend_from_slice(&chunk),
             JobEvent::Done(_) => {}
-            JobEvent::Failed { code, message } => return Ok(Err(Refusal::of_job(code, message))),
+            JobEvent::Failed { code, message } => return Ok(Err(ErrorResponse::from_job(code, message))),
         }
     }
     Ok(Ok(bytes))
 }
 
-fn assembled(stream: &[u8], format: Format) -> Result<Value, Refusal> {
+fn assembled(stream: &[u8], format: Format) -> Result<Value, ErrorResponse> {
     let document = match format {
         Format::Openai => assemble::openai_completion(stream),
         Format::Anthropic => assemble::anthropic_message(stream),
     };
-    document.map_err(|error| Refusal::new(502, "bad_answer", error.to_string()))
+    document.map_err(|error| ErrorResponse::new(502, "bad_answer", error.to_string()))
 }
 
 #[cfg(test)]
@@ -274,7 +280,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_code_of_the_protocol_has_its_status() {
+    fn status_of_every_error_code() {
         let expected = [
             ("model_not_loaded", 404),
             ("out_of_capacity", 429),
@@ -290,16 +296,16 @@ mod tests {
     }
 
     #[test]
-    fn an_error_event_stands_apart_from_a_cut_line() {
-        let refusal = Refusal::new(500, "internal", "cut");
-        let event = String::from_utf8(failure_event(&refusal, Format::Openai, false)).unwrap();
+    fn failure_event_is_separated_from_a_truncated_line() {
+        let error = ErrorResponse::new(500, "internal", "cut");
+        let event = String::from_utf8(failure_event(&error, Format::Openai, false)).unwrap();
         assert!(event.starts_with("\n\ndata: {") && event.ends_with("}\n\n"), "{event}");
-        let event = String::from_utf8(failure_event(&refusal, Format::Anthropic, true)).unwrap();
+        let event = String::from_utf8(failure_event(&error, Format::Anthropic, true)).unwrap();
         assert!(event.starts_with("event: error\ndata: {"), "{event}");
     }
 
     #[test]
-    fn the_listing_has_the_context_only_when_known() {
+    fn listing_has_the_context_length_only_if_known() {
         let mut model = OfferedModel {
             model_id: "m".to_owned(),
             backend: "vllm".to_owned(),

@@ -1,7 +1,6 @@
-//! The events of one job on their way to whoever waits for them: a queue that is bounded in bytes, not in events.
+//! The events of a job, in a queue that is bounded in bytes instead of events.
 //!
-//! Who runs here: the connection's thread sends and never waits; the job's taker receives. The lock is held for the queue
-//! alone.
+//! Threads: the connection's thread sends without waiting; the thread that submitted the job receives.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -9,13 +8,13 @@ use std::time::Instant;
 
 use super::agent_protocol::JobEnd;
 
-/// Bytes that may wait for a slow taker of one job; a job beyond it is given up, so that the others go on.
+/// Limit of queued bytes per job. A job that exceeds it is cancelled, so that it does not block others.
 const UNREAD_BYTES_MAX: usize = 64 * 1024 * 1024;
 
-/// What the agent says about a job.
+/// An event of a job.
 #[derive(Debug, Clone, PartialEq)]
 pub enum JobEvent {
-    /// Bytes of the backend's answer.
+    /// Bytes of the backend's response.
     Chunk(Vec<u8>),
     /// The job is complete.
     Done(JobEnd),
@@ -23,7 +22,7 @@ pub enum JobEvent {
     Failed {
         /// The protocol's error code.
         code: String,
-        /// What the agent says about it.
+        /// The agent's message.
         message: String,
     },
 }
@@ -35,14 +34,14 @@ impl JobEvent {
 }
 
 /// The receiving end.
-pub(super) struct Inbox(Arc<Shared>);
+pub(super) struct Receiver(Arc<Shared>);
 
-/// The connection's end. Dropped, it ends the queue after what is in it.
+/// The sending end. Dropping it ends the queue after its last event.
 pub(super) struct Sender(Arc<Shared>);
 
-/// What came of a wait.
+/// The result of a wait.
 pub(super) enum Received {
-    /// With the moment at which the connection's thread had it.
+    /// With the time at which the connection's thread received it.
     Event(Instant, JobEvent),
     Timeout,
     Disconnected,
@@ -61,9 +60,9 @@ struct Queue {
     ended: bool,
 }
 
-pub(super) fn channel() -> (Sender, Inbox) {
+pub(super) fn channel() -> (Sender, Receiver) {
     let shared = Arc::new(Shared::default());
-    (Sender(shared.clone()), Inbox(shared))
+    (Sender(shared.clone()), Receiver(shared))
 }
 
 impl Shared {
@@ -73,7 +72,7 @@ impl Shared {
 }
 
 impl Sender {
-    /// Adds an event; `false` when there is no room for its bytes.
+    /// Adds an event. Returns `false` if it exceeds the limit.
     pub(super) fn send(&self, event: JobEvent) -> bool {
         let mut queue = self.0.lock();
         let unread_bytes = queue.unread_bytes + bytes_in(&event);
@@ -94,8 +93,8 @@ impl Drop for Sender {
     }
 }
 
-impl Inbox {
-    /// Takes the next event, waiting for it until `until`.
+impl Receiver {
+    /// Waits for the next event, until `until`.
     pub(super) fn receive(&self, until: Instant) -> Received {
         let mut queue = self.0.lock();
         loop {
@@ -126,18 +125,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_bytes_are_bounded_and_the_end_comes_last() {
-        let (sender, inbox) = channel();
+    fn queue_is_bounded_in_bytes_and_ends_after_its_last_event() {
+        let (sender, receiver) = channel();
         assert!(sender.send(JobEvent::Chunk(vec![0; UNREAD_BYTES_MAX])));
         assert!(!sender.send(JobEvent::Chunk(vec![0])));
         assert!(sender.send(JobEvent::Done(Default::default())));
         let now = Instant::now();
-        assert!(matches!(inbox.receive(now), Received::Event(_, JobEvent::Chunk(_))));
+        assert!(matches!(receiver.receive(now), Received::Event(_, JobEvent::Chunk(_))));
         assert!(sender.send(JobEvent::Chunk(vec![0])));
-        assert!(matches!(inbox.receive(now), Received::Event(_, JobEvent::Done(_))));
-        assert!(matches!(inbox.receive(now), Received::Event(_, JobEvent::Chunk(_))));
-        assert!(matches!(inbox.receive(now), Received::Timeout));
+        assert!(matches!(receiver.receive(now), Received::Event(_, JobEvent::Done(_))));
+        assert!(matches!(receiver.receive(now), Received::Event(_, JobEvent::Chunk(_))));
+        assert!(matches!(receiver.receive(now), Received::Timeout));
         drop(sender);
-        assert!(matches!(inbox.receive(now), Received::Disconnected));
+        assert!(matches!(receiver.receive(now), Received::Disconnected));
     }
 }

@@ -1,11 +1,10 @@
-//! `usepod-agent demo`: the real agent between a local coordinator and a backend, all in one process, over real sockets.
+//! `usepod-agent demo`: runs the agent with a local coordinator and a backend, in one process and over real sockets.
 //!
-//! Who runs here: the caller's thread orchestrates and prints; `agent` runs the very supervisor that `run` would; the
-//! coordinator, the front door and the echo backend have their own threads (see there). Nothing of this exists unless
-//! [`run`] is called.
+//! Threads: the caller's thread controls the demo and prints; `agent` runs the same [`Agent`] as `usepod-agent run`; the coordinator,
+//! the front door and the echo backend have threads of their own.
 //!
-//! Invariant: the exit code is the verdict. [`run`] returns `Ok` only if the bytes that reached the coordinator are the
-//! bytes that the backend gave, and, for the built-in echo, the bytes that it must give.
+//! Invariant: [`run`] returns `Ok` only if the bytes that reached the coordinator are those that the backend sent and, for the
+//! built-in echo backend, those that it must send.
 
 mod sample_request;
 mod assemble;
@@ -52,141 +51,143 @@ use coordinator::{Coordinator, CoordinatorError};
 use front_door::FrontDoor;
 use output::{Output, ms};
 use overhead::{OverheadMeter, Through};
-use recording_backend::Seen;
+use recording_backend::Recorded;
 use timed_response::{Timed, percentile};
 
 pub use agent_protocol::{HandshakeError, JobEnd, OfferedModel};
 
-/// Where the front door is when nobody says otherwise and the port is free.
+/// Default port of the front door; if it is taken, any free port.
 pub const DEFAULT_PORT: u16 = 8788;
 
-/// How long the agent may take to its first offer: the bounds of its own handshake and of its probes, and a little.
+/// Time limit for the agent's first offer: its handshake and its probes, and a margin.
 const OFFER_WAIT: Duration = Duration::from_secs(20);
 
-/// How long the demo waits for a backend that is loading its model.
+/// Time limit for a backend that is loading its model.
 const LOADING_WAIT: Duration = Duration::from_secs(300);
 
-/// How often a wait looks whether the demo is to stop.
+/// Interval at which waits check whether the demo is to stop.
 const STOP_POLL: Duration = Duration::from_millis(50);
 
-/// What a real model is asked.
+/// The default prompt for a real model.
 const PROMPT: &str = "Say hello to the operator of this machine, in one short sentence.";
 
-/// What the echo is asked to repeat.
+/// The default prompt for the echo backend.
 const ECHO_PROMPT: &str = "Every word of this went from the coordinator through the agent to the backend and back.";
 
-/// Requests of each sort behind the overhead that is shown.
+/// Number of request pairs for the overhead figure.
 const OVERHEAD_PAIRS: usize = 5;
 
-/// Prices of the demo when there is no config, in millionths of a dollar; nobody pays them.
+/// Price per million tokens without a config, in USDC micro-units. Nobody is charged.
 const DEMO_PRICE_PER_1M: u64 = 100_000;
 
-/// How long jobs in flight may go on after Ctrl-C when there is no config.
+/// Drain time after Ctrl-C without a config.
 const DRAIN: Duration = Duration::from_secs(5);
 
-/// What the operator asked for.
+/// The options of the demo.
 #[derive(Default)]
 pub struct Options {
-    /// The front door's port; `None`: [`DEFAULT_PORT`], or any other when that is taken.
+    /// The front door's port; `None` for [`DEFAULT_PORT`], or any free port if that is taken.
     pub port: Option<u16>,
-    /// What to ask.
+    /// The prompt.
     pub prompt: Option<String>,
-    /// Whether to leave after the first answer.
+    /// Whether to exit after the first response.
     pub once: bool,
-    /// Whether to measure, after the first answer, what the agent adds to such ones; then it leaves as well.
+    /// Whether to measure the agent's overhead after the first response, and then exit.
     pub bench: bool,
-    /// Backends, prices and limits; its coordinator and its identity are not used.
+    /// Backends, prices and limits. Its coordinator and identity are not used.
     pub config: Option<Config>,
 }
 
 /// Why the demo failed.
 #[derive(Debug, Error)]
 pub enum DemoError {
-    /// The local coordinator does not work, or the agent did not reach it.
+    /// The local coordinator failed, or the agent did not connect to it.
     #[error(transparent)]
     Coordinator(#[from] CoordinatorError),
-    /// The port that was asked for cannot be had.
-    #[error("failed to listen on 127.0.0.1:{port}: {source}; choose another `--port`, or leave it out")]
+    /// The requested port is not available.
+    #[error("failed to listen on 127.0.0.1:{port}: {source}; choose another `--port`, or omit it")]
     Port {
         /// The port.
         port: u16,
         /// Why not.
         source: io::Error,
     },
-    /// The address for agents cannot be had.
-    #[error("failed to listen on {address}: {source}; choose another `--listen`, or leave it out")]
+    /// The address for agents is not available.
+    #[error("failed to listen on {address}: {source}; choose another `--listen`, or omit it")]
     Listen {
         /// The address.
         address: SocketAddr,
         /// Why not.
         source: io::Error,
     },
-    /// A thread or socket of the demo could not be made.
+    /// A thread or socket could not be created.
     #[error("failed to start the demo: {0}")]
     Start(#[from] io::Error),
     /// The agent ended by itself.
-    #[error("the agent ended before it was told to; its log on stderr says why")]
+    #[error("the agent ended unexpectedly; see its log on stderr")]
     AgentEnded,
-    /// The agent got no key.
+    /// The agent's key could not be created.
     #[error(transparent)]
     Identity(#[from] IdentityError),
-    /// There is nothing to ask.
+    /// No model is offered.
     #[error("the agent offers no models:{}", .0.iter().map(|why| format!("\n  {why}")).collect::<String>())]
     NoModels(Vec<String>),
-    /// The request came back as an error.
+    /// The request failed.
     #[error("the request failed with `{code}`: {message}")]
     JobFailed {
         /// The protocol's error code.
         code: String,
-        /// What the agent says.
+        /// The agent's message.
         message: String,
     },
-    /// The backend failed when asked without the agent.
-    #[error("the backend failed when asked directly: {0}")]
+    /// A request that bypasses the agent failed.
+    #[error("the backend failed a direct request: {0}")]
     Direct(String),
-    /// The bytes are not right.
+    /// The bytes differ.
     #[error("the bytes through the agent are wrong: {0}")]
     WrongBytes(String),
     /// The bench would cost the operator money.
-    #[error("a hosted backend would get requests of the bench, and each costs money; leave it out, or `--bench`")]
+    #[error(
+        "--bench would send requests to a hosted backend, and each costs money; remove that backend from the config, or omit --bench"
+    )]
     Hosted,
-    /// A signal came before the last answer that the demo wanted.
-    #[error("stopped before its requests were answered")]
+    /// The demo was stopped before its last response.
+    #[error("stopped before the responses were complete")]
     Stopped,
 }
 
-/// Runs the demo until its answers (`once`, `bench`) or until `stop`. Prints to `out`.
+/// Runs the demo until its responses are complete (`once`, `bench`), or until `stop`. Prints to `out`.
 ///
 /// # Errors
-/// When an answer is missing, or its bytes are not right.
+/// A response is missing, or its bytes are wrong.
 pub fn run(options: Options, stop: &Arc<Stop>, out: &mut dyn Write) -> Result<(), DemoError> {
-    let mut page = Output::new(out);
-    page.line(format_args!(
+    let mut output = Output::new(out);
+    output.line(format_args!(
         "usepod-agent {} demo: coordinator, agent and backend on this machine",
         env!("CARGO_PKG_VERSION")
     ));
-    page.line(format_args!(""));
+    output.line(format_args!(""));
     let chosen = backends::choose(options.config.as_ref())?;
     let coordinator = Arc::new(Coordinator::start()?);
     let door = FrontDoor::start(bind_door(options.port)?, coordinator.clone())?;
     let note =
-        if chosen.echo.is_some() { " (the built-in echo: no server answered on the usual local ports)" } else { "" };
+        if chosen.echo.is_some() { " (built-in echo: no server responded on the default local ports)" } else { "" };
     for offered in &chosen.backends {
-        page.line(format_args!("  backend      {}{note}", offered.backend.id()));
+        output.line(format_args!("  backend      {}{note}", offered.backend.id()));
     }
-    page.line(format_args!("  coordinator  {}", coordinator.url()));
-    page.line(format_args!("  front door   http://{}/v1", door.address()));
+    output.line(format_args!("  coordinator  {}", coordinator.url()));
+    output.line(format_args!("  front door   http://{}/v1", door.address()));
     let agent = RunningAgent::start(&coordinator, &chosen, options.config, stop)?;
-    let asked = Asked { prompt: options.prompt, bench: options.bench };
-    let result = answers(&coordinator, &chosen, &agent, asked, stop, &mut page).and_then(|model_id| {
+    let request = RequestOptions { prompt: options.prompt, bench: options.bench };
+    let result = answers(&coordinator, &chosen, &agent, request, stop, &mut output).and_then(|model_id| {
         if options.once || options.bench {
             return Ok(());
         }
-        page.line(format_args!(""));
-        page.line(format_args!("Try it, in another terminal:"));
-        page.line(format_args!("  {}", curl(&door, &model_id)));
-        page.line(format_args!(""));
-        page.line(format_args!("Ctrl-C ends the demo."));
+        output.line(format_args!(""));
+        output.line(format_args!("Try it, in another terminal:"));
+        output.line(format_args!("  {}", curl(&door, &model_id)));
+        output.line(format_args!(""));
+        output.line(format_args!("Ctrl-C ends the demo."));
         agent.wait_until_stopped(stop)
     });
     agent.stop(stop);
@@ -200,20 +201,20 @@ fn bind_door(port: Option<u16>) -> Result<TcpListener, DemoError> {
     }
 }
 
-/// What the operator wants to be asked.
-struct Asked {
+/// The request to send.
+struct RequestOptions {
     prompt: Option<String>,
     bench: bool,
 }
 
-/// Waits for the agent, asks it, and shows the stages and what the agent adds; the model that answered.
+/// Waits for the agent's offer, sends a request, and shows its stages and the agent's overhead. Returns the model.
 fn answers(
     coordinator: &Coordinator,
     chosen: &Chosen,
     agent: &RunningAgent,
-    asked: Asked,
+    options: RequestOptions,
     stop: &Stop,
-    page: &mut Output<'_>,
+    output: &mut Output<'_>,
 ) -> Result<String, DemoError> {
     let mut offer = wait_for_offer(coordinator, OFFER_WAIT, |_| true, agent, stop)?;
     if offer.models.is_empty() {
@@ -221,41 +222,41 @@ fn answers(
         if loading.is_empty() {
             return Err(DemoError::NoModels(backends::diagnose(&chosen.backends)));
         }
-        page.line(format_args!("  waiting      {} is still loading its model", loading.join(", ")));
+        output.line(format_args!("  waiting      {} is still loading its model", loading.join(", ")));
         offer = wait_for_offer(coordinator, LOADING_WAIT, |offer| !offer.models.is_empty(), agent, stop)?;
     }
     let Some(model) = model_to_ask(&offer) else {
         return Err(DemoError::NoModels(backends::diagnose(&chosen.backends)));
     };
     let model_id = model.model_id.clone();
-    page.line(format_args!("  model        {model_id}"));
+    output.line(format_args!("  model        {model_id}"));
     let is_echo = backends::is_echo(chosen, &model_id);
-    let prompt = asked.prompt.as_deref().unwrap_or(if is_echo { ECHO_PROMPT } else { PROMPT });
-    page.line(format_args!(""));
-    page.line(format_args!("> {prompt}"));
-    page.line(format_args!(""));
+    let prompt = options.prompt.as_deref().unwrap_or(if is_echo { ECHO_PROMPT } else { PROMPT });
+    output.line(format_args!(""));
+    output.line(format_args!("> {prompt}"));
+    output.line(format_args!(""));
     let (record, backends) = (&*chosen.record, &*chosen.backends);
     let meter = OverheadMeter { coordinator, record, backends, model_id, is_echo, stop };
-    let request = sample_request::request(&meter.model_id, prompt, sample_request::ANSWER_TOKENS_MAX);
-    let expected = is_echo.then(|| echo::exact_answer(&request, coordinator::Format::Openai));
+    let request = sample_request::request(&meter.model_id, prompt, sample_request::RESPONSE_TOKENS_MAX);
+    let expected = is_echo.then(|| echo::exact_response(&request, coordinator::Format::Openai));
     let mut through = meter.send(request)?;
-    let end = sample_request::print(&meter, &mut through, page)?;
-    page.line(format_args!(""));
+    let end = sample_request::print(&meter, &mut through, output)?;
+    output.line(format_args!(""));
     let Through { job_id, arrived, .. } = through;
-    show_stages(&offer, &arrived, &end, page);
-    let Seen { backend, given } = chosen.record.take(job_id)?;
+    show_stages(&offer, &arrived, &end, output);
+    let Recorded { backend, given } = chosen.record.take(job_id)?;
     let verdict = compare(&arrived.bytes, &given.bytes, expected.as_deref());
-    if !asked.bench {
-        show_overhead(&meter, backend.as_ref(), page);
+    if !options.bench {
+        show_overhead(&meter, backend.as_ref(), output);
     }
-    let against = if is_echo { "the same as sent, and as expected" } else { "the same as the backend sent" };
+    let against = if is_echo { "as sent, and as expected" } else { "as sent by the backend" };
     match &verdict {
-        Ok(()) => page.row("bytes", "ok", &format!("{} bytes, {against}", arrived.bytes.len())),
-        Err(_) => page.row("bytes", "WRONG", "see the error"),
+        Ok(()) => output.row("bytes", "ok", &format!("{} bytes, {against}", arrived.bytes.len())),
+        Err(_) => output.row("bytes", "WRONG", "see the error"),
     }
     verdict?;
-    if asked.bench {
-        bench::run(&meter, backend.as_ref(), asked.prompt.as_deref(), model.max_concurrent, page)?;
+    if options.bench {
+        bench::run(&meter, backend.as_ref(), options.prompt.as_deref(), model.max_concurrent, output)?;
     }
     Ok(meter.model_id)
 }
@@ -281,8 +282,7 @@ fn wait_for_offer(
     }
 }
 
-/// The model that is most likely to answer soon: one to chat with, by its name, and with a known window, which the ones
-/// that are loaded have.
+/// The model that is likely to respond soonest: a chat model, judging by its id, with a known context window, as loaded models have.
 fn model_to_ask(offer: &Offer) -> Option<&OfferedModel> {
     let chats =
         |id: &str| !["embed", "rerank", "whisper", "tts"].iter().any(|other| id.to_ascii_lowercase().contains(other));
@@ -290,23 +290,23 @@ fn model_to_ask(offer: &Offer) -> Option<&OfferedModel> {
     offer.models.iter().min_by_key(rank)
 }
 
-fn show_stages(offer: &Offer, arrived: &Timed, end: &JobEnd, page: &mut Output<'_>) {
+fn show_stages(offer: &Offer, arrived: &Timed, end: &JobEnd, output: &mut Output<'_>) {
     let stages = offer.stages;
-    page.row("connect", &ms(stages.connect), "agent started to WebSocket accepted");
-    page.row("auth", &ms(stages.auth), "accepted to Ed25519 signature verified");
+    output.row("connect", &ms(stages.connect), "agent started to WebSocket accepted");
+    output.row("auth", &ms(stages.auth), "accepted to Ed25519 signature verified");
     let models = backends::counted(offer.models.len());
-    page.row("discovery", &ms(stages.discovery), &format!("auth_ok to capabilities, {models}"));
-    page.row("first byte", &ms(arrived.first_byte()), "job sent to first byte of the answer");
+    output.row("discovery", &ms(stages.discovery), &format!("auth_ok to capabilities, {models}"));
+    output.row("first byte", &ms(arrived.first_byte()), "job sent to first byte of the response");
     let tokens = match (end.input_tokens, end.output_tokens) {
         (Some(input), Some(output)) => format!("{input} tokens in, {output} out"),
-        _ => "the backend gave no token counts".to_owned(),
+        _ => "the backend reported no token counts".to_owned(),
     };
-    page.row("total", &ms(arrived.total()), &tokens);
+    output.row("total", &ms(arrived.total()), &tokens);
 }
 
-fn show_overhead(meter: &OverheadMeter<'_>, backend: &dyn Backend, page: &mut Output<'_>) {
+fn show_overhead(meter: &OverheadMeter<'_>, backend: &dyn Backend, output: &mut Output<'_>) {
     if meter.may_cost() {
-        return page.row("overhead", "-", "not measured: each request to a hosted backend costs money");
+        return output.row("overhead", "-", "not measured: each request to a hosted backend costs money");
     }
     match bench::pairs(meter, backend, &sample_request::request(&meter.model_id, "Hi", 1), OVERHEAD_PAIRS) {
         Ok(figures) => {
@@ -319,24 +319,24 @@ fn show_overhead(meter: &OverheadMeter<'_>, backend: &dyn Backend, page: &mut Ou
                 ms(through),
                 ms(direct)
             );
-            page.row("overhead", &format!("{sign}{apart} ms"), &note);
+            output.row("overhead", &format!("{sign}{apart} ms"), &note);
         }
-        Err(error) => page.row("overhead", "-", &format!("not measured: {error}")),
+        Err(error) => output.row("overhead", "-", &format!("not measured: {error}")),
     }
 }
 
-/// Whether what arrived is what the backend gave, and what it must have given.
+/// Compares the bytes that arrived with those that the backend sent, and with those that it must send.
 fn compare(arrived: &[u8], given: &[u8], expected: Option<&[u8]>) -> Result<(), DemoError> {
     let differ = |other: &[u8], what: &str| {
-        let place = arrived.iter().zip(other).position(|(a, b)| a != b).unwrap_or(arrived.len().min(other.len()));
+        let position = arrived.iter().zip(other).position(|(a, b)| a != b).unwrap_or(arrived.len().min(other.len()));
         let (got, want) = (arrived.len(), other.len());
-        Err(DemoError::WrongBytes(format!("{got} bytes arrived, {what} {want}; they differ from byte {place} on")))
+        Err(DemoError::WrongBytes(format!("{got} bytes arrived, {what} {want}; they differ from byte {position} on")))
     };
     if arrived.is_empty() {
         return Err(DemoError::WrongBytes("none arrived".to_owned()));
     }
     if arrived != given {
-        return differ(given, "the backend gave");
+        return differ(given, "the backend sent");
     }
     match expected {
         Some(expected) if arrived != expected => differ(expected, "the echo should have sent"),
@@ -379,7 +379,7 @@ impl RunningAgent {
         coordinator.expect_agent();
         let run = move || {
             if let Err(error) = agent.run(&stop) {
-                log::error!("the agent cannot run: {error}");
+                log::error!("failed to run the agent: {error}");
             }
         };
         let thread = threads::spawn("agent", run)?;
@@ -400,10 +400,10 @@ impl RunningAgent {
         Ok(())
     }
 
-    /// Lets the agent drain, as a signal would.
+    /// Drains the agent, like a signal.
     fn stop(self, stop: &Arc<Stop>) {
         if !stop.is_requested() {
-            stop.request(); // a second request would cut the drain short
+            stop.request(); // a second request would abort the drain
         }
         if self.thread.join().is_err() {
             log::error!("the agent panicked");
@@ -411,7 +411,7 @@ impl RunningAgent {
     }
 }
 
-/// Prices and limits without a config.
+/// The prices and limits without a config.
 fn own_terms() -> (Pricing, Limits) {
     let default = Price { input_per_1m: DEMO_PRICE_PER_1M, output_per_1m: DEMO_PRICE_PER_1M };
     let limits = Limits { max_concurrent: MAX_CONCURRENT_DEFAULT, max_tokens_per_minute: None, drain: DRAIN };

@@ -1,12 +1,9 @@
-//! The same request over and over, directly and through the agent, each with the times of its bytes.
+//! Sends the same request directly and through the agent, and records when its bytes arrive.
 //!
-//! Both ways run the same client code against the same backend object, so that what differs is the agent and its WebSocket
-//! alone. What the agent adds within one request needs no second one: the witness at the agent's own backend has the times
-//! at which the request got there and each byte came from there, the coordinator those at which the job was sent and the
-//! bytes arrived. How fast the backend is, and how evenly, falls out of the difference. What the coordinator itself needs to
-//! read a frame is in it.
-//!
-//! Who runs here: the demo's thread.
+//! Both ways use the same HTTP client and backend object, so they differ by the agent and its WebSocket only. The latency added
+//! within one request is measured without a second one: the recording backend has the times at which the request arrived and the
+//! bytes left, the coordinator those at which the job left and the bytes arrived. The difference does not depend on the speed of the
+//! backend. It includes the time that the coordinator takes to read a frame.
 
 use std::time::Duration;
 
@@ -23,34 +20,34 @@ use crate::agent::shutdown::Stop;
 use crate::backend::{self, Backend, Kind, WireFormat};
 use crate::discovery::BackendOffer;
 
-/// How long one of the demo's requests may take; a cold model on a slow machine takes minutes.
+/// Time limit of a request; a model that has to be loaded may take minutes.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(300);
 
-/// Who is asked.
+/// Sends the requests, and records their responses.
 pub(super) struct OverheadMeter<'a> {
     pub(super) coordinator: &'a Coordinator,
     pub(super) record: &'a Recording,
-    /// All that the agent has.
+    /// All backends of the agent.
     pub(super) backends: &'a [BackendOffer],
     pub(super) model_id: String,
-    /// Whether the backend is the built-in echo, whose every byte is known.
+    /// Whether the backend is the built-in echo, whose response is known.
     pub(super) is_echo: bool,
     pub(super) stop: &'a Stop,
 }
 
-/// A request through the agent, and its answer.
+/// A request through the agent, and its response.
 pub(super) struct Through {
     pub(super) job_id: Uuid,
     job: Job,
-    /// The answer as it reached the coordinator.
+    /// The response as it reached the coordinator.
     pub(super) arrived: Timed,
-    /// The answer as it left the backend; empty until it is whole.
+    /// The response as it left the backend; empty until it is complete.
     pub(super) given: Timed,
 }
 
 impl OverheadMeter<'_> {
-    /// Whether a request may cost the operator money: a job goes to any backend of its model that has a free slot. A hosted
-    /// one that does not say what it lists may have it.
+    /// Whether a request may cost the operator money: a job may go to any backend that lists its model. A hosted backend whose
+    /// listing fails may list it.
     pub(super) fn may_cost(&self) -> bool {
         let is_hosted = |backend: &dyn Backend| Kind::ALL.iter().any(|k| k.is_hosted() && k.name() == backend.kind());
         let may_list = |backend: &dyn Backend| {
@@ -62,7 +59,7 @@ impl OverheadMeter<'_> {
         })
     }
 
-    /// Asks the backend itself, without its witness.
+    /// Sends a request to the backend itself, without recording.
     pub(super) fn directly(&self, backend: &dyn Backend, request: &Value) -> Result<Timed, DemoError> {
         let job = backend::Job {
             job_id: Uuid::new_v4(),
@@ -71,40 +68,40 @@ impl OverheadMeter<'_> {
             format: WireFormat::Openai,
             deadline_ms: u32::try_from(REQUEST_DEADLINE.as_millis()).unwrap_or(u32::MAX),
         };
-        let mut answer = Timed::asked_now();
-        backend.execute(&job, &mut answer).map_err(|error| DemoError::Direct(error.to_string()))?;
-        Ok(answer)
+        let mut response = Timed::starting_now();
+        backend.execute(&job, &mut response).map_err(|error| DemoError::Direct(error.to_string()))?;
+        Ok(response)
     }
 
-    /// Asks through the agent, so many times at once.
+    /// Sends `streams` concurrent requests through the agent.
     pub(super) fn through(&self, request: &Value, streams: usize) -> Result<Vec<Through>, DemoError> {
-        let expected = self.is_echo.then(|| echo::exact_answer(request, Format::Openai));
-        let mut asked = Vec::new();
+        let expected = self.is_echo.then(|| echo::exact_response(request, Format::Openai));
+        let mut requests = Vec::new();
         for _ in 0..streams {
-            asked.push(self.send(request.clone())?);
+            requests.push(self.send(request.clone())?);
         }
-        for through in &mut asked {
+        for through in &mut requests {
             self.receive(through, &mut |_| {})?;
             through.given = self.record.take(through.job_id)?.given;
             compare(&through.arrived.bytes, &through.given.bytes, expected.as_deref())?;
         }
-        Ok(asked)
+        Ok(requests)
     }
 
-    /// Sends a watched job.
+    /// Sends a recorded job.
     pub(super) fn send(&self, request: Value) -> Result<Through, DemoError> {
         if self.stop.is_requested() {
-            return Err(DemoError::Stopped); // the agent may be gone by now, which is no failure
+            return Err(DemoError::Stopped); // the agent may have stopped, which is not a failure
         }
-        let (job_id, arrived, given) = (Uuid::new_v4(), Timed::asked_now(), Timed::asked_now());
-        self.record.watch(job_id);
+        let (job_id, arrived, given) = (Uuid::new_v4(), Timed::starting_now(), Timed::starting_now());
+        self.record.start(job_id);
         let (model_id, format) = (self.model_id.clone(), Format::Openai);
         let order = JobOrder { job_id, model_id, request, format, deadline: REQUEST_DEADLINE };
         Ok(Through { job_id, job: self.coordinator.submit(order)?, arrived, given })
     }
 
-    /// Waits for the whole answer, unless the demo is to stop. Calls `meanwhile` for each chunk, and without one now and
-    /// then. The times are those of the coordinator's own thread, so that the answer may wait here.
+    /// Waits for the complete response, or for the demo to stop. Calls `meanwhile` with each chunk, and regularly with an empty one.
+    /// The times are taken on the coordinator's thread, so delays here do not count.
     pub(super) fn receive(&self, through: &mut Through, meanwhile: &mut dyn FnMut(&[u8])) -> Result<JobEnd, DemoError> {
         let Through { job, arrived, .. } = through;
         loop {
@@ -114,13 +111,13 @@ impl OverheadMeter<'_> {
                     meanwhile(&chunk);
                 }
                 Waited::Event(JobEvent::Done(end)) => return Ok(end),
-                // Nor is that an agent which is to stop refuses new jobs.
+                // An agent that is stopping rejects new jobs, which is not a failure.
                 _ if self.stop.is_requested() => return Err(DemoError::Stopped),
                 Waited::Event(JobEvent::Failed { code, message }) => {
                     return Err(DemoError::JobFailed { code, message });
                 }
                 Waited::NotYet => meanwhile(&[]),
-                Waited::Over => return Err(DemoError::Stopped), // not reached: the end is given as an event before
+                Waited::Over => return Err(DemoError::Stopped), // not reached: the end is an event
             }
         }
     }

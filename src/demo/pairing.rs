@@ -1,8 +1,6 @@
-//! The local coordinator's side of `setup`: codes, the page on which a person enters one, and what an agent gets for it.
+//! The coordinator's side of pairing: it issues codes, serves the page where a person enters one, and returns the terms of the agent.
 //!
-//! As in `link`, nothing is shared with the agent's side, so that a mistake there shows here.
-//!
-//! Who runs here: the connection threads of the coordinator, one request at a time each.
+//! Shares no code with the agent's side, so that the demo finds mistakes there.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -14,22 +12,22 @@ use serde_json::{Value, json};
 
 use super::DEMO_PRICE_PER_1M;
 use super::agent_protocol::provider_id;
-use crate::http_server::connection::{Exchange, percent_decoded, refusal};
+use crate::http_server::connection::{Exchange, error_document, percent_decoded};
 use crate::sys::datetime::rfc3339;
 
-/// How long a code is good.
+/// Lifetime of a code.
 const LIFETIME: Duration = Duration::from_secs(600);
 
-/// Pairings that may be open at a time.
+/// Limit of pending pairings.
 const OPEN_MAX: usize = 64;
 
-/// What a code is made of: 32 symbols that nobody takes for one another.
+/// Symbols of a code: 32 that are not easily confused.
 const ALPHABET: &[u8; 32] = b"ABCDEFGHJKLMNPQRSTUVWXYZ23456789";
 
-/// Jobs of a model at a time that a paired agent is told to take.
+/// Concurrent jobs per model in the terms of a paired agent.
 const MAX_CONCURRENT: u32 = 4;
 
-/// The pairings under way.
+/// The pending pairings.
 #[derive(Default)]
 pub(super) struct Pairings(Mutex<Vec<Pairing>>);
 
@@ -38,48 +36,48 @@ struct Pairing {
     poll_token: String,
     key: Vec<u8>,
     issued_at: Instant,
-    /// Given once the code was entered; the same for every poll after that, for an answer may be lost.
+    /// Set once the code is entered. The same for every poll, because a response may be lost.
     host_token: Option<String>,
 }
 
-/// The status of an answer and what is in it.
-type Answer = (u16, Value);
+/// Status and body of a response.
+type Response = (u16, Value);
 
 impl Pairings {
-    /// Answers one request.
+    /// Responses one request.
     pub(super) fn handle(&self, exchange: &mut Exchange<'_>) {
         match (exchange.method(), exchange.path()) {
-            ("POST", "/v1/host/pair/issue") => answer(exchange, |body| self.issue(body)),
-            ("POST", "/v1/host/pair/poll") => answer(exchange, |body| self.poll(body)),
+            ("POST", "/v1/host/pair/issue") => respond(exchange, |body| self.issue(body)),
+            ("POST", "/v1/host/pair/poll") => respond(exchange, |body| self.poll(body)),
             ("GET", "/host/pair") => page(exchange, 200, "Enter the code that <code>usepod-agent setup</code> shows."),
             ("POST", "/host/pair") => match exchange.read_body() {
                 Ok(form) if self.approve(&code_in(&form)) => {
-                    page(exchange, 200, "Paired. <code>usepod-agent setup</code> goes on in its terminal.");
+                    page(exchange, 200, "Paired. <code>usepod-agent setup</code> continues in its terminal.");
                 }
-                Ok(_) => page(exchange, 404, "There is no such code, or it has expired. Look at the terminal again."),
+                Ok(_) => page(exchange, 404, "The code is unknown or has expired. Check the terminal."),
                 Err(bad) => page(exchange, bad.status, "The form could not be read."),
             },
             (_, "/v1/host/pair/issue" | "/v1/host/pair/poll" | "/host/pair") => {
-                exchange.respond_json(405, &refusal("this route does not take this method"));
+                exchange.respond_json(405, &error_document("this route does not take this method"));
             }
-            _ => exchange.respond_json(404, &refusal("there is no such route")),
+            _ => exchange.respond_json(404, &error_document("there is no such route")),
         }
     }
 
-    fn issue(&self, body: &Value) -> Answer {
+    fn issue(&self, body: &Value) -> Response {
         let key = body["agent_pubkey"].as_str().and_then(|key| STANDARD.decode(key).ok());
         let Some(key) = key.filter(|key| key.len() == 32) else {
-            return (400, refusal("`agent_pubkey` is not 32 bytes in base64"));
+            return (400, error_document("`agent_pubkey` is not 32 bytes in base64"));
         };
         let (Some(letters), Some(token)) = (random::<8>(), random::<24>()) else {
-            return (500, refusal("the system has no random numbers"));
+            return (500, error_document("the system has no random numbers"));
         };
         let letters = letters.map(|byte| char::from(ALPHABET[usize::from(byte % 32)]));
         let code = letters[..4].iter().chain(&['-']).chain(&letters[4..]).collect();
         let poll_token = URL_SAFE_NO_PAD.encode(token);
         let mut open = self.open();
         if open.len() >= OPEN_MAX {
-            return (429, refusal("too many pairings are open; try again in a few minutes"));
+            return (429, error_document("too many pairings are open; try again in a few minutes"));
         }
         let expires_at = rfc3339(SystemTime::now() + LIFETIME);
         let given = json!({"pair_code": code, "poll_token": poll_token, "expires_at": expires_at});
@@ -87,8 +85,8 @@ impl Pairings {
         (200, given)
     }
 
-    fn poll(&self, body: &Value) -> Answer {
-        let Some(token) = body["poll_token"].as_str() else { return (400, refusal("`poll_token` is missing")) };
+    fn poll(&self, body: &Value) -> Response {
+        let Some(token) = body["poll_token"].as_str() else { return (400, error_document("`poll_token` is missing")) };
         let open = self.open();
         let Some(pairing) = open.iter().find(|pairing| pairing.poll_token == token) else {
             return status("expired");
@@ -112,7 +110,7 @@ impl Pairings {
         (200, json!({"status": "active", "host_token": host_token, "provider_id": id, "model_config": terms}))
     }
 
-    /// Whether there is a pairing with this code, which is approved from now on.
+    /// Approves the pairing with this code. Returns whether there is one.
     fn approve(&self, code: &str) -> bool {
         let mut open = self.open();
         let Some(pairing) = open.iter_mut().find(|pairing| plain(&pairing.code) == plain(code)) else { return false };
@@ -122,7 +120,7 @@ impl Pairings {
         pairing.host_token.is_some()
     }
 
-    /// Those that have not expired.
+    /// Locks the pairings, and removes those that have expired.
     fn open(&self) -> MutexGuard<'_, Vec<Pairing>> {
         let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         open.retain(|pairing| pairing.issued_at.elapsed() < LIFETIME);
@@ -130,19 +128,19 @@ impl Pairings {
     }
 }
 
-fn answer(exchange: &mut Exchange<'_>, of: impl FnOnce(&Value) -> Answer) {
+fn respond(exchange: &mut Exchange<'_>, of: impl FnOnce(&Value) -> Response) {
     let (status, document) = match exchange.read_json() {
         Ok(body) => of(&body),
-        Err(bad) => (bad.status, refusal(&bad.message)),
+        Err(bad) => (bad.status, error_document(&bad.message)),
     };
     exchange.respond_json(status, &document);
 }
 
-fn status(status: &str) -> Answer {
+fn status(status: &str) -> Response {
     (200, json!({"status": status}))
 }
 
-/// The page, with `says`, which is HTML of our own.
+/// Responds with the page; `says` is trusted HTML.
 fn page(exchange: &mut Exchange<'_>, status: u16, says: &str) {
     let form =
         "<form method=\"post\"><input name=\"code\" autofocus autocomplete=\"off\"> <button>Pair</button></form>";
@@ -160,7 +158,7 @@ fn code_in(form: &[u8]) -> String {
     codes.next().unwrap_or_default()
 }
 
-/// A code as people may type it: in any case, with or without its hyphen.
+/// Normalizes a code as people may type it: any case, with or without its hyphen.
 fn plain(code: &str) -> String {
     code.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_uppercase()).collect()
 }
@@ -182,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_code_is_approved_in_any_spelling_and_no_other() {
+    fn approve_accepts_a_code_in_any_spelling() {
         let pairings = Pairings::default();
         let (given, other) = (issued(&pairings), issued(&pairings));
         let code = given["pair_code"].as_str().unwrap();
@@ -198,12 +196,12 @@ mod tests {
         let active = poll(&given);
         assert_eq!((&active["status"], &active["model_config"][0]["model_id"]), (&json!("active"), &json!("b")));
         assert_eq!(active["model_config"].as_array().unwrap().len(), 2);
-        assert_eq!(poll(&given), active, "an answer may be lost");
+        assert_eq!(poll(&given), active, "a response may be lost");
         assert_eq!(poll(&json!({"poll_token": "x"}))["status"], "expired");
     }
 
     #[test]
-    fn open_pairings_are_bounded() {
+    fn pending_pairings_are_bounded() {
         let pairings = Pairings::default();
         (0..OPEN_MAX).for_each(|_| drop(issued(&pairings)));
         assert_eq!(pairings.issue(&json!({"agent_pubkey": STANDARD.encode([7_u8; 32])})).0, 429);

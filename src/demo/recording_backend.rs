@@ -1,7 +1,7 @@
-//! Looks over a backend's shoulder: keeps the bytes that it gave for the watched jobs, and when, so that the demo can
-//! compare them with those that reached the coordinator. Everything else passes through untouched.
+//! Wraps a backend to record what it sends for selected jobs, and when, so that the demo can compare that with what reached the
+//! coordinator.
 //!
-//! Who runs here: the agent's worker threads, in `execute`; the demo's thread watches and takes.
+//! Threads: the agent's workers record; the demo's thread selects the jobs and takes the recordings.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -12,49 +12,48 @@ use super::DemoError;
 use super::timed_response::Timed;
 use crate::backend::{Backend, BackendHealth, BackendModel, BackendResult, Interrupt, Job, JobResult, JobSink};
 
-/// A backend, and a record of what it gave for the watched jobs.
+/// A backend whose responses are recorded.
 pub(super) struct RecordingBackend {
     backend: Arc<dyn Backend>,
     record: Arc<Recording>,
 }
 
-/// The watched jobs, and what was seen of those that a backend is done with; shared by all witnesses of a demo, since any
-/// of them may see a job.
+/// The selected jobs, and the recordings of those that have ended. Shared by all backends of a demo, because any may get a job.
 #[derive(Default)]
-pub(super) struct Recording(Mutex<Vec<(Uuid, Option<Seen>)>>);
+pub(super) struct Recording(Mutex<Vec<(Uuid, Option<Recorded>)>>);
 
-/// What a backend gave for a job, from the moment that it was asked on.
-pub(super) struct Seen {
+/// The response of a backend to a job, from the request on.
+pub(super) struct Recorded {
     pub(super) backend: Arc<dyn Backend>,
     pub(super) given: Timed,
 }
 
 impl Recording {
-    /// Watches this job.
-    pub(super) fn watch(&self, job_id: Uuid) {
+    /// Records this job.
+    pub(super) fn start(&self, job_id: Uuid) {
         self.lock().push((job_id, None));
     }
 
-    /// Ends the watch of a job that is over, and gives what was seen; an error when no backend was asked.
-    pub(super) fn take(&self, job_id: Uuid) -> Result<Seen, DemoError> {
-        let mut watched = self.lock();
-        let index = watched.iter().position(|(id, _)| *id == job_id);
-        let seen = index.and_then(|index| watched.swap_remove(index).1);
-        seen.ok_or_else(|| DemoError::WrongBytes("no backend was asked".to_owned()))
+    /// Removes and returns the recording of a job that has ended. Fails if no backend got the job.
+    pub(super) fn take(&self, job_id: Uuid) -> Result<Recorded, DemoError> {
+        let mut jobs = self.lock();
+        let index = jobs.iter().position(|(id, _)| *id == job_id);
+        let recorded = index.and_then(|index| jobs.swap_remove(index).1);
+        recorded.ok_or_else(|| DemoError::WrongBytes("no backend got the request".to_owned()))
     }
 
     fn is_recording(&self, job_id: Uuid) -> bool {
         self.lock().iter().any(|(id, _)| *id == job_id)
     }
 
-    /// Takes note before the agent can say that the job has ended. The last backend that was asked counts.
-    fn note(&self, job_id: Uuid, seen: Seen) {
-        if let Some((_, noted)) = self.lock().iter_mut().find(|(id, _)| *id == job_id) {
-            *noted = Some(seen);
+    /// Stores a recording, before the agent can report the end of the job. The last backend that got the job counts.
+    fn store(&self, job_id: Uuid, recorded: Recorded) {
+        if let Some((_, stored)) = self.lock().iter_mut().find(|(id, _)| *id == job_id) {
+            *stored = Some(recorded);
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<(Uuid, Option<Seen>)>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<(Uuid, Option<Recorded>)>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -64,7 +63,7 @@ impl RecordingBackend {
         Self { backend, record }
     }
 
-    fn watch(
+    fn record(
         &self,
         job_id: Uuid,
         sink: &mut dyn JobSink,
@@ -73,9 +72,9 @@ impl RecordingBackend {
         if !self.record.is_recording(job_id) {
             return execute(sink);
         }
-        let mut recording = RecordingSink { sink, given: Timed::asked_now() };
+        let mut recording = RecordingSink { sink, given: Timed::starting_now() };
         let result = execute(&mut recording);
-        self.record.note(job_id, Seen { backend: self.backend.clone(), given: recording.given });
+        self.record.store(job_id, Recorded { backend: self.backend.clone(), given: recording.given });
         result
     }
 }
@@ -98,11 +97,11 @@ impl Backend for RecordingBackend {
     }
 
     fn execute(&self, job: &Job, sink: &mut dyn JobSink) -> BackendResult<JobResult> {
-        self.watch(job.job_id, sink, |sink| self.backend.execute(job, sink))
+        self.record(job.job_id, sink, |sink| self.backend.execute(job, sink))
     }
 
     fn execute_last(&self, job: Job, sink: &mut dyn JobSink) -> BackendResult<JobResult> {
-        self.watch(job.job_id, sink, |sink| self.backend.execute_last(job, sink))
+        self.record(job.job_id, sink, |sink| self.backend.execute_last(job, sink))
     }
 
     fn probe(&self) -> BackendResult<Vec<BackendModel>> {

@@ -1,4 +1,4 @@
-//! What the demo asks, and the answer that it shows.
+//! The demo's request, and the response that it shows.
 
 use std::time::{Duration, Instant};
 
@@ -10,13 +10,13 @@ use super::overhead::{OverheadMeter, Through};
 use super::sse::EventSplitter;
 use super::{DemoError, Output};
 
-/// The longest answer that the demo shows.
-pub(super) const ANSWER_TOKENS_MAX: u32 = 128;
+/// Token limit of the response.
+pub(super) const RESPONSE_TOKENS_MAX: u32 = 128;
 
-/// After so long without a byte the operator is told why that may be.
-const PATIENCE: Duration = Duration::from_secs(3);
+/// Time without a byte after which the possible reason is shown.
+const SLOW_HINT_AFTER: Duration = Duration::from_secs(3);
 
-/// A request of the demo.
+/// Builds a request.
 pub(super) fn request(model_id: &str, prompt: &str, tokens_max: u32) -> Value {
     json!({
         "model": model_id,
@@ -27,33 +27,33 @@ pub(super) fn request(model_id: &str, prompt: &str, tokens_max: u32) -> Value {
     })
 }
 
-/// Waits for the answer and prints its text as it comes.
+/// Waits for the response, and prints its text as it arrives.
 pub(super) fn print(
     meter: &OverheadMeter<'_>,
     through: &mut Through,
-    page: &mut Output<'_>,
+    output: &mut Output<'_>,
 ) -> Result<JobEnd, DemoError> {
-    let asked_at = Instant::now();
+    let started = Instant::now();
     let mut splitter = EventSplitter::default();
-    let (mut bytes, mut visible, mut patient) = (0, false, true);
+    let (mut bytes, mut visible, mut hint_due) = (0, false, true);
     let end = meter.receive(through, &mut |chunk| {
         bytes += chunk.len();
-        splitter.push(chunk, |data| visible |= show(data, page));
-        if bytes == 0 && asked_at.elapsed() > PATIENCE && std::mem::take(&mut patient) {
-            page.line(format_args!("(nothing yet: a model that is not loaded may take minutes; Ctrl-C gives up)"));
+        splitter.push(chunk, |data| visible |= show(data, output));
+        if bytes == 0 && started.elapsed() > SLOW_HINT_AFTER && std::mem::take(&mut hint_due) {
+            output.line(format_args!("(no response yet: loading a model may take minutes; Ctrl-C cancels)"));
         }
     });
     if end.is_ok() && !visible {
-        page.answer("(an answer without text)");
+        output.response_text("(a response without text)");
     }
-    page.line(format_args!(""));
+    output.line(format_args!(""));
     end
 }
 
-/// Prints what an event adds to the answer; whether it was anything.
-fn show(data: &str, page: &mut Output<'_>) -> bool {
+/// Prints the text of an event. Returns whether there was any.
+fn show(data: &str, output: &mut Output<'_>) -> bool {
     let Ok(event) = serde_json::from_str::<Value>(data) else { return false };
     let text = assemble::delta_text(&event);
-    page.answer(&text);
+    output.response_text(&text);
     !text.is_empty()
 }

@@ -1,6 +1,6 @@
-//! One agent's session with the local coordinator, from the upgrade to the end of the connection.
+//! An agent's session with the local coordinator, from the WebSocket upgrade to the end of the connection.
 //!
-//! Who runs here: the connection's thread, which reads the agent's frames; those who submit jobs send on their own.
+//! Runs on the connection's thread, which reads the agent's frames. Jobs are sent from other threads.
 
 use std::io::BufReader;
 use std::net::TcpStream;
@@ -11,16 +11,16 @@ use super::agent_sessions::{Offer, Sessions, Stages};
 use super::job_events::JobEvent;
 use super::websocket::{self, Reader, Sender};
 
-/// Answers the upgrade of a client with this `Sec-WebSocket-Key`, and serves it to its end.
+/// Accepts the upgrade with this `Sec-WebSocket-Key`, and serves the connection to its end.
 pub(super) fn run(key: &str, input: &mut BufReader<TcpStream>, sessions: &Sessions) {
     let connection = sessions.connect();
-    let end = talk(key, input, connection, sessions);
+    let end = serve(key, input, connection, sessions);
     sessions.leave(connection, &end);
     log::info!("agent connection {connection} ended: {end}");
 }
 
-/// Runs one connection, and says how it ended.
-fn talk(key: &str, input: &mut BufReader<TcpStream>, connection: u64, sessions: &Sessions) -> String {
+/// Serves one connection, and returns how it ended.
+fn serve(key: &str, input: &mut BufReader<TcpStream>, connection: u64, sessions: &Sessions) -> String {
     let connected_at = Instant::now();
     let opened = websocket::accept(key, input).map_err(HandshakeError::from);
     let authenticated = opened.and_then(|(mut reader, sender)| {
@@ -70,7 +70,7 @@ fn read_frames(
             }
             Ok(Frame::Heartbeat) => log::debug!("heartbeat of the agent"),
             Ok(Frame::Other(kind)) => log::debug!("unknown frame `{kind}` of the agent"),
-            Err(error) => log::warn!("the agent sent a bad frame: {error}"),
+            Err(error) => log::warn!("the agent sent an invalid frame: {error}"),
         }
     }
 }

@@ -1,8 +1,6 @@
-//! Cuts a `text/event-stream` into its events, whatever the chunk borders. Pure: bytes in, `data` out.
+//! Splits a `text/event-stream` into events, independent of chunk boundaries.
 
-/// Splits a stream, fed in pieces of any size, into the `data` of its events.
-///
-/// Holds no more than the event that is being read; the caller bounds the stream as a whole.
+/// Splits a stream into the `data` of its events. Buffers the current event only; the caller bounds the stream.
 #[derive(Default)]
 pub(super) struct EventSplitter {
     line: Vec<u8>,
@@ -11,7 +9,7 @@ pub(super) struct EventSplitter {
 }
 
 impl EventSplitter {
-    /// Takes the next bytes and calls `on_data` for each event completed by them.
+    /// Appends bytes, and calls `on_data` for each event that they complete.
     pub(super) fn push(&mut self, bytes: &[u8], mut on_data: impl FnMut(&str)) {
         for piece in bytes.split_inclusive(|byte| *byte == b'\n') {
             self.line.extend_from_slice(piece);
@@ -22,7 +20,7 @@ impl EventSplitter {
         }
     }
 
-    /// The stream has ended: an event without its closing blank line counts as well.
+    /// Ends the stream. An event without a closing blank line counts as well.
     pub(super) fn finish(mut self, mut on_data: impl FnMut(&str)) {
         let line = std::mem::take(&mut self.line);
         if !line.is_empty() {
@@ -45,7 +43,7 @@ impl EventSplitter {
             }
             self.has_data = true;
             self.data.push_str(value.strip_prefix(' ').unwrap_or(value));
-        } // `event:`, `id:`, comments: the data says all that we need
+        } // other fields and comments are ignored
     }
 }
 
@@ -67,12 +65,12 @@ mod tests {
     const WANT: [&str; 3] = ["{\"a\":\"ü\"}", "two\nlines", "[DONE]"];
 
     #[test]
-    fn splits_events_of_a_whole_stream() {
+    fn events_of_a_whole_stream_are_split() {
         assert_eq!(events(STREAM), WANT);
     }
 
     #[test]
-    fn the_cut_between_pieces_does_not_matter() {
+    fn event_splitter_does_not_depend_on_piece_boundaries() {
         for size in 1..STREAM.len() {
             let mut got = Vec::new();
             let mut splitter = EventSplitter::default();
@@ -85,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_comes_of_nothing() {
+    fn events_of_an_empty_stream_are_none() {
         assert!(events(b"").is_empty());
         assert!(events(b"\n\n: only a comment\n\n").is_empty());
     }

@@ -98,7 +98,7 @@ fn submit(coordinator: &Coordinator) -> Result<Job, CoordinatorError> {
 }
 
 #[test]
-fn a_job_goes_out_and_its_events_come_back_in_order() {
+fn job_is_sent_and_its_events_arrive_in_order() {
     let coordinator = Coordinator::start().unwrap();
     assert!(matches!(submit(&coordinator), Err(CoordinatorError::NoAgent)));
     let mut agent = ScriptedAgent::connected(&coordinator);
@@ -117,7 +117,7 @@ fn a_job_goes_out_and_its_events_come_back_in_order() {
 }
 
 #[test]
-fn a_dropped_job_is_cancelled_and_a_finished_one_is_not() {
+fn job_is_cancelled_when_dropped_before_its_end_only() {
     let coordinator = Coordinator::start().unwrap();
     let mut agent = ScriptedAgent::connected(&coordinator);
     let mut finished = submit(&coordinator).unwrap();
@@ -135,7 +135,7 @@ fn a_dropped_job_is_cancelled_and_a_finished_one_is_not() {
 }
 
 #[test]
-fn a_wrong_signature_is_refused() {
+fn agent_with_a_wrong_signature_is_rejected() {
     let coordinator = Coordinator::start().unwrap();
     let mut agent = ScriptedAgent::dial(&coordinator);
     agent.frame("auth_challenge");
@@ -146,7 +146,7 @@ fn a_wrong_signature_is_refused() {
 }
 
 #[test]
-fn a_newer_agent_replaces_the_one_before_and_its_jobs_are_lost() {
+fn newer_agent_replaces_the_previous_one_whose_jobs_are_lost() {
     let coordinator = Coordinator::start().unwrap();
     let mut first = ScriptedAgent::connected(&coordinator);
     let mut job = submit(&coordinator).unwrap();
@@ -158,7 +158,7 @@ fn a_newer_agent_replaces_the_one_before_and_its_jobs_are_lost() {
 }
 
 #[test]
-fn an_offer_made_anew_replaces_the_one_before() {
+fn offer_is_replaced_by_a_newer_one() {
     let coordinator = Coordinator::start().unwrap();
     let mut agent = ScriptedAgent::connected(&coordinator);
     let stages = coordinator.offer().unwrap().stages;
@@ -194,7 +194,7 @@ fn answer(mut tcp: TcpStream) -> String {
 const EVENT: &str = "data: {\"id\":\"c\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\"hi\"}}]}\n\n";
 
 #[test]
-fn the_front_door_passes_a_stream_on_as_it_comes() {
+fn front_door_relays_a_stream_as_it_arrives() {
     let (door, _coordinator, mut agent) = door();
     let mut client = sent(&door, "/v1/chat/completions", &json!({"model": "m", "stream": true}));
     let job = agent.frame("job");
@@ -214,7 +214,7 @@ fn the_front_door_passes_a_stream_on_as_it_comes() {
 }
 
 #[test]
-fn the_front_door_puts_an_answer_together() {
+fn front_door_assembles_a_response() {
     let (door, _coordinator, mut agent) = door();
     let client = sent(&door, "/v1/chat/completions", &json!({"model": "m"}));
     let job = agent.frame("job");
@@ -227,7 +227,7 @@ fn the_front_door_puts_an_answer_together() {
 }
 
 #[test]
-fn errors_become_statuses_before_the_first_byte_and_events_after_it() {
+fn front_door_reports_errors_by_status_before_the_first_byte_and_by_event_after_it() {
     let (door, _coordinator, mut agent) = door();
     for (code, status) in [("model_not_loaded", 404), ("out_of_capacity", 429), ("backend_timeout", 504)] {
         let client = sent(&door, "/v1/messages", &json!({"model": "m", "stream": true}));
@@ -250,7 +250,7 @@ fn errors_become_statuses_before_the_first_byte_and_events_after_it() {
 }
 
 #[test]
-fn a_client_that_goes_away_cancels_its_job_even_before_the_first_byte() {
+fn front_door_cancels_the_job_of_a_client_that_disconnects_even_before_the_first_byte() {
     let (door, _coordinator, mut agent) = door();
     for chunks in [0, 1] {
         for streaming in [true, false] {
@@ -264,7 +264,7 @@ fn a_client_that_goes_away_cancels_its_job_even_before_the_first_byte() {
 }
 
 #[test]
-fn without_an_agent_the_front_door_says_so() {
+fn front_door_reports_that_no_agent_is_connected() {
     let (door, coordinator, agent) = door();
     drop(agent);
     while coordinator.offer().is_some() {
@@ -284,7 +284,7 @@ fn config_for(urls: &[String]) -> Config {
 }
 
 #[test]
-fn the_whole_demo_shows_the_answer_and_every_stage() {
+fn demo_shows_the_response_and_every_stage() {
     let echo = Echo::start().unwrap();
     let config = config_for(&[format!("http://{}", echo.address())]);
     let options = Options {
@@ -307,7 +307,7 @@ fn the_whole_demo_shows_the_answer_and_every_stage() {
 }
 
 #[test]
-fn a_demo_without_any_model_names_each_backend_that_failed() {
+fn demo_without_a_model_names_each_backend_that_failed() {
     let unused = front_door::bind(0).unwrap().local_addr().unwrap();
     let options = Options {
         port: Some(0),
@@ -321,7 +321,7 @@ fn a_demo_without_any_model_names_each_backend_that_failed() {
 }
 
 #[test]
-fn a_port_that_is_taken_is_an_error_when_it_was_asked_for() {
+fn demo_fails_if_the_requested_port_is_taken() {
     let taken = front_door::bind(0).unwrap();
     let port = taken.local_addr().unwrap().port();
     let options = Options { port: Some(port), once: true, config: Some(config_for(&[])), ..Options::default() };
@@ -330,7 +330,7 @@ fn a_port_that_is_taken_is_an_error_when_it_was_asked_for() {
 }
 
 #[test]
-fn wrong_bytes_are_found() {
+fn compare_finds_wrong_bytes() {
     assert!(compare(b"abc", b"abc", None).is_ok());
     assert!(compare(b"abc", b"abc", Some(b"abc")).is_ok());
     for (arrived, given, expected) in
@@ -341,7 +341,7 @@ fn wrong_bytes_are_found() {
 }
 
 #[test]
-fn the_model_asked_is_one_to_chat_with() {
+fn model_to_ask_is_a_chat_model() {
     let model = |id: &str, context_window| OfferedModel {
         model_id: id.to_owned(),
         backend: String::new(),

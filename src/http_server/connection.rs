@@ -1,7 +1,6 @@
-//! One HTTP/1.1 request and its answer, on a connection of the demo's server.
+//! One HTTP/1.1 request and its response, on the thread of its connection.
 //!
-//! Who runs here: the connection's thread. After an answer the connection goes on only if the request was read to its end
-//! and the answer was written to its own; anything else closes it, which is what a client understands.
+//! Invariant: a connection is reused only if the request was read and the response written completely.
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::TcpStream;
@@ -12,19 +11,19 @@ use serde_json::{Value, json};
 
 use crate::sys::datetime;
 
-/// The largest request body taken. Requests carry pictures; the agent itself takes messages of this size.
+/// Limit of a request body, in bytes. Requests may contain images; the agent accepts messages of the same size.
 pub(crate) const BODY_BYTES_MAX: u64 = 64 * 1024 * 1024;
 
-/// The largest head of a request, and the largest line that announces a chunk.
+/// Limit of a request head, and of a chunk's size line, in bytes.
 const HEAD_BYTES_MAX: u64 = 64 * 1024;
 
-/// The most headers of a request.
+/// Limit of headers in a request.
 const HEADERS_MAX: usize = 128;
 
-/// How long a look at the socket may take when we only want to know whether the client is still there.
+/// Time limit for checking whether the client is still connected.
 const PEEK_TIMEOUT: Duration = Duration::from_millis(1);
 
-/// A request whose head has been read.
+/// A request whose head has been read, and its response.
 pub(crate) struct Exchange<'a> {
     input: &'a mut BufReader<TcpStream>,
     head: Head,
@@ -48,18 +47,18 @@ enum Body {
     Chunked,
 }
 
-/// Why a request could not be read, with the HTTP status that says so.
+/// Why a request is invalid, with its HTTP status.
 #[derive(Debug)]
-pub(crate) struct Bad {
+pub(crate) struct BadRequest {
     pub(crate) status: u16,
     pub(crate) message: String,
 }
 
-fn bad(status: u16, message: impl Into<String>) -> Bad {
-    Bad { status, message: message.into() }
+fn bad(status: u16, message: impl Into<String>) -> BadRequest {
+    BadRequest { status, message: message.into() }
 }
 
-/// Reads the next request's head; `None` when the client has closed. A bad head is answered here.
+/// Reads the head of the next request; `None` if the client has closed the connection. Responds to an invalid head itself.
 pub(crate) fn read_head(input: &mut BufReader<TcpStream>) -> io::Result<Option<Exchange<'_>>> {
     let mut text = Vec::new();
     loop {
@@ -72,34 +71,34 @@ pub(crate) fn read_head(input: &mut BufReader<TcpStream>) -> io::Result<Option<E
         if line_is_empty && start > 0 {
             break;
         } else if line_is_empty {
-            text.clear(); // empty lines in front of a request are to be ignored
+            text.clear(); // empty lines before a request are ignored
         }
     }
     if text.is_empty() {
         return Ok(None);
     }
     let parsed = match text.len() as u64 {
-        HEAD_BYTES_MAX.. => Err(bad(431, "the head of the request is too long")),
+        HEAD_BYTES_MAX.. => Err(bad(431, "the request head is too long")),
         _ => parse_head(&text),
     };
     match parsed {
         Ok((head, body_left)) => Ok(Some(Exchange { input, head, body_left, answered: false })),
-        Err(Bad { status, message }) => {
+        Err(BadRequest { status, message }) => {
             let head = Head { close: true, ..Head::default() };
-            let mut refused = Exchange { input, head, body_left: Body::Read, answered: false };
-            refused.respond_json(status, &refusal(&message));
+            let mut rejected = Exchange { input, head, body_left: Body::Read, answered: false };
+            rejected.respond_json(status, &error_document(&message));
             Ok(None)
         }
     }
 }
 
-fn parse_head(text: &[u8]) -> Result<(Head, Body), Bad> {
+fn parse_head(text: &[u8]) -> Result<(Head, Body), BadRequest> {
     let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
     let mut request = httparse::Request::new(&mut headers);
     match request.parse(text) {
         Ok(Status::Complete(_)) => {}
         Err(httparse::Error::TooManyHeaders) => return Err(bad(431, "the request has too many headers")),
-        _ => return Err(bad(400, "this is no HTTP/1.1 request")),
+        _ => return Err(bad(400, "not an HTTP/1.1 request")),
     }
     let target = request.path.unwrap_or_default();
     let path = target.split_once('?').map_or(target, |(path, _)| path);
@@ -112,11 +111,11 @@ fn parse_head(text: &[u8]) -> Result<(Head, Body), Bad> {
         let value = exact.to_ascii_lowercase();
         match header.name.to_ascii_lowercase().as_str() {
             "content-length" => {
-                let length = value.parse().map_err(|_| bad(400, "the Content-Length is no number"))?;
+                let length = value.parse().map_err(|_| bad(400, "the Content-Length is not a number"))?;
                 body = Body::Length(length);
             }
             "transfer-encoding" if value == "chunked" => body = Body::Chunked,
-            "transfer-encoding" => return Err(bad(501, "only the chunked transfer encoding is known")),
+            "transfer-encoding" => return Err(bad(501, "only the chunked transfer encoding is supported")),
             "connection" => head.close |= value.contains("close"),
             "sec-websocket-key" => head.websocket_key = Some(exact.into_owned()),
             "expect" => head.expects_continue = value == "100-continue",
@@ -124,24 +123,23 @@ fn parse_head(text: &[u8]) -> Result<(Head, Body), Bad> {
         }
     }
     match body {
-        Body::Length(BODY_BYTES_MAX..) => Err(bad(413, format!("the body is not below {BODY_BYTES_MAX} bytes"))),
+        Body::Length(BODY_BYTES_MAX..) => Err(bad(413, format!("the body exceeds {BODY_BYTES_MAX} bytes"))),
         body => Ok((head, body)),
     }
 }
 
 impl Exchange<'_> {
-    /// GET, POST, ...
+    /// The method, such as `GET`.
     pub(crate) fn method(&self) -> &str {
         &self.head.method
     }
 
-    /// The request's path, without its query.
+    /// The path, without the query.
     pub(crate) fn path(&self) -> &str {
         &self.head.path
     }
 
-    /// The key of a client that wants a WebSocket, and the connection, which is the caller's from here on: no request
-    /// follows on it. `None` for any other request.
+    /// For a WebSocket upgrade: its key, and the connection, which no other request follows. `None` for other requests.
     pub(crate) fn upgrade(&mut self) -> Option<(String, &mut BufReader<TcpStream>)> {
         let key = self.head.websocket_key.take()?;
         self.head.close = true;
@@ -149,16 +147,16 @@ impl Exchange<'_> {
     }
 
     /// Reads the body as JSON.
-    pub(crate) fn read_json(&mut self) -> Result<Value, Bad> {
+    pub(crate) fn read_json(&mut self) -> Result<Value, BadRequest> {
         let body = self.read_body()?;
         serde_json::from_slice(&body).map_err(|error| bad(400, format!("the body is not JSON: {error}")))
     }
 
     /// Reads the body.
-    pub(crate) fn read_body(&mut self) -> Result<Vec<u8>, Bad> {
+    pub(crate) fn read_body(&mut self) -> Result<Vec<u8>, BadRequest> {
         if std::mem::take(&mut self.head.expects_continue) {
-            let asked = self.input.get_mut().write_all(b"HTTP/1.1 100 Continue\r\n\r\n");
-            asked.map_err(|error| bad(400, error.to_string()))?;
+            let sent = self.input.get_mut().write_all(b"HTTP/1.1 100 Continue\r\n\r\n");
+            sent.map_err(|error| bad(400, error.to_string()))?;
         }
         let mut body = Vec::new();
         match self.body_left {
@@ -170,69 +168,69 @@ impl Exchange<'_> {
         Ok(body)
     }
 
-    fn read_exactly(&mut self, length: u64, body: &mut Vec<u8>) -> Result<(), Bad> {
+    fn read_exactly(&mut self, length: u64, body: &mut Vec<u8>) -> Result<(), BadRequest> {
         match self.input.by_ref().take(length).read_to_end(body) {
             Ok(read) if read as u64 == length => Ok(()),
-            Ok(_) => Err(bad(400, "the body is cut short")),
+            Ok(_) => Err(bad(400, "the body is truncated")),
             Err(error) => Err(bad(400, format!("failed to read the body: {error}"))),
         }
     }
 
-    fn read_chunks(&mut self, body: &mut Vec<u8>) -> Result<(), Bad> {
+    fn read_chunks(&mut self, body: &mut Vec<u8>) -> Result<(), BadRequest> {
         loop {
             let Ok(Status::Complete((_, size))) = httparse::parse_chunk_size(&self.read_line()?) else {
-                return Err(bad(400, "a chunk's size is no number"));
+                return Err(bad(400, "a chunk size is not a number"));
             };
             if size == 0 {
                 while self.read_line()? != b"\r\n" {} // trailers
                 return Ok(());
             }
             if size.saturating_add(body.len() as u64) >= BODY_BYTES_MAX {
-                return Err(bad(413, format!("the body is not below {BODY_BYTES_MAX} bytes")));
+                return Err(bad(413, format!("the body exceeds {BODY_BYTES_MAX} bytes")));
             }
             self.read_exactly(size, body)?;
             if self.read_line()? != b"\r\n" {
-                return Err(bad(400, "a chunk does not end where it said"));
+                return Err(bad(400, "a chunk is longer than its size"));
             }
         }
     }
 
-    fn read_line(&mut self) -> Result<Vec<u8>, Bad> {
+    fn read_line(&mut self) -> Result<Vec<u8>, BadRequest> {
         let mut line = Vec::new();
         match self.input.by_ref().take(HEAD_BYTES_MAX).read_until(b'\n', &mut line) {
             Ok(1..) if line.ends_with(b"\n") => Ok(line),
-            Ok(_) => Err(bad(400, "the body is cut short")),
+            Ok(_) => Err(bad(400, "the body is truncated")),
             Err(error) => Err(bad(400, format!("failed to read the body: {error}"))),
         }
     }
 
-    /// Answers with a JSON document. A client that has gone is no error of ours.
+    /// Responds with a JSON document. Ignores that the client may have disconnected.
     pub(crate) fn respond_json(&mut self, status: u16, document: &Value) {
         self.respond(status, "application/json", &document.to_string());
     }
 
-    /// Likewise, with a text of this type.
+    /// Like [`Exchange::respond_json`], with a text of any type.
     pub(crate) fn respond(&mut self, status: u16, content_type: &str, body: &str) {
-        let head = self.answer_head(status, &format!("{content_type}\r\nContent-Length: {}", body.len()));
+        let head = self.response_head(status, &format!("{content_type}\r\nContent-Length: {}", body.len()));
         match self.input.get_mut().write_all(&[head.as_bytes(), body.as_bytes()].concat()) {
             Ok(()) => self.answered = true,
-            Err(error) => log::debug!("a client left before its answer: {error}"),
+            Err(error) => log::debug!("a client disconnected before its response: {error}"),
         }
     }
 
-    /// Begins an answer that is sent piece by piece.
+    /// Starts a streamed response.
     pub(crate) fn stream(&mut self, content_type: &str) -> io::Result<StreamedBody<'_>> {
-        // An HTTP/1.0 client knows no chunks: its body ends with the connection.
+        // HTTP/1.0 has no chunks: the body ends with the connection.
         let chunked = !self.head.http_1_0;
         let framing = if chunked { "\r\nTransfer-Encoding: chunked" } else { "" };
-        let head = self.answer_head(200, &format!("{content_type}\r\nCache-Control: no-cache{framing}"));
+        let head = self.response_head(200, &format!("{content_type}\r\nCache-Control: no-cache{framing}"));
         let out = self.input.get_mut();
         out.write_all(head.as_bytes())?;
         Ok(StreamedBody { out, answered: &mut self.answered, chunked, frame: Vec::new() })
     }
 
-    fn answer_head(&mut self, status: u16, content: &str) -> String {
-        // An unread body stands between us and the next request.
+    fn response_head(&mut self, status: u16, content: &str) -> String {
+        // An unread body would be taken for the next request.
         self.head.close |= !matches!(self.body_left, Body::Read);
         let connection = if self.head.close { "close" } else { "keep-alive" };
         let (reason, date) = (reason(status), datetime::format_http(SystemTime::now()));
@@ -242,8 +240,8 @@ impl Exchange<'_> {
     }
 
     /// Whether the client has closed the connection, or its half of it.
-    pub(crate) fn client_is_gone(&self) -> bool {
-        client_is_gone(self.input.get_ref())
+    pub(crate) fn client_has_disconnected(&self) -> bool {
+        client_has_disconnected(self.input.get_ref())
     }
 
     /// Whether another request may follow on this connection.
@@ -252,7 +250,7 @@ impl Exchange<'_> {
     }
 }
 
-/// An answer under way. Each piece is written to the socket at once.
+/// A streamed response. Each piece is written to the socket at once.
 pub(crate) struct StreamedBody<'a> {
     out: &'a mut TcpStream,
     answered: &'a mut bool,
@@ -261,7 +259,7 @@ pub(crate) struct StreamedBody<'a> {
 }
 
 impl StreamedBody<'_> {
-    /// Sends `bytes`. An error means that the client is gone.
+    /// Sends `bytes`. Fails if the client has disconnected.
     pub(crate) fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         if !self.chunked {
             return self.out.write_all(bytes);
@@ -277,11 +275,11 @@ impl StreamedBody<'_> {
     }
 
     /// Whether the client has closed the connection, or its half of it.
-    pub(crate) fn client_is_gone(&self) -> bool {
-        client_is_gone(self.out)
+    pub(crate) fn client_has_disconnected(&self) -> bool {
+        client_has_disconnected(self.out)
     }
 
-    /// Ends the body properly. Dropped without it, the connection is closed, and the client sees the cut.
+    /// Ends the body. If dropped without this call, the connection closes, and the client sees a truncated body.
     pub(crate) fn finish(self) -> io::Result<()> {
         if self.chunked {
             self.out.write_all(b"0\r\n\r\n")?;
@@ -291,25 +289,25 @@ impl StreamedBody<'_> {
     }
 }
 
-fn client_is_gone(tcp: &TcpStream) -> bool {
+fn client_has_disconnected(tcp: &TcpStream) -> bool {
     let Ok(timeout) = tcp.read_timeout() else { return true };
     if tcp.set_read_timeout(Some(PEEK_TIMEOUT)).is_err() {
         return true;
     }
-    let seen = tcp.peek(&mut [0]);
+    let peeked = tcp.peek(&mut [0]);
     let restored = tcp.set_read_timeout(timeout);
-    match seen {
+    match peeked {
         Ok(read) => read == 0 || restored.is_err(),
         Err(error) => !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted),
     }
 }
 
-/// The document that says why there is no other.
-pub(crate) fn refusal(message: &str) -> Value {
+/// A JSON document with an error message.
+pub(crate) fn error_document(message: &str) -> Value {
     json!({"error": {"message": message}})
 }
 
-/// Takes the escapes of a URL away: clients write the slash in a model's name as `%2F`. What is no escape stays as it is.
+/// Decodes percent-encoding: clients encode the slash in a model id as `%2F`. Invalid escapes are kept.
 pub(crate) fn percent_decoded(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
@@ -353,7 +351,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_url_escapes_is_decoded() {
+    fn percent_decoded_keeps_invalid_escapes() {
         assert_eq!(percent_decoded("meta%2Fllama%20%zz%"), "meta/llama %zz%");
     }
 }

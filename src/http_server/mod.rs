@@ -1,11 +1,10 @@
-//! A small HTTP server on loopback, for the coordinator, the front door and the echo backend: a thread a connection.
+//! A small HTTP server on loopback with one thread per connection. The demo's servers are built on it.
 //!
-//! `tiny_http` was tried first: it hands a burst of connections to a few pooled threads, and one that gets none waits
-//! until another connection is closed (with keep-alive: for ever). Nor does it show that a client has gone before the first
-//! byte of its answer, which is when a cancel is worth most.
+//! Not `tiny_http`: its fixed thread pool lets a burst of kept-alive connections block all others, and it does not report that a
+//! client has disconnected before the first byte of its response, which is when a cancel saves most.
 //!
-//! Who runs here: `NAME-accept` takes connections, `NAME-N` reads the requests of one and runs the handler. Dropping the
-//! [`HttpServer`] shuts the connections down and joins all of them.
+//! Threads: `NAME-accept` accepts connections; `NAME-N` reads the requests of one connection and runs the handler. Dropping the
+//! [`HttpServer`] shuts the connections down and joins all threads.
 
 pub(crate) mod connection;
 
@@ -20,16 +19,16 @@ use crate::sys::datetime;
 use crate::sys::threads::spawn;
 use connection::Exchange;
 
-/// Connections served at a time; each costs a thread. One more is answered 503.
+/// Limit of concurrent connections; each takes a thread. Further ones get a 503.
 const CONNECTIONS_MAX: usize = 256;
 
-/// How long a connection may be silent between two requests, or in the middle of one.
+/// Time limit for receiving data, between requests and within one.
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long a client may leave our bytes unread before it counts as gone.
+/// Time limit for sending data; a client that does not read for longer counts as disconnected.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long a closing connection waits for each piece of what its client is still sending, and how much of it it takes.
+/// Limits for what is read from a client before its connection is closed: time for each read, and bytes in total.
 const LINGER_TIMEOUT: Duration = Duration::from_millis(200);
 const LINGER_BYTES_MAX: u64 = 1024 * 1024;
 
@@ -38,7 +37,7 @@ pub(crate) fn bind(port: u16) -> io::Result<TcpListener> {
     TcpListener::bind((Ipv4Addr::LOCALHOST, port))
 }
 
-/// What answers a request; called by many threads at a time.
+/// Handles a request. Called from many threads concurrently.
 pub(crate) type Handler = Arc<dyn Fn(&mut Exchange<'_>) + Send + Sync>;
 
 /// A running server.
@@ -62,13 +61,13 @@ struct Open {
 }
 
 impl HttpServer {
-    /// Calls `handle` for each request that arrives at `listener`, several at a time.
+    /// Starts a server that calls `handle` for each request to `listener`, concurrently.
     pub(crate) fn start(listener: TcpListener, name: &str, handle: Handler) -> io::Result<Self> {
         let address = listener.local_addr()?;
         let shared =
             Arc::new(Shared { name: name.to_owned(), stopping: AtomicBool::new(false), open: Mutex::default() });
-        let of_thread = shared.clone();
-        let accept = move || accept_connections(&listener, &of_thread, &handle);
+        let shared_with_thread = shared.clone();
+        let accept = move || accept_connections(&listener, &shared_with_thread, &handle);
         let accept = spawn(format!("{name}-accept"), accept)?;
         Ok(Self { address, shared, accept: Some(accept) })
     }
@@ -105,8 +104,8 @@ fn accept_connections(listener: &TcpListener, shared: &Arc<Shared>, handle: &Han
             return;
         }
         if let Err(error) = tcp.and_then(|tcp| start_connection(tcp, shared, handle)) {
-            log::warn!("{} cannot take a connection: {error}", shared.name);
-            std::thread::sleep(Duration::from_millis(50)); // out of threads or descriptors: do not spin
+            log::warn!("{}: failed to accept a connection: {error}", shared.name);
+            std::thread::sleep(Duration::from_millis(50)); // out of threads or file descriptors: do not spin
         }
     }
 }
@@ -129,24 +128,24 @@ fn start_connection(mut tcp: TcpStream, shared: &Arc<Shared>, handle: &Handler) 
     let number = open.accepted;
     open.connections.push((number, tcp.try_clone()?));
     drop(open);
-    let leaving = Leaving { shared: shared.clone(), number };
-    let (of_thread, handle) = (shared.clone(), handle.clone());
+    let guard = RemoveOnDrop { shared: shared.clone(), number };
+    let (shared_with_thread, handle) = (shared.clone(), handle.clone());
     let connection = move || {
-        let _leaving = leaving;
-        serve(tcp, &of_thread, &handle);
+        let _guard = guard;
+        serve(tcp, &shared_with_thread, &handle);
     };
     let thread = spawn(format!("{}-{number}", shared.name), connection)?;
     shared.lock().threads.push(thread);
     Ok(())
 }
 
-/// Takes a connection off the list, however its thread ends.
-struct Leaving {
+/// Removes a connection from the list, however its thread ends.
+struct RemoveOnDrop {
     shared: Arc<Shared>,
     number: u64,
 }
 
-impl Drop for Leaving {
+impl Drop for RemoveOnDrop {
     fn drop(&mut self) {
         self.shared.lock().connections.retain(|(number, _)| *number != self.number);
     }
@@ -164,19 +163,19 @@ fn serve(tcp: TcpStream, shared: &Shared, handle: &Handler) {
             }
             Ok(None) => break,
             Err(error) => {
-                log::debug!("{}: a connection ended: {error}", shared.name);
+                log::debug!("{}: connection failed: {error}", shared.name);
                 return;
             }
         }
     }
-    if let Err(error) = close_gently(input.get_mut()) {
-        log::debug!("{}: a connection did not close well: {error}", shared.name);
+    if let Err(error) = close_after_reading(input.get_mut()) {
+        log::debug!("{}: failed to close a connection: {error}", shared.name);
     }
 }
 
-/// Ends our half, then reads what the client is still sending, within limits: closing a socket with unread bytes resets
-/// it, and the client would lose the answer that says why its request was not taken.
-fn close_gently(tcp: &mut TcpStream) -> io::Result<()> {
+/// Shuts down our half of the connection, then reads what the client is still sending, within limits. Closing a socket with unread
+/// bytes resets the connection, and the client would lose the response that says why its request was rejected.
+fn close_after_reading(tcp: &mut TcpStream) -> io::Result<()> {
     tcp.shutdown(Shutdown::Write)?;
     tcp.set_read_timeout(Some(LINGER_TIMEOUT))?;
     io::copy(&mut tcp.take(LINGER_BYTES_MAX), &mut io::sink())?;
@@ -219,7 +218,7 @@ mod tests {
     const CLOSE: &str = "Connection: close\r\n\r\n";
 
     #[test]
-    fn a_streamed_answer_is_chunked_and_the_connection_goes_on() {
+    fn streamed_response_is_chunked_and_keeps_the_connection() {
         let answer = talk(&server(), &format!("GET /stream?x HTTP/1.1\r\n\r\nGET /stream HTTP/1.1\r\n{CLOSE}"));
         assert_eq!(answer.matches("\r\n\r\n3\r\none\r\n3\r\ntwo\r\n0\r\n\r\n").count(), 2, "{answer}");
         let old = talk(&server(), "GET /stream HTTP/1.0\r\n\r\n");
@@ -227,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn bodies_by_length_in_chunks_and_after_100_continue() {
+    fn bodies_are_read_by_length_in_chunks_and_after_100_continue() {
         let server = server();
         let answer = talk(&server, &format!("POST /json HTTP/1.1\r\nContent-Length: 2\r\n{CLOSE}42"));
         assert!(answer.ends_with("{\"got\":42}"), "{answer}");
@@ -239,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_refused_and_ends_the_connection() {
+    fn invalid_requests_are_rejected_and_end_the_connection() {
         let server = server();
         for (request, status) in [
             ("nonsense\r\n\r\n".to_owned(), "400"),
@@ -259,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn idle_connections_keep_nobody_waiting_and_do_not_outlive_the_server() {
+    fn idle_connections_block_no_others_and_do_not_outlive_the_server() {
         let server = server();
         let mut idle: Vec<_> = (0..40).map(|_| TcpStream::connect(server.address).unwrap()).collect();
         assert!(talk(&server, &format!("GET /x HTTP/1.1\r\n{CLOSE}")).starts_with("HTTP/1.1 404 "));

@@ -11,7 +11,7 @@ use super::event::EventClassifier;
 use super::usage::Usage;
 use crate::backend::{BackendError, truncated_body};
 
-/// The fields that are examined. Other lines are discarded as soon as they are long enough to tell.
+/// The fields that are examined. Other lines are discarded as soon as they are long enough to be recognized as such.
 const FIELDS: [&[u8]; 3] = [b"data:", b"event:", b"error:"];
 
 /// Length of the longest field.
