@@ -1,10 +1,11 @@
-//! Who the agent is: an Ed25519 key in a file that 0.3.5 reads and writes too.
+//! The identity of the agent: an Ed25519 key and the provider id, in a file that version 0.3.5 also reads and writes.
 //!
-//! Invariants: the seed leaves this module for the file alone, never for a log, an error or `Debug`; a file is replaced
-//! as a whole or not at all; lines that we do not know are kept.
+//! Invariants: the seed leaves this module only for the file, never for a log, an error or `Debug`. The file is replaced atomically,
+//! and unknown lines in it are kept.
 
 use std::fmt;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -19,9 +20,9 @@ use crate::sys::files;
 const BEGIN: &str = "-----BEGIN USEPOD AGENT KEY-----";
 const END: &str = "-----END USEPOD AGENT KEY-----";
 const VERSION: &str = "1";
-/// A file larger than this is no identity file, in bytes.
+/// Maximum size of an identity file, in bytes.
 const FILE_BYTES_MAX: u64 = 64 << 10;
-/// The longest provider id that is kept in the file, in bytes.
+/// Maximum length of a provider id that is stored, in bytes.
 const PROVIDER_ID_BYTES_MAX: usize = 256;
 
 /// An agent's identity.
@@ -31,50 +32,50 @@ pub struct Identity {
     file: Option<IdentityFile>,
 }
 
-/// The file, as it is.
+/// The file and its current text.
 struct IdentityFile {
     path: PathBuf,
     text: String,
 }
 
-/// Why there is no identity.
+/// Why the identity cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
-    /// The file cannot be read or made.
+    /// The file cannot be read or created.
     #[error("failed to {action} the identity file `{}`: {error}", path.display())]
     Io {
-        /// What was tried.
+        /// The operation that failed.
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The system's reason.
         error: io::Error,
     },
-    /// The file is not an identity. The reason quotes nothing of it.
-    #[error("the identity file `{}` is refused: {reason}; restore it from a backup, or move it away to start as a new agent", path.display())]
+    /// The file is not an identity file. The reason quotes nothing from it.
+    #[error("the identity file `{}` is invalid: {reason}; restore it from a backup, or move it away to start as a new agent", path.display())]
     Invalid {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// What is wrong with its content.
         reason: String,
     },
-    /// The system has no randomness, or the like.
-    #[error("failed to make a key: the system gave no randomness")]
+    /// The system provides no randomness.
+    #[error("failed to create a key: the system provides no randomness")]
     NoRandomness,
 }
 
 impl Identity {
-    /// Reads the file; makes a new identity, and the file, where there is none.
+    /// Reads the file, or creates it with a new identity if it does not exist.
     ///
     /// # Errors
-    /// It can neither be read nor made.
+    /// The file can be neither read nor created, or is invalid.
     pub fn load_or_create(path: &Path) -> Result<Identity, IdentityError> {
         match Identity::load(path) {
             Err(IdentityError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => {}
             loaded => return loaded,
         }
         match Identity::create(path) {
-            // Somebody was faster: theirs it is.
+            // Another process has created it in the meantime.
             Err(IdentityError::Io { error, .. }) if error.kind() == io::ErrorKind::AlreadyExists => {
                 Identity::load(path)
             }
@@ -85,7 +86,7 @@ impl Identity {
     /// Reads the file.
     ///
     /// # Errors
-    /// There is none, it cannot be read, or it is no identity.
+    /// The file does not exist, cannot be read, or is invalid.
     pub fn load(path: &Path) -> Result<Identity, IdentityError> {
         let io_error = |error| IdentityError::Io { action: "read", path: path.to_owned(), error };
         warn_if_readable_by_others(path, &std::fs::metadata(path).map_err(io_error)?);
@@ -106,17 +107,17 @@ impl Identity {
         Ok(Identity { key, provider_id: None, file: Some(IdentityFile { path: path.to_owned(), text }) })
     }
 
-    /// An identity of this process alone.
+    /// A new identity that is not stored.
     ///
     /// # Errors
-    /// The system has no randomness.
+    /// The system provides no randomness.
     pub fn ephemeral() -> Result<Identity, IdentityError> {
         Ok(Identity { key: new_key()?.1, provider_id: None, file: None })
     }
 
     fn parse(bytes: &[u8], path: &Path) -> Result<Identity, String> {
         let text = std::str::from_utf8(bytes).map_err(|_| "it is not text")?;
-        // A byte-order mark is what some editors put first.
+        // Some editors write a byte-order mark.
         let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let mut fields = Fields::default();
         for line in block(text).ok_or_else(|| format!("it has no `{BEGIN}` … `{END}` block"))? {
@@ -142,7 +143,7 @@ impl Identity {
         self.key.public_key().as_ref()
     }
 
-    /// The public key in base64, as people pass it on.
+    /// The public key in base64, as it is shown to operators.
     pub fn public_key_base64(&self) -> String {
         BASE64.encode(self.public_key())
     }
@@ -152,32 +153,31 @@ impl Identity {
         self.key.sign(nonce).as_ref().to_vec()
     }
 
-    /// The id that the coordinator knows us by, once enrolled.
+    /// The id that the coordinator gave the agent, once it is enrolled.
     pub fn provider_id(&self) -> Option<&str> {
         self.provider_id.as_deref()
     }
 
-    /// Takes the id that the coordinator gave us, and keeps it in the file. Where the file cannot be written we go on
-    /// with what we learnt.
+    /// Sets the provider id and stores it in the file. If the file cannot be written, the id is used until the agent stops.
     pub fn set_provider_id(&mut self, id: String) {
         if self.provider_id.as_deref() == Some(&id) {
             return;
         }
         if id.len() > PROVIDER_ID_BYTES_MAX || id.trim() != id || id.contains(char::is_control) {
-            log::warn!("the coordinator named a provider id that no file can hold; it is used until the agent stops");
+            log::warn!("the coordinator sent a provider id that cannot be stored; it is used until the agent stops");
         } else if let Some(file) = &mut self.file
-            && let Err(e) = file.keep_provider_id(&id)
+            && let Err(e) = file.store_provider_id(&id)
         {
             let path = file.path.display();
             log::warn!(
-                "failed to keep the provider id in `{path}`: {e}; the agent serves on with it, but free some space or fix the rights before it is started again"
+                "failed to store the provider id in `{path}`: {e}; it is used until the agent stops: free disk space or fix the permissions before the next start"
             );
         }
         self.provider_id = Some(id);
     }
 }
 
-/// The lines between the marks that are not blank, trimmed.
+/// The trimmed lines between the begin and end lines, without blank ones.
 fn block(text: &str) -> Option<impl Iterator<Item = &str>> {
     let mut lines = text.lines().map(str::trim);
     lines.find(|line| *line == BEGIN)?;
@@ -186,8 +186,8 @@ fn block(text: &str) -> Option<impl Iterator<Item = &str>> {
 }
 
 impl IdentityFile {
-    /// Writes the id into the block; every other line stays as it is, known to us or not.
-    fn keep_provider_id(&mut self, id: &str) -> io::Result<()> {
+    /// Writes the id into the block; every other line is kept.
+    fn store_provider_id(&mut self, id: &str) -> io::Result<()> {
         let newline = if self.text.contains("\r\n") { "\r\n" } else { "\n" };
         let mut text = String::with_capacity(self.text.len() + id.len() + 20);
         let (mut within, mut written) = (false, false);
@@ -238,7 +238,7 @@ impl Fields<'_> {
         };
         let (seed, public) = (bytes("secret", self.secret)?, bytes("public", self.public)?);
         Ed25519KeyPair::from_seed_and_public_key(&seed, &public)
-            .map_err(|_| "its public key does not belong to its secret".into())
+            .map_err(|_| "its public key does not match its secret".into())
     }
 }
 
@@ -249,24 +249,19 @@ fn new_key() -> Result<([u8; 32], Ed25519KeyPair), IdentityError> {
     Ok((seed, key))
 }
 
-#[cfg(unix)]
 fn warn_if_readable_by_others(path: &Path, metadata: &std::fs::Metadata) {
-    use std::os::unix::fs::PermissionsExt;
     let mode = metadata.permissions().mode() & 0o777;
     if mode & 0o077 != 0 {
-        log::warn!("others can read the key: `{0}` has mode {mode:04o}; run `chmod 600 {0}`", path.display());
+        log::warn!("other users can read the key: `{0}` has mode {mode:04o}; run `chmod 600 {0}`", path.display());
     }
 }
-
-#[cfg(not(unix))]
-fn warn_if_readable_by_others(_: &Path, _: &std::fs::Metadata) {}
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn no_bytes_make_the_parser_panic_or_show_the_secret() {
+    fn parse_neither_panics_nor_quotes_the_secret() {
         let secret = BASE64.encode([7u8; 32]);
         let valid = format!("{BEGIN}\nversion: 1\ncreated: x\nsecret: {secret}\npublic: {secret}\n{END}\n");
         arbtest::arbtest(|u| {
@@ -287,18 +282,18 @@ mod tests {
     }
 
     #[test]
-    fn a_second_block_is_kept_as_it_is() {
+    fn store_provider_id_leaves_a_second_block_as_it_is() {
         let path = std::env::temp_dir().join(format!("usepod-{}.key", uuid::Uuid::new_v4()));
         let rest = format!("note\n{BEGIN}\nprovider_id: other\n{END}\n");
         let text = format!("{BEGIN}\nversion: 1\nprovider_id: old\n{END}\n{rest}");
         let mut file = IdentityFile { path: path.clone(), text };
-        file.keep_provider_id("new").expect("written");
+        file.store_provider_id("new").expect("written");
         let _ = std::fs::remove_file(path);
         assert_eq!(file.text, format!("{BEGIN}\nversion: 1\nprovider_id: new\n{END}\n{rest}"));
     }
 
     #[test]
-    fn debug_shows_the_public_key_alone() {
+    fn debug_shows_only_the_public_key() {
         let identity = Identity::ephemeral().expect("randomness");
         assert_eq!(format!("{identity:?}"), format!("Identity({})", identity.public_key_base64()));
     }

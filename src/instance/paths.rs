@@ -1,20 +1,20 @@
-//! Where the files of one agent are: beside its identity, and named after it.
+//! The paths of an agent's files: beside its identity file, and named after it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::sys::files;
 
-/// The files beside an identity, named after it.
+/// The paths of the files beside an identity file.
 #[derive(Debug, Clone)]
 pub struct AgentPaths {
     identity: PathBuf,
 }
 
 impl AgentPaths {
-    /// Beside this identity file, which need not exist.
+    /// The paths beside this identity file, which need not exist.
     pub fn beside(identity: &Path) -> AgentPaths {
-        // Two ways to the same identity are one identity.
+        // Two paths to the same identity file are the same agent.
         AgentPaths { identity: fs::canonicalize(identity).unwrap_or_else(|_| identity.to_owned()) }
     }
 
@@ -23,17 +23,17 @@ impl AgentPaths {
         files::with_suffix(&self.identity, ".lock")
     }
 
-    /// What the agent does, for `status`.
+    /// The state file, for `status`.
     pub fn state(&self) -> PathBuf {
         files::with_suffix(&self.identity, ".state")
     }
 
-    /// There while the operator has paused the agent.
+    /// The marker that exists while the operator has paused the agent.
     pub fn paused(&self) -> PathBuf {
         files::with_suffix(&self.identity, ".paused")
     }
 
-    /// There while the operator wants no agent to run.
+    /// The marker that exists while the operator wants no agent to run.
     pub fn stopped(&self) -> PathBuf {
         files::with_suffix(&self.identity, ".stopped")
     }
@@ -43,7 +43,7 @@ impl AgentPaths {
         files::with_suffix(&self.identity, ".wake")
     }
 
-    /// Where an agent that cron started logs, unless the configuration says otherwise.
+    /// The log of an agent that cron started, unless the configuration names another.
     pub fn log(&self) -> PathBuf {
         self.identity.with_file_name("agent.log")
     }

@@ -1,8 +1,8 @@
-//! What the housekeeping thread sleeps on: a socket, because another process can ring that too, and no thread has to listen
-//! for it.
+//! Wakes the housekeeping thread, from any thread of this process and from other processes of this user: a datagram socket, so that
+//! no second thread has to listen.
 //!
-//! Invariants: ringing never waits; every ring is followed by a return from [`WakeSocket::wait`], though several may share one. A
-//! ring says only that there is something to look at, never what, so whoever may ring cannot do harm by it.
+//! Invariants: waking never blocks. Every wake-up is followed by a return from [`WakeSocket::wait`]; several may share one. A wake-up
+//! carries no request, so a process that may send one can do no harm.
 
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -13,38 +13,38 @@ use std::time::{Duration, Instant};
 
 use crate::sys::files;
 
-/// What a ring from outside carries; one from within is empty.
+/// The datagram of another process; that of this process is empty.
 const EXTERNAL_WAKE: &[u8] = b"!";
 
-/// The end that sleeps.
+/// The receiving end.
 pub struct WakeSocket {
     socket: UnixDatagram,
     waker: Waker,
     path: Option<PathBuf>,
 }
 
-/// Rings from within the process.
+/// Wakes the socket from within the process.
 #[derive(Clone)]
 pub struct Waker(Arc<UnixDatagram>);
 
-/// Why a wait was over.
+/// Why a wait ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wakeup {
-    /// Somebody in this process rang.
+    /// A [`Waker`] was used.
     Internal,
-    /// Another process did.
+    /// Another process called [`wake_process`].
     External,
-    /// The time had come, or there was no reason at all.
+    /// The deadline passed, or the wait was interrupted.
     Timeout,
 }
 
 impl WakeSocket {
-    /// A bell that other processes of this user can ring, at a path that is this process's to use.
+    /// A socket that other processes of this user can wake, at a path that only this process uses.
     ///
     /// # Errors
-    /// There can be no socket: the path is too long (some 100 bytes), or its folder cannot be written.
+    /// The path is longer than about 100 bytes, or its folder is not writable.
     pub fn at(path: &Path) -> io::Result<WakeSocket> {
-        // One that a killed agent left behind would be in the way.
+        // A killed agent leaves its socket behind.
         files::remove_marker(path)?;
         let socket = UnixDatagram::bind(path)?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
@@ -53,7 +53,7 @@ impl WakeSocket {
         WakeSocket::new(socket, waker, Some(path.to_owned()))
     }
 
-    /// A bell that only this process can ring.
+    /// A socket that only this process can wake.
     ///
     /// # Errors
     /// The system refused a socket.
@@ -67,16 +67,16 @@ impl WakeSocket {
         Ok(WakeSocket { socket, waker: Waker(Arc::new(waker)), path })
     }
 
-    /// Another handle to ring by.
+    /// A handle that wakes this socket.
     pub fn waker(&self) -> Waker {
         self.waker.clone()
     }
 
-    /// Sleeps until somebody rings, or has rung since the last time, or `until`.
-    pub fn wait(&self, until: Option<Instant>) -> Wakeup {
-        // A timeout of nothing would be none at all.
-        let left = until.map(|at| at.saturating_duration_since(Instant::now()).max(Duration::from_millis(1)));
-        if self.socket.set_read_timeout(left).is_err() {
+    /// Blocks until the next wake-up or `deadline`. Returns at once if there was a wake-up since the last wait.
+    pub fn wait(&self, deadline: Option<Instant>) -> Wakeup {
+        // The system refuses a timeout of zero.
+        let timeout = deadline.map(|at| at.saturating_duration_since(Instant::now()).max(Duration::from_millis(1)));
+        if self.socket.set_read_timeout(timeout).is_err() {
             return Wakeup::Timeout;
         }
         match self.socket.recv(&mut [0]) {
@@ -96,20 +96,20 @@ impl Drop for WakeSocket {
 }
 
 impl Waker {
-    /// Wakes the sleeper, or keeps it from its next sleep. When the socket is full, enough rings are on their way.
+    /// Ends the current or the next wait. If the socket is full, enough wake-ups are pending.
     pub fn wake(&self) {
         let _ = self.0.send(&[]);
     }
 }
 
-/// Rings the bell of another process; false when there is none.
+/// Wakes another process; false if it has no socket.
 pub fn wake_process(path: &Path) -> bool {
-    let ring = || {
+    let send = || {
         let socket = UnixDatagram::unbound()?;
         socket.set_nonblocking(true)?;
         socket.send_to(EXTERNAL_WAKE, path)
     };
-    match ring() {
+    match send() {
         Ok(_) => true,
         Err(e) => e.kind() == io::ErrorKind::WouldBlock,
     }
@@ -120,8 +120,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rings_are_heard_from_both_sides_and_a_full_bell_is_rung_all_the_same() {
-        let path = std::env::temp_dir().join(format!("usepod-bell-{}", std::process::id()));
+    fn wait_ends_for_both_sides_even_if_the_socket_is_full() {
+        let path = std::env::temp_dir().join(format!("usepod-wake-{}", std::process::id()));
         assert!(!wake_process(&path));
         std::fs::write(&path, "left behind").expect("a file");
         let wake_socket = WakeSocket::at(&path).expect("a socket");
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_that_no_socket_can_have_is_an_error() {
+    fn at_fails_for_a_path_that_is_too_long() {
         assert!(WakeSocket::at(&std::env::temp_dir().join("x".repeat(200))).is_err());
         let wake_socket = WakeSocket::private().expect("sockets");
         wake_socket.waker().wake();
