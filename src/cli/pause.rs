@@ -8,7 +8,7 @@ use super::args::Globals;
 use super::{CliError, agent_paths};
 use crate::instance::wake_socket;
 use crate::instance::{AgentPaths, LockOwner};
-use crate::observe;
+use crate::observe::State;
 use crate::sys::files;
 
 /// How long to wait for an agent that can be woken; it takes milliseconds.
@@ -48,14 +48,14 @@ pub fn resume(globals: &Globals) -> Result<(), CliError> {
 }
 
 /// Waits until the running agent, if there is one, has applied the request; returns its jobs in flight.
-fn wait_applied(paths: &AgentPaths, paused: bool) -> Result<Option<u64>, CliError> {
+fn wait_applied(paths: &AgentPaths, paused: bool) -> Result<Option<u32>, CliError> {
     let has_socket = wake_socket::wake_process(&paths.wake());
     let timeout = if has_socket { APPLY_TIMEOUT } else { APPLY_TIMEOUT_NO_SOCKET };
     let deadline = Instant::now() + timeout;
     while let Some(owner) = LockOwner::running(paths) {
         wake_socket::wake_process(&paths.wake());
-        if let Some(state) = observe::read_own(paths, &owner).filter(|state| state["paused"] == paused) {
-            return Ok(state["jobs"]["in_flight"].as_u64().or(Some(0)));
+        if let Some(state) = State::read_own(paths, &owner).filter(|state| state.paused == paused) {
+            return Ok(Some(state.jobs.in_flight));
         }
         if Instant::now() >= deadline {
             return Err(CliError::Runtime(format!(

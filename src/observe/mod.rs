@@ -8,24 +8,5 @@ mod condition;
 mod live;
 mod state_file;
 
-use std::io;
-
-use serde_json::Value;
-
-use crate::instance::{AgentPaths, LockOwner};
-
 pub use live::{Connection, LiveState};
-pub use state_file::{Sources, State, StateFileWriter};
-
-/// Reads the state file.
-///
-/// # Errors
-/// There is none, or it makes no sense.
-pub fn read(paths: &AgentPaths) -> io::Result<Value> {
-    serde_json::to_value(State::read(paths)?).map_err(io::Error::from)
-}
-
-/// What this very agent has written; `None` while it has written nothing yet.
-pub fn read_own(paths: &AgentPaths, owner: &LockOwner) -> Option<Value> {
-    serde_json::to_value(State::read_own(paths, owner)?).ok()
-}
+pub use state_file::{Backend, BackendError, Jobs, LastError, LastJob, Model, Sources, State, StateFileWriter, Tokens};

@@ -13,7 +13,7 @@ use super::args::{Globals, Status};
 use super::{CliError, agent_paths, print, print_error, try_print};
 use crate::instance::wake_socket;
 use crate::instance::{AgentPaths, LIVENESS_TIMEOUT, LockOwner};
-use crate::observe;
+use crate::observe::State;
 use crate::sys::terminal::Terminal;
 
 /// The exit code for an agent that is running but not serving.
@@ -39,14 +39,17 @@ pub fn run(globals: &Globals, options: &Status) -> Result<(), CliError> {
         paths => paths?,
     };
     let terminal = Terminal::of_stdout();
-    let text = |state: &Value| if options.json { format!("{state}\n") } else { render::page(state, terminal) };
+    let text = |report: &Report| match options.json {
+        true => format!("{}\n", report.to_json()),
+        false => render::page(&report.state, report.is_running, terminal),
+    };
     if !options.watch {
-        let state = current_state(&paths);
-        print(&text(&state));
-        return verdict(&state);
+        let report = Report::new(&paths);
+        print(&text(&report));
+        return report.exit();
     }
     loop {
-        let text = text(&current_state(&paths));
+        let text = text(&Report::new(&paths));
         // Each line is cleared behind its end, and the screen below the page.
         let redraws = terminal.is_live && !options.json;
         let page = if redraws { format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")) } else { text };
@@ -57,47 +60,110 @@ pub fn run(globals: &Globals, options: &Status) -> Result<(), CliError> {
     }
 }
 
-fn verdict(state: &Value) -> Result<(), CliError> {
-    match (state["running"] == true, state["serving"] == true) {
-        (true, true) => Ok(()),
-        (true, false) => Err(CliError::AlreadyReported(NOT_SERVING)),
-        (false, _) => Err(CliError::AlreadyReported(NOT_RUNNING)),
+/// What `status` reports: the state file, corrected by what the lock says about the agent.
+struct Report {
+    state: State,
+    /// Whether there is a state file. Without one, only a few keys of `state` are known.
+    has_file: bool,
+    is_running: bool,
+    /// The state in the file, where it no longer holds.
+    last_state: Option<String>,
+    /// Time since the last sign of life of a running agent.
+    silence: Option<Duration>,
+}
+
+impl Report {
+    /// Has a running agent refresh its state file, and reads it.
+    fn new(paths: &AgentPaths) -> Report {
+        match LockOwner::running(paths) {
+            Some(owner) => Report::running(paths, &owner),
+            None => Report::not_running(paths),
+        }
+    }
+
+    fn not_running(paths: &AgentPaths) -> Report {
+        let file = State::read(paths).ok();
+        let state = if paths.stopped().exists() { "stopped" } else { "not_running" };
+        Report {
+            has_file: file.is_some(),
+            is_running: false,
+            last_state: file.as_ref().map(|file| file.state.clone()),
+            silence: None,
+            state: State {
+                state: state.to_owned(),
+                serving: false,
+                reason: None,
+                paused: paths.paused().exists(),
+                ..file.unwrap_or_default()
+            },
+        }
+    }
+
+    fn running(paths: &AgentPaths, owner: &LockOwner) -> Report {
+        let silence = owner.since_last_liveness();
+        let file = refreshed(paths, owner);
+        let starting = || State { state: "starting".to_owned(), paused: paths.paused().exists(), ..State::default() };
+        let mut report = Report {
+            has_file: file.is_some(),
+            is_running: true,
+            last_state: None,
+            silence: Some(silence),
+            state: State { pid: owner.pid, ..file.unwrap_or_else(starting) },
+        };
+        // A state that a working agent has not rewritten for long no longer says whether it serves.
+        if let Some(age) = file_age(paths).filter(|age| report.has_file && *age >= LIVENESS_TIMEOUT) {
+            let what = "it has not been able to write its state file for";
+            report.last_state = Some(report.state.state.clone());
+            report.state.since = None;
+            report.replace("unknown", format!("{what} {} s; its log says why (is the disk full?)", age.as_secs()));
+        }
+        if owner.is_unresponsive() {
+            report.replace("hung", format!("it has shown no sign of life for {} s", silence.as_secs()));
+        }
+        report
+    }
+
+    /// Replaces what the state file says by `state`, in which the agent is not serving.
+    fn replace(&mut self, state: &str, reason: String) {
+        self.state.state = state.to_owned();
+        self.state.serving = false;
+        self.state.reason = Some(reason);
+    }
+
+    fn to_json(&self) -> Value {
+        let mut json = json!(self.state);
+        if !self.has_file {
+            json =
+                json!({"state": json["state"], "serving": false, "reason": json["reason"], "paused": json["paused"]});
+        }
+        if self.is_running {
+            json["pid"] = self.state.pid.into();
+        }
+        if !self.is_running || self.last_state.is_some() {
+            json["last_state"] = self.last_state.clone().into();
+        }
+        json["running"] = self.is_running.into();
+        if let Some(silence) = self.silence {
+            json["silent_seconds"] = silence.as_secs().into();
+        }
+        json
+    }
+
+    fn exit(&self) -> Result<(), CliError> {
+        match (self.is_running, self.state.serving) {
+            (true, true) => Ok(()),
+            (true, false) => Err(CliError::AlreadyReported(NOT_SERVING)),
+            (false, _) => Err(CliError::AlreadyReported(NOT_RUNNING)),
+        }
     }
 }
 
-/// The state file, refreshed by the agent if it responds, and what the lock says about the agent.
-fn current_state(paths: &AgentPaths) -> Value {
-    let Some(owner) = LockOwner::running(paths) else {
-        let mut state = observe::read(paths).unwrap_or_else(|_| json!({}));
-        let last = state["state"].take();
-        state["last_state"] = last;
-        state["running"] = false.into();
-        state["serving"] = false.into();
-        state["state"] = if paths.stopped().exists() { "stopped" } else { "not_running" }.into();
-        state["reason"] = Value::Null;
-        state["paused"] = paths.paused().exists().into();
-        return state;
-    };
-    let mut state = refreshed(paths, &owner).unwrap_or_else(|| json!({"state": "starting", "serving": false}));
-    let silence = owner.since_last_liveness();
-    state["running"] = true.into();
-    state["pid"] = owner.pid.into();
-    state["silent_seconds"] = silence.as_secs().into();
-    if owner.is_unresponsive() {
-        state["state"] = "hung".into();
-        state["serving"] = false.into();
-        state["reason"] = format!("it has shown no sign of life for {} s", silence.as_secs()).into();
-    }
-    state
-}
-
-/// Has the agent rewrite its state file and waits for that; if the agent hangs, its last state. A state that an agent at work has
-/// not rewritten for long no longer says whether it serves.
-fn refreshed(paths: &AgentPaths, owner: &LockOwner) -> Option<Value> {
-    let read = || observe::read_own(paths, owner);
+/// Has the agent rewrite its state file and waits for that; if it does not respond, the last one. `None` while it has written none.
+fn refreshed(paths: &AgentPaths, owner: &LockOwner) -> Option<State> {
+    let read = || State::read_own(paths, owner);
     let before = read();
     let is_woken = wake_socket::wake_process(&paths.wake());
-    let count = |state: &Option<Value>| state.as_ref().and_then(|state| state["written"].as_u64());
+    let count = |state: &Option<State>| state.as_ref().map(|state| state.written);
     let deadline = Instant::now() + REFRESH_TIMEOUT;
     while is_woken && Instant::now() < deadline {
         let now = read();
@@ -106,14 +172,11 @@ fn refreshed(paths: &AgentPaths, owner: &LockOwner) -> Option<Value> {
         }
         thread::sleep(POLL_INTERVAL);
     }
-    let mut state = read().or(before)?;
-    let age = fs::metadata(paths.state()).and_then(|found| found.modified()).map(|at| at.elapsed().unwrap_or_default());
-    if let Some(age) = age.ok().filter(|age| *age >= LIVENESS_TIMEOUT) {
-        (state["last_state"], state["since"]) = (state["state"].take(), Value::Null);
-        state["state"] = "unknown".into();
-        state["serving"] = false.into();
-        let what = "it has not been able to write its state file for";
-        state["reason"] = format!("{what} {} s; its log says why (is the disk full?)", age.as_secs()).into();
-    }
-    Some(state)
+    read().or(before)
+}
+
+/// Time since the state file was written.
+fn file_age(paths: &AgentPaths) -> Option<Duration> {
+    let written = fs::metadata(paths.state()).and_then(|found| found.modified()).ok()?;
+    Some(written.elapsed().unwrap_or_default())
 }

@@ -1,9 +1,8 @@
-//! The page of `status`. The state is read key by key, because the agent that wrote it may be older or newer.
-
-use serde_json::Value;
+//! The page of `status`. Its texts come from a file, so none is printed without being sanitized.
 
 use crate::cli::offer::{OfferRow, table};
-use crate::logging::sanitize_for_log;
+use crate::logging::sanitize_for_log as text;
+use crate::observe::{Jobs, LastError, LastJob, State, Tokens};
 use crate::sys::datetime;
 use crate::sys::terminal::{Terminal, wrap};
 
@@ -18,11 +17,11 @@ const GREEN: &str = "32";
 const YELLOW: &str = "33";
 
 /// Renders the page.
-pub fn page(state: &Value, terminal: Terminal) -> String {
+pub fn page(state: &State, is_running: bool, terminal: Terminal) -> String {
     let mut page = Page { text: String::new(), terminal };
     headline(&mut page, state);
     // What the last agent saw of its backends and did says nothing about now.
-    if state["running"] == true {
+    if is_running {
         agent(&mut page, state);
         backends(&mut page, state);
         models(&mut page, state);
@@ -47,13 +46,10 @@ impl Page {
 }
 
 /// What the agent does, and what the operator can do about it.
-fn headline(page: &mut Page, state: &Value) {
-    let name = text(&state["state"]);
-    let since = ago(&state["since"]).map_or_else(String::new, |ago| format!(" for {ago}"));
-    let reason = match text(&state["reason"]) {
-        reason if reason.is_empty() => reason,
-        reason => format!(": {reason}"),
-    };
+fn headline(page: &mut Page, state: &State) {
+    let name = text(&state.state);
+    let since = state.since.as_deref().and_then(ago).map_or_else(String::new, |ago| format!(" for {ago}"));
+    let reason = state.reason.as_deref().map_or_else(String::new, |reason| format!(": {}", text(reason)));
     let (what, advice) = match name.as_str() {
         "serving" => (format!("serving{since}"), ""),
         "connecting" => (
@@ -86,7 +82,7 @@ fn headline(page: &mut Page, state: &Value) {
         "starting" => ("not serving: the agent has just started".to_owned(), ""),
         "stopped" => ("not running: stopped by the operator".to_owned(), "`usepod-agent service start` starts it"),
         "not_running" => {
-            let seen = ago(&state["written_at"]).map_or_else(String::new, |ago| format!(" (last seen {ago} ago)"));
+            let seen = ago(&state.written_at).map_or_else(String::new, |ago| format!(" (last seen {ago} ago)"));
             (format!("not running{seen}"), "`usepod-agent service status` shows what should start it")
         }
         _ => (format!("not serving: {name}{since}{reason}"), ""),
@@ -97,59 +93,55 @@ fn headline(page: &mut Page, state: &Value) {
     if !advice.is_empty() {
         page.advice(advice);
     }
-    if state["paused"] == true && name != "paused" {
+    if state.paused && name != "paused" {
         page.advice("the agent is also paused: `usepod-agent resume` ends the pause");
     }
 }
 
-fn agent(page: &mut Page, state: &Value) {
-    let up = ago(&state["started_at"]).map_or_else(String::new, |up| format!(", up {up}"));
-    let who = match text(&state["provider_id"]) {
-        id if id.is_empty() => "not yet enrolled".to_owned(),
-        id => id,
-    };
-    page.line("agent", &format!("{}, pid {}{up}, {who}", text(&state["agent_version"]), state["pid"]));
-    let since = ago(&state["connection_since"]).map_or_else(String::new, |ago| format!(" for {ago}"));
-    let link = if state["connected"] == true { "connected" } else { "not connected" };
-    page.line("coordinator", &format!("{}, {link}{since}", text(&state["coordinator"])));
+fn agent(page: &mut Page, state: &State) {
+    let up = ago(&state.started_at).map_or_else(String::new, |up| format!(", up {up}"));
+    let who = state.provider_id.as_deref().map_or_else(|| "not yet enrolled".to_owned(), text);
+    page.line("agent", &format!("{}, pid {}{up}, {who}", text(&state.agent_version), state.pid));
+    let since = state.connection_since.as_deref().and_then(ago).map_or_else(String::new, |ago| format!(" for {ago}"));
+    let link = if state.connected { "connected" } else { "not connected" };
+    page.line("coordinator", &format!("{}, {link}{since}", text(&state.coordinator)));
 }
 
-fn backends(page: &mut Page, state: &Value) {
+fn backends(page: &mut Page, state: &State) {
     let mut label = "backends";
-    for backend in list(&state["backends"]) {
-        let since = ago(&backend["since"]).map_or_else(String::new, |ago| format!(" for {ago}"));
-        let condition = match (backend["offered"] == true, backend["error"].as_str()) {
-            (true, _) => format!("healthy{since}, {} model(s)", backend["models"]),
-            (false, Some(why)) => format!("not offered{since}: {}", sanitize_for_log(why)),
-            (false, None) => "not queried yet".to_owned(),
+    for backend in &state.backends {
+        let since = backend.since.as_deref().and_then(ago).map_or_else(String::new, |ago| format!(" for {ago}"));
+        let condition = match &backend.error {
+            _ if backend.offered => format!("healthy{since}, {} model(s)", backend.models.unwrap_or_default()),
+            Some(why) => format!("not offered{since}: {}", text(why)),
+            None => "not queried yet".to_owned(),
         };
-        let last_error = &backend["last_error"];
-        let last = match (backend["offered"] == true, ago(&last_error["at"])) {
-            (true, Some(ago)) => format!("; last error {ago} ago: {}", text(&last_error["message"])),
-            _ => String::new(),
-        };
-        page.line(label, &format!("{}: {condition}{last}", text(&backend["id"])));
+        let last_error = backend.last_error.as_ref().filter(|_| backend.offered);
+        let last = last_error
+            .and_then(|error| Some(format!("; last error {} ago: {}", ago(&error.at)?, text(&error.message))))
+            .unwrap_or_default();
+        page.line(label, &format!("{}: {condition}{last}", text(&backend.id)));
         label = "";
     }
 }
 
-fn models(page: &mut Page, state: &Value) {
-    let models = list(&state["models"]);
+fn models(page: &mut Page, state: &State) {
+    let models = &state.models;
     if models.is_empty() {
         return page.line("offered", "nothing");
     }
     page.line("offered", &format!("{} model(s), prices in USDC per million tokens", models.len()));
     let shown = &models[..models.len().min(MODELS_SHOWN)];
-    let texts: Vec<_> = shown.iter().map(|model| (text(&model["model_id"]), text(&model["backend"]))).collect();
+    let texts: Vec<_> = shown.iter().map(|model| (text(&model.model_id), text(&model.backend))).collect();
     let rows: Vec<OfferRow<'_>> = shown
         .iter()
         .zip(&texts)
         .map(|(model, (model_id, backend))| OfferRow {
             model_id,
-            input_per_1m: model["input_per_1m"].as_u64().unwrap_or_default(),
-            output_per_1m: model["output_per_1m"].as_u64().unwrap_or_default(),
-            context_window: model["context_window"].as_u64(),
-            max_concurrent: model["max_concurrent"].as_u64().unwrap_or_default(),
+            input_per_1m: model.input_per_1m,
+            output_per_1m: model.output_per_1m,
+            context_window: model.context_window.map(u64::from),
+            max_concurrent: model.max_concurrent.into(),
             backend,
         })
         .collect();
@@ -159,19 +151,12 @@ fn models(page: &mut Page, state: &Value) {
     }
 }
 
-fn jobs(page: &mut Page, state: &Value) {
-    let jobs = &state["jobs"];
-    let causes = jobs["refused_by_cause"].as_object();
-    let causes: Vec<String> = causes
-        .into_iter()
-        .flatten()
-        .map(|(cause, count)| format!("{count} {}", sanitize_for_log(cause).replace('_', " ")))
-        .collect();
+fn jobs(page: &mut Page, state: &State) {
+    let Jobs { in_flight, done, failed, cancelled, lost, refused, refused_by_cause } = &state.jobs;
+    let causes: Vec<String> =
+        refused_by_cause.iter().map(|(cause, count)| format!("{count} {}", text(cause).replace('_', " "))).collect();
     let causes = if causes.is_empty() { String::new() } else { format!(" ({})", causes.join(", ")) };
-    let is_zero = |figures: &[&Value]| figures.iter().all(|figure| figure.as_f64().unwrap_or_default() == 0.0);
-    let counts = ["in_flight", "done", "failed", "cancelled", "lost", "refused"].map(|key| &jobs[key]);
-    let [in_flight, done, failed, cancelled, lost, refused] = counts;
-    if is_zero(&counts) {
+    if state.jobs == Jobs::default() {
         page.line("jobs", NONE_YET);
     } else {
         page.line(
@@ -182,77 +167,92 @@ fn jobs(page: &mut Page, state: &Value) {
             ),
         );
     }
-    let (input, output) = (&state["tokens"]["input"], &state["tokens"]["output"]);
-    page.line("tokens", &if is_zero(&[input, output]) { NONE_YET.into() } else { format!("{input} in, {output} out") });
-    let (p50, p95, speed) = (&state["p50_latency_ms"], &state["p95_latency_ms"], &state["tokens_per_sec_p50"]);
-    let speed_text =
-        if is_zero(&[speed]) { String::new() } else { format!(", {:.1} tokens/s", speed.as_f64().unwrap_or_default()) };
-    let latency = match (is_zero(&[p50, p95, speed]), is_zero(&[done, failed])) {
-        (true, true) => NONE_YET.into(),
-        (true, false) => "no job in the last 5 minutes".into(),
-        (false, _) => format!("p50 {p50} ms, p95 {p95} ms{speed_text} (jobs of the last 5 minutes)"),
+    let Tokens { input, output } = state.tokens;
+    page.line("tokens", &if input + output == 0 { NONE_YET.into() } else { format!("{input} in, {output} out") });
+    let (p50, p95, speed) = (state.p50_latency_ms, state.p95_latency_ms, state.tokens_per_sec_p50);
+    let has_speed = speed > 0.0;
+    let speed_text = if has_speed { format!(", {speed:.1} tokens/s") } else { String::new() };
+    let latency = match (p50 > 0 || p95 > 0 || has_speed, done + failed > 0) {
+        (true, _) => format!("p50 {p50} ms, p95 {p95} ms{speed_text} (jobs of the last 5 minutes)"),
+        (false, true) => "no job in the last 5 minutes".into(),
+        (false, false) => NONE_YET.into(),
     };
     page.line("latency", &latency);
-    let last = &state["last_job"];
-    if let Some(ago) = ago(&last["at"]) {
-        let (model, outcome) = (text(&last["model_id"]), text(&last["outcome"]));
-        page.line("last job", &format!("{ago} ago: {model} {outcome}, {} ms", last["duration_ms"]));
+    if let Some(LastJob { at, model_id, outcome, duration_ms }) = &state.last_job
+        && let Some(ago) = ago(at)
+    {
+        let model = model_id.as_deref().map(text).unwrap_or_default();
+        page.line("last job", &format!("{ago} ago: {model} {}, {duration_ms} ms", text(outcome)));
     }
-    let last = &state["last_error"];
-    if let Some(ago) = ago(&last["at"]) {
-        page.line("last error", &format!("{ago} ago: {}: {}", text(&last["code"]), text(&last["message"])));
+    if let Some(LastError { at, code, message }) = &state.last_error
+        && let Some(ago) = ago(at)
+    {
+        page.line("last error", &format!("{ago} ago: {}: {}", text(code), text(message)));
     }
-}
-
-fn list(value: &Value) -> &[Value] {
-    value.as_array().map_or(&[], Vec::as_slice)
-}
-
-/// A string without control characters; empty if it is none.
-fn text(value: &Value) -> String {
-    value.as_str().map(sanitize_for_log).unwrap_or_default()
 }
 
 /// The time since a date, with no-break spaces; `None` if it is no date.
-fn ago(date: &Value) -> Option<String> {
-    let passed = datetime::now() - datetime::parse_rfc3339(date.as_str()?)?;
+fn ago(date: &str) -> Option<String> {
+    let passed = datetime::now() - datetime::parse_rfc3339(date)?;
     Some(datetime::format_duration(u64::try_from(passed).unwrap_or(0)).replace(' ', "\u{a0}"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::observe::{Backend, BackendError, Model};
 
     const PLAIN: Terminal = Terminal { width: 60, is_utf8: false, is_live: false, has_color: false };
 
     #[test]
-    fn a_figure_that_does_not_exist_yet_is_none_and_a_stopped_agent_has_no_figures() {
-        let jobs = serde_json::json!({"in_flight": 0, "done": 0, "failed": 0, "cancelled": 0, "lost": 0, "refused": 0});
-        let mut state = serde_json::json!({
-            "running": true, "state": "serving", "jobs": jobs, "tokens": {"input": 0, "output": 0},
-            "p50_latency_ms": 0, "p95_latency_ms": 0, "tokens_per_sec_p50": 0,
-            "backends": [{"id": "vllm", "offered": true, "models": 1, "since": "2020-01-01T00:00:00Z"}],
-        });
-        let fresh = page(&state, PLAIN);
+    fn page_says_none_yet_for_missing_figures_and_omits_those_of_a_stopped_agent() {
+        let backend = Backend {
+            id: "vllm".to_owned(),
+            offered: true,
+            models: Some(1),
+            since: Some("2020-01-01T00:00:00Z".to_owned()),
+            ..Backend::default()
+        };
+        let mut state = State { state: "serving".to_owned(), backends: vec![backend], ..State::default() };
+        let fresh = page(&state, true, PLAIN);
         assert_eq!(fresh.matches("none yet").count(), 3, "{fresh}");
-        assert!(!fresh.contains("p50") && fresh.contains("vllm: healthy for "), "{fresh}");
-        state["jobs"]["done"] = 1.into();
-        assert!(page(&state, PLAIN).contains("latency      no job in the last 5 minutes"));
-        state["p95_latency_ms"] = 7.into();
-        assert!(page(&state, PLAIN).contains("p50 0 ms, p95 7 ms (jobs"));
-        (state["running"], state["state"]) = (false.into(), "stopped".into());
-        let stopped = page(&state, PLAIN);
+        assert!(!fresh.contains("p50") && fresh.contains("vllm: healthy for"), "{fresh}");
+        state.jobs.done = 1;
+        assert!(page(&state, true, PLAIN).contains("latency      no job in the last 5 minutes"));
+        state.p95_latency_ms = 7;
+        assert!(page(&state, true, PLAIN).contains("p50 0 ms, p95 7 ms (jobs"));
+        state.state = "stopped".to_owned();
+        let stopped = page(&state, false, PLAIN);
         assert!(!stopped.contains("healthy") && !stopped.contains("jobs"), "{stopped}");
     }
 
     #[test]
-    fn any_state_makes_a_page_without_escapes_or_a_panic() {
-        let hostile = serde_json::json!({
-            "running": true, "state": "\u{1b}[2J", "since": 7, "backends": [1, {"id": "\u{1b}]0;x"}], "models": [null],
-            "jobs": {"refused_by_cause": {"\u{1b}": 1}}, "last_job": {}, "last_error": {"message": "a\nb"},
-        });
-        for state in [hostile, Value::Null, serde_json::json!([]), serde_json::json!({"running": true})] {
-            assert!(!page(&state, PLAIN).contains('\u{1b}'));
+    fn page_has_no_escapes_whatever_the_state_file_contains() {
+        let hostile = || "\u{1b}[2J".to_owned();
+        let at = || "2020-01-01T00:00:00Z".to_owned();
+        let backend = Backend { id: hostile(), error: Some(hostile()), ..Backend::default() };
+        let healthy = Backend {
+            offered: true,
+            last_error: Some(BackendError { at: at(), message: hostile() }),
+            ..Backend::default()
+        };
+        let state = State {
+            state: hostile(),
+            since: Some(hostile()),
+            reason: Some(hostile()),
+            agent_version: hostile(),
+            coordinator: hostile(),
+            provider_id: Some(hostile()),
+            backends: vec![backend, healthy],
+            models: vec![Model { model_id: hostile(), backend: hostile(), ..Model::default() }],
+            jobs: Jobs { refused_by_cause: [(hostile(), 1)].into(), ..Jobs::default() },
+            last_job: Some(LastJob { at: at(), model_id: Some(hostile()), outcome: hostile(), duration_ms: 0 }),
+            last_error: Some(LastError { at: at(), code: hostile(), message: hostile() }),
+            ..State::default()
+        };
+        for is_running in [true, false] {
+            assert!(!page(&state, is_running, PLAIN).contains('\u{1b}'));
+            page(&State::default(), is_running, PLAIN);
         }
     }
 }
