@@ -1,8 +1,8 @@
 //! The server's side of one WebSocket (RFC 6455), as much of it as a coordinator needs: the upgrade, text messages, pings,
 //! the close.
 //!
-//! Written out here instead of taken from the agent's WebSocket library: this is the other side, so that what the library
-//! or our use of it gets wrong is seen, and it is smaller than a second copy of the library for another stream.
+//! Written out here instead of taken from the agent's WebSocket library: as the other side, it shows what the library or our
+//! use of it gets wrong.
 //!
 //! Who runs here: the connection's thread reads; any thread sends, one at a time, under the [`Sender`]'s lock.
 
