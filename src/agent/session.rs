@@ -119,7 +119,7 @@ pub fn serve(mut half: ReadHalf, first_offer: &Receiver<()>, context: &Context<'
     executor.cancel_all();
     let _ = writer.control.send(Control::Finish);
     if writer.ended.recv_timeout(WRITER_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
-        log::debug!("the writer is blocked in a dead socket");
+        crate::debug!("the writer is blocked in a dead socket");
     }
     link.shutdown();
     writer.join();
@@ -192,7 +192,7 @@ fn handle_frame(text: &str, executor: &JobExecutor) -> Result<(), LaneError> {
     }
     match protocol::parse(text) {
         Ok(Inbound::Job(job)) => {
-            log::debug!("job {} for model `{}`", job.job_id, sanitize_for_log(&job.model_id));
+            crate::debug!("job {} for model `{}`", job.job_id, sanitize_for_log(&job.model_id));
             executor.try_dispatch(*job, text.len())
         }
         Ok(Inbound::UnreadableJob(job_id, why)) => {
@@ -204,11 +204,11 @@ fn handle_frame(text: &str, executor: &JobExecutor) -> Result<(), LaneError> {
             Ok(())
         }
         Ok(Inbound::Other(kind)) => {
-            log::debug!("ignored a frame of type `{}`", sanitize_for_log(&kind));
+            crate::debug!("ignored a frame of type `{}`", sanitize_for_log(&kind));
             Ok(())
         }
         Ok(Inbound::AuthChallenge(_) | Inbound::AuthOk(_) | Inbound::AuthFailed(_)) => {
-            log::debug!("ignored a handshake frame during the session");
+            crate::debug!("ignored a handshake frame during the session");
             Ok(())
         }
         Err(e) => {

@@ -227,7 +227,7 @@ fn level_of(globals: &args::Globals, config: &Config) -> LevelFilter {
 }
 
 fn log_reading(config: &Config) {
-    log::debug!("configuration from `{}`", config.path.display());
+    crate::debug!("configuration from `{}`", config.path.display());
     for warning in &config.warnings {
         log::warn!("{warning}");
     }

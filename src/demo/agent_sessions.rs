@@ -189,7 +189,7 @@ impl Sessions {
     pub(super) fn deliver_chunk(&self, job_id: Uuid, bytes: Vec<u8>) -> Result<(), TooSlow> {
         let mut state = self.lock();
         let Some(job) = state.jobs.iter().find(|job| job.job_id == job_id) else {
-            log::debug!("a chunk of the unknown job {job_id}");
+            crate::debug!("a chunk of the unknown job {job_id}");
             return Ok(());
         };
         if job.events.send(JobEvent::Chunk(bytes)) {
@@ -206,7 +206,7 @@ impl Sessions {
             Some(job) => {
                 job.events.send(end);
             }
-            None => log::debug!("the end of the unknown job {job_id}"),
+            None => crate::debug!("the end of the unknown job {job_id}"),
         }
     }
 }

@@ -232,7 +232,7 @@ impl Job {
             return; // the job has ended, or the agent has disconnected
         }
         if let Err(error) = self.sender.send(&cancel_frame(self.job_id)) {
-            log::debug!("failed to send the cancel of job {}: {error}", self.job_id);
+            crate::debug!("failed to send the cancel of job {}: {error}", self.job_id);
         }
     }
 }

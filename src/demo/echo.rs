@@ -70,7 +70,7 @@ fn stream(exchange: &mut Exchange<'_>, pieces: &[String]) {
         body.finish()
     });
     if let Err(error) = sent {
-        log::debug!("a client disconnected from the echo backend: {error}");
+        crate::debug!("a client disconnected from the echo backend: {error}");
     }
 }
 

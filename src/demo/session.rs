@@ -68,8 +68,8 @@ fn read_frames(
             Ok(Frame::Error { job_id, code, message }) => {
                 sessions.deliver_end(job_id, JobEvent::Failed { code, message });
             }
-            Ok(Frame::Heartbeat) => log::debug!("heartbeat of the agent"),
-            Ok(Frame::Other(kind)) => log::debug!("unknown frame `{kind}` of the agent"),
+            Ok(Frame::Heartbeat) => crate::debug!("heartbeat of the agent"),
+            Ok(Frame::Other(kind)) => crate::debug!("unknown frame `{kind}` of the agent"),
             Err(error) => log::warn!("the agent sent an invalid frame: {error}"),
         }
     }

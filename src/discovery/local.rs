@@ -35,8 +35,8 @@ pub fn find_local() -> Vec<LocalBackend> {
         match result {
             Some(Ok(models)) if models.is_empty() => log::info!("no {id}: it lists no models"),
             Some(Ok(models)) => found.push(LocalBackend { config, models }),
-            Some(Err(error)) => log::debug!("no {id}: {error}"),
-            None => log::debug!("no {id}: no response in time"),
+            Some(Err(error)) => crate::debug!("no {id}: {error}"),
+            None => crate::debug!("no {id}: no response in time"),
         }
     }
     found

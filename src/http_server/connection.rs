@@ -214,7 +214,7 @@ impl Exchange<'_> {
         let head = self.response_head(status, &format!("{content_type}\r\nContent-Length: {}", body.len()));
         match self.input.get_mut().write_all(&[head.as_bytes(), body.as_bytes()].concat()) {
             Ok(()) => self.answered = true,
-            Err(error) => log::debug!("a client disconnected before its response: {error}"),
+            Err(error) => crate::debug!("a client disconnected before its response: {error}"),
         }
     }
 

@@ -163,13 +163,13 @@ fn serve(tcp: TcpStream, shared: &Shared, handle: &Handler) {
             }
             Ok(None) => break,
             Err(error) => {
-                log::debug!("{}: connection failed: {error}", shared.name);
+                crate::debug!("{}: connection failed: {error}", shared.name);
                 return;
             }
         }
     }
     if let Err(error) = close_after_reading(input.get_mut()) {
-        log::debug!("{}: failed to close a connection: {error}", shared.name);
+        crate::debug!("{}: failed to close a connection: {error}", shared.name);
     }
 }
 

@@ -101,7 +101,7 @@ impl JobExecutor {
                 Ok(())
             }
             Err(NotAdmitted::Rejected(reason, message)) => {
-                log::debug!("job {job_id} rejected: {}", reason.name());
+                crate::debug!("job {job_id} rejected: {}", reason.name());
                 self.reject(job_id, reason, &message)
             }
         }
@@ -198,7 +198,7 @@ impl JobExecutor {
     pub fn cancel(&self, job_id: Uuid) {
         if let Some(job) = self.shared.table.cancel(job_id) {
             self.shared.deps.stats.record(Outcome::Cancelled { output_tokens: job.tokens_emitted() });
-            log::debug!("job {job_id} cancelled");
+            crate::debug!("job {job_id} cancelled");
         }
     }
 

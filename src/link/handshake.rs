@@ -77,7 +77,7 @@ fn expect<T>(
                     if let Some(found) = wanted(frame) {
                         return Ok(found);
                     }
-                    log::debug!("ignored a frame during the handshake: not `{name}`");
+                    crate::debug!("ignored a frame during the handshake: not `{name}`");
                 }
                 Err(e) => log::warn!("ignored an unreadable frame during the handshake: {e}"),
             },

@@ -63,7 +63,7 @@ impl Writer {
             let _ended = ended_sender;
             threads::set_batch_scheduling();
             if let Err(e) = actor.run() {
-                log::debug!("the writer ended: {e}");
+                crate::debug!("the writer ended: {e}");
                 // The reader's next read fails, which ends the session.
                 actor.half.shutdown();
             }

@@ -7,12 +7,13 @@
 mod file;
 
 use std::collections::VecDeque;
+use std::fmt::Arguments;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use log::LevelFilter;
+use log::{Level, LevelFilter, Record};
 use simplelog::{ConfigBuilder, WriteLogger};
 
 use file::LogFile;
@@ -91,6 +92,21 @@ pub fn redact(secret: &str) -> String {
     }
     let ends = |part: &[char]| sanitize_for_log(&part.iter().collect::<String>());
     format!("{}…{}", ends(&chars[..VISIBLE_ENDS]), ends(&chars[chars.len() - VISIBLE_ENDS..]))
+}
+
+/// The other half of [`crate::debug!`].
+pub fn log_debug(args: Arguments<'_>) {
+    log::logger().log(&Record::builder().level(Level::Debug).target("usepod").args(args).build());
+}
+
+/// Writes a debug line. Release builds compile `log::debug!` out, for the sake of other crates' lines (Cargo.toml).
+#[macro_export]
+macro_rules! debug {
+    ($($arg:tt)+) => {
+        if log::max_level() >= log::LevelFilter::Debug {
+            $crate::logging::log_debug(format_args!($($arg)+));
+        }
+    };
 }
 
 /// Where the logger writes: pieces of lines, which become whole ones here.
