@@ -2,7 +2,7 @@
 
 use std::io::{IsTerminal, stdout};
 
-/// The line width in characters where `COLUMNS` does not say.
+/// The line width in characters where neither `COLUMNS` nor the terminal says.
 const WIDTH_DEFAULT: usize = 80;
 /// The least width that is used, in characters: a column of labels and one word beside it.
 const WIDTH_MIN: usize = 40;
@@ -28,7 +28,8 @@ impl Terminal {
 
     fn of(variable: impl Fn(&str) -> Option<String>, is_terminal: bool) -> Terminal {
         let set = |name| variable(name).filter(|value| !value.is_empty());
-        let width = set("COLUMNS").and_then(|columns| columns.trim().parse().ok()).unwrap_or(WIDTH_DEFAULT);
+        let columns = set("COLUMNS").and_then(|columns| columns.trim().parse().ok());
+        let width = columns.or_else(|| window_width().filter(|_| is_terminal)).unwrap_or(WIDTH_DEFAULT);
         let locale = ["LC_ALL", "LC_CTYPE", "LANG"].into_iter().find_map(set).unwrap_or_default().to_ascii_lowercase();
         let is_live = is_terminal && set("TERM").is_none_or(|term| term != "dumb");
         Terminal {
@@ -48,6 +49,19 @@ impl Terminal {
     pub fn styled(&self, sgr: &str, text: &str) -> String {
         if self.has_color { format!("\x1b[{sgr}m{text}\x1b[0m") } else { text.to_owned() }
     }
+}
+
+/// Returns the width of the terminal that stdout is, in characters; shells do not export `COLUMNS`.
+fn window_width() -> Option<usize> {
+    let mut size = nix::libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    #[expect(unsafe_code, reason = "neither std nor nix has a safe form of it")]
+    // SAFETY: the descriptor is only read; TIOCGWINSZ writes one `winsize`, which `size` is.
+    unsafe { request::window_size(nix::libc::STDOUT_FILENO, &mut size) }.ok()?;
+    Some(usize::from(size.ws_col)).filter(|columns| *columns > 0)
+}
+
+mod request {
+    nix::ioctl_read_bad!(window_size, nix::libc::TIOCGWINSZ, nix::libc::winsize);
 }
 
 /// Returns `label` followed by `text`, broken at spaces into lines of at most `width` characters, each with its line end. Lines

@@ -64,6 +64,24 @@ fn help_of_every_command_has_the_global_options_and_fits_the_terminal() {
     }
 }
 
+/// Shells do not export `COLUMNS`.
+#[test]
+fn help_takes_the_width_from_the_terminal_itself() {
+    let size = nix::pty::Winsize { ws_row: 24, ws_col: 57, ws_xpixel: 0, ws_ypixel: 0 };
+    let terminal = nix::pty::openpty(&size, None).expect("a pseudo-terminal");
+    let mut command = std::process::Command::new(binary());
+    command.arg("--help").env_clear().stdout(terminal.slave);
+    let status = command.status().expect("the agent");
+    // Its copy of the terminal's end; reading the other end after the last copy is closed is an error.
+    drop(command);
+    let mut shown = Vec::new();
+    let _ = std::io::Read::read_to_end(&mut std::fs::File::from(terminal.master), &mut shown);
+    let help = String::from_utf8_lossy(&shown).replace('\r', "");
+    assert!(status.success() && help.contains("service"), "{help}");
+    assert!(help.lines().all(|line| line.chars().count() <= 57), "{help}");
+    assert!(help.lines().any(|line| line.chars().count() > 50), "{help}");
+}
+
 #[test]
 fn version_is_an_option_of_every_command() {
     for command in COMMANDS {
