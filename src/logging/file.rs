@@ -1,10 +1,10 @@
-//! A log file that neither fills the disk nor needs one that works.
+//! A log file of limited size that tolerates a failing disk.
 //!
-//! Invariants: the file and the one that it was before, `NAME.1`, hold [`FILE_BYTES_MAX`] each at the most; every line begins
-//! on a line of its own; a line that cannot be written is lost, counted, and told of as soon as one can be.
+//! Invariants: the file and its rotated predecessor, `NAME.1`, hold at most [`FILE_BYTES_MAX`] each. Every log line starts on a line
+//! of its own. Lines that cannot be written are dropped and counted, and the count is logged as soon as writing succeeds.
 //!
-//! Others may rename, delete or truncate the file at any time, as logrotate does: each line goes to the file that has the
-//! name by then. Two agents with one log file lose no line, but may rename it at the same time, and then the older lines go
+//! The file may be renamed, deleted or truncated at any time, for example by logrotate: each line goes to the file that has the
+//! name at that moment. Two agents with the same log file lose no lines, but if both rotate it at once, older lines are dropped
 //! early.
 
 use std::fs::{self, File, Metadata, OpenOptions};
@@ -14,28 +14,28 @@ use std::path::{Path, PathBuf};
 
 use crate::sys::files;
 
-/// The longest that a log file becomes, in bytes: with the one before it, 16 MB on the disk.
+/// Maximum size of a log file, in bytes; with its predecessor, 16 MB.
 pub const FILE_BYTES_MAX: u64 = 8_000_000;
 
 /// A file that lines are appended to.
 pub struct LogFile {
     path: PathBuf,
     bytes_max: u64,
-    /// `None` until a line comes, and after a write that failed.
+    /// `None` before the first line, and after a failed write.
     open: Option<Open>,
-    lost: DroppedLines,
+    dropped: DroppedLines,
 }
 
 /// The file as it was when it was opened.
 struct Open {
     file: File,
-    /// Its device and number, which tell it from another of the same name.
+    /// Its device and inode, which identify it.
     id: (u64, u64),
-    /// Somebody's last line has no end.
+    /// The last line in it has no line end.
     ends_mid_line: bool,
 }
 
-/// The lines that could not be written since one could be.
+/// The lines that were dropped since the last successful write.
 #[derive(Default)]
 struct DroppedLines {
     lines: u64,
@@ -44,22 +44,22 @@ struct DroppedLines {
 }
 
 impl LogFile {
-    /// The file at `path`. Nothing is opened or made yet.
+    /// The file at `path`. It is not opened or created yet.
     pub fn new(path: PathBuf) -> LogFile {
-        LogFile { path, bytes_max: FILE_BYTES_MAX, open: None, lost: DroppedLines::default() }
+        LogFile { path, bytes_max: FILE_BYTES_MAX, open: None, dropped: DroppedLines::default() }
     }
 
-    /// Appends a line, with its end. The first that is lost is told to stderr.
+    /// Appends a line, which includes its line end. The first drop is reported on stderr.
     pub fn write(&mut self, line: &[u8]) {
         let Err(e) = self.try_write(line) else {
-            self.lost.lines = 0;
+            self.dropped.lines = 0;
             return;
         };
-        // What is there now, half a line perhaps, is looked at anew.
+        // Part of the line may have been written, so the file is opened and inspected again.
         self.open = None;
-        self.lost.lines += 1;
-        self.lost.why = e.to_string();
-        if !std::mem::replace(&mut self.lost.warned, true) {
+        self.dropped.lines += 1;
+        self.dropped.why = e.to_string();
+        if !std::mem::replace(&mut self.dropped.warned, true) {
             let path = self.path.display();
             let _ = writeln!(io::stderr(), "warning: log lines are lost: `{path}` cannot be written: {e}");
         }
@@ -74,8 +74,8 @@ impl LogFile {
         if open.ends_mid_line {
             text.push(b'\n');
         }
-        if self.lost.lines > 0 {
-            writeln!(text, "[{} log lines were lost: {}]", self.lost.lines, self.lost.why)?;
+        if self.dropped.lines > 0 {
+            writeln!(text, "[{} log lines were lost: {}]", self.dropped.lines, self.dropped.why)?;
         }
         text.extend_from_slice(line);
         let length = open.file.metadata()?.len();
@@ -90,7 +90,7 @@ impl LogFile {
 
     fn open(&self) -> io::Result<Open> {
         match fs::metadata(&self.path) {
-            // To open a pipe would be to wait for its reader.
+            // Opening a named pipe would block until it has a reader.
             Ok(found) => refuse_other_than_files(&found)?,
             Err(e) if e.kind() == io::ErrorKind::NotFound => files::create_folder_of(&self.path)?,
             Err(e) => return Err(e),
@@ -105,9 +105,10 @@ impl LogFile {
         Ok(Open { file, id: id(&found), ends_mid_line: last != *b"\n" })
     }
 
-    /// Makes the file the old one, and begins anew. Where it cannot be renamed it is emptied, for its limit comes first.
+    /// Renames the file to its rotated name and creates a new one. If it cannot be renamed, it is emptied, so that the size limit
+    /// holds.
     fn rotate(&self, full: Open) -> io::Result<Open> {
-        // Of a symlink, what it points to.
+        // The target of a symlink is renamed, not the symlink.
         let path = fs::canonicalize(&self.path)?;
         match fs::rename(&path, rotated_path(&path)) {
             Ok(()) => self.open(),
@@ -120,12 +121,12 @@ impl LogFile {
     }
 }
 
-/// What a log file is called when a new one has taken its place.
+/// The path of a log file after rotation.
 pub fn rotated_path(log: &Path) -> PathBuf {
     files::with_suffix(log, ".1")
 }
 
-/// Whether it still has the name.
+/// Whether the open file is still the one at `path`.
 fn is_at(open: &Open, path: &Path) -> io::Result<bool> {
     match fs::metadata(path) {
         Ok(found) => Ok(id(&found) == open.id),
@@ -148,7 +149,7 @@ mod tests {
 
     use super::*;
 
-    /// A folder of its own, removed at the end.
+    /// A folder for one test, removed at its end.
     struct Folder(PathBuf);
 
     impl Folder {
@@ -174,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_file_becomes_the_old_one_and_nothing_grows_above_the_limit() {
+    fn rotation_keeps_both_files_within_the_limit() {
         let folder = Folder::new("cap");
         let mut log = folder.log(20);
         for n in 0..10 {
@@ -188,13 +189,13 @@ mod tests {
             ("line 6\nline 7\n", "line 8\nline 9\n")
         );
         assert_eq!(fs::read_dir(&folder.0).expect("the folder").count(), 2);
-        // A line above the limit has a file to itself.
+        // A line above the limit gets a file of its own.
         log.write(&[b'x'; 30]);
         assert_eq!((folder.read("agent.log.1").as_str(), folder.read("agent.log").len()), ("line 8\nline 9\n", 30));
     }
 
     #[test]
-    fn new_files_are_their_owners_alone_and_the_folder_is_made() {
+    fn new_files_are_private_and_their_folder_is_created() {
         let folder = Folder::new("mode");
         let path = folder.0.join("deeper/still/agent.log");
         LogFile::new(path.clone()).write(b"a\n");
@@ -203,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_go_to_the_file_that_has_the_name() {
+    fn line_goes_to_the_file_that_has_the_name() {
         let folder = Folder::new("name");
         let mut log = folder.log(1000);
         log.write(b"1\n");
@@ -213,14 +214,14 @@ mod tests {
         fs::remove_file(folder.0.join("agent.log")).expect("removed");
         log.write(b"3\n");
         assert_eq!(folder.read("agent.log"), "3\n");
-        // As `copytruncate` does.
+        // As logrotate's `copytruncate` does.
         fs::write(folder.0.join("agent.log"), "").expect("truncated");
         log.write(b"4\n");
         assert_eq!(folder.read("agent.log"), "4\n");
     }
 
     #[test]
-    fn what_was_lost_is_told_of_when_it_works_again() {
+    fn dropped_lines_are_reported_once_writing_succeeds() {
         let folder = Folder::new("lost");
         let mut log = folder.log(1000);
         log.write(b"1\n");
@@ -235,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_never_continues_another() {
+    fn line_does_not_continue_an_unfinished_one() {
         let folder = Folder::new("torn");
         fs::write(folder.0.join("agent.log"), "half a li").expect("written");
         let mut log = folder.log(1000);
@@ -245,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn a_symlink_is_followed_when_it_dangles_and_when_the_file_is_full() {
+    fn symlink_is_followed_when_it_dangles_and_when_the_file_is_full() {
         let folder = Folder::new("link");
         std::os::unix::fs::symlink("real", folder.0.join("agent.log")).expect("a link");
         let mut log = folder.log(3);
@@ -256,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_cannot_be_renamed_is_emptied() {
+    fn file_that_cannot_be_renamed_is_emptied() {
         let folder = Folder::new("stuck");
         fs::create_dir_all(folder.0.join("agent.log.1/full")).expect("a folder in the way");
         let mut log = folder.log(100);

@@ -1,8 +1,8 @@
-//! Log lines: to stderr or to a file, dated, with the thread that wrote them.
+//! The log, on stderr or in a file; each line has a date and the name of the thread that logged it.
 //!
-//! Invariant: logging never blocks who logs. Lines are queued, and a thread that exists only while there are some writes
-//! them; when nobody reads stderr, or the disk hangs, the queue fills, and lines are dropped and counted. The reader of the
-//! socket, the drain and the signal handler all log, and a full pipe must not be able to stop them.
+//! Invariant: logging never blocks the caller. Lines are queued and written by a thread that exists only while there are any. If
+//! nobody reads stderr, or the disk hangs, the queue fills, and further lines are dropped and counted. The reader of the socket, the
+//! drain and the signal handler all log, and a full pipe must not stop them.
 
 mod file;
 
@@ -21,26 +21,26 @@ pub use file::rotated_path;
 
 use crate::sys::threads;
 
-/// Lines that wait to be written.
+/// Maximum number of queued lines.
 const QUEUE_LINES_MAX: usize = 1024;
-/// The longest line that is kept, in bytes: with the above, 4 MiB at the most.
+/// Maximum length of a line, in bytes; longer ones are cut. The queue takes at most 4 MiB.
 const LINE_BYTES_MAX: usize = 4 << 10;
-/// How long the writing thread waits for the next line before it leaves.
+/// How long the log thread waits for the next line before it ends.
 const IDLE_TIMEOUT: Duration = Duration::from_millis(200);
-/// How long the end of the process waits for the last lines.
+/// How long the process waits for the last lines before it ends.
 const FLUSH_TIMEOUT: Duration = Duration::from_millis(300);
-/// The most of a foreign text that a line shows, in characters.
-const SHOWN_MAX: usize = 200;
-/// The part of a secret that is shown at each end, in characters.
+/// Maximum length of a sanitized text, in characters.
+const SANITIZED_MAX: usize = 200;
+/// Characters of a secret that are shown at each end.
 const VISIBLE_ENDS: usize = 4;
 
-/// Crates whose lines would show what ours never do: headers, bodies, frames.
+/// Crates that are not logged, because they would log headers, bodies and frames.
 const QUIET: [&str; 3] = ["ureq", "rustls", "tungstenite"];
 
 static QUEUE: Queue = Queue { state: Mutex::new(State::new()), changed: Condvar::new() };
 
-/// Starts logging at `level`, to this file, which is made with the first line, or to stderr. Where lines cannot be written,
-/// they are lost and nothing else.
+/// Starts logging at `level`, to `file` or to stderr. The file is created with the first line. Lines that cannot be written are
+/// dropped.
 pub fn start(level: LevelFilter, file: Option<PathBuf>) {
     QUEUE.lock().file = file.map(LogFile::new);
     let mut config = ConfigBuilder::new();
@@ -53,21 +53,21 @@ pub fn start(level: LevelFilter, file: Option<PathBuf>) {
     for name in QUIET {
         config.add_filter_ignore_str(name);
     }
-    // Fails only when a logger is there already, and then that one is as good.
+    // Fails only if a logger is installed already; that one is kept.
     let _ = WriteLogger::init(level, config.build(), Lines::default());
-    // The message of a panic may quote what it choked on; where it happened is enough to mend it.
+    // A panic's message may quote the data that caused it, so only the location is logged.
     std::panic::set_hook(Box::new(|panic| match panic.location() {
         Some(location) => log::error!("this is a bug: panicked at {location}"),
         None => log::error!("this is a bug: panicked"),
     }));
 }
 
-/// Waits for the queued lines to be written, a moment at the most.
+/// Waits until the queued lines are written, for at most [`FLUSH_TIMEOUT`].
 pub fn flush() {
-    let until = Instant::now() + FLUSH_TIMEOUT;
+    let deadline = Instant::now() + FLUSH_TIMEOUT;
     let mut state = QUEUE.lock();
     while !state.is_written() {
-        let left = until.saturating_duration_since(Instant::now());
+        let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return;
         }
@@ -75,16 +75,16 @@ pub fn flush() {
     }
 }
 
-/// A text from outside, fit for one line: escaped, and cut where it is long.
+/// Untrusted text as part of one line: escaped, and cut after [`SANITIZED_MAX`] characters.
 pub fn sanitize_for_log(text: &str) -> String {
-    let mut shown: String = text.chars().take(SHOWN_MAX).flat_map(char::escape_debug).collect();
-    if text.chars().nth(SHOWN_MAX).is_some() {
-        shown.push('…');
+    let mut sanitized: String = text.chars().take(SANITIZED_MAX).flat_map(char::escape_debug).collect();
+    if text.chars().nth(SANITIZED_MAX).is_some() {
+        sanitized.push('…');
     }
-    shown
+    sanitized
 }
 
-/// A secret: enough to recognise it by, too little to use it.
+/// The ends of a secret: enough to recognize it, too little to use it.
 pub fn redact(secret: &str) -> String {
     let chars: Vec<char> = secret.chars().collect();
     if chars.len() < 4 * VISIBLE_ENDS {
@@ -94,7 +94,7 @@ pub fn redact(secret: &str) -> String {
     format!("{}…{}", ends(&chars[..VISIBLE_ENDS]), ends(&chars[chars.len() - VISIBLE_ENDS..]))
 }
 
-/// The other half of [`crate::debug!`].
+/// Implements [`crate::debug!`].
 pub fn log_debug(args: Arguments<'_>) {
     log::logger().log(&Record::builder().level(Level::Debug).target("usepod").args(args).build());
 }
@@ -109,7 +109,7 @@ macro_rules! debug {
     };
 }
 
-/// Where the logger writes: pieces of lines, which become whole ones here.
+/// Assembles the pieces that the logger writes into whole lines, and queues them.
 #[derive(Default)]
 struct Lines(Vec<u8>);
 
@@ -137,13 +137,13 @@ impl Write for Lines {
 
 struct Queue {
     state: Mutex<State>,
-    /// A line was pushed, or written.
+    /// A line was queued or written.
     changed: Condvar,
 }
 
 struct State {
     lines: VecDeque<Vec<u8>>,
-    /// In place of stderr. The thread has it while there is one, so that nobody waits for the disk.
+    /// Written instead of stderr. The log thread owns it while it runs, so that no caller waits for the disk.
     file: Option<LogFile>,
     dropped: u64,
     has_thread: bool,
@@ -173,13 +173,13 @@ impl Queue {
         }
         state.lines.push_back(line);
         if !state.has_thread {
-            // Without a thread the lines wait for the next attempt to start one.
+            // If no thread can be started, the lines wait for the next attempt.
             state.has_thread = threads::spawn("log", || self.write_lines()).is_ok();
         }
         self.changed.notify_all();
     }
 
-    /// In the `log` thread: everything that is queued, until nothing has come for a while.
+    /// Runs in the `log` thread: writes the queued lines until none has arrived for [`IDLE_TIMEOUT`].
     fn write_lines(&self) {
         let mut state = self.lock();
         let mut file = state.file.take();
@@ -214,7 +214,7 @@ fn write(file: Option<&mut LogFile>, line: &[u8]) {
     match file {
         Some(file) => file.write(line),
         None => {
-            // Nobody is left to tell.
+            // A failure cannot be reported anywhere.
             let _ = io::stderr().write_all(line);
         }
     }
@@ -225,15 +225,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_secret_shows_its_ends_alone() {
+    fn redact_shows_only_the_ends() {
         assert_eq!(redact("POD-ENROLL-ABCD-1234"), "POD-…1234");
         assert_eq!(redact("POD-1234"), "…");
         assert_eq!(redact("a\nb\u{1b}-ENROLL-ABCD-1234"), "a\\nb\\u{1b}…1234");
     }
 
     #[test]
-    fn a_foreign_text_is_one_line_and_short() {
+    fn sanitize_for_log_makes_one_short_line() {
         assert_eq!(sanitize_for_log("a\nb\u{1b}[2J"), "a\\nb\\u{1b}[2J");
-        assert_eq!(sanitize_for_log(&"x".repeat(1000)).chars().count(), SHOWN_MAX + 1);
+        assert_eq!(sanitize_for_log(&"x".repeat(1000)).chars().count(), SANITIZED_MAX + 1);
     }
 }

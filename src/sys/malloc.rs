@@ -1,25 +1,25 @@
-//! What the allocator keeps of freed memory, and giving it back.
+//! Returns freed memory to the system.
 //!
-//! glibc keeps what threads free for the next allocation: after 256 streams at a time, some 20 MB for as long as the process
-//! lives. An agent lives for months and is idle for most of them. Whoever freed much says so; who has time gives it back.
+//! glibc keeps freed memory for the next allocation: about 20 MB after 256 concurrent streams, for the lifetime of the process. An
+//! agent runs for months and is mostly idle. A thread that frees much requests a trim; the housekeeping thread performs it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 static TRIM_REQUESTED: AtomicBool = AtomicBool::new(false);
 
-/// Has the allocator keep little, in two ways. The threads take turns at few heaps: of each but the first, trimming leaves the
-/// free end as it is, which came to 10 MB after 256 streams. And large buffers go back at once: glibc's own limit for that
-/// grows to the largest buffer ever freed. To be called before there are threads.
+/// Limits what glibc retains: two arenas (`malloc_trim` does not shrink the top of secondary arenas, which was 10 MB after 256
+/// streams) and a fixed mmap threshold (glibc otherwise raises it to the largest buffer ever freed). Must be called before threads
+/// are started.
 pub fn configure() {
-    allocator::keep_little();
+    allocator::configure();
 }
 
-/// Much was freed, or soon will be.
+/// Requests a trim: much memory was freed, or will be soon.
 pub fn request_trim() {
     TRIM_REQUESTED.store(true, Ordering::Relaxed);
 }
 
-/// Gives back what was freed since the last time, if it was much: a millisecond's work.
+/// Trims the heap if that was requested since the last call; takes about a millisecond.
 pub fn trim_if_requested() {
     if TRIM_REQUESTED.swap(false, Ordering::Relaxed) {
         allocator::trim();
@@ -30,26 +30,26 @@ pub fn trim_if_requested() {
 mod allocator {
     use std::ffi::c_int;
 
-    /// glibc's own choice is eight a core.
-    const HEAPS_MAX: c_int = 2;
+    /// Number of arenas; glibc's default is eight per core.
+    const ARENAS_MAX: c_int = 2;
 
-    /// From this size on a buffer is large, in bytes; what glibc begins with.
-    const LARGE_BYTES: c_int = 128 << 10;
+    /// Size from which buffers are mapped individually, in bytes; glibc's initial value.
+    const MMAP_THRESHOLD_BYTES: c_int = 128 << 10;
 
     // As in `malloc.h`.
     const M_MMAP_THRESHOLD: c_int = -3;
     const M_ARENA_MAX: c_int = -8;
 
-    #[expect(unsafe_code, reason = "the standard library has no names for these two")]
-    // SAFETY: the declarations are glibc's own, and both may be called by any thread at any time.
+    #[expect(unsafe_code, reason = "the standard library does not offer these calls")]
+    // SAFETY: the declarations match glibc's, and any thread may call both functions at any time.
     unsafe extern "C" {
         safe fn mallopt(parameter: c_int, value: c_int) -> c_int;
         safe fn malloc_trim(pad: usize) -> c_int;
     }
 
-    pub fn keep_little() {
-        mallopt(M_ARENA_MAX, HEAPS_MAX);
-        mallopt(M_MMAP_THRESHOLD, LARGE_BYTES);
+    pub fn configure() {
+        mallopt(M_ARENA_MAX, ARENAS_MAX);
+        mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES);
     }
 
     pub fn trim() {
@@ -57,10 +57,10 @@ mod allocator {
     }
 }
 
-/// Other allocators give memory back by themselves, or not at all.
+/// Other allocators return memory by themselves, or not at all.
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
 mod allocator {
-    pub fn keep_little() {}
+    pub fn configure() {}
 
     pub fn trim() {}
 }

@@ -1,6 +1,6 @@
-//! Command lines for a person to type.
+//! Quoting for a POSIX shell, in command lines that the operator is shown.
 
-/// `text` as one word of a POSIX shell, in quotes where it needs them.
+/// `text` as one word of a POSIX shell, quoted if necessary.
 pub fn shell_quote(text: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./:@%+,".contains(c);
     if !text.is_empty() && text.chars().all(is_plain) {
@@ -14,7 +14,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_are_quoted_where_a_shell_would_read_more_than_their_letters() {
+    fn shell_quote_quotes_only_where_necessary() {
         for (text, expected) in [
             ("/a/b-1.toml", "/a/b-1.toml"),
             ("", "''"),

@@ -1,24 +1,24 @@
-//! Starting threads: each has a name, for logs and debuggers, and a small stack.
+//! Threads with a name, for logs and debuggers, and a small stack.
 
 use std::io;
 use std::thread::{Builder, JoinHandle};
 
-/// An HTTPS exchange through ureq and rustls needs 64 KiB of stack, in debug builds 256 KiB; a resolver's modules may need
-/// more. Address space alone: pages that are not touched cost nothing.
+/// Stack size. An HTTPS request through ureq and rustls needs 64 KiB, or 256 KiB in debug builds; resolver modules may need more.
+/// This is address space only: untouched pages cost nothing.
 const STACK_BYTES: usize = if cfg!(debug_assertions) { 1 << 20 } else { 512 << 10 };
 
 /// Starts a thread.
 ///
 /// # Errors
-/// The system refused it; the body is dropped.
+/// The system refused a thread; the body is dropped.
 pub fn spawn(name: impl Into<String>, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
     Builder::new().name(name.into()).stack_size(STACK_BYTES).spawn(body)
 }
 
-/// Has the calling thread wait for the one that wakes it to be through, instead of taking its core at once. For a thread that
-/// others hand their work to just before they sleep: on an idle box an event takes a third less time, of the clock and of the
-/// processor, than with two cores at it. On a box whose cores are all busy, events wait for the end of somebody's turn: 1 to 4 ms,
-/// which the inference is spared. Where the system refuses, nothing changes.
+/// Puts the calling thread under `SCHED_BATCH`, so that waking it does not preempt the thread that woke it. Meant for a thread to
+/// which others hand work just before they sleep: on an idle machine, an event then takes a third less wall-clock and CPU time. On a
+/// machine whose cores are all busy, an event waits 1 to 4 ms for the end of another thread's time slice, which inference gains. If
+/// the system refuses, nothing changes.
 pub fn set_batch_scheduling() {
     scheduler::batch();
 }
@@ -36,8 +36,8 @@ mod scheduler {
         priority: c_int,
     }
 
-    #[expect(unsafe_code, reason = "the standard library has no name for it")]
-    // SAFETY: the declaration is glibc's own; it reads the parameters and keeps nothing of them.
+    #[expect(unsafe_code, reason = "the standard library does not offer this call")]
+    // SAFETY: the declaration matches glibc's; the function reads the parameters and does not keep the pointer.
     unsafe extern "C" {
         safe fn sched_setscheduler(pid: c_int, policy: c_int, parameters: &Parameters) -> c_int;
     }
@@ -47,7 +47,7 @@ mod scheduler {
     }
 }
 
-/// Other systems have no such policy.
+/// Other systems have no such scheduling policy.
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
 mod scheduler {
     pub fn batch() {}
