@@ -1,7 +1,7 @@
-//! The marked block in the user's crontab.
+//! The agent's block in the user's crontab, between two marker lines.
 //!
-//! Invariants: every byte outside the block stays as it is, and what [`Crontab::with_block`] adds [`Crontab::without_block`] takes away again.
-//! A crontab whose marks, or the lines between them, are not as we write them is refused: what is there may be somebody's work.
+//! Invariants: no byte outside the block changes, and [`Crontab::without_block`] removes exactly what [`Crontab::with_block`] adds. A
+//! crontab whose markers, or the lines between them, are not as this module writes them is refused: the operator may have edited it.
 
 use std::io::{self, ErrorKind, Write};
 use std::ops::Range;
@@ -11,28 +11,28 @@ use super::{ServiceCommand, command, error_text};
 
 const BEGIN: &str =
     "# >>> usepod-agent: written by `usepod-agent service install`, removed by `usepod-agent service uninstall`";
-/// How the first mark begins, whatever it explains.
-const BEGIN_MARK: &str = "# >>> usepod-agent";
+/// The part of the first marker line that is matched.
+const BEGIN_MARKER: &str = "# >>> usepod-agent";
 const END: &str = "# <<< usepod-agent";
-/// When cron is to look: at the boot, and every minute.
+/// When cron runs the command: at boot and every minute.
 const TIMES: [&str; 2] = ["@reboot ", "* * * * * "];
-/// Between the program and its arguments, in every line of ours.
+/// Between the program and the configuration file, in both lines of the block.
 const RUN: &str = " run --cron --config ";
-/// Nobody waits for the output: the agent logs to its file.
+/// The agent logs to its file, so cron must not mail its output.
 const DISCARD_OUTPUT: &str = " >/dev/null 2>&1";
 
 /// A crontab.
 pub struct Crontab {
     text: Vec<u8>,
-    /// From the first mark to behind the second one's line end.
+    /// From the first marker to the line end of the second.
     block: Option<Range<usize>>,
 }
 
 impl Crontab {
-    /// The crontab of the user who runs this; none where no cron is installed.
+    /// The crontab of this user; `None` if no cron is installed.
     ///
     /// # Errors
-    /// `crontab` fails, or somebody edited the block.
+    /// `crontab` fails, or the block was edited.
     pub fn read() -> Result<Option<Crontab>, String> {
         let output = match command("crontab").arg("-l").output() {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
@@ -50,24 +50,24 @@ impl Crontab {
         }
     }
 
-    /// Takes a crontab apart.
+    /// Finds the block in a crontab.
     ///
     /// # Errors
-    /// Somebody edited the block.
+    /// The block was edited.
     pub fn parse(text: Vec<u8>) -> Result<Crontab, String> {
-        let mut marks = Vec::new();
+        let mut markers = Vec::new();
         let mut block: Option<Range<usize>> = None;
         let mut at = 0;
         for (number, line) in text.split_inclusive(|b| *b == b'\n').enumerate() {
             let content = line.trim_ascii_end();
-            let (begins, ends) = (content.starts_with(BEGIN_MARK.as_bytes()), content == END.as_bytes());
-            let is_within = marks.len() == 1;
+            let (begins, ends) = (content.starts_with(BEGIN_MARKER.as_bytes()), content == END.as_bytes());
+            let is_within = markers.len() == 1;
             if begins || ends {
-                marks.push((number + 1, ends));
+                markers.push((number + 1, ends));
             } else if is_within && !is_ours(content) {
                 return Err(format!(
-                    "line {} of the crontab stands between the marks of usepod-agent and is not of its making; \
-                     move it out with `crontab -e`",
+                    "line {} of the crontab is inside the block of usepod-agent, but was not written by it; move it out of the \
+                     block with `crontab -e`",
                     number + 1
                 ));
             }
@@ -78,25 +78,25 @@ impl Crontab {
             }
             at += line.len();
         }
-        match marks[..] {
+        match markers[..] {
             [] | [(_, false), (_, true)] => Ok(Crontab { text, block }),
             _ => {
-                let numbers: Vec<String> = marks.iter().map(|(number, _)| number.to_string()).collect();
+                let numbers: Vec<String> = markers.iter().map(|(number, _)| number.to_string()).collect();
                 Err(format!(
-                    "the marks of usepod-agent in the crontab are no pair `{BEGIN_MARK} …`, `{END}` (line {}); with \
-                     `crontab -e`, remove them and the lines that they were around",
+                    "the markers of usepod-agent in the crontab are not one pair `{BEGIN_MARKER} …`, `{END}` (line {}); with \
+                     `crontab -e`, remove them and the lines of usepod-agent",
                     numbers.join(", ")
                 ))
             }
         }
     }
 
-    /// The crontab with the block, the one that is there replaced.
-    pub fn with_block(&self, launch: &ServiceCommand) -> Vec<u8> {
+    /// The crontab with the block added or replaced.
+    pub fn with_block(&self, command: &ServiceCommand) -> Vec<u8> {
         let mut block = format!("{BEGIN}\n");
         for times in TIMES {
             block.push_str(times);
-            block.push_str(&command_line(launch));
+            block.push_str(&command_line(command));
             block.push('\n');
         }
         block.push_str(END);
@@ -105,7 +105,7 @@ impl Crontab {
             None => (&self.text[..], &[][..]),
         };
         let mut text = before.to_vec();
-        // A crontab without an end of its last line: the block is as it found it, which tells `without`.
+        // If the last line of the crontab has no line end, neither has the block; `without_block` recognizes the case by that.
         let was_open = match &self.block {
             Some(block) => !self.text[block.clone()].ends_with(b"\n"),
             None => !before.is_empty() && !before.ends_with(b"\n"),
@@ -130,14 +130,14 @@ impl Crontab {
         [before, &self.text[block.end..]].concat()
     }
 
-    /// What cron gives to the shell each minute, or at the boot alone where somebody took the other line out; none without a block.
+    /// The shell command that cron runs every minute, or at boot if only that line is left; `None` without a block.
     pub fn command(&self) -> Option<String> {
         let block = String::from_utf8_lossy(&self.text[self.block.clone()?]);
         let command = TIMES.iter().rev().find_map(|times| block.lines().find_map(|line| line.strip_prefix(times)))?;
         Some(command.trim_end().replace("\\%", "%"))
     }
 
-    /// The configuration file in the block.
+    /// The configuration file that the block names.
     pub fn config(&self) -> Option<String> {
         let command = self.command()?;
         let mut quoted = command.split_once(RUN)?.1.strip_prefix('\'')?;
@@ -153,27 +153,27 @@ impl Crontab {
         }
     }
 
-    /// The variables that cron sets for the block: those above it.
+    /// The variables that cron sets for the block: those assigned above it.
     pub fn environment(&self) -> Vec<(String, String)> {
         let above = self.block.as_ref().map_or(&self.text[..], |block| &self.text[..block.start]);
         String::from_utf8_lossy(above).lines().filter_map(assignment).collect()
     }
 
-    /// Makes `text` the user's crontab.
+    /// Installs `text` as the user's crontab.
     ///
     /// # Errors
-    /// `crontab` refuses it, in its own words.
+    /// The error message of `crontab`.
     pub fn write(text: &[u8]) -> Result<(), String> {
-        // An empty one is none.
+        // An empty crontab is removed.
         let how = if text.is_empty() { "-r" } else { "-" };
         let output = output_with_input(command("crontab").arg(how), text).map_err(not_started)?;
         match output.status.success() {
             true => Ok(()),
-            false => Err(format!("`crontab` did not take the new crontab: {}", error_text(&output))),
+            false => Err(format!("`crontab` refused the new crontab: {}", error_text(&output))),
         }
     }
 
-    /// The bytes as they are.
+    /// The bytes of the crontab.
     pub fn text(&self) -> &[u8] {
         &self.text
     }
@@ -189,10 +189,10 @@ fn output_with_input(command: &mut Command, input: &[u8]) -> io::Result<Output> 
     child.wait_with_output()
 }
 
-/// The command of our lines, as it stands in a crontab.
-fn command_line(launch: &ServiceCommand) -> String {
-    let mut line = format!("exec {}{RUN}{}", cron_quote(&launch.binary), cron_quote(&launch.config));
-    for option in launch.options() {
+/// The command in the lines of the block.
+fn command_line(command: &ServiceCommand) -> String {
+    let mut line = format!("exec {}{RUN}{}", cron_quote(&command.binary), cron_quote(&command.config));
+    for option in command.options() {
         line.push(' ');
         line.push_str(&option);
     }
@@ -200,7 +200,7 @@ fn command_line(launch: &ServiceCommand) -> String {
     line
 }
 
-/// Quoted for the shell; and for cron, which takes a bare `%` for a line end.
+/// Quotes for the shell, and for cron, which reads a bare `%` as a line end.
 fn cron_quote(text: &str) -> String {
     format!("'{}'", text.replace('\'', "'\\''").replace('%', "\\%"))
 }
@@ -232,7 +232,7 @@ fn not_started(e: io::Error) -> String {
 mod tests {
     use super::*;
 
-    fn launch() -> ServiceCommand {
+    fn command() -> ServiceCommand {
         ServiceCommand {
             binary: "/opt/a b/usepod-agent".into(),
             config: "/home/o'neil/100%/agent.toml".into(),
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_installed_twice_is_installed_once_and_what_is_uninstalled_was_never_there() {
+    fn with_block_is_idempotent_and_without_block_restores_the_crontab() {
         const PIECES: [&[u8]; 12] = [
             b"\n",
             b"\r\n",
@@ -261,27 +261,27 @@ mod tests {
             b"@reboot exec '",
             b"usepod-agent",
         ];
-        let other = ServiceCommand { log_level: None, ..launch() };
+        let other = ServiceCommand { log_level: None, ..command() };
         arbtest::arbtest(|u| {
             let mut text = Vec::new();
             for _ in 0..u.int_in_range(0..=12)? {
                 text.extend_from_slice(u.choose(&PIECES)?);
             }
-            let installed = table(&text).with_block(&launch());
+            let installed = table(&text).with_block(&command());
             let start = text.len();
             assert_eq!(installed[..start], text, "what was there comes first");
-            assert_eq!(table(&installed).with_block(&launch()), installed);
+            assert_eq!(table(&installed).with_block(&command()), installed);
             assert_eq!(table(&installed).without_block(), text);
             assert_eq!(table(&table(&installed).with_block(&other)).without_block(), text);
-            assert_eq!(table(&installed).config(), Some(launch().config));
+            assert_eq!(table(&installed).config(), Some(command().config));
             Ok(())
         });
     }
 
     #[test]
-    fn lines_that_came_below_the_block_stay() {
+    fn without_block_keeps_lines_below_the_block() {
         for before in ["", "MAILTO=me\n", "# no end"] {
-            let mut text = table(before.as_bytes()).with_block(&launch());
+            let mut text = table(before.as_bytes()).with_block(&command());
             if !text.ends_with(b"\n") {
                 text.push(b'\n');
             }
@@ -294,19 +294,19 @@ mod tests {
     }
 
     #[test]
-    fn one_line_that_is_left_of_a_block_is_still_installed() {
-        let ours = String::from_utf8(table(b"").with_block(&launch())).expect("UTF-8");
+    fn block_of_one_line_is_still_a_block() {
+        let ours = String::from_utf8(table(b"").with_block(&command())).expect("UTF-8");
         for times in TIMES {
             let left: String = ours.split_inclusive('\n').filter(|line| !line.starts_with(times)).collect();
             let left = table(left.as_bytes());
-            assert_eq!((left.command(), left.config()), (table(ours.as_bytes()).command(), Some(launch().config)));
-            assert_eq!((left.with_block(&launch()), left.without_block()), (ours.clone().into_bytes(), Vec::new()));
+            assert_eq!((left.command(), left.config()), (table(ours.as_bytes()).command(), Some(command().config)));
+            assert_eq!((left.with_block(&command()), left.without_block()), (ours.clone().into_bytes(), Vec::new()));
         }
     }
 
     #[test]
-    fn the_shell_gets_the_paths_as_they_are() {
-        let table = table(&table(b"").with_block(&launch()));
+    fn command_passes_paths_through_the_shell_unchanged() {
+        let table = table(&table(b"").with_block(&command()));
         let command =
             table.command().expect("a command").replace("exec ", "printf '%s\\n' ").replace(DISCARD_OUTPUT, "");
         let output = std::process::Command::new("sh").arg("-c").arg(command).output().expect("a shell");
@@ -315,8 +315,8 @@ mod tests {
     }
 
     #[test]
-    fn a_block_that_somebody_edited_is_refused_with_the_lines() {
-        let ours = String::from_utf8(table(b"").with_block(&launch())).expect("UTF-8");
+    fn parse_refuses_an_edited_block_and_names_the_lines() {
+        let ours = String::from_utf8(table(b"").with_block(&command())).expect("UTF-8");
         let (begin, end) = (format!("{BEGIN}\n"), format!("{END}\n"));
         let cases = [
             (begin.clone(), "line 1"),
@@ -328,15 +328,15 @@ mod tests {
             (ours.replace("@reboot", "KEY=1\n@reboot"), "line 2"),
         ];
         for (text, lines) in cases {
-            let told = Crontab::parse(text.clone().into_bytes()).map(|_| ()).expect_err(&text);
-            assert!(told.contains(lines) && told.contains("crontab -e"), "{text}: {told}");
+            let error = Crontab::parse(text.clone().into_bytes()).map(|_| ()).expect_err(&text);
+            assert!(error.contains(lines) && error.contains("crontab -e"), "{text}: {error}");
         }
     }
 
     #[test]
-    fn the_variables_above_the_block_are_read_as_cron_reads_them() {
+    fn environment_is_read_as_cron_reads_it() {
         let above = "# NOT=this\nA=1\n B = \"two words\" \nC='3'\n* * * * * X=1 command\nD=\n";
-        let mut text = table(above.as_bytes()).with_block(&launch());
+        let mut text = table(above.as_bytes()).with_block(&command());
         text.extend_from_slice(b"BELOW=1\n");
         let found = table(&text).environment();
         let found: Vec<(&str, &str)> = found.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();

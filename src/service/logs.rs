@@ -1,4 +1,4 @@
-//! The end of a log file, and what comes after it.
+//! Reads the end of a log file and follows what is appended to it.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -6,12 +6,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
-/// How often a file is looked at that may have grown.
+/// How often a followed file is checked for new text.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
-/// How much is read at a time on the way back from the end, in bytes.
+/// How much is read at a time, backwards from the end, in bytes.
 const STEP_BYTES: u64 = 64 << 10;
 
-/// The last lines of `log`, and of `older` where those are too few. A file that is not there has none.
+/// The last lines of `log`, continued in `older` if `log` has too few. A missing file counts as empty.
 ///
 /// # Errors
 /// A file cannot be read.
@@ -24,7 +24,7 @@ pub fn tail(log: &Path, older: &Path, lines: usize) -> io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// The last lines of one file, and how many they are.
+/// The last lines of one file, and their number.
 fn last_lines(path: &Path, lines: usize) -> io::Result<(Vec<u8>, usize)> {
     let mut file = match File::open(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok((Vec::new(), 0)),
@@ -32,7 +32,7 @@ fn last_lines(path: &Path, lines: usize) -> io::Result<(Vec<u8>, usize)> {
     };
     let mut start = file.seek(SeekFrom::End(0))?;
     let mut text: Vec<u8> = Vec::new();
-    // The end of the last line ends it; it does not begin another.
+    // The line end of the last line does not start another line.
     let count =
         |text: &[u8]| text.iter().rev().skip(1).filter(|b| **b == b'\n').count() + usize::from(!text.is_empty());
     while start > 0 && count(&text) <= lines {
@@ -51,13 +51,12 @@ fn last_lines(path: &Path, lines: usize) -> io::Result<(Vec<u8>, usize)> {
     Ok((text, count))
 }
 
-/// Prints the last lines, then whatever is written from now on, also to the files that take this one's place; until `out`
-/// is closed.
+/// Prints the last lines, then everything that is written from now on, also after a rotation, until `out` is closed.
 ///
 /// # Errors
 /// A file cannot be read.
 pub fn follow(log: &Path, older: &Path, lines: usize, out: &mut impl Write) -> io::Result<()> {
-    // Opened first: what is written meanwhile is shown, some of it twice at the worst.
+    // Opened before the tail is read: text that is written meanwhile may be printed twice, but is not missed.
     let mut file = File::open(log).ok();
     if let Some(file) = &mut file {
         file.seek(SeekFrom::End(0))?;
@@ -72,7 +71,7 @@ pub fn follow(log: &Path, older: &Path, lines: usize, out: &mut impl Write) -> i
         if let Some(open) = &mut file {
             let is_replaced = current.as_ref().is_some_and(|now| open.metadata().is_ok_and(|it| it.ino() != now.ino()));
             if current.is_some_and(|now| !is_replaced && now.len() < open.stream_position().unwrap_or(0)) {
-                // Emptied by a rotation that copies.
+                // The file was truncated, as by logrotate's `copytruncate`.
                 open.rewind()?;
             }
             open.read_to_end(&mut text)?;
@@ -97,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_tail_is_the_last_lines_of_both_files() {
+    fn tail_returns_the_last_lines_of_both_files() {
         let folder = std::env::temp_dir().join(format!("usepod-logs-{}", std::process::id()));
         fs::create_dir_all(&folder).expect("a folder");
         let (log, older) = (folder.join("log"), folder.join("older"));

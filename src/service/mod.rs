@@ -1,7 +1,7 @@
-//! Who starts the agent, and starts it again: cron, or systemd where the operator prefers it.
+//! The supervisor that starts the agent and restarts it: cron, or systemd if the operator prefers it.
 //!
-//! Invariants: one supervisor at a time; what the operator has stopped stays so under both, by the file
-//! [`AgentPaths::stopped`](crate::instance::AgentPaths::stopped); a signal goes to the process that holds the lock and to no other.
+//! Invariants: at most one supervisor is installed. An agent that the operator has stopped stays stopped under both, because of the
+//! marker file [`AgentPaths::stopped`](crate::instance::AgentPaths::stopped). Only the owner of the lock is ever signalled.
 
 pub mod crontab;
 pub mod logs;
@@ -23,19 +23,19 @@ use crate::instance::terminate::{self, TerminateError};
 use crontab::Crontab;
 use systemd::Unit;
 
-/// How often a process is looked at that is to end or to start.
+/// How often [`wait_until`] checks its condition.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
-/// Between the end of the drain and SIGKILL.
+/// Time between the end of the drain timeout and SIGKILL.
 pub const STOP_MARGIN: Duration = Duration::from_secs(15);
-/// What cron has its commands find.
+/// The PATH of cron's commands.
 const CRON_PATH: &str = "/usr/bin:/bin";
 
-/// What the supervisor starts.
+/// The command that the supervisor runs.
 #[derive(Debug, Clone)]
 pub struct ServiceCommand {
-    /// The program, as an absolute path.
+    /// The absolute path of the program.
     pub binary: String,
-    /// The configuration file, as an absolute path.
+    /// The absolute path of the configuration file.
     pub config: String,
     /// `--log-level`, if it was given.
     pub log_level: Option<LevelFilter>,
@@ -44,42 +44,41 @@ pub struct ServiceCommand {
 }
 
 impl ServiceCommand {
-    /// A path that every supervisor can be told.
+    /// Checks that both supervisors can represent a path.
     ///
     /// # Errors
-    /// It holds what they cannot carry.
+    /// It contains characters that they cannot represent.
     pub fn path(path: &Path) -> Result<String, String> {
-        let shown = path.to_string_lossy();
         match path.to_str() {
-            // A backslash before `%` is read differently by every cron.
+            // Implementations of cron differ in how they read a backslash before `%`.
             Some(text) if !text.contains(|c: char| c.is_control() || c == '\\') => Ok(text.to_owned()),
             _ => Err(format!(
-                "`{}`: no supervisor can be given a path with a line end, a backslash or what is not UTF-8; rename it",
-                shown.escape_debug()
+                "`{}`: the path of a supervised agent must be UTF-8 without control characters and backslashes; rename it",
+                path.to_string_lossy().escape_debug()
             )),
         }
     }
 
-    /// The options behind the configuration file.
+    /// The options after the configuration file.
     fn options(&self) -> Vec<String> {
         let level = self.log_level.map(|level| format!("--log-level {}", level.as_str().to_ascii_lowercase()));
         level.into_iter().chain(self.allow_insecure.then(|| "--allow-insecure".into())).collect()
     }
 }
 
-/// Who supervises the agent of this user.
+/// The supervisor of this user's agent.
 pub enum Supervisor {
-    /// cron, by the block in this crontab.
+    /// cron, through the block in this crontab.
     Cron(Crontab),
-    /// systemd, by this unit.
+    /// systemd, through this unit.
     Systemd(Unit),
 }
 
 impl Supervisor {
-    /// The one that is installed.
+    /// The supervisor that is installed.
     ///
     /// # Errors
-    /// The crontab cannot be read, or somebody edited the block in it.
+    /// The crontab cannot be read, or its block was edited.
     pub fn installed() -> Result<Option<Supervisor>, String> {
         if let Some(unit) = Unit::installed() {
             return Ok(Some(Supervisor::Systemd(unit)));
@@ -87,7 +86,7 @@ impl Supervisor {
         Ok(Crontab::read()?.filter(|table| table.command().is_some()).map(Supervisor::Cron))
     }
 
-    /// The configuration file that it was given.
+    /// The configuration file that it was installed with.
     pub fn config(&self) -> Option<String> {
         match self {
             Supervisor::Cron(table) => table.config(),
@@ -95,23 +94,23 @@ impl Supervisor {
         }
     }
 
-    /// Where it was installed, in a few words.
+    /// Which one it is and where it is installed, for the operator.
     pub fn description(&self) -> String {
         match self {
-            Supervisor::Cron(_) => "cron, by your crontab".into(),
-            Supervisor::Systemd(unit) => format!("systemd, by `{}`", unit.path.display()),
+            Supervisor::Cron(_) => "cron, in your crontab".into(),
+            Supervisor::Systemd(unit) => format!("systemd, in `{}`", unit.path.display()),
         }
     }
 }
 
-/// A program on the PATH, with its messages in English: some of them are recognized.
+/// A program on the PATH, run with English messages, because some of them are parsed.
 pub fn command(program: &str) -> Command {
     let mut command = Command::new(program);
     command.env("LC_ALL", "C");
     command
 }
 
-/// Why a program failed: its error messages, or how it ended when it wrote none.
+/// Why a program failed: its error messages, or its exit status if it wrote none.
 pub fn error_text(output: &Output) -> String {
     match String::from_utf8_lossy(&output.stderr).trim() {
         "" => exit_text(output.status),
@@ -129,14 +128,14 @@ pub fn exit_text(status: ExitStatus) -> String {
     }
 }
 
-/// Starts what cron would start, as cron would: its shell, its environment. In a process group of its own, so that closing the
-/// terminal does not end it.
+/// Starts the agent as cron would, with cron's shell and environment, in a process group of its own, so that closing the terminal
+/// does not end it.
 ///
 /// # Errors
-/// There is no shell.
+/// The shell cannot be started.
 pub fn start_like_cron(table: &Crontab) -> io::Result<Child> {
     let mut variables = table.environment();
-    // The crontab's own win.
+    // Variables that the crontab sets take precedence.
     for (name, value) in [
         ("HOME", std::env::var("HOME").unwrap_or_default()),
         ("LOGNAME", this_user().map(|user| user.name).unwrap_or_default()),
@@ -160,12 +159,12 @@ pub fn start_like_cron(table: &Crontab) -> io::Result<Child> {
         .spawn()
 }
 
-/// Who runs this, by the box's own list.
+/// The user who runs this process, from the system's user database.
 pub fn this_user() -> Option<User> {
     User::from_uid(Uid::effective()).ok().flatten()
 }
 
-/// Whether a cron daemon runs; `None` where that cannot be seen.
+/// Whether a cron daemon is running; `None` if processes cannot be listed.
 pub fn is_cron_running() -> Option<bool> {
     let is_cron = |entry: std::fs::DirEntry| {
         let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
@@ -184,14 +183,14 @@ pub fn terminate(owner: &LockOwner, grace: Duration) -> Result<bool, String> {
     terminate::terminate(owner, grace, before_signal, has_ended).map_err(|e: TerminateError| e.to_string())
 }
 
-/// Whether `holds` did within `limit`.
-pub fn wait_until(limit: Duration, mut holds: impl FnMut() -> bool) -> bool {
+/// Waits until `condition` is true; false if it is not within `timeout`.
+pub fn wait_until(timeout: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let began = Instant::now();
     loop {
-        if holds() {
+        if condition() {
             return true;
         }
-        if began.elapsed() >= limit {
+        if began.elapsed() >= timeout {
             return false;
         }
         std::thread::sleep(POLL_INTERVAL);

@@ -1,6 +1,6 @@
-//! The systemd unit: a system unit for root, the user's own for everybody else.
+//! The systemd unit: a system unit for root, a user unit for everybody else.
 //!
-//! Invariant: the unit stays down while the operator's `stopped` file is there, as under cron.
+//! Invariant: the unit does not start while the operator's `stopped` marker exists, as under cron.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -16,11 +16,11 @@ use crate::config;
 /// The unit's name.
 pub const UNIT: &str = "usepod-agent.service";
 const SYSTEM_FOLDER: &str = "/etc/systemd/system";
-/// systemd ignores what begins with `X-`; here our other commands find the configuration again.
+/// The configuration file, for the other commands; systemd ignores keys that begin with `X-`.
 const CONFIG_KEY: &str = "X-Config=";
 const USER_KEY: &str = "User=";
 
-/// What needs no privileges to enforce.
+/// Restrictions that need no privileges to enforce.
 const HARDENING: &str = "\
 NoNewPrivileges=yes
 LockPersonality=yes
@@ -35,7 +35,7 @@ SystemCallErrorNumber=EPERM
 UMask=0077
 ";
 
-/// What only the system's manager can enforce.
+/// Restrictions that only the system manager can enforce.
 const SYSTEM_HARDENING: &str = "\
 CapabilityBoundingSet=
 PrivateDevices=yes
@@ -50,43 +50,43 @@ ProtectKernelTunables=yes
 ProtectSystem=strict
 ";
 
-/// Where the unit is.
+/// A systemd unit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unit {
     /// Its file.
     pub path: PathBuf,
-    /// The user's own, managed by `systemctl --user`.
+    /// Whether it is a user unit, managed by `systemctl --user`.
     pub is_users: bool,
 }
 
-/// What the unit says.
+/// What goes into the unit's file.
 pub struct Content<'a> {
-    /// What is started.
-    pub launch: &'a ServiceCommand,
-    /// As whom; the system's manager must be told.
+    /// The command that is started.
+    pub command: &'a ServiceCommand,
+    /// The user it runs as; only in system units.
     pub uid: Option<u32>,
-    /// While this file is there the unit stays down.
+    /// The marker that keeps the unit from starting.
     pub stopped: &'a Path,
-    /// Folders that the agent writes to.
+    /// The folders that the agent writes to.
     pub writable: &'a [PathBuf],
-    /// For jobs in flight.
+    /// How long jobs in flight may take when the agent stops.
     pub drain: Duration,
 }
 
 impl Unit {
-    /// Where a unit of the user who runs this would be.
+    /// The unit that this user would install.
     ///
     /// # Errors
-    /// There is no home to have it in.
+    /// HOME is not set.
     pub fn of_this_user() -> Result<Unit, String> {
         if Uid::effective().is_root() {
             return Ok(Unit { path: Path::new(SYSTEM_FOLDER).join(UNIT), is_users: false });
         }
-        let base = config::user_config_dir().ok_or("HOME is not set, so there is no place for the unit; set it")?;
+        let base = config::user_config_dir().ok_or("HOME is not set, so the path of the unit is unknown; set it")?;
         Ok(Unit { path: base.join("systemd/user").join(UNIT), is_users: true })
     }
 
-    /// The unit of this user that is there: their own, or the system's that runs as them.
+    /// The installed unit: this user's own, or the system unit that runs as this user.
     pub fn installed() -> Option<Unit> {
         let own = Unit::of_this_user().ok().filter(|unit| unit.path.exists());
         own.or_else(|| {
@@ -107,12 +107,11 @@ impl Unit {
         text.lines().find_map(|line| line.strip_prefix(key)).map(str::to_owned)
     }
 
-    /// The file's text.
+    /// The text of the unit's file.
     pub fn text(&self, content: &Content<'_>) -> String {
-        let launch = content.launch;
-        let mut command =
-            vec![systemd_quote(&launch.binary), "run".into(), "--config".into(), argument(&launch.config)];
-        command.extend(launch.options());
+        let ServiceCommand { binary, config, .. } = content.command;
+        let mut command = vec![systemd_quote(binary), "run".into(), "--config".into(), quote_argument(config)];
+        command.extend(content.command.options());
         let (after, user) = match content.uid {
             Some(uid) => ("After=network-online.target\nWants=network-online.target\n", format!("{USER_KEY}{uid}\n")),
             None => ("", String::new()),
@@ -123,7 +122,7 @@ impl Unit {
              StartLimitIntervalSec=0\n\n\
              [Service]\nType=exec\nExecStart={}\n{user}WorkingDirectory=~\nRestart=always\nRestartSec=10\n\
              KillSignal=SIGTERM\nTimeoutStopSec={}\n\n{HARDENING}",
-            launch.config,
+            config,
             content.stopped.to_string_lossy().replace('%', "%%"),
             command.join(" "),
             (content.drain + STOP_MARGIN).as_secs(),
@@ -139,18 +138,19 @@ impl Unit {
         text
     }
 
-    /// Has the unit say `text`, and starts it now and at each boot. Whether anything had to be changed.
+    /// Writes `text` as the unit's file, and enables and starts the unit. Returns whether the file has changed.
     ///
     /// # Errors
-    /// The file cannot be written, or systemd does not take it; what was there is back then.
+    /// The file cannot be written, or systemd refuses it; the previous file is restored.
     pub fn install(&self, text: &str) -> Result<bool, String> {
         let before = fs::read(&self.path).ok();
         if before.as_deref() == Some(text.as_bytes()) {
             return Ok(false);
         }
-        let failed = |e| format!("failed to write `{}`: {e}; check the folder and the rights", self.path.display());
+        let failed =
+            |e| format!("failed to write `{}`: {e}; check the folder and its permissions", self.path.display());
         self.path.parent().map_or(Ok(()), fs::create_dir_all).map_err(failed)?;
-        // Not with the owner's rights alone: whoever manages the box reads its units.
+        // With default permissions, because other users may read units.
         fs::write(&self.path, text).map_err(failed)?;
         let taken = self.systemctl(&["daemon-reload"]).and_then(|()| self.systemctl(&["enable", "--now", UNIT]));
         if taken.is_err() {
@@ -159,25 +159,25 @@ impl Unit {
         taken.map(|()| true)
     }
 
-    /// Stops it and takes it away.
+    /// Stops, disables and removes the unit.
     ///
     /// # Errors
-    /// systemd refuses, or the file stays.
+    /// systemd refuses, or the file cannot be removed.
     pub fn uninstall(&self) -> Result<(), String> {
         self.systemctl(&["disable", "--now", UNIT])?;
         fs::remove_file(&self.path).map_err(|e| format!("failed to remove `{}`: {e}", self.path.display()))?;
         self.systemctl(&["daemon-reload"])
     }
 
-    /// Whose manager has it, as the first options of `systemctl` and `journalctl`.
+    /// The options of `systemctl` and `journalctl` that select the unit's manager.
     pub fn scope(&self) -> &'static [&'static str] {
         if self.is_users { &["--user"] } else { &[] }
     }
 
-    /// Asks systemd.
+    /// Runs `systemctl`.
     ///
     /// # Errors
-    /// It refuses, in its own words, or there is none.
+    /// Its error message, or there is no `systemctl`.
     pub fn systemctl(&self, arguments: &[&str]) -> Result<(), String> {
         let arguments = [self.scope(), arguments].concat();
         let shown = format!("systemctl {}", arguments.join(" "));
@@ -185,27 +185,27 @@ impl Unit {
             Ok(output) if output.status.success() => Ok(()),
             Ok(output) => Err(format!("`{shown}` failed: {}", error_text(&output))),
             Err(e) if e.kind() == ErrorKind::NotFound => {
-                Err("there is no `systemctl` on this box: use cron, with `usepod-agent service install`".into())
+                Err("there is no `systemctl` on this machine; use cron: `usepod-agent service install`".into())
             }
             Err(e) => Err(format!("`{shown}` cannot be run: {e}")),
         }
     }
 }
 
-/// Who owns a file, and their home.
+/// The owner of a file and their home folder.
 pub fn owner_of(path: &Path) -> Option<(u32, PathBuf)> {
     let uid = fs::metadata(path).ok()?.uid();
     let home = User::from_uid(Uid::from_raw(uid)).ok().flatten()?.dir;
     Some((uid, home))
 }
 
-/// One word by systemd's rules.
+/// Quotes one word by systemd's rules.
 fn systemd_quote(text: &str) -> String {
     format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\"").replace('%', "%%"))
 }
 
-/// One argument of a command, in which `$` would be a variable.
-fn argument(text: &str) -> String {
+/// Quotes one argument of a command, in which `$` would begin a variable.
+fn quote_argument(text: &str) -> String {
     systemd_quote(text).replace('$', "$$")
 }
 
@@ -215,9 +215,9 @@ mod tests {
 
     use super::*;
 
-    fn text(unit: &Unit, launch: &ServiceCommand, uid: Option<u32>) -> String {
+    fn text(unit: &Unit, command: &ServiceCommand, uid: Option<u32>) -> String {
         let content = Content {
-            launch,
+            command,
             uid,
             stopped: Path::new("/home/a/.usepod-agent/identity.key.stopped"),
             writable: &["/home/a b/.usepod-agent".into()],
@@ -226,7 +226,7 @@ mod tests {
         unit.text(&content)
     }
 
-    fn launch() -> ServiceCommand {
+    fn command() -> ServiceCommand {
         let config = "/srv/100% $HOME \"x\"/agent.toml".to_owned();
         ServiceCommand {
             binary: "/bin/sh".into(),
@@ -237,23 +237,23 @@ mod tests {
     }
 
     #[test]
-    fn the_command_is_quoted_by_systemds_rules() {
+    fn text_quotes_the_command_by_systemds_rules() {
         let unit = Unit { path: UNIT.into(), is_users: true };
         let exec = "ExecStart=\"/bin/sh\" run --config \"/srv/100%% $$HOME \\\"x\\\"/agent.toml\" --log-level debug --allow-insecure\n";
-        let text = text(&unit, &launch(), None);
+        let text = text(&unit, &command(), None);
         assert!(text.contains(exec), "{text}");
         assert!(text.contains("TimeoutStopSec=45\n") && !text.contains(USER_KEY) && !text.contains("ProtectSystem"));
     }
 
     #[test]
-    fn systemd_finds_no_fault_with_either_unit() {
+    fn text_is_accepted_by_systemd() {
         let folder = std::env::temp_dir().join(format!("usepod-unit-{}", std::process::id()));
         fs::create_dir_all(&folder).expect("a folder");
         for is_users in [false, true] {
             let unit = Unit { path: folder.join(UNIT), is_users };
             let uid = (!is_users).then(|| Uid::current().as_raw());
-            fs::write(&unit.path, text(&unit, &launch(), uid)).expect("written");
-            assert_eq!(unit.config(), Some(launch().config));
+            fs::write(&unit.path, text(&unit, &command(), uid)).expect("written");
+            assert_eq!(unit.config(), Some(command().config));
             match std::process::Command::new("systemd-analyze").arg("verify").arg("--man=no").arg(&unit.path).output() {
                 Ok(output) => {
                     let said = String::from_utf8_lossy(&output.stderr).into_owned();

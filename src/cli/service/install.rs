@@ -18,14 +18,14 @@ const PROXY_VARIABLES: [&str; 4] = ["HTTPS_PROXY", "https_proxy", "NO_PROXY", "n
 pub fn run(globals: &Globals, systemd: bool) -> Result<(), CliError> {
     let unit = if systemd { Some(Unit::of_this_user()?) } else { None };
     let target = ServiceTarget::load(&Config::find(globals.config.as_deref())?, globals.allow_insecure, unit.as_ref())?;
-    let launch = launch_of(&target, globals)?;
+    let command = service_command(&target, globals)?;
     // A user who may not use cron has no crontab.
     let has_no_crontab = |e: &String| systemd && e.contains("not allowed");
     let installed = Supervisor::installed().or_else(|e| if has_no_crontab(&e) { Ok(None) } else { Err(e) })?;
     if let Some(installed) = &installed {
         let is_other = matches!(installed, Supervisor::Systemd(_)) != systemd;
         let config = installed.config().unwrap_or_default();
-        if is_other || config != launch.config {
+        if is_other || config != command.config {
             return Err(CliError::Runtime(format!(
                 "already supervised by {}, with `{config}`; remove that first: usepod-agent service uninstall",
                 installed.description()
@@ -37,14 +37,14 @@ pub fn run(globals: &Globals, systemd: bool) -> Result<(), CliError> {
         CliError::Runtime(format!("failed to create the folder of `{key}` or `{log}`: {e}; check the permissions"))
     })?;
     let (report, set_by_cron) = match unit {
-        Some(unit) => (install_unit(&unit, &launch, &target)?, Vec::new()),
-        None => install_block(&launch)?,
+        Some(unit) => (install_unit(&unit, &command, &target)?, Vec::new()),
+        None => install_block(&command)?,
     };
     for line in report.lines() {
         // A command is not wrapped.
         if line.starts_with("  ") { out!("{line}\n") } else { print_wrapped(line) }
     }
-    for note in notes(&launch, &target, systemd, &set_by_cron) {
+    for note in notes(&command, &target, systemd, &set_by_cron) {
         print_wrapped(&format!("note: {note}"));
     }
     Ok(())
@@ -65,7 +65,7 @@ fn make_folders(target: &ServiceTarget, unit: Option<&Unit>) -> std::io::Result<
     Ok(())
 }
 
-fn launch_of(target: &ServiceTarget, globals: &Globals) -> Result<ServiceCommand, String> {
+fn service_command(target: &ServiceTarget, globals: &Globals) -> Result<ServiceCommand, String> {
     let binary = std::env::current_exe().map_err(|e| format!("failed to find the file of this program: {e}"))?;
     if !binary.exists() {
         return Err("the file of this program has been replaced since it was started; run the new one".into());
@@ -79,7 +79,7 @@ fn launch_of(target: &ServiceTarget, globals: &Globals) -> Result<ServiceCommand
 }
 
 /// Installs the crontab block. Returns a report, and the variables that cron sets for the agent.
-fn install_block(launch: &ServiceCommand) -> Result<(String, Vec<String>), CliError> {
+fn install_block(command: &ServiceCommand) -> Result<(String, Vec<String>), CliError> {
     let table = Crontab::read()?.ok_or_else(|| {
         CliError::Runtime(
             "there is no `crontab` on this machine: install cron (Debian and Ubuntu: `apt install cron`), or use systemd: \
@@ -88,33 +88,33 @@ fn install_block(launch: &ServiceCommand) -> Result<(String, Vec<String>), CliEr
         )
     })?;
     let variables = table.environment().into_iter().map(|(name, _)| name).collect();
-    let text = table.with_block(launch);
+    let text = table.with_block(command);
     if text == table.text() {
         return Ok(("already installed in your crontab; nothing was changed\n".into(), variables));
     }
     Crontab::write(&text)?;
-    let command = Crontab::parse(text).ok().and_then(|table| table.command()).unwrap_or_default();
+    let line = Crontab::parse(text).ok().and_then(|table| table.command()).unwrap_or_default();
     let report = match table.command() {
         None => format!(
-            "installed in your crontab, to run at boot and every minute:\n  {command}\n\
+            "installed in your crontab, to run at boot and every minute:\n  {line}\n\
              cron starts the agent within a minute; to start it now: `usepod-agent service start`\n"
         ),
         Some(_) => format!(
-            "changed in your crontab:\n  {command}\n\
+            "changed in your crontab:\n  {line}\n\
              a running agent is not affected; to apply the change: `usepod-agent service restart`\n"
         ),
     };
     Ok((report, variables))
 }
 
-fn install_unit(unit: &Unit, launch: &ServiceCommand, target: &ServiceTarget) -> Result<String, CliError> {
+fn install_unit(unit: &Unit, command: &ServiceCommand, target: &ServiceTarget) -> Result<String, CliError> {
     let owner = systemd::owner_of(&target.path).map(|(uid, _)| uid);
     let folder = |file: &Path| file.parent().map(Path::to_owned).unwrap_or_default();
     let mut writable = vec![folder(&target.key_path), folder(&target.log)];
     writable.dedup();
     let stopped = target.paths.stopped();
     let content = Content {
-        launch,
+        command,
         uid: owner.filter(|_| !unit.is_users),
         stopped: &stopped,
         writable: &writable,
@@ -136,14 +136,14 @@ fn install_unit(unit: &Unit, launch: &ServiceCommand, target: &ServiceTarget) ->
 }
 
 /// What the operator must know or do for the agent to start and to serve. `variables` are those that cron sets.
-fn notes(launch: &ServiceCommand, target: &ServiceTarget, systemd: bool, variables: &[String]) -> Vec<String> {
+fn notes(command: &ServiceCommand, target: &ServiceTarget, systemd: bool, variables: &[String]) -> Vec<String> {
     let mut notes = Vec::new();
-    let is_in = |folders: &[&str]| folders.iter().any(|folder| launch.binary.contains(folder));
-    if is_in(&["/target/debug/", "/target/release/"]) || launch.binary.starts_with("/tmp/") {
+    let is_in = |folders: &[&str]| folders.iter().any(|folder| command.binary.contains(folder));
+    if is_in(&["/target/debug/", "/target/release/"]) || command.binary.starts_with("/tmp/") {
         notes.push(format!(
             "`{}` is in a folder that may be cleared; move the program to ~/.local/bin or /usr/local/bin, and install it \
              from there",
-            launch.binary
+            command.binary
         ));
     }
     let home = std::env::var_os("HOME").map(PathBuf::from);
