@@ -1,10 +1,6 @@
-//! The server's side of one WebSocket (RFC 6455), as much of it as a coordinator needs: the upgrade, text messages, pings,
-//! the close.
+//! The server's side of one WebSocket: the upgrade, text messages, pings and the close.
 //!
-//! Written out here instead of taken from the agent's WebSocket library: as the other side, it shows what the library or our
-//! use of it gets wrong.
-//!
-//! Who runs here: the connection's thread reads; any thread sends, one at a time, under the [`Sender`]'s lock.
+//! Threads: the connection's thread reads. Any thread can send: a lock keeps frames whole, also those by which the reader replies.
 
 use std::io::{self, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -12,24 +8,24 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use tungstenite::handshake::derive_accept_key;
+use tungstenite::protocol::frame::coding::{CloseCode, Data, OpCode};
+use tungstenite::protocol::frame::{CloseFrame, Frame};
+use tungstenite::protocol::{Role, WebSocketConfig};
+use tungstenite::{Error, Message, WebSocket};
 
 use crate::sys::datetime;
 
-/// The largest message taken, in one frame or in many.
-const MESSAGE_BYTES_MAX: u64 = 64 * 1024 * 1024;
+/// Limit of a received message, in bytes.
+const MESSAGE_BYTES_MAX: usize = 64 * 1024 * 1024;
 
-/// How long the goodbye may take when the peer does not read.
+/// Time limit for sending the close frame.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(200);
 
-const CONTINUATION: u8 = 0;
-const TEXT: u8 = 1;
-const BINARY: u8 = 2;
-const CLOSE: u8 = 8;
-const PING: u8 = 9;
-const PONG: u8 = 10;
-
 /// The reading half.
-pub(super) struct Reader<'a> {
+pub(super) struct Reader<'a>(WebSocket<ReadStream<'a>>);
+
+/// Reads from the connection, and replies through its [`Sender`].
+struct ReadStream<'a> {
     input: &'a mut BufReader<TcpStream>,
     replies: Sender,
 }
@@ -43,77 +39,81 @@ struct Shared {
     turn: Mutex<()>,
 }
 
-struct Frame {
-    last: bool,
-    opcode: u8,
-    payload: Vec<u8>,
-}
-
-/// Answers the upgrade request that had this `Sec-WebSocket-Key`, whatever its path.
+/// Accepts the upgrade request with this `Sec-WebSocket-Key`, whatever its path.
 pub(super) fn accept<'a>(key: &str, input: &'a mut BufReader<TcpStream>) -> io::Result<(Reader<'a>, Sender)> {
     let tcp = input.get_ref().try_clone()?;
     let sender = Sender(Arc::new(Shared { tcp, turn: Mutex::new(()) }));
     let (accept, date) = (derive_accept_key(key.as_bytes()), datetime::format_http(SystemTime::now()));
     let head = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept";
     sender.write(format!("{head}: {accept}\r\nDate: {date}\r\n\r\n").as_bytes())?;
-    Ok((Reader { input, replies: sender.clone() }, sender))
-}
-
-fn broken(what: &str) -> io::Error {
-    io::Error::new(ErrorKind::InvalidData, what)
+    let limit = Some(MESSAGE_BYTES_MAX);
+    let config = WebSocketConfig::default().max_message_size(limit).max_frame_size(limit);
+    let stream = ReadStream { input, replies: sender.clone() };
+    Ok((Reader(WebSocket::from_raw_socket(stream, Role::Server, Some(config))), sender))
 }
 
 impl Reader<'_> {
-    /// The next text message; `None` when the client has closed properly. Pings are answered on the way.
+    /// Reads the next text message, and answers pings; `None` once the client has closed the WebSocket.
     pub(super) fn next_text(&mut self) -> io::Result<Option<String>> {
-        let mut message: Option<Vec<u8>> = None;
         loop {
-            let room = MESSAGE_BYTES_MAX - message.as_ref().map_or(0, |so_far| so_far.len() as u64);
-            let Frame { last, opcode, payload } = read_frame(self.input, room)?;
-            match (opcode, &mut message) {
-                (PING, _) => self.replies.frame(PONG, &payload)?,
-                (PONG, _) => {}
-                (CLOSE, _) => {
-                    self.replies.frame(CLOSE, payload.get(..2).unwrap_or_default())?;
+            match self.0.read().map_err(io_error)? {
+                Message::Text(text) => return Ok(Some(text.as_str().to_owned())),
+                Message::Ping(_) | Message::Pong(_) | Message::Frame(_) => {}
+                Message::Close(_) => {
+                    let _ = self.0.flush(); // sends the close frame of the reply
                     return Ok(None);
                 }
-                (TEXT, None) => message = Some(payload),
-                (CONTINUATION, Some(so_far)) => so_far.extend_from_slice(&payload),
-                (BINARY, None) => return Err(broken("a binary frame came where the protocol has only text")),
-                _ => return Err(broken("a frame came out of order")),
-            }
-            if last && matches!(opcode, TEXT | CONTINUATION) {
-                let text = String::from_utf8(message.unwrap_or_default());
-                return text.map(Some).map_err(|_| broken("a text frame is not UTF-8"));
+                Message::Binary(_) => return Err(io::Error::new(ErrorKind::InvalidData, "a binary message")),
             }
         }
     }
 
-    /// How long a read may wait from now on; `None` is for ever.
+    /// Sets the time limit for reads; `None` for no limit.
     pub(super) fn set_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-        self.input.get_ref().set_read_timeout(timeout)
+        self.0.get_ref().input.get_ref().set_read_timeout(timeout)
+    }
+}
+
+fn io_error(error: Error) -> io::Error {
+    match error {
+        Error::Io(error) => error,
+        error => io::Error::new(ErrorKind::InvalidData, error),
+    }
+}
+
+impl Read for ReadStream<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.input.read(buffer)
+    }
+}
+
+impl Write for ReadStream<'_> {
+    fn write(&mut self, frames: &[u8]) -> io::Result<usize> {
+        self.replies.write(frames)?;
+        Ok(frames.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
 impl Sender {
-    /// Sends one text message. Blocks while the client does not read.
+    /// Sends a text message. Blocks while the client does not read.
     pub(super) fn send(&self, text: &str) -> io::Result<()> {
-        self.frame(TEXT, text.as_bytes())
+        self.write(&bytes_of(Frame::message(text.to_owned(), OpCode::Data(Data::Text), true))?)
     }
 
-    /// Says goodbye, best effort, and ends the connection: both halves fail from now on.
+    /// Sends a close frame, if possible, and shuts the connection down: both halves fail from now on.
     pub(super) fn close(&self) {
-        // A connection that is just blocked in a send gets no goodbye: waiting for it would be worse.
+        // No close frame if a send is blocked: waiting for it would take too long.
         if let Ok(turn) = self.0.turn.try_lock() {
             let _ = self.0.tcp.set_write_timeout(Some(CLOSE_TIMEOUT));
-            let _ = (&self.0.tcp).write_all(&framed(CLOSE, &1000_u16.to_be_bytes()));
+            let close = Frame::close(Some(CloseFrame { code: CloseCode::Normal, reason: "".into() }));
+            let _ = bytes_of(close).and_then(|frame| (&self.0.tcp).write_all(&frame));
             drop(turn);
         }
         let _ = self.0.tcp.shutdown(Shutdown::Both);
-    }
-
-    fn frame(&self, opcode: u8, payload: &[u8]) -> io::Result<()> {
-        self.write(&framed(opcode, payload))
     }
 
     fn write(&self, bytes: &[u8]) -> io::Result<()> {
@@ -122,55 +122,9 @@ impl Sender {
     }
 }
 
-/// One whole frame as a server sends it: without a mask.
-fn framed(opcode: u8, payload: &[u8]) -> Vec<u8> {
-    let mut frame = Vec::with_capacity(payload.len() + 10);
-    frame.push(0x80 | opcode);
-    match payload.len() {
-        length @ 0..126 => frame.push(length as u8),
-        length @ 126..0x1_0000 => {
-            frame.push(126);
-            frame.extend_from_slice(&(length as u16).to_be_bytes());
-        }
-        length => {
-            frame.push(127);
-            frame.extend_from_slice(&(length as u64).to_be_bytes());
-        }
-    }
-    frame.extend_from_slice(payload);
-    frame
-}
-
-/// Reads a client's frame, which has to be masked and to fit into `room`.
-fn read_frame(input: &mut impl Read, room: u64) -> io::Result<Frame> {
-    let [first, second] = read_bytes(input)?;
-    let length = match second & 0x7f {
-        126 => u64::from(u16::from_be_bytes(read_bytes(input)?)),
-        127 => u64::from_be_bytes(read_bytes(input)?),
-        short => u64::from(short),
-    };
-    let (last, opcode) = (first & 0x80 != 0, first & 0x0f);
-    if first & 0x70 != 0 || second & 0x80 == 0 {
-        return Err(broken("a frame has reserved bits or no mask"));
-    } else if opcode >= CLOSE && (length > 125 || !last) {
-        return Err(broken("a control frame is too long or in pieces"));
-    } else if length > room {
-        return Err(broken("a message is too long"));
-    }
-    let mask: [u8; 4] = read_bytes(input)?;
-    let mut payload = Vec::new();
-    if input.take(length).read_to_end(&mut payload)? as u64 != length {
-        return Err(ErrorKind::UnexpectedEof.into());
-    }
-    for (index, byte) in payload.iter_mut().enumerate() {
-        *byte ^= mask[index % 4];
-    }
-    Ok(Frame { last, opcode, payload })
-}
-
-fn read_bytes<const N: usize>(input: &mut impl Read) -> io::Result<[u8; N]> {
-    let mut bytes = [0; N];
-    input.read_exact(&mut bytes)?;
+fn bytes_of(frame: Frame) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(frame.len());
+    frame.format(&mut bytes).map_err(io_error)?;
     Ok(bytes)
 }
 
@@ -178,12 +132,9 @@ fn read_bytes<const N: usize>(input: &mut impl Read) -> io::Result<[u8; N]> {
 mod tests {
     use std::net::TcpListener;
 
-    use tungstenite::Message;
-    use tungstenite::protocol::frame::coding::{Data, OpCode};
-
     use super::*;
 
-    fn connected() -> (tungstenite::WebSocket<TcpStream>, Reader<'static>, Sender) {
+    fn connected() -> (WebSocket<TcpStream>, Reader<'static>, Sender) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let client = std::thread::spawn(move || tungstenite::client("ws://localhost/any/path", client).unwrap().0);
@@ -208,13 +159,12 @@ mod tests {
     }
 
     #[test]
-    fn pieces_pings_and_the_close_are_understood() {
-        use tungstenite::protocol::frame::Frame;
+    fn reader_handles_fragments_pings_and_the_close() {
         let (mut client, mut reader, _sender) = connected();
-        let piece = |text: &'static str, data, last| Message::Frame(Frame::message(text, OpCode::Data(data), last));
-        client.write(piece("gr\u{fc}", Data::Text, false)).unwrap();
+        let fragment = |text: &'static str, data, last| Message::Frame(Frame::message(text, OpCode::Data(data), last));
+        client.write(fragment("gr\u{fc}", Data::Text, false)).unwrap();
         client.write(Message::Ping("are you there".into())).unwrap();
-        client.write(piece("\u{df}e", Data::Continue, true)).unwrap();
+        client.write(fragment("\u{df}e", Data::Continue, true)).unwrap();
         client.close(None).unwrap();
         assert_eq!(reader.next_text().unwrap().as_deref(), Some("gr\u{fc}\u{df}e"));
         assert_eq!(client.read().unwrap(), Message::Pong("are you there".into()));
@@ -223,22 +173,34 @@ mod tests {
     }
 
     #[test]
-    fn what_a_client_must_not_send_is_refused() {
-        let read = |bytes: &[u8], room| read_frame(&mut &*bytes, room).map(|frame| frame.payload);
-        assert_eq!(read(&[0x81, 0x82, 1, 2, 3, 4, b'h' ^ 1, b'i' ^ 2], 2).unwrap(), b"hi");
-        for (bytes, room, why) in [
-            (&[0x81, 0x02, b'h', b'i'][..], 9, "mask"),
-            (&[0xc1, 0x80, 0, 0, 0, 0], 9, "reserved"),
-            (&[0x09, 0x80, 0, 0, 0, 0], 9, "pieces"),
-            (&[0x89, 0xfe, 0, 200, 0, 0, 0, 0], 900, "too long"),
-            (&[0x81, 0x8a, 0, 0, 0, 0], 9, "too long"),
-            (&[0x81, 0x8a, 0, 0, 0, 0, 1], 99, "end of file"),
+    fn close_sends_a_close_frame_and_ends_both_halves() {
+        let (mut client, mut reader, sender) = connected();
+        sender.close();
+        let Ok(Message::Close(Some(frame))) = client.read() else { panic!("no close frame") };
+        assert_eq!(frame.code, CloseCode::Normal);
+        assert!(reader.next_text().is_err() && sender.send("x").is_err());
+    }
+
+    #[test]
+    fn reader_rejects_invalid_frames() {
+        let next_text = |bytes: &[u8]| {
+            let (mut client, mut reader, _sender) = connected();
+            client.get_mut().write_all(bytes).unwrap();
+            client.get_mut().shutdown(Shutdown::Write).unwrap();
+            reader.next_text()
+        };
+        assert_eq!(next_text(&[0x81, 0x82, 1, 2, 3, 4, b'h' ^ 1, b'i' ^ 2]).unwrap().as_deref(), Some("hi"));
+        for (bytes, why) in [
+            (&[0x81, 0x02, b'h', b'i'][..], "no mask"),
+            (&[0xc1, 0x80, 0, 0, 0, 0], "a reserved bit"),
+            (&[0x09, 0x80, 0, 0, 0, 0], "a fragmented control frame"),
+            (&[0x89, 0xfe, 0, 200, 0, 0, 0, 0], "a long control frame"),
+            (&[0x81, 0xff, 0, 0, 0, 0, 4, 0, 0, 1, 0, 0, 0, 0], "a long message"),
+            (&[0x81, 0x8a, 0, 0, 0, 0, 1], "a truncated frame"),
+            (&[0x82, 0x80, 0, 0, 0, 0], "a binary message"),
         ] {
-            let error = read(bytes, room).unwrap_err().to_string();
-            assert!(error.contains(why), "{why}: {error}");
+            let error = next_text(bytes).expect_err(why);
+            assert_eq!(error.kind(), ErrorKind::InvalidData, "{why}: {error}");
         }
-        let (mut client, mut reader, _sender) = connected();
-        client.send(Message::binary(vec![1])).unwrap();
-        assert!(reader.next_text().is_err());
     }
 }

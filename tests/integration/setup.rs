@@ -465,7 +465,7 @@ fn paired_agent_serves_the_demos_front_door() {
     assert_eq!(answer["choices"][0]["message"]["content"], "hello world", "{answer}");
     agent.signal("TERM");
     assert_eq!(agent.wait(SOON).code(), Some(0));
-    market.stdout.wait_line(&["agent", "gone"]);
+    market.stdout.wait_line(&["agent", "disconnected"]);
     let mut market = market;
     market.signal("INT");
     assert_eq!(market.wait(SOON).code(), Some(0));
