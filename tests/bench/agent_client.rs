@@ -65,8 +65,9 @@ impl AgentClient {
             body: Vec::new(),
             received: Arc::clone(&received),
             parses_events: Arc::clone(&parses_events),
+            events: sender,
         };
-        let reader = Reader { socket, jobs, events: sender };
+        let reader = Reader { socket, jobs };
         thread::Builder::new().name("coordinator".into()).spawn(move || reader.run())?;
         let version = auth["agent_version"].as_str().unwrap_or("unknown").to_owned();
         Ok(Self { connection, received, parses_events, events, version, ready_ns, frame: Vec::new() })
@@ -147,7 +148,6 @@ fn from_uuid(uuid: &str) -> Option<u64> {
 struct Reader {
     socket: WebSocket,
     jobs: Jobs,
-    events: Sender<ClientEvent>,
 }
 
 impl Reader {
@@ -155,22 +155,18 @@ impl Reader {
     fn run(mut self) {
         while self.socket.fill(READ_BYTES).is_ok() {
             if let Err(error) = self.handle_frames(now_ns()) {
-                let _ = self.events.send(ClientEvent::Failed(error.to_string()));
+                self.jobs.report(ClientEvent::Failed(error.to_string()));
                 break;
             }
         }
-        let _ = self.events.send(ClientEvent::Closed);
+        self.jobs.report(ClientEvent::Closed);
     }
 
     fn handle_frames(&mut self, at_ns: u64) -> Result<()> {
         let connection = Arc::clone(&self.socket.connection);
         while let Some(frame) = self.socket.next_frame()? {
             match frame.opcode() {
-                TEXT if frame.header.is_final => {
-                    if let Some(event) = self.jobs.handle_message(frame.payload, at_ns)? {
-                        let _ = self.events.send(event);
-                    }
-                }
+                TEXT if frame.header.is_final => self.jobs.handle_message(frame.payload, at_ns)?,
                 PING => connection.write(&encode(PONG, true, frame.payload))?,
                 CLOSE => return Err("it sent a Close frame".into()),
                 _ => return Err(format!("it sent a frame that the bench cannot read: {:?}", frame.header).into()),
@@ -187,6 +183,7 @@ struct Jobs {
     body: Vec<u8>,
     received: Arc<Received>,
     parses_events: Arc<AtomicBool>,
+    events: Sender<ClientEvent>,
 }
 
 /// Borrowed from the frame, so that a chunk costs no allocation.
@@ -203,16 +200,18 @@ struct Message<'a> {
 }
 
 impl Jobs {
-    fn handle_message(&mut self, text: &[u8], at_ns: u64) -> Result<Option<ClientEvent>> {
+    fn handle_message(&mut self, text: &[u8], at_ns: u64) -> Result<()> {
         let message: Message = serde_json::from_slice(text)?;
         if !message.kind.starts_with("job_") {
-            return Ok(None);
+            return Ok(());
         }
         let job_id = from_uuid(message.job_id).ok_or("a message for a job that was never submitted")?;
-        Ok(match message.kind {
+        match message.kind {
             "job_chunk" => {
                 let stream = self.streams.entry(job_id).or_default();
-                let is_first = stream.bytes == 0;
+                if stream.bytes == 0 {
+                    let _ = self.events.send(ClientEvent::First { job_id, at_ns, began_ns: None });
+                }
                 if self.parses_events.load(Relaxed) {
                     self.body.clear();
                     BASE64_STANDARD.decode_vec(message.data, &mut self.body)?;
@@ -220,14 +219,19 @@ impl Jobs {
                 } else {
                     stream.count(decoded_length(message.data), &self.received);
                 }
-                is_first.then_some(ClientEvent::First { job_id, at_ns, began_ns: None })
             }
             "job_done" => {
                 let bytes = self.streams.remove(&job_id).unwrap_or_default().bytes;
-                Some(ClientEvent::Done { job_id, at_ns, bytes })
+                self.report(ClientEvent::Done { job_id, at_ns, bytes });
             }
-            kind => Some(ClientEvent::Failed(format!("{kind}: {}", message.message))),
-        })
+            kind => self.report(ClientEvent::Failed(format!("{kind}: {}", message.message))),
+        }
+        Ok(())
+    }
+
+    fn report(&self, event: ClientEvent) {
+        // Without a receiver the run has ended.
+        let _ = self.events.send(event);
     }
 }
 

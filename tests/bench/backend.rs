@@ -58,9 +58,8 @@ impl Backend {
         let pacer = thread::Builder::new().name("pacer".into()).spawn(move || pacing.pace())?.thread().clone();
         let playing = Arc::clone(&shared);
         let server = support::Backend::vllm_with(&["m"], move |request| {
-            let Some(job) = Job::find(&request.body_text()) else {
-                return Answer::Raw(response(404, "text/plain", ""));
-            };
+            let job = std::str::from_utf8(&request.body).ok().and_then(Job::find);
+            let Some(job) = job else { return Answer::Raw(response(404, "text/plain", "")) };
             let (shared, pacer) = (Arc::clone(&playing), pacer.clone());
             Answer::Play(Box::new(move |stream| Player { stream, shared: &shared, pacer: &pacer }.play(job)))
         });
@@ -158,10 +157,10 @@ struct Player<'a> {
 impl Player<'_> {
     /// Returns whether the connection can be used again.
     fn play(&self, Job { id, script }: Job) -> io::Result<bool> {
-        self.stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
         let mut out = Vec::new();
         match script {
             Script::Paced { phase_ns, events } => {
+                self.stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
                 self.write(SSE_HEAD)?;
                 let due_ns = (now_ns() / INTERVAL_NS + 1) * INTERVAL_NS + phase_ns;
                 let stream = self.stream.try_clone()?;
@@ -198,6 +197,7 @@ impl Player<'_> {
         push_chunk(&mut chunk, &events);
         let chunks = (FLOOD_WRITE_BYTES / chunk.len()).max(1);
         let out = chunk.repeat(chunks);
+        self.stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
         self.write(SSE_HEAD)?;
         let mut bytes = 0;
         while !self.shared.ends_streams.load(Relaxed) {

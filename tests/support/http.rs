@@ -4,6 +4,8 @@ use std::io::{self, BufRead, Read};
 
 use serde_json::Value;
 
+const HEADERS_MAX: usize = 64;
+
 #[derive(Clone, Debug)]
 pub struct Request {
     pub method: String,
@@ -37,22 +39,23 @@ impl Request {
 
 /// Reads one request, except the last `unread` bytes of its body. `None` at the end of the connection.
 pub fn read_request(from: &mut impl BufRead, connection: usize, unread: usize) -> io::Result<Option<Request>> {
-    let mut line = String::new();
-    if from.read_line(&mut line)? == 0 {
-        return Ok(None);
-    }
-    let mut words = line.split_whitespace();
-    let (method, target) = (words.next().unwrap_or_default().to_owned(), words.next().unwrap_or_default().to_owned());
-    let mut headers = Vec::new();
-    loop {
-        line.clear();
-        if from.read_line(&mut line)? == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        if from.read_until(b'\n', &mut head)? == 0 {
+            return if head.is_empty() { Ok(None) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
         }
-        let Some((name, value)) = line.trim_end().split_once(':') else { break };
-        headers.push((name.to_ascii_lowercase(), value.trim().to_owned()));
     }
-    let mut request = Request { method, target, headers, body: Vec::new(), connection };
+    let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
+    let mut parsed = httparse::Request::new(&mut headers);
+    parsed.parse(&head).map_err(io::Error::other)?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let mut request = Request {
+        method: parsed.method.unwrap_or_default().to_owned(),
+        target: parsed.path.unwrap_or_default().to_owned(),
+        headers: parsed.headers.iter().map(|it| (it.name.to_ascii_lowercase(), text(it.value))).collect(),
+        body: Vec::new(),
+        connection,
+    };
     request.body = match request.header("transfer-encoding") {
         Some(_) => read_chunked(from)?,
         None => {
