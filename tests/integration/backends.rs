@@ -1,4 +1,4 @@
-//! What each kind of backend is asked, and what is offered of it.
+//! The probe requests for each kind of backend, and what is offered as a result.
 
 use std::collections::HashMap;
 use std::time::Instant;
@@ -22,7 +22,7 @@ fn listing(ids: &[&str]) -> Value {
     json!({"object": "list", "data": ids.iter().map(|id| json!({"id": id})).collect::<Vec<_>>()})
 }
 
-/// Answers these lines, holds jobs, knows nothing else.
+/// Answers these requests, holds jobs, and answers 404 to all others.
 fn scripted(answers: &[(&str, Value)]) -> Backend {
     let answers: HashMap<String, Value> =
         answers.iter().map(|(line, value)| ((*line).to_owned(), value.clone())).collect();
@@ -45,7 +45,7 @@ fn probe_of_each_kind_makes_the_requests_of_that_kind() {
         base: &'static str,
         answers: Vec<(&'static str, Value)>,
         window: Option<u64>,
-        /// Among what the probe asks.
+        /// Some of the probe's requests.
         asked: &'static [&'static str],
     }
     let list = || listing(&["m"]);
@@ -171,7 +171,7 @@ fn context_window_is_the_one_that_is_served_or_left_out() {
         ("llamacpp", vec![health(), entry(json!({"id": "m", "meta": {"n_ctx_train": 99}}))], None),
         // Older builds: one bare object.
         ("llamacpp", vec![health(), ("GET /v1/models", json!({"id": "m"})), props(json!(512))], Some(512)),
-        // A router answers for a model only when it is named, and must not load it for our sake.
+        // A router needs the model's name, and must not load the model for a probe.
         (
             "llamacpp",
             vec![
@@ -185,7 +185,7 @@ fn context_window_is_the_one_that_is_served_or_left_out() {
         ("lmstudio", vec![list(), lmstudio(json!({"id": "m", "max_context_length": 5}))], Some(5)),
         ("lmstudio", vec![list(), lmstudio(json!({"id": "other", "max_context_length": 5}))], None),
         ("lmstudio", vec![list()], None),
-        // What the model could do on other hardware is no window of ours.
+        // The window that the model supports is not the one that is configured.
         (
             "ollama",
             vec![
@@ -397,7 +397,7 @@ fn llamacpp_router_offers_only_its_loaded_models() {
     assert_eq!(ids(&rig.session.capabilities), ["loaded", "sleeping"]);
 }
 
-/// A listing without end costs neither the memory of it nor the others their place.
+/// An endless listing takes bounded memory and does not affect other backends.
 #[test]
 fn endless_listing_is_given_up() {
     let endless = Backend::new(|request| match request.target.as_str() {
@@ -416,7 +416,7 @@ fn endless_listing_is_given_up() {
     assert!(agent.peak_kib() < 64 << 10, "an endless listing took {} KiB of memory", agent.peak_kib());
 }
 
-/// Accepts, reads, and says nothing until the test does.
+/// Holds every request.
 fn hung() -> Backend {
     Backend::new(|_| Answer::Hold)
 }

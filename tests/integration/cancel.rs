@@ -1,7 +1,7 @@
-//! How soon a backend hears that nobody wants its answer any more: 20 ms after a cancel, a deadline or the end of the
-//! session, whatever the job is doing. `--nocapture` shows the figures, one line a round:
-//! `cancel: WHAT: n=100 p50=0.21ms p99=0.80ms max=1.02ms load=0.40 limit=20.00ms`, the load being the threads that wanted each
-//! core, and the limit what the load made of the 20 ms.
+//! How soon a backend's connection is closed: within 20 ms of a cancel, a deadline or the end of the session, in each phase of
+//! the job. `--nocapture` shows the figures, one line per round:
+//! `cancel: WHAT: n=100 p50=0.21ms p99=0.80ms max=1.02ms load=0.40 limit=20.00ms`, where the load is the number
+//! of runnable threads per core, and the limit is 20 ms scaled by the load.
 
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -12,11 +12,11 @@ use serde_json::json;
 use crate::support::*;
 
 const LIMIT: Duration = ms(20);
-/// No excuse beyond this: a clock that is a quarter of a second late shows on any machine.
+/// The highest load that scales the limit: a delay of more than 160 ms is a fault on any machine.
 const LOAD_MAX: f64 = 8.0;
 const JOBS: u32 = 100;
 
-/// What a job is doing when its end comes.
+/// The phase of a job when it is ended.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Phase {
     BeforeHeaders,
@@ -34,14 +34,14 @@ struct Running {
     watch: Watch,
 }
 
-/// How many threads wanted each of the machine's cores, on average, while it lived.
+/// Samples the number of runnable threads per core, and averages it.
 struct Load {
     stop: Sender<()>,
     sampler: JoinHandle<f64>,
 }
 
 impl Load {
-    fn listen() -> Self {
+    fn start() -> Self {
         let (stop, stopped) = bounded::<()>(0);
         let sampler = std::thread::spawn(move || {
             let cores = std::thread::available_parallelism().expect("the number of cores").get() as f64;
@@ -49,7 +49,7 @@ impl Load {
             while stopped.recv_timeout(ms(10)) == Err(RecvTimeoutError::Timeout) {
                 let figures = std::fs::read_to_string("/proc/loadavg").expect("the load");
                 let (now, _) = figures.split(' ').nth(3).and_then(|field| field.split_once('/')).expect("n/m");
-                // Without this very thread.
+                // Without this thread.
                 runnable.push(now.parse::<f64>().expect("a number") - 1.0);
             }
             runnable.iter().sum::<f64>() / runnable.len() as f64 / cores
@@ -63,13 +63,13 @@ impl Load {
     }
 }
 
-/// Runs up to three rounds of measurements: an agent that is slow is slow in each, and the machine's noise only ever adds.
-/// Where several threads want each core everything takes so many times longer. A round without figures is one in which the
-/// end never came to the agent, which only a coordinator brings about that has let too much pile up unread.
+/// Runs up to three rounds of measurements; one within the limit is enough, as noise only adds to the figures. The limit grows
+/// with the load. In a round without figures the cancel was lost before it reached the agent, which happens only if the
+/// coordinator has left too much unread.
 fn assert_prompt(what: &str, may_be_lost: bool, round: impl Fn() -> Option<Vec<Duration>>) {
     let mut figures = String::new();
     for _ in 0..3 {
-        let load = Load::listen();
+        let load = Load::start();
         let Some(mut took) = round() else {
             assert!(may_be_lost, "{what}: the end never came to the backend");
             continue;
@@ -99,14 +99,14 @@ fn rig(backend: &Backend) -> Rig {
     Rig::with(|setup| setup.backend(backend.toml()).limits("max_concurrent = 256"))
 }
 
-/// Returns its id and the moment of its deadline.
+/// Returns the job's id and the instant of its deadline.
 fn send_job(session: &Session, model: &str, time: Duration) -> (String, Instant) {
     let sent = Instant::now();
     (session.job_within(time, model, json!({})), sent + time)
 }
 
-/// Starts so many jobs and takes them into this phase. One after the other, and with deadlines a few milliseconds apart, so
-/// that none waits for the machine to be through with the others.
+/// Starts `count` jobs and takes each into this phase. The deadlines are a few milliseconds apart, so that the jobs do not
+/// delay each other.
 fn start(session: &Session, backend: &Backend, phase: Phase, count: u32, time: Duration) -> Vec<Running> {
     if phase == BlockedOnAFullLane {
         fill_the_lane(session, backend);
@@ -132,24 +132,24 @@ fn start(session: &Session, backend: &Backend, phase: Phase, count: u32, time: D
     (0..count).map(start_one).collect()
 }
 
-/// The coordinator reads no more, and one job fills everything up to it.
+/// Stops the coordinator's reading, and has one job fill every buffer up to it.
 fn fill_the_lane(session: &Session, backend: &Backend) {
     session.pause(true);
     session.job("m", json!({}));
     let mut held = backend.next();
     held.start_sse();
     held.flood_until_full();
-    // It stays for as long as the connection.
+    // Keeps the connection open.
     held.watch_hang_up(secs(60));
 }
 
-/// How long after `since` the backend saw the end of its connection.
+/// How long after `since` the backend's connection was closed.
 fn closed_after(since: Instant, watch: Watch) -> Option<Duration> {
     let (_, closed) = watch.join().expect("a watching thread");
     Some(closed?.checked_duration_since(since).expect("nothing is closed before its time"))
 }
 
-/// That they were blocked: nothing of theirs had gone out when the coordinator stopped reading, and nothing does now.
+/// Checks that the jobs were blocked: none of their frames had been sent, and none is sent now.
 fn assert_nothing_was_said(session: &Session, ids: &[String]) {
     session.pause(false);
     session.assert_no_frame("a frame of a cancelled job", QUIET, |frame| {
@@ -171,7 +171,7 @@ fn slow_cancel_reaches_the_backend_within_20_ms() {
                 rig.session.cancel(&job.id);
                 closed_after(since, job.watch)
             });
-            // One after the other, as customers leave; it ends with the first cancel that does not get through.
+            // Cancels one at a time, until one is lost.
             let took = cancelled.collect::<Option<Vec<_>>>()?;
             assert_nothing_was_said(&rig.session, &ids);
             Some(took)
@@ -182,7 +182,7 @@ fn slow_cancel_reaches_the_backend_within_20_ms() {
 #[test]
 fn slow_deadline_reaches_the_backend_within_20_ms() {
     let _descriptors = reserve_descriptors(350);
-    // Time enough to take all jobs into their phase, on a loaded machine too.
+    // Long enough to take all jobs into their phase, also on a loaded machine.
     const DEADLINE: Duration = secs(3);
     side_by_side([BeforeHeaders, MidStream, BlockedOnAFullLane], |phase| {
         assert_prompt(&format!("deadline, {phase:?}"), phase == BlockedOnAFullLane, || {
@@ -206,7 +206,7 @@ fn slow_session_end_reaches_the_backend_within_20_ms_for_all_jobs() {
     let _descriptors = reserve_descriptors(240);
     type End = fn(&Session);
     let ends: [(&str, End); 2] = [("cut", Session::cut), ("closed", |session| session.close(1001, "drain:deploy"))];
-    // One after the other: 200 connections are enough for one machine to close.
+    // In sequence: closing 200 connections is load enough.
     for (how, end) in ends {
         let backend = Backend::vllm(&["m"]);
         let Rig { session, agent, setup: _setup, coordinator } = rig(&backend);
@@ -220,7 +220,7 @@ fn slow_session_end_reaches_the_backend_within_20_ms_for_all_jobs() {
             let watches: Vec<_> = jobs.into_iter().flatten().map(|job| job.watch).collect();
             let since = Instant::now();
             end(&session);
-            // Together: one that is let go of costs time that is not the agent's.
+            // All are joined before any is dropped, as closing sockets would distort the figures.
             let ends: Vec<_> = watches.into_iter().map(|watch| watch.join().expect("a watching thread")).collect();
             ends.into_iter().map(|(_, closed)| Some(closed?.duration_since(since))).collect()
         });
@@ -228,7 +228,7 @@ fn slow_session_end_reaches_the_backend_within_20_ms_for_all_jobs() {
     }
 }
 
-/// Nothing has reached the backend yet, and nothing will: also not when it accepts again.
+/// No request reaches the backend, even when it accepts connections again.
 #[test]
 fn slow_cancel_while_connecting_prevents_the_request_and_frees_the_slot_at_once() {
     let _descriptors = reserve_descriptors(240);
@@ -266,7 +266,7 @@ fn slow_cancel_while_connecting_prevents_the_request_and_frees_the_slot_at_once(
     before.assert_no_leak(&rig.agent, &rig.session, &healthy);
 }
 
-/// A place has two workers, for those that cannot be woken out of a connect; once both are stuck, jobs wait in the queue.
+/// A slot has two workers, as a blocking connect cannot be interrupted; while both are blocked, jobs wait in the queue.
 fn make_jobs_queue(rig: &Rig, stuck: &Backend) -> Vec<std::net::TcpStream> {
     let queue = stuck.swallow_connects();
     for connects in [1, 2] {
@@ -327,7 +327,7 @@ fn slow_cancel_of_a_queued_job_prevents_its_request_and_the_next_job_is_served()
     before.assert_no_leak(&rig.agent, &rig.session, &healthy);
 }
 
-/// What nobody wants any more is not kept for a worker to find out.
+/// A cancelled request is freed before a worker takes it.
 #[test]
 fn slow_cancel_of_a_queued_job_frees_the_memory_of_its_request() {
     let _descriptors = reserve_descriptors(160);

@@ -1,4 +1,4 @@
-//! Commands, options, exit codes, and what is printed where.
+//! Commands, options, exit codes, stdout and stderr.
 
 use serde_json::json;
 
@@ -9,7 +9,7 @@ fn run(setup: &Setup, arguments: &[&str], environment: &[(&str, &str)]) -> Ran {
     cli(setup.scratch.path(), arguments, environment)
 }
 
-/// Its `agent.toml` lies in the working folder.
+/// A setup whose `agent.toml` is in the working directory.
 fn plain() -> Setup {
     Setup::new("wss://coordinator.example/")
 }
@@ -139,7 +139,7 @@ fn options_may_precede_or_follow_the_command_in_any_spelling() {
             let command = ["validate"];
             let arguments = if before { [spelling, &command].concat() } else { [&command, spelling].concat() };
             let ran = run(&setup, &arguments, &[]);
-            // That this file was read shows in its fault.
+            // The error proves that this file was read.
             assert_eq!(ran.code, Some(2), "{arguments:?}: {}", ran.stderr);
             assert!(ran.stderr.contains("other.toml:"), "{arguments:?}: {}", ran.stderr);
         }
@@ -252,11 +252,11 @@ fn second_agent_with_the_same_identity_exits_4_and_names_the_first() {
         second.stderr.wait_line(&["already running", &first.pid().to_string()]);
     }
     coordinator.assert_not_dialled(std::time::Duration::ZERO);
-    // Commands that only look are not in its way.
+    // Commands that only read are unaffected.
     let config = setup.write();
     let enroll = ["enroll", "--allow-insecure", "-c", config.to_str().expect("UTF-8")];
     assert_eq!(cli(setup.scratch.path(), &enroll, &[]).code, Some(0));
-    // The lock goes with its holder, however that ends; the file stays and hinders nobody.
+    // The lock ends with its owner; the file stays and does no harm.
     drop((first, session));
     assert!(setup.scratch.join(".usepod-agent/identity.key.lock").exists());
     let _third = setup.start();
@@ -293,7 +293,7 @@ fn log_level_of_the_command_line_overrides_the_one_in_the_file() {
     }
 }
 
-/// 0.3.5 ends with its stdout; a log that nobody reads any more is no reason to stop earning.
+/// 0.3.5 exits when its stdout is closed.
 #[test]
 fn closed_stdout_and_stderr_do_not_stop_the_agent() {
     let backend = Backend::vllm(&["m"]);
@@ -302,7 +302,7 @@ fn closed_stdout_and_stderr_do_not_stop_the_agent() {
     let mut agent = setup.start_with_closed_outputs();
     let session = coordinator.session();
     for _ in 0..3 {
-        // A warning each, into a closed pipe.
+        // Each logs a warning into a closed pipe.
         session.send_text("not json");
         let id = session.job("m", json!({}));
         backend.next().finish();

@@ -1,5 +1,5 @@
-//! `agent.toml`: every file in `tests/data/config` is taken, or refused with an error that a person can act on. The
-//! first lines of each file say what is expected.
+//! `agent.toml`: each file in `tests/data/config` is accepted, or refused with an error that names the fix. The first lines of
+//! each file say what is expected.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ pub fn data_files(folder: &str, least: usize) -> Vec<PathBuf> {
     files
 }
 
-/// What `# name: value` among the first lines of a file says.
+/// The value of a `# name: value` comment at the top of a file.
 fn header<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     let comments = text.lines().take_while(|line| line.starts_with('#'));
     comments
@@ -24,7 +24,7 @@ fn header<'a>(text: &'a str, name: &str) -> Option<&'a str> {
         .find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
 }
 
-/// `validate`, in a home of its own and without a way to the internet.
+/// Runs `validate` with its own home and without internet access.
 fn validate(file: &Path) -> Ran {
     let home = Scratch::new();
     let proxy = format!("http://{}", nobody_at("127.0.0.8"));

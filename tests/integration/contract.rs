@@ -1,4 +1,4 @@
-//! The library's fixed names and behaviours, with backends that are plain Rust.
+//! The library's fixed names and behaviours, with backends implemented in the test.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -21,7 +21,7 @@ use crate::support::{Answer, QUIET, Request, SOON, ms, response, side_by_side, s
 
 type Execute = dyn Fn(&Job, &mut dyn JobSink) -> BackendResult<JobResult> + Send + Sync;
 
-/// Exactly the required methods: a further one without a default body would not compile here.
+/// Implements the required methods only, so that a new one without a default body would not compile here.
 struct Scripted {
     execute: Box<Execute>,
     begun: AtomicU32,
@@ -61,7 +61,7 @@ impl Backend for Scripted {
     }
 }
 
-/// A sink needs `send_chunk` and nothing else.
+/// A sink needs only `send_chunk`.
 struct Gathered(Vec<u8>);
 
 impl JobSink for Gathered {
@@ -221,7 +221,7 @@ fn cancel_stops_a_job_within_300_ms_and_no_frame_follows() {
     bench.executor.cancel(id);
     bench.wait_idle();
     assert!(cancelled.elapsed() < ms(300), "queue_depth was 0 only after {:?}", cancelled.elapsed());
-    // What was queued before the cancel may still be there; a chunk of the running step too. No terminal frame.
+    // Chunks sent before the cancel was seen may still arrive; a terminal frame may not.
     let deadline = Instant::now() + ms(3000);
     while let Ok(message) = bench.out.recv_deadline(deadline) {
         assert_eq!(read(&message)["type"], "job_chunk", "{message}");
@@ -266,7 +266,7 @@ fn panic_in_a_backend_fails_only_that_job() {
 
 type Gate = (Sender<()>, Receiver<()>);
 
-/// Jobs that wait for the test, each by its id.
+/// Blocks each job until the test releases it by its id.
 #[derive(Clone, Default)]
 struct Gates(Arc<Mutex<HashMap<Uuid, Gate>>>);
 
@@ -289,7 +289,7 @@ impl Gates {
     }
 }
 
-/// The books after every single step, for any order of dispatch, completion and cancel.
+/// Checks the count after each step of random sequences.
 #[test]
 fn queue_depth_is_right_in_every_order_of_dispatch_completion_and_cancel() {
     arbtest(|u| {
@@ -334,7 +334,7 @@ fn queue_depth_is_right_in_every_order_of_dispatch_completion_and_cancel() {
     .budget_ms(1500);
 }
 
-/// Cancels that meet completions: a counter that went wrong shows in what is admitted afterwards.
+/// A wrong counter shows in the number of jobs admitted afterwards.
 #[test]
 fn race_of_cancels_and_completions_leaves_exactly_the_limit() {
     const LIMIT: u32 = 4;
@@ -387,7 +387,7 @@ fn race_of_cancels_and_completions_leaves_exactly_the_limit() {
     assert_eq!(bench.executor.queue_depth(), 0);
 }
 
-/// Backpressure is for the workers: the session's reader, which dispatches and cancels, goes on.
+/// Backpressure blocks the workers, not the session's reader, which dispatches and cancels.
 #[test]
 fn dispatch_and_cancel_do_not_block_while_nobody_reads_the_frames() {
     let backend = Scripted::new(|_, sink| {

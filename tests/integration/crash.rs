@@ -1,4 +1,4 @@
-//! Killed at any moment: what is on the disk is whole, and the agent is who it was.
+//! SIGKILL at any moment: the files stay intact, and the agent keeps its identity.
 
 use std::fs::{self, File, FileTimes};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -12,23 +12,23 @@ use tungstenite::Message;
 
 use crate::support::*;
 
-/// Agents, each killed in its first start and in some more.
+/// The number of agents; each is killed during its first start and some more.
 const AGENTS: usize = 50;
 const KILLS_EACH: usize = 4;
 
-/// A coordinator that lets everybody in, each time under another id, and notes how far each connection came.
+/// A coordinator that accepts every agent, gives each connection another provider id, and records how far it came.
 struct Enroller {
     address: SocketAddr,
     ended: Receiver<(SocketAddr, Option<Enrolled>)>,
 }
 
-/// A connection that came as far as the signature.
+/// A connection that got as far as the signature.
 struct Enrolled {
     public: String,
-    /// The agent sent its code: it has no id.
+    /// The agent sent its enrollment code, so it has no provider id.
     asked: bool,
     given: String,
-    /// The agent made its offer: the id is kept.
+    /// The agent sent its offer, so it has stored the id.
     offered: bool,
 }
 
@@ -47,16 +47,16 @@ impl Enroller {
         Self { address, ended }
     }
 
-    /// How the connections of an agent went that is gone.
+    /// The connections of an agent that has ended.
     fn seen(&self) -> Vec<Enrolled> {
-        // One that comes behind theirs.
+        // A connection made after theirs.
         let mark = TcpStream::connect(self.address).and_then(|stream| stream.local_addr()).expect("the enroller");
         let ended = std::iter::from_fn(|| Some(self.ended.recv_timeout(SOON).expect("the enroller goes on")));
         ended.take_while(|(peer, _)| *peer != mark).filter_map(|(_, enrolled)| enrolled).collect()
     }
 }
 
-/// `None` when the connection ended before the signature.
+/// Performs the handshake; `None` if the connection ended before the signature.
 fn enroll(stream: TcpStream, given: String) -> Option<Enrolled> {
     stream.set_read_timeout(Some(SOON)).expect("a read timeout");
     let mut socket = tungstenite::accept(stream).ok()?;
@@ -71,7 +71,7 @@ fn enroll(stream: TcpStream, given: String) -> Option<Enrolled> {
     Some(Enrolled { public, asked: auth["enrollment_code"].is_string(), given, offered })
 }
 
-/// The public key and the id in a file that must be whole; `None` when there is none.
+/// The public key and the provider id in the identity file, which must be intact; `None` without a file.
 fn identity_in(file: &Path, what: &str) -> Option<(String, Option<String>)> {
     let text = fs::read_to_string(file).ok()?;
     let value = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
@@ -97,7 +97,7 @@ fn leftovers(folder: &Path, what: &str) -> Vec<String> {
     names
 }
 
-/// What is known of an agent from its starts so far.
+/// The identity of an agent, as shown by its starts so far.
 #[derive(Default)]
 struct Known {
     public: Option<String>,
@@ -105,7 +105,7 @@ struct Known {
 }
 
 impl Known {
-    /// Compares what a start, now over, has shown and has left with what was known, and learns from it.
+    /// Compares what a start has shown and stored with what is known, and updates it.
     fn check(&mut self, seen: &[Enrolled], file: &Path, what: &str) {
         for enrolled in seen {
             let public = self.public.get_or_insert_with(|| enrolled.public.clone());
@@ -135,7 +135,7 @@ fn slow_sigkill_at_200_moments_of_the_start_never_loses_key_or_id() {
     let enroller = Enroller::new();
     let new_setup =
         || Setup::new(&format!("ws://{}/", enroller.address)).coordinator("enrollment_code = \"POD-ENROLL-abc\"");
-    // How long it took, and what was seen of it.
+    // Returns how long it took, and its connections.
     let start_undisturbed = |setup: &Setup| {
         let began = Instant::now();
         let agent = setup.start();
@@ -165,7 +165,7 @@ fn slow_sigkill_at_200_moments_of_the_start_never_loses_key_or_id() {
             *if seen.is_empty() { &mut kills_before } else { &mut kills_after } += 1;
         }
 
-        // Whether or not a kill hit the moment in which there is such a file: here is one.
+        // A temporary file, in case no kill has left one.
         let what = format!("seed {seed}, agent {n}, at the end");
         setup.scratch.write(".usepod-agent/.identity.key.new-0", "-----BEGIN USEPOD");
         let two_minutes_ago = FileTimes::new().set_modified(SystemTime::now() - secs(120));
@@ -173,7 +173,7 @@ fn slow_sigkill_at_200_moments_of_the_start_never_loses_key_or_id() {
             let file = File::options().write(true).open(folder.join(name)).expect("a leftover");
             file.set_times(two_minutes_ago).expect("its time set");
         }
-        // The next agent's moments are spread over as long as a start takes now.
+        // The next kills are spread over the time that a start takes now.
         let (took, seen) = start_undisturbed(&setup);
         whole = took;
         known.check(&seen, &file, &what);

@@ -1,4 +1,4 @@
-//! `run --cron`, the line that cron calls each minute.
+//! `run --cron`, which cron calls each minute.
 
 use std::fs;
 use std::path::PathBuf;
@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::support::*;
 
-/// Longer than the 5 s of the second look and the 15 s that a hung agent is given.
+/// Longer than the 5 s before the recheck and the 15 s that a hung agent has to end.
 const TAKEOVER: Duration = secs(30);
 
 fn lock_of(setup: &Setup) -> PathBuf {
@@ -21,7 +21,7 @@ fn serving(setup: &Setup, coordinator: &Coordinator) -> (Agent, Session) {
     (agent, session)
 }
 
-/// The call ends with 0, without a word to anybody, and dials nobody.
+/// The call exits with 0, prints and logs nothing, and does not dial.
 fn assert_leaves_alone(setup: &Setup, coordinator: &Coordinator, what: &str) {
     let log = fs::read(setup.log()).ok();
     let mut call = setup.start_by_cron();
@@ -31,23 +31,23 @@ fn assert_leaves_alone(setup: &Setup, coordinator: &Coordinator, what: &str) {
     coordinator.assert_not_dialled(Duration::ZERO);
 }
 
-/// The agent last showed long ago that it works: the third line of its lock file, as wide as it was.
-fn make_silent(setup: &Setup) {
+/// Sets the agent's last liveness, the third line of its lock file, to an old time.
+fn age_liveness(setup: &Setup) {
     let path = lock_of(setup);
     let text = fs::read_to_string(&path).expect("the lock file");
     let mut lines: Vec<&str> = text.lines().collect();
-    let beat: u64 = lines[2].trim().parse().expect("milliseconds");
-    let older = format!("{:<20}", beat.checked_sub(200_000).expect("a box that is up for some minutes"));
+    let liveness: u64 = lines[2].trim().parse().expect("milliseconds");
+    let older = format!("{:<20}", liveness.checked_sub(200_000).expect("a box that is up for some minutes"));
     lines[2] = &older;
     fs::write(&path, lines.join("\n") + "\n").expect("the lock file");
 }
 
-/// Whether a call has looked once at an agent that hangs.
+/// Whether a call waits before it rechecks a hung agent.
 fn waits(call: &Agent) -> bool {
     fs::read_to_string(format!("/proc/{}/wchan", call.pid())).is_ok_and(|at| at.contains("nanosleep"))
 }
 
-/// Whether SIGTERM waits for a stopped process.
+/// Whether SIGTERM is pending for a stopped process.
 fn has_pending_term(pid: u32) -> bool {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("its status");
     let pending = status.lines().find_map(|line| line.strip_prefix("ShdPnd:")).expect("pending signals");
@@ -86,13 +86,13 @@ fn call_with_closed_outputs_serves() {
 #[test]
 fn running_agent_is_left_alone_and_the_call_prints_nothing() {
     let coordinator = Coordinator::new();
-    // A warning that every start makes.
+    // Every start logs a warning.
     let setup = Setup::new(&coordinator.url()).more("[observability]\nlog_level = \"loud\"");
     for by_cron in [false, true] {
         let mut agent = if by_cron { setup.start_by_cron() } else { setup.start() };
         let session = coordinator.session();
         if by_cron {
-            // Its last word for a while.
+            // Its last line for a while.
             wait_line_in(&setup.log(), &["offering"]);
         }
         for _ in 0..3 {
@@ -121,7 +121,7 @@ fn slow_hung_agent_is_killed_and_replaced_by_one_of_several_calls() {
     let (mut hung, _session) = serving(&setup, &coordinator);
     hung.signal("STOP");
     assert_leaves_alone(&setup, &coordinator, "stopped a moment ago");
-    make_silent(&setup);
+    age_liveness(&setup);
     let mut calls = [setup.start_by_cron(), setup.start_by_cron()];
     let status = hung.wait(TAKEOVER);
     assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9));
@@ -142,7 +142,7 @@ fn slow_hung_agent_is_killed_and_replaced_by_one_of_several_calls() {
     wait_line_in(&setup.log(), &["WARN", &old, "ended after", &new]);
 }
 
-/// `service stop` came while the call looked again, or ended the agent that hung.
+/// `service stop` is called before the recheck, or while the hung agent is being ended.
 #[test]
 fn slow_stop_during_a_takeover_prevents_the_start() {
     let moments: [fn(&Setup, &Agent); 2] = [
@@ -154,7 +154,7 @@ fn slow_stop_during_a_takeover_prevents_the_start() {
         let setup = Setup::new(&coordinator.url());
         let (mut hung, _session) = serving(&setup, &coordinator);
         hung.signal("STOP");
-        make_silent(&setup);
+        age_liveness(&setup);
         let mut call = setup.start_by_cron();
         wait(&setup, &call);
         setup.scratch.write(".usepod-agent/identity.key.stopped", "");
@@ -165,16 +165,16 @@ fn slow_stop_during_a_takeover_prevents_the_start() {
     });
 }
 
-/// As after the thaw of a frozen box: the silence was nobody's fault.
+/// As after the resume of a suspended machine.
 #[test]
 fn slow_agent_that_recovers_before_the_recheck_is_left_alone() {
     let coordinator = Coordinator::new();
     let setup = Setup::new(&coordinator.url());
     let (mut agent, _session) = serving(&setup, &coordinator);
     let fresh = fs::read(lock_of(&setup)).expect("the lock file");
-    make_silent(&setup);
+    age_liveness(&setup);
     let mut call = setup.start_by_cron();
-    // It has looked once when it waits.
+    // It waits after the first check.
     wait_until("the call waits", || waits(&call));
     fs::write(lock_of(&setup), fresh).expect("the lock file");
     assert_eq!(call.wait(SOON).code(), Some(0));
@@ -189,7 +189,7 @@ fn slow_hung_agent_that_reacts_to_sigterm_ends_in_order() {
     let setup = Setup::new(&coordinator.url());
     let (mut hung, session) = serving(&setup, &coordinator);
     hung.signal("STOP");
-    make_silent(&setup);
+    age_liveness(&setup);
     let mut call = setup.start_by_cron();
     wait_until("SIGTERM is sent", || has_pending_term(hung.pid()));
     hung.signal("CONT");
@@ -206,8 +206,8 @@ fn agent_that_cannot_record_its_liveness_is_left_alone() {
     let setup = Setup::new(&coordinator.url());
     let (mut agent, session) = serving(&setup, &coordinator);
     agent.limit_files();
-    make_silent(&setup);
-    // It shows life by connecting anew.
+    age_liveness(&setup);
+    // Reconnecting records its liveness.
     session.close(1001, "drain:deploy");
     let _next = coordinator.session();
     wait_until("nothing is left", || fs::read(lock_of(&setup)).is_ok_and(|content| content.is_empty()));
@@ -215,7 +215,7 @@ fn agent_that_cannot_record_its_liveness_is_left_alone() {
     agent.assert_running();
 }
 
-/// Ended with the test.
+/// A process that is killed at the end of the test.
 struct Bystander(Child);
 
 impl Drop for Bystander {
@@ -273,7 +273,7 @@ fn identity_error_is_in_the_log() {
     assert!(!setup.log().exists());
 }
 
-/// By hand the agent would run, with a warning; under cron there would be one more each minute.
+/// Started by hand, the agent runs with a warning; cron would start one more each minute.
 #[test]
 fn missing_lock_keeps_cron_from_starting_the_agent() {
     let coordinator = Coordinator::new();

@@ -1,4 +1,4 @@
-//! `usepod-agent demo`: the whole path on one machine, and a front door to it.
+//! `usepod-agent demo`: coordinator, agent and backend on one machine, with a front door.
 
 use std::io::Write;
 use std::net::TcpStream;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::support::*;
 
-/// A scripted vLLM that answers each job with the same small stream, and a config that names it.
+/// A scripted vLLM that answers each job with the same small stream, and a config for it.
 fn backend_and_setup() -> (Backend, Setup) {
     let backend = Backend::vllm_with(&["m"], |request| match request.target.as_str() {
         "/v1/messages" => Answer::Raw(response(200, "text/event-stream", messages_stream())),
@@ -73,14 +73,14 @@ fn demo_once_fails_if_the_answer_does() {
     assert_eq!(ran.code, Some(1), "{}", ran.stdout);
 }
 
-/// What `demo --bench` printed behind a row's name, as words: `first byte`, for instance.
+/// The words that `demo --bench` printed after a row's name, such as `first byte`.
 fn row<'a>(stdout: &'a str, name: &str) -> Vec<&'a str> {
     let row = stdout.lines().rfind(|line| line.trim_start().starts_with(name));
     let row = row.unwrap_or_else(|| panic!("no line for `{name}`: {stdout}")).trim_start();
     row[name.len()..].split_whitespace().collect()
 }
 
-/// A median and its quartiles, which have to be in order.
+/// Parses a median and its quartiles, and checks their order.
 fn spread(words: &[&str]) -> f64 {
     let number = |word: &str| word.parse::<f64>().unwrap_or_else(|e| panic!("{word}: {e}"));
     let quartiles = words[1].trim_matches(['(', ')']).split_once('-').expect("two quartiles");
@@ -134,14 +134,14 @@ fn bench_measures_the_pace_of_the_backend_within_max_concurrent() {
     let figures = |name: &str| [0, 2].map(|at| spread(&row(&stdout, name)[at..]));
     assert!(figures("first byte").iter().all(|ms| *ms >= WAIT as f64), "{stdout}");
     assert!(figures("last byte").iter().all(|ms| *ms >= (WAIT + 3 * PACE) as f64), "{stdout}");
-    // Whoever is woken late once is early for the next: the median knows the pace all the same.
+    // A late event is followed by an early one, so that the median is exact.
     assert!(figures("gap").iter().all(|ms| (0.5..5.0).contains(&(ms / PACE as f64))), "{stdout}");
     assert_eq!(row(&stdout, "2 at once")[..2], ["-", "-"], "{stdout}");
     assert!(
         stdout.contains("; 80 events\n") && stdout.contains("; 40 events, at most 2 answers at a time"),
         "{stdout}"
     );
-    // The one that is shown, the one that warms up, 20 pairs, and 5 times 2 at once.
+    // One that is shown, one to warm up, 20 pairs, and 5 times 2 in parallel.
     assert_eq!(backend.posts(), 1 + 1 + 40 + 10);
     let last = backend.seen().last().expect("a request").json();
     assert_eq!((&last["max_tokens"], &last["temperature"]), (&json!(32), &json!(0)));

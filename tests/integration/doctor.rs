@@ -1,4 +1,4 @@
-//! `doctor`: the broken layer is named with what mends it, what rests on it is not called broken, and what is well is said to be.
+//! `doctor`: the broken layer is named with its fix, the layers above it are skipped, and all others pass.
 
 use std::fs;
 use std::io::Read;
@@ -9,24 +9,24 @@ use time::OffsetDateTime;
 
 use crate::support::*;
 
-/// With everything dead, and without inference.
+/// The longest run without the test completion: every check times out.
 const LONGEST: Duration = secs(32);
 
-/// What it printed, and how it ended.
-struct Told {
+/// A report and its exit code.
+struct Report {
     code: Option<i32>,
     text: String,
 }
 
-impl Told {
-    /// Runs it to its end.
+impl Report {
+    /// Runs `doctor` to its end.
     fn by(setup: &Setup, options: &[&str]) -> Self {
         let words: Vec<&str> = std::iter::once("doctor").chain(options.iter().copied()).collect();
         let (code, text) = setup.start_command(&words).finish(LONGEST);
         Self { code, text }
     }
 
-    /// The text of a check's line, and the fix below it, if there is one.
+    /// The line of a check, and the fix below it, if any.
     fn line(&self, mark: char, name: &str, words: &[&str]) -> (&str, &str) {
         let lines: Vec<&str> = self.text.lines().collect();
         let start = format!("  {mark} {name} ");
@@ -49,10 +49,10 @@ impl Told {
         }
     }
 
-    /// This layer is the one that is broken, nothing else is, and the fix says what to do.
+    /// Only this layer is broken, and its fix contains `fix`.
     fn assert_only_broken(&self, name: &str, words: &[&str], fix: &str) {
-        let (_, told) = self.line('✗', name, words);
-        assert!(told.contains(fix), "no `{fix}` in the fix `{told}` of:\n{}", self.text);
+        let (_, printed) = self.line('✗', name, words);
+        assert!(printed.contains(fix), "no `{fix}` in the fix `{printed}` of:\n{}", self.text);
         assert_eq!(self.text.matches("  ✗ ").count(), 1, "{}", self.text);
         let verdict = self.text.lines().last().unwrap_or_default();
         assert!(verdict.starts_with("1 of ") && verdict.contains(&format!("begin with {name}: ")), "{verdict}");
@@ -66,8 +66,8 @@ impl Told {
     }
 }
 
-/// A coordinator whose clock is off by so many seconds; `None` for one that dates its upgrades not at all, and only an ordinary
-/// answer.
+/// A coordinator whose clock is off by this many seconds. With `None` its upgrade responses have no date, only its other
+/// responses.
 fn coordinator(off: Option<i64>) -> Coordinator {
     Coordinator::played(move |mut dialled| {
         let Some(request) = dialled.request_if_any() else { return };
@@ -92,12 +92,12 @@ fn http_date(off: i64) -> String {
     format!("{}, {day:02} {} {year} {hour:02}:{minute:02}:{second:02} GMT", &weekday[..3], &month[..3])
 }
 
-/// Lists one model and serves it.
+/// A backend that lists one model and serves it.
 fn backend() -> Backend {
     Backend::vllm_with(&["m"], |_| Answer::Raw(response(200, "text/event-stream", sse(1, 1))))
 }
 
-/// An enrolled identity, a supervisor, and nothing else yet.
+/// A setup with an enrolled identity and a supervisor, and without backends.
 fn setup(coordinator_url: &str) -> Setup {
     let setup = Setup::new(coordinator_url);
     let bin = setup.scratch.join("bin");
@@ -115,35 +115,35 @@ fn setup(coordinator_url: &str) -> Setup {
 fn healthy_setup_passes_every_check_and_exits_0() {
     let (coordinator, backend) = (coordinator(Some(0)), backend());
     let setup = setup(&coordinator.url()).backend(backend.toml());
-    let told = Told::by(&setup, &[]);
-    told.assert_well();
-    told.assert_passed(&["config", "identity", "enrollment", "lock", "disk", "dns", "tcp", "websocket", "challenge"]);
-    told.assert_passed(&["clock", "health", "models", "window", "completion", "cancel"]);
-    told.line('✓', "enrollment", &["prov_7"]);
-    told.line('-', "tls", &["ws://"]);
-    told.line('✓', "models", &["lists 1, 1 to offer: m"]);
-    told.line('✓', "completion", &["first byte after", " ms"]);
-    // One to complete, one to cancel, each of the smallest.
+    let report = Report::by(&setup, &[]);
+    report.assert_well();
+    report.assert_passed(&["config", "identity", "enrollment", "lock", "disk", "dns", "tcp", "websocket", "challenge"]);
+    report.assert_passed(&["clock", "health", "models", "window", "completion", "cancel"]);
+    report.line('✓', "enrollment", &["prov_7"]);
+    report.line('-', "tls", &["ws://"]);
+    report.line('✓', "models", &["lists 1, 1 to offer: m"]);
+    report.line('✓', "completion", &["first byte after", " ms"]);
+    // One to complete and one to cancel, both as small as possible.
     let posts: Vec<Request> = backend.seen().into_iter().filter(|request| request.method == "POST").collect();
     assert_eq!(posts.iter().map(|p| p.json()["max_tokens"].clone()).collect::<Vec<_>>(), [json!(1), json!(64)]);
-    // Nothing is left behind.
+    // Nothing else is left behind.
     let left = fs::read_dir(setup.scratch.join(".usepod-agent")).expect("the folder").count();
     assert_eq!(left, 1, "the identity alone");
 
-    let told = Told::by(&setup, &["--no-inference"]);
-    told.assert_well();
-    told.line('-', "completion", &["--no-inference"]);
+    let report = Report::by(&setup, &["--no-inference"]);
+    report.assert_well();
+    report.line('-', "completion", &["--no-inference"]);
     assert_eq!(backend.posts(), 2);
 }
 
 #[test]
 fn config_error_is_reported_with_its_line_and_ends_the_checks() {
     let setup = setup("wss://coordinator.example/").limits("max_concurrent = 0");
-    let told = Told::by(&setup, &[]);
-    told.assert_only_broken("config", &["agent.toml:", "`[limits] max_concurrent` = 0", "out of range"], "1 to 256");
+    let report = Report::by(&setup, &[]);
+    report.assert_only_broken("config", &["agent.toml:", "`[limits] max_concurrent` = 0", "out of range"], "1 to 256");
     let (code, text) = Agent::run(Scratch::new().path(), &["doctor"]).finish(SOON);
-    let told = Told { code, text };
-    told.assert_only_broken("config", &["no agent.toml found"], "--config FILE");
+    let report = Report { code, text };
+    report.assert_only_broken("config", &["no agent.toml found"], "--config FILE");
 }
 
 #[test]
@@ -151,19 +151,19 @@ fn identity_that_others_can_read_is_broken_and_a_missing_one_is_not_created() {
     let (coordinator, backend) = (coordinator(Some(0)), backend());
     let setup = setup(&coordinator.url()).backend(backend.toml());
     set_mode(setup.identity(), 0o644);
-    let told = Told::by(&setup, &["--no-inference"]);
+    let report = Report::by(&setup, &["--no-inference"]);
     let fix = format!("chmod 600 '{}'", setup.identity().display());
-    told.assert_only_broken("identity", &["0644"], &fix);
+    report.assert_only_broken("identity", &["0644"], &fix);
 
     set_mode(setup.identity(), 0o600);
     fs::write(setup.identity(), "no identity").expect("written");
-    let told = Told::by(&setup, &["--no-inference"]);
-    told.assert_only_broken("identity", &["is invalid"], "backup");
+    let report = Report::by(&setup, &["--no-inference"]);
+    report.assert_only_broken("identity", &["is invalid"], "backup");
 
     fs::remove_file(setup.identity()).expect("removed");
-    let told = Told::by(&setup, &["--no-inference"]);
-    told.assert_well();
-    told.line('!', "identity", &["does not exist"]);
+    let report = Report::by(&setup, &["--no-inference"]);
+    report.assert_well();
+    report.line('!', "identity", &["does not exist"]);
     assert!(!setup.identity().exists(), "the doctor made an identity");
 }
 
@@ -178,9 +178,9 @@ fn running_agent_is_named_and_not_disturbed() {
     let second = coordinator.accept();
     second.send(&json!({"type": "auth_challenge", "nonce": base64(b"nonce")}));
     let (code, text) = doctor.finish(LONGEST);
-    let told = Told { code, text };
-    told.assert_well();
-    told.line('✓', "lock", &[&format!("pid {}", agent.pid()), "last sign of life"]);
+    let report = Report { code, text };
+    report.assert_well();
+    report.line('✓', "lock", &[&format!("pid {}", agent.pid()), "last sign of life"]);
     second.assert_no_frame("an answer to the challenge", SOON, |_| true);
     let id = session.job("m", json!({}));
     backend.next().finish();
@@ -191,26 +191,26 @@ fn running_agent_is_named_and_not_disturbed() {
 #[test]
 fn agent_without_a_sign_of_life_is_reported_as_hung() {
     let setup = setup("wss://nowhere.invalid/");
-    // This very process, which by its lock was last well when the machine booted.
+    // The owner is this process, whose last liveness is the boot of the machine.
     let stat = fs::read_to_string("/proc/self/stat").expect("our own state");
     let started = stat.rsplit(')').next().and_then(|fields| fields.split_whitespace().nth(19)).expect("a start");
     let lock = format!("{:<10}\n{started:<20}\n{:<20}\n", std::process::id(), 0);
     setup.scratch.write(".usepod-agent/identity.key.lock", lock);
-    let told = Told::by(&setup, &["--no-inference"]);
+    let report = Report::by(&setup, &["--no-inference"]);
     let pid = format!("pid {}", std::process::id());
-    let (_, fix) = told.line('✗', "lock", &[&pid, "hangs"]);
+    let (_, fix) = report.line('✗', "lock", &[&pid, "hangs"]);
     assert!(fix.contains(&format!("kill -KILL {}", std::process::id())), "{fix}");
 }
 
 #[test]
 fn disk_that_cannot_be_written_is_broken() {
     let full = setup("wss://nowhere.invalid/").after("trap '' XFSZ; ulimit -f 0");
-    Told::by(&full, &["--no-inference"]).line('✗', "disk", &["File too large"]);
+    Report::by(&full, &["--no-inference"]).line('✗', "disk", &["File too large"]);
     let locked = setup("wss://nowhere.invalid/").bound_by_modes();
     set_mode(locked.scratch.join(".usepod-agent"), 0o555);
-    let told = Told::by(&locked, &["--no-inference"]);
+    let report = Report::by(&locked, &["--no-inference"]);
     set_mode(locked.scratch.join(".usepod-agent"), 0o755);
-    let (_, fix) = told.line('✗', "disk", &["Permission denied"]);
+    let (_, fix) = report.line('✗', "disk", &["Permission denied"]);
     assert!(fix.contains("chown") && fix.contains(".usepod-agent"), "{fix}");
 }
 
@@ -218,16 +218,16 @@ fn disk_that_cannot_be_written_is_broken() {
 fn unresolvable_name_and_closed_port_are_distinguished() {
     let backend = backend();
     let no_name = setup("wss://coordinator.invalid/").backend(backend.toml());
-    let told = Told::by(&no_name, &["--no-inference"]);
-    told.assert_only_broken("dns", &["coordinator.invalid"], "resolv.conf");
-    told.assert_skipped(&["tcp", "tls", "websocket", "challenge", "clock"]);
+    let report = Report::by(&no_name, &["--no-inference"]);
+    report.assert_only_broken("dns", &["coordinator.invalid"], "resolv.conf");
+    report.assert_skipped(&["tcp", "tls", "websocket", "challenge", "clock"]);
 
     let nobody = nobody_at("127.0.0.73");
     let closed = setup(&format!("wss://{nobody}/")).backend(backend.toml());
-    let told = Told::by(&closed, &["--no-inference"]);
-    told.assert_only_broken("tcp", &[&nobody, "refused"], "check host and port");
-    told.assert_passed(&["dns"]);
-    told.assert_skipped(&["tls", "websocket", "challenge", "clock"]);
+    let report = Report::by(&closed, &["--no-inference"]);
+    report.assert_only_broken("tcp", &[&nobody, "refused"], "check host and port");
+    report.assert_passed(&["dns"]);
+    report.assert_skipped(&["tls", "websocket", "challenge", "clock"]);
 }
 
 #[test]
@@ -246,10 +246,10 @@ fn certificate_faults_are_reported_with_issuer_and_cause() {
             let ca_file = authority.write(&setup.scratch);
             setup = setup.coordinator(&format!("ca_file = {ca_file:?}"));
         }
-        let told = Told::by(&setup, &["--no-inference"]);
-        told.assert_only_broken("tls", &[words, "rcgen self signed cert"], fix);
-        told.assert_passed(&["dns", "tcp"]);
-        told.assert_skipped(&["websocket", "challenge", "clock"]);
+        let report = Report::by(&setup, &["--no-inference"]);
+        report.assert_only_broken("tls", &[words, "rcgen self signed cert"], fix);
+        report.assert_passed(&["dns", "tcp"]);
+        report.assert_skipped(&["websocket", "challenge", "clock"]);
     });
 }
 
@@ -261,10 +261,10 @@ fn certificate_without_fault_is_reported_with_issuer_expiry_and_version() {
         let setup = setup(&proxy.url()).backend(backend.toml());
         let ca_file = authority.write(&setup.scratch);
         let setup = setup.coordinator(&format!("ca_file = {ca_file:?}"));
-        let told = Told::by(&setup, &["--no-inference"]);
-        told.assert_well();
-        told.line(mark, "tls", &["TLS 1.3", "rcgen self signed cert", words]);
-        told.assert_passed(&["websocket", "challenge", "clock"]);
+        let report = Report::by(&setup, &["--no-inference"]);
+        report.assert_well();
+        report.line(mark, "tls", &["TLS 1.3", "rcgen self signed cert", words]);
+        report.assert_passed(&["websocket", "challenge", "clock"]);
     }
 }
 
@@ -272,8 +272,8 @@ fn certificate_without_fault_is_reported_with_issuer_expiry_and_version() {
 fn peer_without_tls_is_not_reported_as_a_bad_certificate() {
     let backend = backend();
     let setup = setup(&format!("wss://{}/", backend.address())).backend(backend.toml());
-    let told = Told::by(&setup, &["--no-inference"]);
-    told.assert_only_broken("tls", &[], "check host and port");
+    let report = Report::by(&setup, &["--no-inference"]);
+    report.assert_only_broken("tls", &[], "check host and port");
 }
 
 #[test]
@@ -283,25 +283,25 @@ fn clock_is_compared_with_the_coordinators() {
     {
         let (coordinator, backend) = (coordinator(Some(off)), backend());
         let setup = setup(&coordinator.url()).backend(backend.toml());
-        let told = Told::by(&setup, &["--no-inference"]);
-        told.line(mark, "clock", &[words]);
+        let report = Report::by(&setup, &["--no-inference"]);
+        report.line(mark, "clock", &[words]);
         if mark == '✗' {
-            told.assert_only_broken("clock", &[" min"], "timedatectl set-ntp true");
+            report.assert_only_broken("clock", &[" min"], "timedatectl set-ntp true");
         } else {
-            told.assert_well();
+            report.assert_well();
         }
     }
 }
 
-/// Here it is the box's clock that is off, and the date comes with an answer of its own.
+/// The agent's own clock is off, and the date comes from a separate request.
 #[test]
 fn clock_check_asks_for_the_date_if_the_upgrade_has_none() {
     let (coordinator, backend) = (coordinator(None), backend());
     let setup = Shim::load(setup(&coordinator.url()).backend(backend.toml()));
-    Told::by(&setup, &["--no-inference"]).assert_well();
+    Report::by(&setup, &["--no-inference"]).assert_well();
     Shim::of(&setup).set_clock_off_by(-2 * 86400);
-    let told = Told::by(&setup, &["--no-inference"]);
-    told.assert_only_broken("clock", &["behind", "2 d 0 h"], "timedatectl");
+    let report = Report::by(&setup, &["--no-inference"]);
+    report.assert_only_broken("clock", &["behind", "2 d 0 h"], "timedatectl");
 }
 
 #[test]
@@ -320,16 +320,16 @@ fn slow_coordinator_that_refuses_or_is_silent_is_the_broken_layer() {
         (&mute, "challenge", "auth_challenge", "[coordinator] url"),
     ];
     side_by_side(cases, |(coordinator, layer, words, fix)| {
-        // A backend that says nothing either does not add to it.
+        // A silent backend does not prolong the run.
         let backend = Backend::new(|_| Answer::Hold);
         let setup = setup(&coordinator.url()).backend(backend.toml());
-        let told = Told::by(&setup, &["--no-inference"]);
-        let (_, told_fix) = told.line('✗', layer, &[words]);
-        assert!(told_fix.contains(fix), "{}", told.text);
-        told.line('✗', "health", &["no response within 3 s"]);
+        let report = Report::by(&setup, &["--no-inference"]);
+        let (_, printed_fix) = report.line('✗', layer, &[words]);
+        assert!(printed_fix.contains(fix), "{}", report.text);
+        report.line('✗', "health", &["no response within 3 s"]);
         if words == "HTTP 502" {
-            // The answer was dated all the same.
-            told.line('✗', "clock", &["2 h 0 min ahead of"]);
+            // This response has a date.
+            report.line('✗', "clock", &["2 h 0 min ahead of"]);
         }
     });
 }
@@ -343,14 +343,14 @@ fn proxy_is_its_own_layer_and_its_password_is_not_shown() {
     });
     let url = format!("http://me:s3cret@{}", proxy.address());
     let setup = setup("wss://coordinator.example/").backend(backend.toml()).env("HTTPS_PROXY", &url);
-    let told = Told::by(&setup, &["--no-inference"]);
-    told.assert_only_broken("proxy", &["407"], "NO_PROXY");
-    told.line('✓', "dns", &["HTTPS_PROXY"]);
-    told.assert_skipped(&["tls", "websocket"]);
-    assert!(!told.text.contains("s3cret"), "{}", told.text);
+    let report = Report::by(&setup, &["--no-inference"]);
+    report.assert_only_broken("proxy", &["407"], "NO_PROXY");
+    report.line('✓', "dns", &["HTTPS_PROXY"]);
+    report.assert_skipped(&["tls", "websocket"]);
+    assert!(!report.text.contains("s3cret"), "{}", report.text);
 }
 
-/// A healthy server that lists `m`, but for what `other` answers.
+/// A healthy server that lists `m`, except for the requests that `other` answers.
 fn server(other: impl Fn(&Request) -> Option<Answer> + Send + Sync + 'static) -> Backend {
     Backend::new(move |request| {
         other(request).unwrap_or_else(|| match request.line().as_str() {
@@ -383,11 +383,11 @@ fn backend_faults_are_reported_by_their_cause() {
     let coordinator = coordinator(Some(0));
     side_by_side(cases, |(backend, kind, more, layer, words, fix)| {
         let toml = format!("kind = \"{kind}\"\nurl = \"{}\"\n{more}", backend.url());
-        let told = Told::by(&setup(&coordinator.url()).backend(toml), &[]);
-        let (_, told_fix) = told.line('✗', layer, &[words]);
-        assert!(told_fix.contains(fix), "no `{fix}` for {layer}:\n{}", told.text);
-        assert_eq!(told.code, Some(1));
-        assert!(told.text.lines().last().is_some_and(|verdict| verdict.contains(&format!("begin with {layer}: "))));
+        let report = Report::by(&setup(&coordinator.url()).backend(toml), &[]);
+        let (_, printed_fix) = report.line('✗', layer, &[words]);
+        assert!(printed_fix.contains(fix), "no `{fix}` for {layer}:\n{}", report.text);
+        assert_eq!(report.code, Some(1));
+        assert!(report.text.lines().last().is_some_and(|verdict| verdict.contains(&format!("begin with {layer}: "))));
     });
 }
 
@@ -399,10 +399,10 @@ fn backend_that_is_down_is_reported_with_its_address_and_start_command() {
     side_by_side(cases, |(kind, start)| {
         let nobody = nobody_at("127.0.0.74");
         let toml = format!("kind = \"{kind}\"\nurl = \"http://{nobody}\"");
-        let told = Told::by(&setup(&coordinator.url()).backend(toml), &[]);
-        told.assert_only_broken("health", &["refused"], start);
-        assert!(told.text.contains(&format!("backend {kind} at http://{nobody}")), "{}", told.text);
-        told.assert_skipped(&["models", "completion"]);
+        let report = Report::by(&setup(&coordinator.url()).backend(toml), &[]);
+        report.assert_only_broken("health", &["refused"], start);
+        assert!(report.text.contains(&format!("backend {kind} at http://{nobody}")), "{}", report.text);
+        report.assert_skipped(&["models", "completion"]);
     });
 }
 
@@ -420,9 +420,9 @@ fn backend_that_dies_of_a_cancel_is_broken() {
         None
     });
     let coordinator = coordinator(Some(0));
-    let told = Told::by(&setup(&coordinator.url()).backend(backend.toml()), &[]);
-    told.assert_only_broken("cancel", &["cancelled job", "CUDA error"], "log");
-    told.assert_passed(&["completion"]);
+    let report = Report::by(&setup(&coordinator.url()).backend(backend.toml()), &[]);
+    report.assert_only_broken("cancel", &["cancelled job", "CUDA error"], "log");
+    report.assert_passed(&["completion"]);
 }
 
 #[test]
@@ -454,13 +454,13 @@ fn context_window_is_that_of_the_loaded_model_and_an_unloaded_model_is_a_warning
     ];
     side_by_side(cases, |(backend, kind, windows, words, fix)| {
         let toml = format!("kind = \"{kind}\"\nurl = \"{}\"", backend.url());
-        let told = Told::by(&setup(&coordinator.url()).backend(toml), &[]);
-        told.assert_well();
-        told.line('✓', "window", &[windows]);
-        let (_, told_fix) = told.line('!', "loaded", &[words, ": m"]);
-        assert!(told_fix.contains(fix), "{}", told.text);
-        // The one that is loaded is tried.
-        told.line('✓', "completion", &["n: first byte"]);
+        let report = Report::by(&setup(&coordinator.url()).backend(toml), &[]);
+        report.assert_well();
+        report.line('✓', "window", &[windows]);
+        let (_, printed_fix) = report.line('!', "loaded", &[words, ": m"]);
+        assert!(printed_fix.contains(fix), "{}", report.text);
+        // The test completion uses the loaded model.
+        report.line('✓', "completion", &["n: first byte"]);
     });
 }
 
@@ -469,10 +469,10 @@ fn price_of_0_is_a_warning() {
     let (coordinator, backend) = (coordinator(Some(0)), server(|_| None));
     let setup = setup(&coordinator.url()).backend(backend.toml());
     let setup = setup.pricing("[pricing.models]\nn = { input_per_1m = 0, output_per_1m = 1 }");
-    let told = Told::by(&setup, &["--no-inference"]);
-    told.assert_well();
-    told.line('!', "prices", &["not offered: n"]);
-    told.line('✓', "models", &["lists 2, 1 to offer: m"]);
+    let report = Report::by(&setup, &["--no-inference"]);
+    report.assert_well();
+    report.line('!', "prices", &["not offered: n"]);
+    report.line('✓', "models", &["lists 2, 1 to offer: m"]);
 }
 
 #[test]
@@ -480,10 +480,10 @@ fn hosted_backend_gets_no_test_completion() {
     let (coordinator, backend) = (coordinator(Some(0)), server(|_| None));
     let toml = format!("kind = \"openrouter\"\nurl = \"{}/v1\"\napi_key_env = \"THE_KEY\"", backend.url());
     let setup = setup(&coordinator.url()).backend(toml).env("THE_KEY", "sk-secret-123");
-    let told = Told::by(&setup, &[]);
-    told.assert_well();
-    told.line('-', "completion", &["costs money"]);
-    told.line('✓', "key", &["`THE_KEY`"]);
+    let report = Report::by(&setup, &[]);
+    report.assert_well();
+    report.line('-', "completion", &["costs money"]);
+    report.line('✓', "key", &["`THE_KEY`"]);
     assert_eq!(backend.posts(), 0);
 }
 
@@ -493,15 +493,15 @@ fn supervisor_that_is_missing_is_broken_and_a_stop_or_pause_is_a_warning() {
     let setup = setup(&coordinator.url()).backend(backend.toml());
     setup.scratch.write(".usepod-agent/identity.key.stopped", "");
     setup.scratch.write(".usepod-agent/identity.key.paused", "");
-    let told = Told::by(&setup, &["--no-inference"]);
-    told.assert_well();
-    assert!(told.line('!', "stopped", &[]).1.contains("usepod-agent service start"));
-    assert!(told.line('!', "paused", &[]).1.contains("usepod-agent resume"));
+    let report = Report::by(&setup, &["--no-inference"]);
+    report.assert_well();
+    assert!(report.line('!', "stopped", &[]).1.contains("usepod-agent service start"));
+    assert!(report.line('!', "paused", &[]).1.contains("usepod-agent resume"));
 
-    // Another's lines are no supervisor of ours.
+    // Foreign crontab lines are no supervisor.
     setup.scratch.write("bin/crontab", "#!/bin/sh\necho '@daily usepod-agent-backup'\n");
-    let told = Told::by(&setup, &["--no-inference"]);
-    told.assert_only_broken("supervisor", &["nothing restarts"], "usepod-agent service install");
+    let report = Report::by(&setup, &["--no-inference"]);
+    report.assert_only_broken("supervisor", &["nothing restarts"], "usepod-agent service install");
 
     for (crontab, words) in [
         ("echo 'not allowed' >&2; exit 1", "not allowed"),
@@ -509,19 +509,19 @@ fn supervisor_that_is_missing_is_broken_and_a_stop_or_pause_is_a_warning() {
         ("printf '# >>> usepod-agent\\n0 3 * * * mine\\n'", "line 2"),
     ] {
         setup.scratch.write("bin/crontab", format!("#!/bin/sh\n{crontab}\n"));
-        let told = Told::by(&setup, &["--no-inference"]);
-        told.assert_only_broken("supervisor", &["crontab", words], "service status");
+        let report = Report::by(&setup, &["--no-inference"]);
+        report.assert_only_broken("supervisor", &["crontab", words], "service status");
     }
 
     setup.scratch.write(".config/systemd/user/usepod-agent.service", "[Service]\n");
     fs::remove_file(setup.scratch.join(".usepod-agent/identity.key.stopped")).expect("removed");
-    // Root has no unit of its own kind.
+    // Root has no user unit.
     let setup = setup.after(
         "[ \"$(id -u)\" != 0 ] || { chown -R 65534 \"$HOME\"; exec setpriv --reuid=65534 --regid=65534 --clear-groups \"$0\" \"$@\"; }",
     );
-    let told = Told::by(&setup, &["--no-inference"]);
-    told.assert_well();
-    told.line('!', "supervisor", &["no agent is running"]);
+    let report = Report::by(&setup, &["--no-inference"]);
+    report.assert_well();
+    report.line('!', "supervisor", &["no agent is running"]);
 }
 
 /// The report of a machine on which most checks fail, with these variables set.
@@ -529,7 +529,7 @@ fn broken_report(variables: &[(&str, &str)]) -> String {
     let setup = setup(&format!("wss://{}/", nobody_at("127.0.0.75")));
     let setup = setup.backend(format!("kind = \"ollama\"\nurl = \"http://{}\"", nobody_at("127.0.0.76")));
     let setup = variables.iter().fold(setup, |setup, (name, value)| setup.env(name, value));
-    Told::by(&setup, &[]).text
+    Report::by(&setup, &[]).text
 }
 
 #[test]
@@ -583,12 +583,12 @@ fn output_shows_no_secret() {
         .coordinator(&format!("enrollment_code = \"{code}\""))
         .backend(format!("{}\napi_key_env = \"THE_KEY\"", echo.toml()))
         .env("THE_KEY", "sk-secret-123");
-    let told = Told::by(&setup, &["--log-level", "trace"]);
-    told.assert_only_broken("completion", &["rejected the API key"], "api_key_env");
+    let report = Report::by(&setup, &["--log-level", "trace"]);
+    report.assert_only_broken("completion", &["rejected the API key"], "api_key_env");
     let identity = fs::read_to_string(setup.identity()).expect("the identity");
     let seed = identity.lines().find_map(|line| line.strip_prefix("secret: ")).expect("the seed");
     for secret in [code, "sk-secret-123", seed] {
-        assert!(!told.text.contains(secret), "`{secret}` is in the output:\n{}", told.text);
+        assert!(!report.text.contains(secret), "`{secret}` is in the output:\n{}", report.text);
     }
 }
 
@@ -599,8 +599,8 @@ fn output_shows_no_control_characters_of_others() {
         let models = json!({"data": [{"id": "a\u{1b}[2Jb\nc"}]});
         (request.target == "/v1/models").then(|| Answer::Json(200, models))
     });
-    let told = Told::by(&setup(&coordinator.url()).backend(backend.toml()), &["--no-inference"]);
-    told.assert_well();
-    assert!(!told.text.chars().any(|c| c.is_control() && c != '\n'), "{:?}", told.text);
-    told.line('✓', "models", &["a", "b", "c"]);
+    let report = Report::by(&setup(&coordinator.url()).backend(backend.toml()), &["--no-inference"]);
+    report.assert_well();
+    assert!(!report.text.chars().any(|c| c.is_control() && c != '\n'), "{:?}", report.text);
+    report.line('✓', "models", &["a", "b", "c"]);
 }

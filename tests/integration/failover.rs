@@ -1,4 +1,4 @@
-//! A model that several backends list: the advertised one is preferred, the others are there when it cannot take a job.
+//! Models listed by several backends: the advertised backend is preferred, the others take the jobs that it cannot.
 
 use std::time::Instant;
 
@@ -31,7 +31,7 @@ fn job_that_the_advertised_backend_cannot_take_goes_to_the_next() {
         let id = rig.session.job("m", json!({}));
         first.next().send(&answer);
         if answer.is_empty() {
-            // On a kept-alive connection that may have been closed before; so it is asked once more.
+            // A request on a kept-alive connection is repeated once, as the connection may have been closed before.
             drop(first.next());
         }
         second.next().finish();
@@ -79,15 +79,15 @@ fn job_that_no_backend_can_take_ends_once_within_its_deadline() {
     drop(held);
     let _silent = second.next();
     assert_eq!(rig.session.outcome(&id).error(), "backend_timeout");
-    assert!(sent.elapsed() < ms(2500), "the deadline began anew with the second backend: {:?}", sent.elapsed());
+    assert!(sent.elapsed() < ms(2500), "the deadline began again with the second backend: {:?}", sent.elapsed());
 }
 
-/// `[[backends]]` for a vLLM that takes so many jobs at a time.
+/// `[[backends]]` for a vLLM with this `max_concurrent`.
 fn capped(backend: &Backend, max_concurrent: u32) -> String {
     format!("{}\nmax_concurrent = {max_concurrent}", backend.toml())
 }
 
-fn places(capabilities: &Value) -> &Value {
+fn capacity(capabilities: &Value) -> &Value {
     &capabilities["models"][0]["max_concurrent"]
 }
 
@@ -99,8 +99,8 @@ fn jobs_spread_over_equal_backends_by_their_free_slots() {
         let other = other.toml().replace("vllm", "openai");
         setup.backend(capped(&small, 1)).backend(capped(&large, 3)).backend(other)
     });
-    assert_eq!(places(&rig.session.capabilities), 8, "what all that list it take, and the agent at most");
-    // The large one has 3 slots free, then 2, then as many as the small one, which is the earlier in the file.
+    assert_eq!(capacity(&rig.session.capabilities), 8, "what all that list it take, and the agent at most");
+    // The large one has 3 free slots, then 2, then as many as the small one, which comes first in the file.
     let mut jobs = Vec::new();
     let mut held = Vec::new();
     for (n, backend) in [&large, &large, &small, &large, &other].into_iter().enumerate() {
@@ -143,7 +143,7 @@ fn equal_backends_without_limits_share_the_jobs() {
 fn job_above_the_capacity_of_its_backends_is_refused_at_once_and_others_are_not() {
     let (capped_one, free) = (Backend::vllm(&["m"]), Backend::vllm(&["n"]));
     let rig = Rig::with(|setup| setup.backend(capped(&capped_one, 2)).backend(free.toml()));
-    assert_eq!(places(&rig.session.capabilities), 2, "{}", rig.session.capabilities);
+    assert_eq!(capacity(&rig.session.capabilities), 2, "{}", rig.session.capabilities);
     assert_eq!(rig.session.capabilities["models"][1]["max_concurrent"], 8);
     let running = [rig.session.job("m", json!({})), rig.session.job("m", json!({}))];
     let held = [capped_one.next(), capped_one.next()];

@@ -1,10 +1,10 @@
-//! Broken answers of a backend: what is still relayed, and which error code follows.
+//! Broken responses of a backend: what is relayed, and which error code follows.
 
 use serde_json::{Value, json};
 
 use crate::support::*;
 
-/// Every request gets a connection of its own, so that no retry of a kept-alive one blurs the count.
+/// Uses a new connection for each request, so that no retry on a kept-alive one distorts the count.
 fn without_keep_alive() -> Backend {
     let list = json!({"data": [{"id": "m"}]}).to_string();
     Backend::new(move |request| match request.line().as_str() {
@@ -107,7 +107,7 @@ fn stream_with_an_end_marker_is_a_success() {
         "data: {\"choices\":[{\"delta\":{\"content\":\"x\"},\"finish_reason\":\"length\"}]}",
         "data: {\"choices\":[{\"finish_reason\":\"tool_calls\"}]}\n\n: bye\n\n",
         "event: message_stop\ndata: {\"type\":\"message_stop\"}\n\n",
-        // Words in a text, and null, are no error.
+        // The word in a text, and null, are no error.
         "data: {\"choices\":[{\"delta\":{\"content\":\"{\\\"error\\\":1} finish_reason: abort\"}}],\"error\":null}\n\ndata: [DONE]\n\n",
     ];
     let backend = without_keep_alive();
@@ -160,7 +160,7 @@ fn garbage_between_two_chunks_ends_the_stream_as_internal() {
     held.wait_hang_up();
 }
 
-/// Costs neither the job's whole deadline nor the memory of what was sent.
+/// It takes neither the whole deadline nor unbounded memory.
 #[test]
 fn endless_head_is_given_up() {
     let backend = without_keep_alive();
@@ -268,7 +268,7 @@ fn hosted_backend_that_asks_for_money_or_time_is_out_of_capacity() {
     }
 }
 
-/// A good answer with a few bytes changed, cut or doubled, the same each time.
+/// A valid response with a few bytes changed, cut or repeated; reproducible.
 fn spoilt(seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = |below: usize| {
@@ -325,13 +325,13 @@ fn error_message_quotes_at_most_512_bytes_of_the_body() {
         held.keep();
         let outcome = rig.session.outcome(&id);
         assert_eq!(outcome.error(), "internal");
-        // Beside the body there is room for a few words of our own.
+        // Besides the body, the message has a few words of its own.
         let (length, least) = (outcome.message().len(), if body[0] == 0xff { 0 } else { 400 });
         assert!((least..600).contains(&length), "{length} bytes of {:?}…: {}", &body[..4], outcome.message());
     }
 }
 
-/// A prompt is not to be carried to wherever a backend points.
+/// Following a redirect would send the prompt to another server.
 #[test]
 fn redirects_are_not_followed() {
     let elsewhere = Backend::vllm(&["m"]);
@@ -362,7 +362,7 @@ fn unreachable_backend_is_reported_as_such() {
     assert_eq!((outcome.error(), outcome.chunks.len()), ("backend_unreachable", 0));
 }
 
-/// A job over a connection that served one before, so that the backend may have closed it meanwhile.
+/// A job on a kept-alive connection, which the backend may have closed meanwhile.
 fn second_job(rig: &Rig, backend: &Backend) -> (String, Held) {
     let first = rig.session.job("m", json!({}));
     let held = backend.next();

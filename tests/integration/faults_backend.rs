@@ -1,5 +1,4 @@
-//! What a broken backend costs: its job, which ends once, and nothing that lasts. After each fault the agent's threads,
-//! descriptors and memory are back, and the next job is served.
+//! Faults of a backend: its job ends once, nothing leaks, and the next job is served.
 
 use std::time::{Duration, Instant};
 
@@ -44,14 +43,14 @@ fn with_length(length: &str, body: &str) -> String {
 #[derive(Clone, Copy)]
 enum Then {
     Close,
-    /// The agent has to hang up by itself.
+    /// The agent must close the connection.
     Stay,
 }
 
 use Then::{Close, Stay};
 
-/// An answer that breaks: what comes first, what of it is relayed before the rest is sent, the rest, what of that is
-/// relayed, and how the job ends.
+/// A broken response: its name, its first part, what of that is relayed before the rest is sent, the rest, what of that is
+/// relayed, who closes the connection, and how the job ends.
 type Broken<'a> = (&'a str, String, &'a str, String, &'a str, Then, &'a str);
 
 fn assert_harmless((what, first, relayed, rest, more, then, end): Broken<'_>) {
@@ -83,7 +82,7 @@ fn assert_harmless((what, first, relayed, rest, more, then, end): Broken<'_>) {
 fn body_of_the_wrong_length_fails_only_the_job() {
     let _descriptors = reserve_descriptors(160);
     let first_chunk = || format!("{CHUNKED}{:x}\r\n{DONE}\r\n", DONE.len());
-    // What lies behind an answer is not the answer to the next request.
+    // Bytes behind a response are not the response to the next request.
     let forged = response(200, "text/event-stream", format!("data: forged\n\n{DONE}"));
     let forged = String::from_utf8(forged).expect("text");
     let lengths = ["14\r\nContent-Length: 5", "14, 5", "-1", "+14", "many", "99999999999999999999"];
@@ -141,7 +140,7 @@ fn head_of_a_megabyte_fails_only_the_job_and_a_thousand_interim_heads_nothing() 
     side_by_side(given_up.into_iter().chain(served), assert_harmless);
 }
 
-/// Both directions are cut off, so that nothing is left reading.
+/// The agent closes both directions.
 #[test]
 fn error_body_of_10_mb_is_quoted_with_512_bytes_and_the_rest_is_not_read() {
     let framings = [
@@ -185,7 +184,7 @@ fn error_body_that_never_ends_is_not_awaited() {
     });
 }
 
-/// The deadline ends it, neither sooner nor, on a machine that does much else, much later.
+/// The deadline ends the job, neither earlier nor, on a loaded machine, much later.
 fn assert_ends_after(time: Duration, what: &str, progress: impl FnOnce(&MeasuredAgent, &str, Held)) {
     let measured = MeasuredAgent::new();
     let began = Instant::now();
@@ -247,7 +246,7 @@ fn never_ends_until_it_is_cancelled() {
     measured.rig.session.chunk(&id);
     measured.rig.session.cancel(&id);
     flood.join().expect("the flood");
-    // Chunks that were on their way before the cancel are no second end.
+    // Chunks sent before the cancel are allowed.
     measured.rig.session.each("the answer to a ping behind the last chunk", SOON, {
         measured.rig.session.send_frame(PING, b"?");
         |event| match event {
@@ -266,7 +265,7 @@ fn is_reset() {
     for begun in [false, true] {
         let measured = MeasuredAgent::new();
         measured.backend.reset_on_close();
-        // From the next connection on.
+        // The setting applies from the next connection on.
         measured.backend.hang_up();
         let (id, mut held) = start_job(&measured);
         if begun {
@@ -294,7 +293,7 @@ fn refuses() {
     assert_well(&measured, &ids.iter().map(String::as_str).collect::<Vec<_>>());
 }
 
-/// Its queue of connections is full: a SYN stays without an answer.
+/// The queue of connections is full: a SYN stays unanswered.
 fn never_accepts() {
     let measured = MeasuredAgent::new();
     measured.backend.hang_up();
@@ -325,18 +324,18 @@ fn slow_backend_that_refuses_resets_stalls_or_never_ends_fails_only_the_job() {
     side_by_side(faults, |fault| fault());
 }
 
-/// More than the sockets on the way take of a request that nobody reads.
+/// More than the socket buffers hold of a request that is not read.
 const PICTURE_BYTES: usize = 12_000_000;
 
-/// Requests of a size that was seen before find their memory kept by the allocator, a few times over.
+/// The allocator retains the memory of a few requests of this size.
 fn allow_for_large_requests(measured: &mut MeasuredAgent) {
     measured.before.resident_kib += 4 * (PICTURE_BYTES >> 10) as u64;
 }
 
-/// Likewise.
+/// The most memory with requests of this size, in KiB.
 const PEAK_KIB_MAX_LARGE: u64 = PEAK_KIB_MAX + 8 * (PICTURE_BYTES >> 10) as u64;
 
-/// A job with a large request, by hand, for building so large a value costs an unoptimised test its time.
+/// Sends a job with a large request as text, as building so large a value takes an unoptimised test too long.
 fn send_large_job(measured: &MeasuredAgent, time: Duration) -> String {
     let id = Uuid::new_v4().to_string();
     let frame = job_within(time, &id, "m", json!({"picture": "PICTURE"}));
@@ -344,7 +343,7 @@ fn send_large_job(measured: &MeasuredAgent, time: Duration) -> String {
     id
 }
 
-/// It accepts, reads the head of the request, and no more.
+/// The backend accepts, and reads only the head of the request.
 #[test]
 fn slow_request_that_the_backend_never_reads_is_ended_by_deadline_and_cancel() {
     side_by_side([false, true], |is_cancelled| {
@@ -352,7 +351,7 @@ fn slow_request_that_the_backend_never_reads_is_ended_by_deadline_and_cancel() {
         allow_for_large_requests(&mut measured);
         measured.backend.leave_unread(usize::MAX);
         measured.backend.hang_up();
-        // It includes what an unoptimised agent needs to write so large a request down again.
+        // Includes the time that an unoptimised agent takes to serialise so large a request.
         let time = if is_cancelled { secs(60) } else { secs(10) };
         let id = send_large_job(&measured, time);
         measured.rig.agent.stderr.wait_line(&["job", &id, "for model"]);
@@ -360,7 +359,7 @@ fn slow_request_that_the_backend_never_reads_is_ended_by_deadline_and_cancel() {
         let mut held = measured.backend.next();
         if is_cancelled {
             measured.rig.session.cancel(&id);
-            // The coordinator's own order is the agent's: once this is answered, the cancel was read.
+            // Frames are handled in order: once this is answered, the cancel was read.
             let unknown = measured.rig.session.job("unknown", json!({}));
             measured.rig.session.outcome(&unknown);
         } else {
@@ -375,7 +374,7 @@ fn slow_request_that_the_backend_never_reads_is_ended_by_deadline_and_cancel() {
     });
 }
 
-/// As a server does that has heard enough: the rest of the request is never read, and closing resets the connection.
+/// The rest of the request is never read, so that closing resets the connection.
 #[test]
 fn slow_answer_before_the_request_was_read_is_relayed_or_fails_only_the_job() {
     let answers = [(response(413, "text/plain", "too large"), "internal"), (with_length("14", DONE).into(), "done")];
@@ -453,7 +452,7 @@ fn slow_death_of_one_of_two_backends_leaves_the_other_serving_until_it_is_back()
         let outcome = rig.session.outcome(&id);
         assert_eq!((outcome.error(), outcome.chunks.len()), ("internal", 0));
     }
-    // Advertised or not by now, it is the other that serves.
+    // The other backend serves, whether or not it is advertised by now.
     for _ in 0..STREAMS {
         let id = rig.session.job("m", json!({}));
         other.next().finish();
@@ -467,14 +466,14 @@ fn slow_death_of_one_of_two_backends_leaves_the_other_serving_until_it_is_back()
     }
 
     let back = Backend::vllm_on(&address, &["m"]);
-    // A job whose model is gone is reason enough to look around at once.
+    // A job whose model is missing causes a probe at once.
     let id = rig.session.job("n", json!({}));
     let mut held = other.next();
     held.send(response(404, "text/plain", "no such model"));
     held.keep();
     assert_eq!(rig.session.outcome(&id).error(), "model_not_loaded");
     assert_eq!(advertised(&rig.session.frame("capabilities", SOON)), "vllm");
-    // Connections to the other are kept until they are too old to be used, and closed by the next exchange.
+    // Idle connections to the other backend are closed by the first exchange after their maximum age.
     let began = Instant::now();
     while ResourceUsage::of(&rig.agent).descriptors > before.descriptors {
         assert!(began.elapsed() < SOON, "before: {before:?}, now: {:?}", ResourceUsage::of(&rig.agent));

@@ -1,5 +1,5 @@
-//! Disks, clocks, descriptors and threads that give out. The faults are real ones, of the system or of a library before
-//! it, and each test shows that its fault was there.
+//! Faults of disks, clocks, descriptors and threads. They are caused by the system itself, or by a preloaded library, and each
+//! test checks that its fault occurred.
 
 use std::fs;
 use std::path::Path;
@@ -11,10 +11,10 @@ use time::format_description::well_known::Rfc3339;
 
 use crate::support::*;
 
-/// Files can be made, and not a byte be written into them: a full disk, without one.
+/// Acts like a full disk: files can be created, but not a byte can be written.
 const DISK_FULL: &str = "trap '' XFSZ; ulimit -f 0";
 
-/// A setup whose identity has a folder of its own, which is there.
+/// A setup whose identity is in its own existing folder.
 fn with_folder(url: &str) -> Setup {
     let setup = Setup::new(url).more("[identity]\nkey_path = \"own/identity.key\"");
     fs::create_dir(setup.scratch.join("own")).expect("a folder");
@@ -45,7 +45,7 @@ fn first_start_without_a_writable_folder_fails_and_leaves_nothing_behind() {
 
 #[test]
 fn unwritable_identity_is_used_and_stays_intact() {
-    /// Makes the fault, in the folder of the identity.
+    /// Causes the fault in the folder of the identity.
     type Break = fn(Setup, &Path) -> Setup;
     let cases: [(Break, &str, bool); 3] = [
         (|setup, _| setup.after(DISK_FULL), "File too large", true),
@@ -110,7 +110,7 @@ fn unwritable_identity_is_used_and_stays_intact() {
 
 #[test]
 fn unwritable_log_loses_its_lines_and_nothing_else() {
-    // The second disk is full when the identity and the first lines are on it.
+    // The second one is full after the identity and the first lines.
     side_by_side(["exec 2>/dev/full", "trap '' XFSZ; ulimit -f 1; exec 2>agent.log"], |disk| {
         let mut measured = MeasuredAgent::with(|setup| setup.after(disk));
         for _ in 0..2000 {
@@ -135,7 +135,7 @@ fn slow_clock_jump_disturbs_nothing() {
         let session = &measured.rig.session;
         let now = || OffsetDateTime::now_utc() + time::Duration::seconds(jump);
         let text = |at: OffsetDateTime| at.format(&Rfc3339).expect("a date")[..19].to_owned();
-        // That this one is served shows that neither its time nor its connection is taken for old.
+        // It is served, so neither its deadline nor its connection has expired.
         let running = session.job("m", json!({}));
         let held = measured.backend.next();
         Shim::of(&measured.rig.setup).set_clock_off_by(jump);
@@ -156,7 +156,7 @@ fn slow_clock_jump_disturbs_nothing() {
         assert_eq!(heartbeat["queue_depth"], 0, "{heartbeat}");
         assert!(heartbeat["error_rate_60s"].as_f64().is_some_and(|rate| (0.33..0.34).contains(&rate)), "{heartbeat}");
         assert!(heartbeat["p95_latency_ms"].as_u64().is_some_and(|ms| (450..2000).contains(&ms)), "{heartbeat}");
-        // The one figure that is a date follows the clock: it has jumped.
+        // The only date follows the clock.
         let at = &heartbeat["last_error_at"].as_str().expect("a date")[..19];
         let earliest = text(now() - began.elapsed());
         assert!(*earliest <= *at && *at <= *text(now()), "{at} is not between {earliest} and {}", text(now()));
@@ -195,12 +195,12 @@ fn slow_jobs_without_a_descriptor_are_refused_and_the_others_continue() {
     measured.assert_no_leak();
 }
 
-/// Who cannot even ask learns nothing about the backend.
+/// A probe that cannot be made says nothing about the backend.
 #[test]
 fn probe_without_a_descriptor_withdraws_no_offer() {
     let measured = MeasuredAgent::new();
     let session = &measured.rig.session;
-    // The last connection goes, and the reason for it is one to probe at once.
+    // Closes the last connection, and causes a probe at once.
     measured.rig.agent.limit_descriptors(3);
     let id = session.job("m", json!({}));
     let mut held = measured.backend.next();
@@ -228,7 +228,7 @@ fn slow_jobs_without_a_thread_are_refused_and_the_next_ones_are_served() {
     let measured = MeasuredAgent::with(Shim::load);
     let (shim, session) = (Shim::of(&measured.rig.setup), &measured.rig.session);
     shim.refuse_threads();
-    // The worker that ran the first job is still there.
+    // Runs on the worker of the first job, which is still alive.
     let running = session.job("m", json!({}));
     let held = measured.backend.next();
     for _ in 0..3 {

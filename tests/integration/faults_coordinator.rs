@@ -1,5 +1,4 @@
-//! A coordinator, or the way to it, that does its worst. After each fault the agent is what it was before: its threads,
-//! descriptors and memory are back, and the next job is served.
+//! Faults of the coordinator and of the link to it: nothing leaks, and the next job is served.
 
 use std::collections::HashMap;
 
@@ -23,7 +22,7 @@ fn start(session: &Session, backend: &Backend, deadline_ms: u64) -> (String, Hel
 
 #[test]
 fn slow_silence_in_the_handshake_leaks_nothing() {
-    // Each returns what has to stay open.
+    // Returns what must stay open.
     type Step = fn(&Coordinator) -> Box<dyn std::any::Any>;
     let steps: [Step; 3] = [
         |coordinator| Box::new(coordinator.dialled(SOON)),
@@ -84,7 +83,7 @@ fn valid_but_useless_frames_change_nothing() {
     let cases = [
         encode(BINARY, true, &[0xff; 1 << 20]),
         pieces(BINARY, &[0xff; 1 << 10], 1 << 10),
-        // Not a byte in thousands of frames, then a byte in each.
+        // Thousands of frames, empty or of one byte.
         pieces(TEXT, b"", 10_000),
         pieces(TEXT, b"{", 10_000),
         [encode(TEXT, false, b"{"), encode(PING, true, b"x").repeat(1000), encode(CONTINUATION, true, b"}")].concat(),
@@ -128,7 +127,7 @@ fn slow_close_with_any_code_is_followed_by_a_session_and_only_1001_is_not_a_warn
     let lawful = [1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014, 3000, 4000, 4999];
     let unlawful = [0, 1, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, u16::MAX];
     let payloads = lawful.into_iter().chain(unlawful).map(|code| close_payload(code, "")).chain([Vec::new()]);
-    // Three an agent: after more that are not planned it would wait longer and longer.
+    // Three per agent: after more unplanned ends the reconnect delay would grow.
     let cases: Vec<_> = payloads.collect();
     side_by_side(cases.chunks(3), |payloads| {
         let MeasuredAgent { rig: Rig { mut session, agent, setup: _setup, coordinator }, backend, before } =
@@ -145,7 +144,7 @@ fn slow_close_with_any_code_is_followed_by_a_session_and_only_1001_is_not_a_warn
     });
 }
 
-/// Bytes that stop coming, in both directions or in the middle of a frame.
+/// The link goes dead in both directions, or in the middle of a frame.
 #[test]
 fn slow_dead_link_is_given_up_with_all_its_jobs() {
     let swallowed = || {
@@ -165,7 +164,7 @@ fn slow_dead_link_is_given_up_with_all_its_jobs() {
     };
     let announced = || {
         let measured = MeasuredAgent::new();
-        // Not a pong either: it would be a piece of the frame.
+        // A pong would be part of the frame.
         measured.rig.session.ignore_pings();
         let (_, mut held) = start(&measured.rig.session, &measured.backend, 120_000);
         measured.rig.session.send_raw(&header(64 << 20));
@@ -180,11 +179,11 @@ fn slow_dead_link_is_given_up_with_all_its_jobs() {
 
 #[test]
 fn slow_reader_of_a_byte_a_second_delays_no_cancel_and_no_deadline() {
-    // As in `relay`: where unread bytes pile up, the kernel may drop what acknowledges the cancel, and it never arrives.
+    // As in `relay`: with many unread bytes, the kernel may drop the acknowledgement of the cancel, which then never arrives.
     assert!((0..3).any(|_| slowly_read_jobs_end()), "the cancel did not get through to the agent, three times");
 }
 
-/// False when the cancel did not reach the agent.
+/// False if the cancel did not reach the agent.
 fn slowly_read_jobs_end() -> bool {
     let MeasuredAgent { rig: Rig { session, agent, setup: _setup, coordinator }, backend, before } =
         MeasuredAgent::new();
@@ -254,7 +253,7 @@ fn job_sent_a_thousand_times_runs_once() {
     let id = session.job("m", json!({}));
     let held = measured.backend.next();
     session.send_raw(&encode(TEXT, true, job(&id, "m", json!({})).to_string().as_bytes()).repeat(999));
-    // The coordinator's order is the agent's: once this is answered, all of them were read.
+    // Frames are handled in order: once this is answered, all of them were read.
     session.outcome(&session.job("unknown", json!({})));
     held.finish();
     session.outcome(&id).done();
@@ -277,7 +276,7 @@ fn slow_sessions_that_end_right_after_auth_ok_leak_nothing() {
     measured.assert_no_leak_after_reconnect();
 }
 
-/// Every place taken, and every buffer full on the way from each backend to the coordinator.
+/// Every slot is taken, and every buffer between the backends and the coordinator is full.
 #[test]
 fn slow_memory_of_256_jobs_blocked_by_the_coordinator_stays_below_64_mb() {
     let _descriptors = reserve_descriptors(300);

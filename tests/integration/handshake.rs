@@ -90,7 +90,7 @@ fn auth_ok_with_an_invalid_provider_id_is_accepted() {
     });
 }
 
-/// Names are resolved, and each address is tried: `localhost` is often `::1` first, where nobody listens.
+/// Each address of a name is tried: `localhost` is often `::1` first, where nothing listens.
 #[test]
 fn localhost_reaches_a_coordinator_and_a_backend_on_127_0_0_1() {
     let backend = Backend::vllm(&["m"]);
@@ -165,7 +165,7 @@ fn auth_failed_is_logged_and_retried_without_capabilities() {
     agent.assert_running();
 }
 
-/// What the coordinator says instead of a challenge; each ends that connection, and the next one is a fresh start.
+/// Each of these instead of a challenge ends the connection, and the next handshake succeeds.
 #[test]
 fn slow_handshake_that_fails_is_followed_by_another() {
     let text = |text: &str| encode(TEXT, true, text.as_bytes());
@@ -211,26 +211,26 @@ fn refused_upgrade_is_retried() {
     });
 }
 
-/// A coordinator that falls silent, or that dribbles just enough to keep a timeout of each read from running out.
+/// The coordinator is silent, or sends a byte often enough to reset a timeout per read.
 #[test]
 fn slow_handshake_timeouts_bound_every_wait() {
     let patience = secs(25);
-    let upgrade_never_answered = |dribbles: bool| {
+    let upgrade_never_answered = |trickles: bool| {
         let (coordinator, _agent, _setup) = agent_without_backends();
         let mut dialled = coordinator.dialled(SOON);
         let mut line = b"HTTP/1.1 101 ".iter().chain(std::iter::repeat(&b'S'));
-        while dribbles && dialled.stream.write_all(&[*line.next().expect("an endless line")]).is_ok() {
+        while trickles && dialled.stream.write_all(&[*line.next().expect("an endless line")]).is_ok() {
             std::thread::sleep(ms(500));
         }
         let hung_up = dialled.drain_until_hang_up(patience);
         assert_between(hung_up - dialled.at, 15, "the upgrade");
     };
-    let challenge_never_whole = |dribbles: bool| {
+    let challenge_never_whole = |trickles: bool| {
         let (coordinator, _agent, _setup) = agent_without_backends();
         let session = coordinator.accept();
         let began = Instant::now();
         let mut frame = encode(TEXT, true, &[b' '; 100]).into_iter();
-        while dribbles && !session.ends_within(ms(500)) {
+        while trickles && !session.ends_within(ms(500)) {
             session.send_raw(&[frame.next().expect("a frame of 50 s")]);
         }
         session.ended(patience);
@@ -268,7 +268,7 @@ fn slow_handshake_timeouts_bound_every_wait() {
         (&challenge_never_whole, true),
         (&verdict_never_given, false),
     ];
-    side_by_side(cases, |(wait, dribbles)| wait(dribbles));
+    side_by_side(cases, |(wait, trickles)| wait(trickles));
 }
 
 fn assert_between(took: Duration, bound_seconds: u64, what: &str) {
@@ -293,7 +293,7 @@ fn auth_failed_reason_is_one_short_line_of_the_log() {
         session.challenge(b"nonce");
         let reason = format!("the-reason\n2026-01-01 forged line\r\u{1b}[2J{}", "x".repeat(length));
         session.send(&json!({"type": "auth_failed", "reason": reason}));
-        // The second dial comes after all that was to be said of the first.
+        // The second dial comes after all log lines about the first.
         coordinator.dialled(SOON);
         let line = agent.stderr.wait_line(&["rejected"]);
         assert!(line.contains("the-reason") || length > 64 << 10, "a reason that is not absurd is shown: {line}");

@@ -1,4 +1,4 @@
-//! How the offer follows the jobs: a backend that fails them is withdrawn, whatever its health check says.
+//! How failed jobs affect the offer: a backend that fails them is withdrawn, even if its health check passes.
 
 use std::time::Instant;
 
@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 
 use crate::support::*;
 
-/// A healthy vLLM whose jobs say how they are answered: with a status, or in a word.
-fn obedient() -> Backend {
+/// A healthy vLLM; each job names its own answer, a status or a word.
+fn answering_as_asked() -> Backend {
     Backend::vllm_with(&["m"], |request| match &request.json()["answer"] {
         Value::Number(status) => {
             Answer::Raw(response(status.as_u64().expect("a status") as u16, "text/plain", "as you like"))
@@ -34,7 +34,7 @@ fn slow_backend_with_three_failures_in_a_row_is_withdrawn_until_a_probe_succeeds
         [json!("break"), json!("break"), json!(501)],
     ];
     side_by_side(cases, |answers| {
-        let backend = obedient();
+        let backend = answering_as_asked();
         let rig = Rig::new(&backend);
         for answer in &answers[..2] {
             run(&rig.session, answer.clone()).error();
@@ -44,20 +44,20 @@ fn slow_backend_with_three_failures_in_a_row_is_withdrawn_until_a_probe_succeeds
         assert_eq!(rig.session.frame("capabilities", SOON)["models"], json!([]), "{answers:?}");
         let withdrawn = Instant::now();
         rig.agent.stderr.wait_line(&["warn", &backend.url(), "not offered", "3 jobs"]);
-        // The health check has been fine all the time.
+        // The health check passed throughout.
         let back = rig.session.frame("capabilities", secs(20));
         assert_eq!(back["models"][0]["model_id"], "m");
         assert!(withdrawn.elapsed() > secs(3), "{answers:?}: offered again after {:?}", withdrawn.elapsed());
         run(&rig.session, "good").done();
         let posted = backend.seen().iter().filter(|request| request.method != "GET").count();
-        // A reset on a kept-alive connection is tried once more.
+        // A reset on a kept-alive connection is retried once.
         assert!((4..=7).contains(&posted), "a probe is a GET: {posted} POSTs");
     });
 }
 
 #[test]
 fn failure_count_ignores_client_errors_cancels_and_deadlines() {
-    let backend = obedient();
+    let backend = answering_as_asked();
     let rig = Rig::new(&backend);
     for _ in 0..2 {
         for answer in [json!(500), json!(500), json!("good")] {
@@ -85,7 +85,7 @@ fn failure_count_ignores_client_errors_cancels_and_deadlines() {
 
 #[test]
 fn slow_withdrawn_backend_is_replaced_by_the_next_that_lists_the_model() {
-    let (failing, other) = (obedient(), obedient());
+    let (failing, other) = (answering_as_asked(), answering_as_asked());
     let rig = Rig::with(|setup| setup.backend(failing.toml()).backend(other.toml().replace("vllm", "openai")));
     assert_eq!(rig.session.capabilities["models"][0]["backend"], "vllm");
     for _ in 0..3 {
@@ -101,10 +101,10 @@ fn slow_withdrawn_backend_is_replaced_by_the_next_that_lists_the_model() {
     assert_eq!(back["models"][0]["backend"], "vllm", "{back}");
 }
 
-/// The other is busy: what it cannot take is refused, and does not go to one that is known to fail.
+/// Jobs above the other backend's capacity are refused, and do not go to the withdrawn one.
 #[test]
 fn withdrawn_backend_gets_no_job_while_another_serves_the_model() {
-    let (busy, failing) = (Backend::vllm(&["m"]), obedient());
+    let (busy, failing) = (Backend::vllm(&["m"]), answering_as_asked());
     let rig = Rig::with(|setup| {
         let failing = failing.toml().replace("vllm", "openai");
         setup.backend(format!("{}\nmax_concurrent = 1", busy.toml())).backend(failing)

@@ -1,4 +1,4 @@
-//! The identity file, which 0.3.5 and we share.
+//! The identity file, in the format of 0.3.5.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::config::data_files;
 use crate::support::*;
 
-/// Test vector 1 of RFC 8032, which the files in `tests/data/identity/valid` hold.
+/// Test vector 1 of RFC 8032, the key in the files of `tests/data/identity/valid`.
 const PUBLIC: &str = "11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo=";
 const SECRET: &str = "nWGxne/9WmC6hEr0kuwsxERJxWl7MmkZcDusAxyuf2A=";
 
@@ -20,7 +20,7 @@ fn with_identity(url: &str, content: &[u8]) -> Setup {
     setup
 }
 
-/// `enroll` over a setup's files.
+/// Runs `enroll` with a setup's files.
 fn enroll(setup: &Setup) -> Ran {
     let config = setup.write();
     let arguments = ["enroll", "--allow-insecure", "--config", config.to_str().expect("UTF-8")];
@@ -79,7 +79,7 @@ fn first_run_creates_a_private_file_in_the_format_of_0_3_5() {
     assert_eq!(stdout.lines().next(), Some(format!("public_key: {}", field(4, "public")).as_str()));
     assert_eq!(mode(setup.identity()), 0o600, "the file's mode");
     assert!(!stdout.contains(&field(3, "secret")) && !stderr.contains(&field(3, "secret")), "the seed was printed");
-    // A second run finds it.
+    // A second run reads the same file.
     assert_eq!(enroll(&setup).stdout, stdout);
 }
 
@@ -111,7 +111,7 @@ fn key_in_the_file_signs_and_a_new_provider_id_is_added_to_the_file() {
     assert_eq!(auth["pubkey"], PUBLIC);
     verify_auth(&auth, b"nonce");
     session.send(&json!({"type": "auth_ok", "provider_id": "prov_new"}));
-    // The offer comes after the file: whoever sees it may swap the agent.
+    // The file is written before the offer is sent.
     session.frame("capabilities", SOON);
     let text = fs::read_to_string(setup.identity()).expect("the identity file");
     for line in ["version: 1", "from_the_future: yes: and more", "note: kept", "provider_id: prov_new"] {
@@ -120,7 +120,7 @@ fn key_in_the_file_signs_and_a_new_provider_id_is_added_to_the_file() {
     assert!(text.contains(SECRET) && text.contains(PUBLIC) && !text.contains("prov_123"));
     assert_eq!(mode(setup.identity()), 0o600, "the file's mode");
     let names = names_in(setup.identity().parent().expect("a folder"));
-    // The state file is replaced in this very moment, perhaps.
+    // The state file may be in the middle of its replacement.
     let is_kept = |name: &String| STATE_FILES.contains(&name.as_str()) || name == "identity.key.state.new";
     assert!(names.iter().all(is_kept), "{names:?}");
 }
@@ -150,7 +150,7 @@ fn symlink_is_followed_and_not_replaced() {
     assert!(fs::read_to_string(target).expect("the target").contains("provider_id: prov_linked"));
 }
 
-/// A full disk, a read-only one: here the folder itself is gone.
+/// Like a full or read-only disk; here the folder itself is missing.
 #[test]
 fn agent_that_cannot_write_the_file_serves_with_the_new_provider_id() {
     let coordinator = Coordinator::new();
@@ -185,7 +185,7 @@ fn slow_simultaneous_first_starts_share_the_one_key_on_disk() {
             Agent::run(setup.scratch.path(), &arguments)
         };
         let enroll_all = |count| (0..count).map(|_| start("enroll")).collect::<Vec<_>>();
-        // In both orders, as the one that is started first mostly wins.
+        // In varying order, as the first one usually wins.
         let mut enrolling = enroll_all(round % 4);
         let agent = start("run");
         enrolling.extend(enroll_all(3 - round % 4));
@@ -199,7 +199,7 @@ fn slow_simultaneous_first_starts_share_the_one_key_on_disk() {
         let text = fs::read_to_string(setup.identity()).expect("the identity file");
         assert!(text.lines().any(|line| line == served), "round {round}: served {served}, on disk is\n{text}");
         drop(agent);
-        // The state may have been on its way when it was killed.
+        // The agent may have been killed while it wrote the state file.
         let names = names_in(&setup.scratch.join(".usepod-agent"));
         let is_kept = |name: &String| STATE_FILES.contains(&name.as_str()) || name == "identity.key.state.new";
         assert!(names.iter().all(is_kept), "round {round}: {names:?}");
@@ -225,7 +225,7 @@ fn provider_id_of_any_content_leaves_the_file_readable() {
         let pubkey = |session: &Session| {
             let auth = session.challenge(b"nonce");
             session.send(&json!({"type": "auth_ok", "provider_id": id}));
-            // The offer comes after the file.
+            // The file is written before the offer is sent.
             session.frame("capabilities", SOON);
             auth["pubkey"].as_str().expect("a public key").to_owned()
         };

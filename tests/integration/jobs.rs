@@ -1,4 +1,4 @@
-//! Jobs from admission to the one terminal frame. What happens to the bytes in between is in `relay`.
+//! Jobs from admission to the terminal frame. The relayed bytes are tested in `relay`.
 
 use std::time::Instant;
 
@@ -82,7 +82,7 @@ fn max_concurrent_of_256_runs_256_jobs_in_parallel() {
     }
 }
 
-/// The place is free when the coordinator sees the terminal frame, and no later.
+/// The slot is free by the time the coordinator receives the terminal frame.
 #[test]
 fn job_right_behind_a_terminal_frame_is_admitted() {
     let backend = answering(&["m"]);
@@ -100,7 +100,7 @@ fn job_right_behind_a_cancel_is_admitted() {
     for _ in 0..20 {
         let mut held = backend.next();
         let next = Uuid::new_v4().to_string();
-        // In one segment: the agent reads both before anything of the first job can unwind.
+        // In one segment: the agent reads both before the first job can end.
         let cancel = json!({"type": "job_cancel", "job_id": running}).to_string();
         let job = job(&next, "m", body()).to_string();
         rig.session.send_raw(&[encode(TEXT, true, cancel.as_bytes()), encode(TEXT, true, job.as_bytes())].concat());
@@ -117,7 +117,7 @@ fn cancel_closes_the_backend_request_and_no_frame_follows() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     type Progress = fn(&mut Held);
-    // When, how far the answer is by then, and whether a chunk is out.
+    // The moment, the answer so far, and whether a chunk was relayed.
     let cases: [(&str, Progress, bool); 5] = [
         ("before the backend answers at all", |_| {}, false),
         ("in the middle of the head", |held| held.send("HTTP/1.1 200 OK\r\nContent-"), false),
@@ -169,7 +169,7 @@ fn cancel_of_an_unknown_or_finished_job_does_nothing() {
     rig.session.assert_quiet(&running);
 }
 
-/// A counter that goes wrong when a cancel meets a completion shows in what is admitted afterwards.
+/// A wrong counter shows in the number of jobs admitted afterwards.
 #[test]
 fn max_concurrent_is_kept_through_300_races_of_cancel_and_completion() {
     let backend = Backend::vllm_with(&["m", "held"], |request| match request.json()["model"].as_str() {
@@ -179,14 +179,14 @@ fn max_concurrent_is_kept_through_300_races_of_cancel_and_completion() {
     let rig = Rig::with(|setup| setup.backend(backend.toml()).limits("max_concurrent = 3"));
     for n in 0..300 {
         let id = rig.session.job("m", body());
-        // Somewhere between at once and after the end.
+        // Between at once and after the end.
         let until = Instant::now() + ms(n % 7) / 2;
         while Instant::now() < until {
             std::hint::spin_loop();
         }
         rig.session.cancel(&id);
     }
-    // The coordinator's own order is the agent's: once this is answered, every cancel was read.
+    // Frames are handled in order: once this is answered, every cancel was read.
     let unknown = rig.session.job("unknown", body());
     rig.session.outcome(&unknown);
     let admitted: Vec<_> = (0..3).map(|_| rig.session.job("held", body())).collect();
@@ -229,7 +229,7 @@ fn deadline_covers_the_whole_job() {
     let outcome = expect_timeout(&id, began, &mut held);
     assert_eq!(outcome.body(), b"data: 1\n\n");
 
-    // Steady progress does not extend it.
+    // Progress does not extend it.
     let (id, began, mut held) = start(500);
     held.start_sse();
     while began.elapsed() < ms(700) {
@@ -252,7 +252,7 @@ fn deadline_of_0_or_1_ms_ends_the_job_at_once() {
     }
 }
 
-/// Each of these means a minute or more; a backend that takes half a second is in time.
+/// Each of these is a deadline of a minute or more, which a backend that takes half a second meets.
 #[test]
 fn deadline_that_is_invalid_is_the_default_and_a_huge_one_is_kept() {
     let backend = Backend::vllm(&["m"]);
@@ -326,7 +326,7 @@ fn job_with_the_id_of_a_running_one_is_ignored() {
     rig.session.assert_quiet(&id);
 }
 
-/// 0.3.5 deadlocks here: its reader waits for room in the queue that it alone empties.
+/// 0.3.5 deadlocks here: its reader blocks on a queue that only it empties.
 #[test]
 fn burst_of_5000_refusals_is_answered_once_each() {
     let backend = Backend::vllm(&["m"]);
@@ -378,7 +378,7 @@ fn session_end_ends_its_jobs_at_the_backend() {
         for id in &jobs {
             next.assert_quiet(id);
         }
-        // The places are free again.
+        // The slots are free again.
         let id = next.job("m", body());
         backend.next().finish();
         next.outcome(&id).done();
@@ -386,7 +386,7 @@ fn session_end_ends_its_jobs_at_the_backend() {
     }
 }
 
-/// A worker cannot be woken out of a connect: whoever comes next must not wait for it.
+/// A worker cannot be interrupted in a connect, and the next job must not wait for it.
 #[test]
 fn cancelled_job_that_still_connects_delays_no_other() {
     let _descriptors = reserve_descriptors(160);

@@ -1,4 +1,4 @@
-//! `[observability] log_file`: where the lines go, and that no disk can stop the agent.
+//! `[observability] log_file`: the log file, and faults of the disk, which never stop the agent.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use crate::support::*;
 
 const LOG_FILE: &str = "[observability]\nlog_file = \"~/logs/agent.log\"";
 
-/// A line of the agent's log for each.
+/// Makes the agent log one line.
 fn provoke(session: &Session) {
     session.send_text("not a frame");
 }
@@ -23,7 +23,7 @@ fn warnings_in(log: &Path) -> usize {
     fs::read_to_string(log).unwrap_or_default().lines().filter(|line| line.contains("WARN")).count()
 }
 
-/// An agent that has its log file open, and that file.
+/// An agent that has opened its log file, and that file.
 fn measured_agent() -> (MeasuredAgent, PathBuf) {
     let mut measured = MeasuredAgent::with(|setup| setup.more(LOG_FILE));
     let log = measured.rig.setup.scratch.join("logs/agent.log");
@@ -123,7 +123,7 @@ fn log_file_that_cannot_be_used_is_a_warning_and_the_agent_serves() {
     });
 }
 
-/// The limit of file sizes is a disk that is full, and on which there is room again. Its signal ends no agent.
+/// The limit of the file size acts like a full disk with room later. Its SIGXFSZ does not end the agent.
 #[test]
 fn log_lines_lost_on_a_full_disk_are_counted_and_reported_later() {
     let (measured, log) = measured_agent();

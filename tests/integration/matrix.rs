@@ -1,4 +1,4 @@
-//! `FAULTS.md` beside this file is the fault matrix; here it is kept from naming tests that are not there.
+//! Checks that the fault matrix, `FAULTS.md`, names existing tests and every fault test.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,7 +9,7 @@ fn source(module: &str) -> String {
     fs::read_to_string(&path).unwrap_or_else(|e| panic!("failed to read {}: {e}", path.display()))
 }
 
-/// The tests that a module defines, as the matrix writes them.
+/// The tests of a module, in the notation of the matrix.
 fn tests_of(module: &str) -> BTreeSet<String> {
     let source = source(&format!("{module}.rs"));
     let name = |line: &str| line.trim().strip_prefix("fn ")?.split_once('(').map(|(name, _)| name.to_owned());
@@ -17,7 +17,7 @@ fn tests_of(module: &str) -> BTreeSet<String> {
     tests.map(|test| format!("{module}::{test}")).collect()
 }
 
-/// What stands between backticks in a row's last cell.
+/// The names between backticks in a row's last cell.
 fn named_in(row: &str) -> BTreeSet<String> {
     let last = row.trim_end_matches(['|', ' ']).rsplit('|').next().unwrap_or_default();
     last.split('`').skip(1).step_by(2).map(str::to_owned).collect()

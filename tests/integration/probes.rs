@@ -1,4 +1,4 @@
-//! How the offer follows the backends while a session lives: what a slow answer costs, and what it does not.
+//! How probes affect the offer during a session.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use crate::support::*;
 
-/// Starts a round of probes: a job whose model is gone is reason enough to look again.
-fn provoke_a_probe(rig: &Rig, backend: &Backend, model: &str) {
+/// Starts a round of probes, by a job whose model is missing.
+fn start_a_probe(rig: &Rig, backend: &Backend, model: &str) {
     let id = rig.session.job(model, json!({}));
     let mut held = backend.next();
     held.send(response(404, "text/plain", "no such model"));
@@ -27,7 +27,7 @@ fn slow_probe_without_an_answer_ends_the_offer_only_the_second_time() {
     });
     let rig = Rig::new(&backend);
     hangs.store(true, Ordering::SeqCst);
-    provoke_a_probe(&rig, &backend, "m");
+    start_a_probe(&rig, &backend, "m");
     let mut first = backend.next();
     assert_eq!(first.request.method, "GET");
     first.wait_hang_up();
@@ -67,7 +67,7 @@ fn context_window_that_cannot_be_probed_in_time_stays_unchanged() {
     assert_eq!(windows(&rig.session.capabilities), [Some(8192); 3], "{}", rig.session.capabilities);
 
     hangs.store(true, Ordering::SeqCst);
-    provoke_a_probe(&rig, &backend, "a");
+    start_a_probe(&rig, &backend, "a");
     let mut held = backend.next();
     assert_eq!(held.request.line(), "POST /api/show");
     held.wait_hang_up();
@@ -85,7 +85,7 @@ fn slow_listing_of_100_000_models_is_offered_in_part_within_the_handshake() {
         "GET /v1/models" => Answer::Raw(list.clone()),
         _ => Answer::Hold,
     });
-    // The handshake, and with it the first offer, has 10 s.
+    // The handshake, which includes the first offer, has 10 s.
     let rig = Rig::new(&backend);
     let offered = rig.session.capabilities["models"].as_array().map_or(0, Vec::len);
     assert!((1000..10_000).contains(&offered), "{offered} models of 100 000");

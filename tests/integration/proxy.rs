@@ -1,4 +1,4 @@
-//! HTTPS_PROXY and its relatives: who goes through a proxy, and who never does.
+//! HTTPS_PROXY and NO_PROXY: which connections use a proxy, and which never do.
 
 use std::io::{BufReader, Read};
 use std::time::Duration;
@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::support::*;
 
-/// Reads what the agent asks of its proxy, grants it, and returns the request and the first bytes through the tunnel.
+/// Accepts the agent's CONNECT request; returns it and the first bytes through the tunnel.
 fn tunnel(proxy: &Coordinator) -> (Request, Vec<u8>) {
     let mut dialled = proxy.dialled(SOON);
     let request = dialled.request();
@@ -54,7 +54,7 @@ fn proxy_password_is_sent_to_the_proxy_and_not_logged() {
     assert_eq!(request.header("proxy-authorization"), Some(expected.as_str()));
     dialled.send(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n");
     drop(dialled);
-    // Refused is as good as down: it tries again.
+    // A refusal is retried.
     agent.stderr.wait_line(&["407"]);
     proxy.dialled(SOON);
     assert!(!agent.stderr.text().contains("s3cret"), "the proxy's password is in the log");
@@ -78,7 +78,7 @@ fn no_proxy_names_the_hosts_to_dial_directly() {
 #[test]
 fn hosted_backends_go_through_https_proxy_and_local_ones_through_none() {
     let proxy = Coordinator::new();
-    // Not where the coordinator is, which NO_PROXY names.
+    // At another address than the coordinator's, which NO_PROXY names.
     let local = Backend::vllm_on("127.0.0.10:0", &["local"]);
     let proxy_url = format!("http://{}", proxy.address());
     let coordinator = Coordinator::new();
@@ -118,7 +118,7 @@ fn proxy_may_have_an_ipv6_address() {
     assert_client_hello(&tunnelled, "coordinator.example");
 }
 
-/// The names cannot be resolved, and that it was tried is the proof: through a proxy it would be the proxy's affair.
+/// The failed resolution of the name proves that no proxy was used; otherwise the proxy would resolve it.
 #[test]
 fn no_proxy_with_a_domain_covers_its_subdomains() {
     side_by_side(["invalid", "elsewhere.example, .coordinator.invalid"], |no_proxy| {
@@ -130,7 +130,7 @@ fn no_proxy_with_a_domain_covers_its_subdomains() {
         agent.stderr.wait_line(&["resolve", "eu.coordinator.invalid"]);
         proxy.assert_not_dialled(Duration::ZERO);
     });
-    // A name that only ends alike is no part of the domain.
+    // A name with the same ending is not a subdomain.
     let proxy = Coordinator::new();
     let proxy_url = format!("http://{}", proxy.address());
     let _agent = Setup::new(COORDINATOR).env("HTTPS_PROXY", &proxy_url).env("NO_PROXY", "ordinator.example").start();

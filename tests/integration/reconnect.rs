@@ -1,4 +1,4 @@
-//! How sessions end, and when the next one begins.
+//! How sessions end, and the delay before the next one.
 
 use std::time::{Duration, Instant};
 
@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::support::*;
 
-/// The delay that protocol.md calls 1 s, with its factor in 0.8–1.2 and what a loaded machine adds.
+/// Checks a reconnect delay, with its jitter of 0.8 to 1.2 and an allowance for a loaded machine.
 fn assert_delay(delay: Duration, seconds: u32, what: &str) {
     let (least, most) = (secs(1).mul_f64(0.8) * seconds, secs(1).mul_f64(1.2) * seconds + ms(300));
     assert!(delay >= least - ms(20) && delay <= most, "{what}: redialled after {delay:?}, not about {seconds} s");
@@ -74,7 +74,7 @@ fn slow_delay_doubles_with_each_failed_handshake_and_a_session_resets_it() {
         ended = Some(Instant::now());
         drop(dialled);
     }
-    // A handshake that was refused is a failure as well.
+    // A refused handshake is a failure, too.
     let session = coordinator.accept();
     assert_delay(session.dialled_at - ended.expect("a dial before"), 4, "dial 4");
     let session = session.authenticate(None);

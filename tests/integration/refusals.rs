@@ -1,10 +1,10 @@
-//! What a backend answers instead of a response: a status and a few words, in whatever state they arrive.
+//! Error responses of a backend: their status and text, complete or not.
 
 use serde_json::json;
 
 use crate::support::*;
 
-/// As web servers do with a body above their limit: the answer comes first, and the rest of the request is never read.
+/// Like a web server with a limit for bodies: the response comes first, and the rest of the request is never read.
 #[test]
 fn slow_early_413_is_read_although_the_connection_breaks() {
     let backend = Backend::vllm_with(&["m"], |_| Answer::RawThenClose(response(413, "text/plain", "over the limit")));
@@ -12,7 +12,7 @@ fn slow_early_413_is_read_although_the_connection_breaks() {
     let rig = Rig::new(&backend);
     let picture = "x".repeat(20_000_000);
     let id = uuid::Uuid::new_v4().to_string();
-    // By hand, as building so large a value costs an unoptimised test its time.
+    // As text, as building so large a value takes an unoptimised test too long.
     rig.session.send_text(&job(&id, "m", json!({"picture": "PICTURE"})).to_string().replace("PICTURE", &picture));
     let outcome = rig.session.outcome(&id);
     assert_eq!((outcome.error(), outcome.chunks.len()), ("internal", 0), "{}", outcome.end);
@@ -20,7 +20,7 @@ fn slow_early_413_is_read_although_the_connection_breaks() {
     assert!(outcome.message().contains("over the limit"), "{}", outcome.message());
 }
 
-/// Has a backend with this key answer jobs so; neither frames nor the log may show how the key begins.
+/// A backend with this key gives these answers; neither frames nor the log may show the start of the key.
 fn assert_kept(key: &str, answers: Vec<Vec<u8>>) {
     let backend = Backend::vllm(&["m"]);
     let rig =
@@ -52,12 +52,12 @@ fn key_that_the_backend_repeats_is_not_passed_on() {
     assert_kept(&key, answers);
 }
 
-/// Only the beginning of an answer is read: what is cut off there is a part of the key, and as secret as the whole.
+/// Only the beginning of an answer is read, which may cut the key; the part is as secret as the whole.
 #[test]
 fn key_fragment_that_the_backend_repeats_is_not_passed_on() {
     let key = format!("sk-{}", "0123456789".repeat(10));
     assert_kept(&key, vec![response(401, "text/plain", key.repeat(40))]);
-    // Tokens that carry claims are as long as this.
+    // Tokens with claims can be this long.
     let key = format!("sk-{}", "0123456789".repeat(300));
     assert_kept(&key, vec![response(401, "text/plain", format!("bad key Bearer {key}"))]);
 }

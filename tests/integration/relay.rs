@@ -1,12 +1,12 @@
-//! The response's bytes on their way to the coordinator. How a broken response ends is in `failures`.
+//! The relay of the response's bytes to the coordinator. Broken responses are tested in `failures`.
 
 use crossbeam_channel::{RecvTimeoutError, unbounded};
 use serde_json::json;
 
 use crate::support::*;
 
-/// Everything a parser might trip over: CRLF and bare LF, comments, UTF-8 of each length, an event over two lines, a
-/// line without end.
+/// Difficult input for a parser: CRLF and bare LF, comments, UTF-8 of each length, an event over two lines, an incomplete
+/// last line.
 fn awkward_stream() -> Vec<u8> {
     let mut text = String::from(": keep-alive\n\n:\n\nevent: x\r\ndata:{\"no\":\"space\"}\r\n\r\n");
     text.push_str("data: {\"choices\":[{\"delta\":{\"content\":\"é €  𝄞 \u{200d}👩‍🚀\"}}]}\n\n");
@@ -59,7 +59,7 @@ impl Framing {
     }
 }
 
-/// Runs one job through whose answer has this body, sent in these pieces.
+/// Runs one job whose answer has this body, sent in these pieces.
 fn relayed(rig: &Rig, backend: &Backend, framing: Framing, content_type: &str, pieces: &[&[u8]]) -> Outcome {
     let id = rig.session.job("m", json!({}));
     let mut held = backend.next();
@@ -103,7 +103,7 @@ fn chunk_is_relayed_as_soon_as_its_bytes_arrive() {
         let mut held = backend.next();
         held.send(framing.head("text/event-stream", pieces.concat().len()));
         for piece in pieces {
-            // The next piece is not even sent before this one has come through.
+            // The next piece is sent only after this one has arrived.
             framing.send(&mut held, piece);
             assert_eq!(rig.session.chunk(&id), piece, "{framing:?}");
         }
@@ -124,7 +124,7 @@ fn slow_bodies_of_16_mib_arrive_complete() {
     }
 }
 
-/// One line of 32 MiB: the scanner for usage must neither keep it nor lose it.
+/// The scanner for usage must neither buffer the line nor lose what follows.
 #[test]
 fn slow_line_of_32_mib_is_relayed_and_the_usage_behind_it_read() {
     let backend = Backend::vllm(&["m"]);
@@ -205,7 +205,7 @@ fn unusual_but_valid_http_is_understood() {
     }
 }
 
-/// Nobody asked for an encoding; what comes in one all the same is the client's to undo.
+/// The agent asks for no encoding, and relays an encoded body as it is.
 #[test]
 fn encoded_body_stays_encoded() {
     let backend = Backend::vllm(&["m"]);
@@ -310,7 +310,7 @@ fn usage_is_read_from_the_stream_as_it_passes() {
     }
 }
 
-/// A coordinator that stops reading for a while: nothing is dropped, and the cancel of another job still gets through.
+/// The coordinator stops reading for a while: nothing is dropped, and the cancel of another job takes effect.
 #[test]
 fn slow_backpressure_reaches_the_backend_and_loses_nothing() {
     // More than every buffer on the way together; the writing must come to a stop. Made before the job's deadline runs.
@@ -353,15 +353,15 @@ fn slow_backpressure_reaches_the_backend_and_loses_nothing() {
     assert!(outcome.body() == expected, "{} bytes of {} arrived", outcome.body().len(), expected.len());
 }
 
-/// A job that waits for room in the coordinator's socket is as easy to end as any other.
+/// The jobs are blocked by the coordinator's full socket.
 #[test]
 fn blocked_job_is_ended_by_cancel_and_deadline() {
-    // A coordinator that lets tens of megabytes pile up unread may lose the use of its own kernel's connection: segments
-    // from the agent are dropped, the acknowledgement of the cancel among them. What the agent never got proves nothing.
+    // With tens of megabytes unread, the kernel may drop segments from the agent, among them the acknowledgement of the cancel.
+    // A round in which the cancel never reached the agent proves nothing.
     assert!((0..3).any(|_| blocked_jobs_end()), "the cancel did not get through to the agent, three times");
 }
 
-/// False when the cancel did not reach the agent.
+/// False if the cancel did not reach the agent.
 fn blocked_jobs_end() -> bool {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
@@ -408,7 +408,7 @@ fn slow_control_frames_never_wait_behind_a_flood_of_chunks() {
         rig.session.send_frame(PING, &[n]);
         let refused = rig.session.job("unknown", json!({}));
         let (mut ponged, mut answered) = (false, false);
-        // The flood has no end: control that waits behind it never comes.
+        // The flood never ends: a control frame behind it would never come.
         rig.session.each("a pong and a refusal beside a flood", SOON, |event| {
             match event {
                 Event::Pong(payload) => ponged |= payload == &[n],

@@ -1,11 +1,11 @@
-//! The job as the backend gets it: where it is posted, with which headers, and what is changed in its body.
+//! The request that the backend receives: route, headers, and the changes to its body.
 
 use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::support::*;
 
-/// Sends a job whose `request` is this very text, and returns what the backend was asked.
+/// Sends a job with this text as its `request`; returns what the backend received.
 fn posted(rig: &Rig, backend: &Backend, request: &str, format: &str) -> Request {
     let id = Uuid::new_v4();
     rig.session.send_text(&format!(
@@ -22,7 +22,7 @@ fn posted(rig: &Rig, backend: &Backend, request: &str, format: &str) -> Request 
 fn openai_job_is_posted_as_a_stream_with_usage() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
-    // What is sent, and what must arrive: the request's own keys first, then what was added.
+    // The request, and what must arrive: the request's keys first, then the added ones.
     let cases = [
         (r#"{"messages":[]}"#, r#"{"messages":[],"stream":true,"stream_options":{"include_usage":true},"model":"m"}"#),
         ("{}", r#"{"stream":true,"stream_options":{"include_usage":true},"model":"m"}"#),
@@ -62,7 +62,7 @@ fn anthropic_job_is_posted_to_messages_with_only_stream_and_model_added() {
     }
 }
 
-/// A tool schema's key order reaches the model's prompt, and a number is not ours to round.
+/// The key order of a tool schema affects the prompt, and numbers must not be rounded.
 #[test]
 fn request_keeps_its_key_order_and_exact_numbers() {
     let backend = Backend::vllm(&["m"]);
@@ -75,7 +75,7 @@ fn request_keeps_its_key_order_and_exact_numbers() {
     );
     let got = posted(&rig, &backend, &format!("{{{own}}}"), "\"openai\"").body_text();
     let normalised = |text: &str| text.replace("1E+400", "1e+400").replace("1e400", "1e+400");
-    // Strings may be escaped another way, and so may the sign of an exponent; all else is the same text.
+    // Strings may be escaped in another way, as may the sign of an exponent; the rest is the same text.
     let (before, rest) = own.split_once(r#""text":"#).expect("the text");
     let got = normalised(&got);
     assert!(got.starts_with(&format!("{{{}", normalised(before))), "{got}");
@@ -110,7 +110,7 @@ fn headers_to_the_backend_are_the_agents_own() {
     held.finish();
     assert_eq!(request.header("content-type"), Some("application/json"));
     assert_eq!(request.header("host"), Some(backend.address().to_string().as_str()));
-    // An encoding would let the backend compress, and then the bytes are not verbatim any more.
+    // With another value the backend might compress the response.
     assert!(matches!(request.header("accept-encoding"), None | Some("identity")), "{:?}", request.headers);
     let names: Vec<_> = request.headers.iter().map(|(name, _)| name.as_str()).collect();
     let known = [
@@ -153,7 +153,7 @@ fn job_goes_to_the_backend_that_was_advertised_for_its_model() {
     }
 }
 
-/// Requests carry pictures: 0.3.5 takes frames up to 16 MiB only.
+/// Requests contain pictures. 0.3.5 accepts frames up to 16 MiB only.
 #[test]
 fn slow_requests_of_20_mb_and_nearly_64_mib_pass_in_one_frame() {
     let backend = Backend::vllm(&["m"]);
@@ -161,7 +161,7 @@ fn slow_requests_of_20_mb_and_nearly_64_mib_pass_in_one_frame() {
     for size in [20_000_000, (64 << 20) - 1000] {
         let picture = "x".repeat(size);
         let id = Uuid::new_v4().to_string();
-        // By hand, as building so large a value costs an unoptimised test its time.
+        // As text, as building so large a value takes an unoptimised test too long.
         let frame = job(&id, "m", json!({"picture": "PICTURE"})).to_string();
         let frame = frame.replace("\"deadline_ms\":30000", "\"deadline_ms\":600000");
         rig.session.send_text(&frame.replace("PICTURE", &picture));

@@ -1,5 +1,5 @@
-//! `service`: what it does to a crontab, which agent it starts and stops, and what it tells. The crontab is a file behind a
-//! `crontab` of the test's own.
+//! `service`: its changes to the crontab, the agents that it starts and stops, and its output. A script stands in for `crontab`
+//! and keeps the crontab in a file.
 
 use std::fs;
 use std::io::Write;
@@ -11,7 +11,7 @@ use serde_json::json;
 
 use crate::support::*;
 
-/// Backed by `tab`; notes its calls; fails with the words in `refuses`, if that is there.
+/// Keeps the crontab in `tab`, records its calls, and fails with the text of `refuses-OPTION`, if that exists.
 const CRONTAB: &str = r#"#!/bin/sh
 echo "$*" >>"$HOME/calls"
 [ "$LC_ALL" = C ] || { echo "kein crontab" >&2; exit 1; }
@@ -23,7 +23,7 @@ case $1 in
 esac
 "#;
 
-/// Notes its calls; fails with the words in `refuses-systemctl`, if that is there.
+/// Records its calls, and fails with the text of `refuses-systemctl`, if that exists.
 const SYSTEMCTL: &str = r#"#!/bin/sh
 echo "$*" >>"$HOME/calls"
 [ ! -e "$HOME/refuses-systemctl" ] || { cat "$HOME/refuses-systemctl" >&2; exit 1; }
@@ -31,7 +31,7 @@ echo "$*" >>"$HOME/calls"
 
 const JOURNALCTL: &str = "#!/bin/sh\necho \"journalctl $*\"\n";
 
-/// A person with a home, an `agent.toml` and a crontab. What their supervisor started ends with the test.
+/// An operator with a home, an `agent.toml` and a crontab. The supervised agent is killed at the end of the test.
 struct Operator {
     setup: Setup,
     environment: Vec<(String, String)>,
@@ -83,14 +83,14 @@ impl Operator {
         fs::read(self.file("tab")).ok()
     }
 
-    /// The calls of `crontab` and `systemctl` since the last time.
+    /// The calls of `crontab` and `systemctl` since the last call of this.
     fn calls(&self) -> Vec<String> {
         let calls = fs::read_to_string(self.file("calls")).unwrap_or_default();
         let _ = fs::remove_file(self.file("calls"));
         calls.lines().map(str::to_owned).collect()
     }
 
-    /// Of the agent that its lock names, if that is one of this home.
+    /// The owner of the lock, if it is an agent of this home.
     fn pid(&self) -> Option<u32> {
         let lock = fs::read_to_string(self.file(".usepod-agent/identity.key.lock")).ok()?;
         let pid: u32 = lock.split_whitespace().next()?.parse().ok()?;
@@ -107,7 +107,7 @@ impl Operator {
 
 impl Drop for Operator {
     fn drop(&mut self) {
-        // No child of ours: nobody else would end it.
+        // It is not a child of the test, and would keep running.
         if self.pid().is_some() {
             self.signal("KILL");
         }
@@ -127,8 +127,8 @@ fn crontab_keeps_its_other_lines_and_a_second_install_writes_nothing() {
         if let Some(before) = before {
             operator.setup.scratch.write("tab", before);
         }
-        let told = operator.install();
-        assert!(told.contains("within a minute"), "{told}");
+        let printed = operator.install();
+        assert!(printed.contains("within a minute"), "{printed}");
         let installed = operator.crontab().expect("a crontab");
         let text = String::from_utf8_lossy(&installed);
         assert!(installed.starts_with(before.unwrap_or_default()), "{text}");
@@ -138,13 +138,13 @@ fn crontab_keeps_its_other_lines_and_a_second_install_writes_nothing() {
         }
         assert!(operator.calls().contains(&"-".to_owned()));
 
-        let told = operator.install();
-        assert!(told.contains("nothing was changed"), "{told}");
+        let printed = operator.install();
+        assert!(printed.contains("nothing was changed"), "{printed}");
         assert_eq!(operator.crontab().as_deref(), Some(&*installed));
         assert!(operator.calls().iter().all(|call| call == "-l"), "a second install must not write");
 
-        let told = operator.service(&["install", "--allow-insecure", "--log-level", "debug"]).ok();
-        assert!(told.contains("changed") && told.contains("restart"), "{told}");
+        let printed = operator.service(&["install", "--allow-insecure", "--log-level", "debug"]).ok();
+        assert!(printed.contains("changed") && printed.contains("restart"), "{printed}");
         let text =
             String::from_utf8(operator.crontab().expect("a crontab")[before.unwrap_or_default().len()..].to_vec());
         let text = text.expect("UTF-8");
@@ -152,8 +152,8 @@ fn crontab_keeps_its_other_lines_and_a_second_install_writes_nothing() {
 
         operator.service(&["uninstall"]).ok();
         assert_eq!(operator.crontab().as_deref(), before);
-        let told = operator.service(&["uninstall"]).ok();
-        assert!(told.contains("not installed"), "{told}");
+        let printed = operator.service(&["uninstall"]).ok();
+        assert!(printed.contains("not installed"), "{printed}");
     }
 }
 
@@ -163,10 +163,10 @@ fn install_that_fails_names_the_fix_and_changes_nothing() {
     let operator = Operator::new();
     operator.setup.scratch.write("tab", tab);
     let unchanged = |ran: Ran, code, words: &[&str]| {
-        let told = ran.fails(code, words);
-        assert_eq!(operator.crontab().as_deref(), Some(tab.as_bytes()), "{told}");
+        let printed = ran.fails(code, words);
+        assert_eq!(operator.crontab().as_deref(), Some(tab.as_bytes()), "{printed}");
     };
-    // ws:// without --allow-insecure, and no file at all.
+    // ws:// without --allow-insecure, and a missing file.
     unchanged(operator.service(&["install"]), 2, &["agent.toml:2", "--allow-insecure"]);
     unchanged(operator.service(&["install", "--config", "/nowhere.toml"]), 2, &["/nowhere.toml"]);
     let install = ["install", "--allow-insecure"];
@@ -218,7 +218,7 @@ fn install_does_not_replace_another_supervised_configuration() {
     assert_eq!(operator.crontab(), before);
 }
 
-/// Whatever the paths hold; and with what cron would give it, nothing of the shell that `start` was typed in.
+/// With special characters in the paths, and with the environment of cron instead of the calling shell's.
 #[test]
 fn start_runs_the_crontab_line_and_stop_lasts_until_the_next_start() {
     let coordinator = Coordinator::new();
@@ -229,10 +229,10 @@ fn start_runs_the_crontab_line_and_stop_lasts_until_the_next_start() {
     operator.service(&["install", "--allow-insecure", "--config", path.to_str().expect("UTF-8")]).ok();
     operator.service(&["status"]).fails(3, &["cron", "not running"]);
 
-    let told = operator.service(&["start"]).ok();
+    let printed = operator.service(&["start"]).ok();
     let session = coordinator.session();
     let pid = operator.pid().expect("an agent");
-    assert!(told.contains(&format!("pid {pid}")), "{told}");
+    assert!(printed.contains(&format!("pid {pid}")), "{printed}");
     let environment = fs::read(format!("/proc/{pid}/environ")).expect("the agent's environment");
     let environment: Vec<_> = environment.split(|b| *b == 0).map(String::from_utf8_lossy).collect();
     let names: Vec<_> = environment.iter().filter_map(|variable| variable.split('=').next()).collect();
@@ -242,19 +242,19 @@ fn start_runs_the_crontab_line_and_stop_lasts_until_the_next_start() {
     }
     assert!(!names.contains(&"SECRET_OF_THIS_SHELL") && !names.contains(&"NOT"), "{environment:?}");
     assert!(operator.service(&["status"]).ok().contains(&format!("running as pid {pid}")));
-    let told = operator.service(&["start"]).ok();
-    assert!(told.contains(&format!("pid {pid}")), "one that runs is not started again: {told}");
+    let printed = operator.service(&["start"]).ok();
+    assert!(printed.contains(&format!("pid {pid}")), "one that runs is not started again: {printed}");
 
     assert!(operator.service(&["stop"]).ok().contains("stays stopped"));
     assert_eq!(session.ended(SOON).map(|(code, _)| code), Some(1000));
     assert_eq!(operator.pid(), None);
     operator.service(&["status"]).fails(3, &["stopped by the operator", "service start"]);
-    // As cron does within the minute.
+    // The call that cron makes within the minute.
     let cron = ["run", "--cron", "--allow-insecure", "--config", path.to_str().expect("UTF-8")];
     assert_eq!(operator.run(&cron).code, Some(0));
     coordinator.assert_not_dialled(QUIET);
-    let told = operator.service(&["install", "--allow-insecure", "--config", path.to_str().expect("UTF-8")]).ok();
-    assert!(told.contains("nothing was changed") && told.contains("stopped by the operator"), "{told}");
+    let printed = operator.service(&["install", "--allow-insecure", "--config", path.to_str().expect("UTF-8")]).ok();
+    assert!(printed.contains("nothing was changed") && printed.contains("stopped by the operator"), "{printed}");
     assert!(operator.service(&["stop"]).ok().contains("no agent is running"));
 
     operator.service(&["start"]).ok();
@@ -271,7 +271,7 @@ fn start_runs_the_crontab_line_and_stop_lasts_until_the_next_start() {
     assert_eq!(operator.crontab().as_deref(), Some(&b"# NOT=1\nFROM_CRONTAB = \"a b\"\n"[..]));
 }
 
-/// The minute comes while `start` is typed: what it started itself finds another at work, and leaves.
+/// Cron starts the agent at the same time: the one that `start` started finds another at work, and exits.
 #[test]
 fn start_succeeds_if_cron_was_faster() {
     let coordinator = Coordinator::new();
@@ -281,8 +281,8 @@ fn start_succeeds_if_cron_was_faster() {
     operator.program("faster", &faster);
     operator.setup.scratch.write("tab", format!("SHELL={}\n", operator.file("bin/faster").display()));
     operator.install();
-    let told = operator.service(&["start"]).ok();
-    assert!(told.contains("the agent is running as pid"), "{told}");
+    let printed = operator.service(&["start"]).ok();
+    assert!(printed.contains("the agent is running as pid"), "{printed}");
 }
 
 #[test]
@@ -321,8 +321,8 @@ fn stop_waits_for_the_jobs_in_flight() {
         held.chunk(sse(7, 13));
         held.end();
         session.outcome(&job).done();
-        let told = stop.join().expect("stop");
-        assert!(told.contains("waiting up to 45 s") && told.contains("exited after"), "{told}");
+        let printed = stop.join().expect("stop");
+        assert!(printed.contains("waiting up to 45 s") && printed.contains("exited after"), "{printed}");
     });
 }
 
@@ -361,10 +361,10 @@ fn install_names_the_variables_that_cron_lacks_and_shows_no_value() {
     let operator =
         Operator::of(setup).with("OPENROUTER_API_KEY", "the-secret").with("HTTPS_PROXY", "http://u:the-secret@p:1");
     operator.setup.scratch.write("tab", "SET_ABOVE=the-secret\n");
-    let told = operator.install();
-    assert!(!told.contains("the-secret") && !told.contains("SET_ABOVE"), "{told}");
+    let printed = operator.install();
+    assert!(!printed.contains("the-secret") && !printed.contains("SET_ABOVE"), "{printed}");
     for line in ["`OPENROUTER_API_KEY=VALUE`", "`HTTPS_PROXY=VALUE`"] {
-        assert!(told.contains(line), "no {line} in {told}");
+        assert!(printed.contains(line), "no {line} in {printed}");
     }
 }
 
@@ -404,7 +404,7 @@ fn option_of_another_command_is_refused() {
     assert_eq!(operator.crontab(), None);
 }
 
-/// Root would write a system unit: the user that the tests' files are given to runs this, whoever runs the tests.
+/// Runs `service` as an unprivileged user, as root would write a system unit.
 fn as_user(operator: &Operator, arguments: &[&str]) -> Ran {
     let home = operator.setup.scratch.path();
     let mut command = if nix::unistd::geteuid().is_root() {
@@ -421,7 +421,7 @@ fn as_user(operator: &Operator, arguments: &[&str]) -> Ran {
     command.output().expect("the agent").into()
 }
 
-/// A system unit that names a folder which is not there does not start, and under it the agent could not make one.
+/// A system unit with a missing folder does not start, and could not create it.
 #[test]
 fn install_creates_the_folder_of_the_log() {
     let operator = Operator::new();
@@ -445,11 +445,11 @@ fn systemd_user_unit_is_written_enabled_and_removed() {
     fs::remove_file(refuses).expect("removed");
     operator.calls();
 
-    // Neither is anybody kept from it who may have no crontab.
+    // A user who may not have a crontab can install a unit.
     let refuses = operator.setup.scratch.write("refuses--l", "You (operator) are not allowed to use this program\n");
-    let told = as_user(&operator, &install).ok();
+    let printed = as_user(&operator, &install).ok();
     fs::remove_file(refuses).expect("removed");
-    assert!(told.contains("enable-linger"), "{told}");
+    assert!(printed.contains("enable-linger"), "{printed}");
     let text = fs::read_to_string(&unit).expect("a unit");
     let exec = format!(" run --config \"{}\" --allow-insecure\n", operator.file("agent.toml").display());
     let condition =
@@ -462,15 +462,15 @@ fn systemd_user_unit_is_written_enabled_and_removed() {
     assert_eq!(operator.calls(), calls);
 
     assert!(as_user(&operator, &install).ok().contains("nothing was changed"));
-    // A change that systemd does not take is none, and may be tried again.
+    // A change that systemd refuses is undone, and may be retried.
     let refuses = operator.setup.scratch.write("refuses-systemctl", "Failed to connect to bus\n");
     let other = [&install[..], &["--log-level", "debug"]].concat();
     as_user(&operator, &other).fails(1, &["Failed to connect to bus"]);
     assert_eq!(fs::read_to_string(&unit).expect("a unit"), text);
     fs::remove_file(refuses).expect("removed");
     operator.calls();
-    let told = as_user(&operator, &["install", "--allow-insecure"]).fails(1, &["service uninstall"]);
-    assert!(told.contains(unit.to_str().expect("UTF-8")), "it says which supervisor is there: {told}");
+    let printed = as_user(&operator, &["install", "--allow-insecure"]).fails(1, &["service uninstall"]);
+    assert!(printed.contains(unit.to_str().expect("UTF-8")), "it says which supervisor is there: {printed}");
     assert_eq!(operator.calls(), [""; 0]);
 
     as_user(&operator, &["status"]).fails(3, &["systemd", "not running"]);

@@ -1,4 +1,4 @@
-//! What happens on a live session beside jobs: frames nobody knows, heartbeats, dead links, a changing offer.
+//! A live session, apart from jobs: unknown frames, heartbeats, dead links, changes of the offer.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -86,19 +86,19 @@ fn unknown_and_invalid_frames_do_not_end_the_session() {
     for text in unknown.iter().chain(&bad) {
         rig.session.send_text(text);
     }
-    // Deep nesting is a stack overflow in a careless parser.
+    // Deep nesting could overflow a parser's stack.
     rig.session.send_text(&"[".repeat(200_000));
     serve_one(&rig.session, &backend, "m");
     rig.session.assert_no_frame("an answer to a bad frame", QUIET, |frame| frame["type"] != "heartbeat");
     let log = rig.agent.stderr.text();
-    let told = |line: &&str| line.contains("DEBUG") && line.contains("config_update");
-    assert_eq!(log.lines().filter(told).count(), 1, "an unknown type is told at debug");
+    let printed = |line: &&str| line.contains("DEBUG") && line.contains("config_update");
+    assert_eq!(log.lines().filter(printed).count(), 1, "an unknown type is printed at debug");
     let warnings = log.lines().filter(|line| line.to_lowercase().contains("warn")).count();
     assert!(warnings > bad.len(), "each bad frame gets a warning, {warnings} were written");
     assert!(!log.contains("secret-prompt-text"), "a bad frame's content is in the log");
 }
 
-/// Frames with a few characters changed, the same each time: none may end the session or the agent.
+/// Frames with a few characters changed, reproducibly: none may end the session or the agent.
 #[test]
 fn random_text_frames_do_not_end_the_session() {
     let backend = Backend::vllm_with(&["m", "held"], |request| match request.json()["model"].as_str() {
@@ -146,7 +146,7 @@ fn session_byte_by_byte_serves() {
     let backend = Backend::vllm(&["m"]);
     let _agent = Setup::new(&format!("ws://{}/", proxy.address())).backend(backend.toml()).start();
     let session = coordinator.accept();
-    // The 101 passes whole: the agent's WebSocket library takes one in crumbs for an attack.
+    // The upgrade response passes at once: the agent's WebSocket library rejects one in many pieces.
     session.send_frame(PING, b"");
     session.wait("the pong", SOON, |event| matches!(event, Event::Pong(_)).then_some(()));
     proxy.set(Mode::Trickle);
@@ -171,7 +171,7 @@ fn job_in_fragments_is_one_job() {
     rig.session.outcome(&id).done();
 }
 
-/// Waits for the first heartbeat, and checks when it came and that a Ping came with it.
+/// Waits for the first heartbeat; checks its time and that a ping came with it.
 fn first_heartbeat(session: &Session, since: Instant) -> Value {
     let heartbeat = session.frame("heartbeat", secs(20));
     let came = since.elapsed();
@@ -206,7 +206,7 @@ fn slow_heartbeat_carries_the_true_figures() {
             held.keep();
             rig.session.outcome(&id)
         };
-        // The requester's own faults and a cancel count nowhere.
+        // Client errors and cancels are not counted.
         for status in [400, 413, 422] {
             answer(response(status, "text/plain", "your fault"), 0).error();
         }
@@ -214,7 +214,7 @@ fn slow_heartbeat_carries_the_true_figures() {
         let mut held = backend.next();
         rig.session.cancel(&cancelled);
         held.wait_hang_up();
-        // Two that went well, one that did not, one that runs.
+        // Two succeed, one fails, one is running.
         answer(response(200, "text/event-stream", sse(7, 13)), 200).done();
         answer(response(200, "text/event-stream", sse(7, 13)), 400).done();
         answer(response(500, "text/plain", "boom"), 300).error();
@@ -243,7 +243,7 @@ fn slow_heartbeat_carries_the_true_figures() {
     side_by_side(parts, |part| part());
 }
 
-/// The link dies without a word: bytes go in and nothing comes out. What keeps a session alive is any byte at all.
+/// The link discards all bytes without closing. Any received byte keeps a session alive.
 #[test]
 fn slow_silence_of_45_s_ends_a_session_and_any_byte_prevents_it() {
     let silent = || {
@@ -275,7 +275,7 @@ fn slow_silence_of_45_s_ends_a_session_and_any_byte_prevents_it() {
             rig.session.send(&json!({"type": "something_new"}));
         }
     };
-    // The agent's writer is stuck in a socket that nobody reads when the silence is over.
+    // The agent's writer blocks in a socket that is not read when the timeout expires.
     let wedged = || {
         let backend = Backend::vllm(&["m"]);
         let rig = Rig::new(&backend);
@@ -301,13 +301,13 @@ fn slow_offer_is_sent_again_if_it_changes_and_only_then() {
     let rig = Rig::with(|setup| setup.backend(fleeting.toml()).backend(steady.toml()));
     assert_eq!(models(&rig.session.capabilities), ["fleeting", "steady"]);
 
-    // A job that finds its backend gone is reason enough to look again at once.
+    // A job that finds its backend unreachable causes a probe at once.
     drop(fleeting);
     let id = rig.session.job("fleeting", json!({}));
     assert_eq!(rig.session.outcome(&id).error(), "backend_unreachable");
     assert_eq!(models(&rig.session.frame("capabilities", SOON)), ["steady"]);
 
-    // That it is back shows in the next look around, every 30 s.
+    // The next round of probes, every 30 s, finds it again.
     let back = Backend::vllm_on(&address, &["fleeting", "new"]);
     assert_eq!(models(&rig.session.frame("capabilities", secs(45))), ["fleeting", "new", "steady"]);
     serve_one(&rig.session, &back, "new");

@@ -1,4 +1,4 @@
-//! `setup`: the pairing with a scripted coordinator at its worst, and with the demo's, and what it does to `agent.toml`.
+//! `setup`: the pairing, with a scripted coordinator and with the demo's, and its changes to `agent.toml`.
 
 use std::fs;
 use std::path::Path;
@@ -30,7 +30,7 @@ fn active() -> Answer {
     Answer::Json(200, status)
 }
 
-/// A coordinator that issues a code; `polls` is given the number of the question, from 0.
+/// A coordinator that issues a code; `polls` answers the polls, numbered from 0.
 fn coordinator(polls: impl Fn(usize) -> Answer + Send + Sync + 'static) -> Backend {
     let asked = AtomicUsize::new(0);
     Backend::new(move |request| match request.line().as_str() {
@@ -127,7 +127,7 @@ fn unencrypted_coordinator_is_refused_unless_allowed() {
         assert!(stderr.contains(base) && stderr.contains(word), "{base}: {stderr}");
     }
     assert!(fs::read_dir(home.path()).expect("a home").next().is_none());
-    // On this machine there is nobody to read it; what dials then wants to be told.
+    // Loopback needs no encryption for the pairing; the agent still needs the option.
     let server = coordinator(|_| active());
     let ran = cli(home.path(), &["setup", "--coordinator", &server.url()], &[]);
     assert!(ran.code == Some(0) && ran.stdout.contains("service install --allow-insecure"), "{ran:?}");
@@ -189,7 +189,7 @@ fn permanent_faults_end_the_pairing_with_the_reason_and_leave_the_file_unchanged
     let target = format!("{}/v1/host/pair/issue", elsewhere.url());
     let redirect = format!("HTTP/1.1 307 Moved\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n").into_bytes();
     let refusal = |more: &str| Answer::Json(403, json!({"error": {"message": format!("this key is banned{more}")}}));
-    // Not to be shown, even where the coordinator does.
+    // The coordinator quotes the token, which must not be shown.
     let quoting = move || refusal(&format!(": {POLL_TOKEN}"));
     let soon = json!({"pair_code": CODE, "poll_token": POLL_TOKEN, "expires_at": now() + 2});
     type Play = Box<dyn Fn(&str) -> Answer + Send + Sync>;
@@ -201,7 +201,7 @@ fn permanent_faults_end_the_pairing_with_the_reason_and_leave_the_file_unchanged
             "expired",
             Box::new(|line| if line == ISSUE { issued() } else { Answer::Json(200, json!({"status": "expired"})) }),
         ),
-        // The clock says so, whatever the server does.
+        // Expired by the clock, whatever the server answers.
         ("expired", Box::new(move |line| if line == ISSUE { Answer::Json(200, soon.clone()) } else { pending() })),
     ];
     side_by_side(cases, |(word, play)| {
@@ -255,9 +255,9 @@ fn handwritten_settings_survive_and_are_sent_to_the_coordinator() {
     assert_done(&ran);
     assert!(home.join("keys/id.key").exists() && !home.join(".usepod-agent").exists());
 
-    let told = server.seen()[1].json()["capabilities"]["backends"].clone();
-    let ours = told.as_array().expect("a list").iter().find(|b| b["url"] == backend.url().as_str());
-    assert_eq!(ours, Some(&json!({"kind": "vllm", "url": backend.url(), "models": ["m"]})), "{told}");
+    let printed = server.seen()[1].json()["capabilities"]["backends"].clone();
+    let ours = printed.as_array().expect("a list").iter().find(|b| b["url"] == backend.url().as_str());
+    assert_eq!(ours, Some(&json!({"kind": "vllm", "url": backend.url(), "models": ["m"]})), "{printed}");
 
     let new = text(&file);
     for kept in [
@@ -289,10 +289,10 @@ fn handwritten_settings_survive_and_are_sent_to_the_coordinator() {
     assert_eq!(text(&bak), old);
     assert_eq!((mode(&file), mode(&bak)), (0o600, 0o600));
 
-    // A second one says the same: nothing is written, and nothing is lost.
+    // A second, identical pairing writes nothing.
     assert_done(&set_up(&home, &server.url(), &["--config", named]));
     assert_eq!((text(&file), text(&bak)), (new.clone(), old.clone()));
-    // Nor is the first copy lost to a third.
+    // A third one keeps the first backup.
     let edited = format!("{}# edited\n", new.replace("max_concurrent = 6", "max_concurrent = 7"));
     fs::write(&file, &edited).expect("an edit");
     assert_done(&set_up(&home, &server.url(), &["--config", named]));
@@ -323,7 +323,7 @@ fn setup_changes_only_what_the_pairing_decides_however_the_file_is_spelled() {
     let server = coordinator(|_| active());
     let url = server.url().replace("http", "ws") + "/provider/connect";
     let head = format!("# paired with:  {}\n# provider_id:  prov_7\n# host token:   host…cdef\n\n", server.url());
-    // A server on a usual port of this machine would be added, were it not in the file.
+    // A server on a default port of this machine would be added if the file did not name it.
     let usual = [("vllm", 8000), ("llamacpp", 8080), ("llamacpp", 9931), ("lmstudio", 1234), ("ollama", 11434)];
     let listed =
         usual.map(|(kind, port)| format!("  {{kind = '{kind}',url=\"http://localhost:{port}\"}}, # one\n")).concat();
@@ -353,7 +353,7 @@ fn setup_changes_only_what_the_pairing_decides_however_the_file_is_spelled() {
             let bak = file.with_file_name("agent.toml.bak");
             assert_eq!(text(&bak), old);
 
-            // A second one says the same, so that nothing is written.
+            // A second, identical pairing writes nothing.
             fs::remove_file(&bak).expect("a copy");
             let modified = || fs::metadata(&file).and_then(|file| file.modified()).expect("a time");
             let before = modified();
@@ -386,7 +386,7 @@ fn symlink_stays_and_an_unwritable_path_is_named_before_the_pairing() {
     let real = home.write("dotfiles/agent.toml", old);
     let link = home.join("link.toml");
     std::os::unix::fs::symlink(&real, &link).expect("a link");
-    // The shell does not expand what follows a `=`.
+    // The shell does not expand `~` after `=`.
     assert_done(&set_up(&home, &server.url(), &["--config=~/link.toml"]));
     assert!(fs::symlink_metadata(&link).expect("a link").is_symlink());
     assert!(text(&real).contains("provider_id:  prov_7"));
@@ -417,7 +417,7 @@ fn ca_file_applies_to_the_pairing_too() {
             proxy.url()
         ),
     );
-    // What stands in the file will do for the base.
+    // The coordinator's WebSocket URL is accepted, too.
     let Ran { code, stdout, stderr } =
         cli_within(secs(30), home.path(), &["setup", "--coordinator", &proxy.url()], &[]);
     assert_eq!(code, Some(0), "{stdout}\n{stderr}");
@@ -427,7 +427,7 @@ fn ca_file_applies_to_the_pairing_too() {
     assert!(new.contains(&format!("url = \"{}\"", proxy.url())) && new.contains("ca_file = "), "{new}");
 }
 
-/// The way of a new operator, with the demo for the market.
+/// The steps of a new operator, with the demo in place of the market.
 #[test]
 fn paired_agent_serves_the_demos_front_door() {
     let backend = Backend::vllm_with(&["m"], |_| Answer::Raw(response(200, "text/event-stream", sse(7, 13))));

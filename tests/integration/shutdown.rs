@@ -1,4 +1,4 @@
-//! Signals, and the drain that follows them.
+//! Signals and the drain.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -18,8 +18,8 @@ fn assert_empty_offer(session: &Session) {
     assert!(is_empty_offer(&capabilities), "a stopping agent offers nothing: {capabilities}");
 }
 
-/// SIGTERM to an agent without jobs: the empty offer, Close(1000), exit code 0, all within `limit`.
-fn assert_takes_its_leave(agent: &mut Agent, session: &Session, limit: Duration) {
+/// Sends SIGTERM to an idle agent and expects the empty offer, Close(1000) and exit code 0, all within `limit`.
+fn assert_stops_in_order(agent: &mut Agent, session: &Session, limit: Duration) {
     let asked = Instant::now();
     agent.signal("TERM");
     assert_empty_offer(session);
@@ -45,7 +45,7 @@ fn each_signal_stops_an_idle_agent_within_a_second() {
 #[test]
 fn slow_drain_finishes_jobs_refuses_new_ones_and_keeps_the_heartbeat() {
     let backend = Backend::vllm(&["m"]);
-    // One that is asked every 5 s while it loads: that it is ready at last must not bring an offer back.
+    // A loading backend is probed every 5 s; that it becomes ready must not restore the offer.
     let ready = Arc::new(AtomicBool::new(false));
     let is_ready = Arc::clone(&ready);
     let loading = Backend::new(move |request| match request.line().as_str() {
@@ -152,7 +152,7 @@ fn session_end_during_the_drain_stops_the_agent_without_a_reconnect() {
     rig.coordinator.assert_not_dialled(Duration::ZERO);
 }
 
-/// A coordinator that does not read any more must not keep the process: what cannot be said is left unsaid.
+/// A coordinator that stops reading must not keep the process alive: unsent frames are dropped.
 #[test]
 fn slow_drain_does_not_outlast_its_limit_if_the_coordinator_is_stuck() {
     let backend = Backend::vllm(&["m"]);
@@ -170,7 +170,7 @@ fn slow_drain_does_not_outlast_its_limit_if_the_coordinator_is_stuck() {
 
 #[test]
 fn signal_stops_the_agent_in_every_state_of_connecting() {
-    // Each returns what has to stay open.
+    // Returns what must stay open.
     type Get = fn(&Coordinator) -> Box<dyn Any>;
     let states: [(&str, Get); 4] = [
         ("between two dials", |coordinator| {
@@ -207,7 +207,7 @@ fn signal_stops_the_agent_while_the_first_offer_is_gathered() {
     session.send(&json!({"type": "auth_ok"}));
     let _held = hung.next();
     agent.stderr.wait_line(&["connected as"]);
-    assert_takes_its_leave(&mut agent, &session, secs(1));
+    assert_stops_in_order(&mut agent, &session, secs(1));
 }
 
 #[test]
@@ -216,14 +216,14 @@ fn unread_log_does_not_keep_the_agent_from_serving_and_stopping() {
     let coordinator = Coordinator::new();
     let mut agent = Setup::new(&coordinator.url()).backend(backend.toml()).start_with_unread_outputs();
     let session = coordinator.session();
-    // A warning for each: many times what a pipe holds.
+    // Each logs a warning; together many times the size of a pipe.
     for _ in 0..5000 {
         session.send_text("not a frame");
     }
     let id = session.job("m", json!({}));
     backend.next().finish();
     session.outcome(&id).done();
-    assert_takes_its_leave(&mut agent, &session, secs(2));
+    assert_stops_in_order(&mut agent, &session, secs(2));
 }
 
 #[test]
@@ -231,7 +231,7 @@ fn second_signal_does_not_wait_for_a_coordinator_that_does_not_read() {
     let backend = Backend::vllm(&["m"]);
     let mut rig = Rig::new(&backend);
     rig.session.pause(true);
-    // Fills every buffer on the way, and with the last one the second job's time is over: the writer is stuck.
+    // Fills every buffer; when the second job's deadline has passed, the writer is blocked.
     let start = |deadline_ms: u64| {
         let mut frame = job(&uuid::Uuid::new_v4().to_string(), "m", json!({}));
         frame["deadline_ms"] = json!(deadline_ms);

@@ -1,4 +1,4 @@
-//! `status` names each reason for not serving, and the state file behind it is always whole; `pause` and `resume`.
+//! `status` names each reason for not serving; the state file is always complete; `pause` and `resume`.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +15,7 @@ fn status(setup: &Setup) -> (Value, i32) {
     (state, ran.code.expect("an exit"))
 }
 
-/// Waits until `status` names this state, and says so with this exit code in every form.
+/// Waits until `status` shows this state, with this exit code in both formats.
 fn assert_state(setup: &Setup, name: &str, code: i32) -> Value {
     let began = Instant::now();
     let state = loop {
@@ -32,7 +32,7 @@ fn assert_state(setup: &Setup, name: &str, code: i32) -> Value {
     state
 }
 
-/// `status` for people.
+/// The text of `status` and its exit code.
 fn page(setup: &Setup) -> (String, i32) {
     let ran = cli(setup.scratch.path(), &["status", "--config", "agent.toml"], &[]);
     (ran.stdout, ran.code.expect("an exit"))
@@ -242,9 +242,9 @@ fn agent_without_liveness_is_hung_whatever_its_state_file_says() {
     let lock = rig.setup.identity().with_file_name("identity.key.lock");
     let text = std::fs::read_to_string(&lock).expect("the lock file");
     let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
-    let beat: u64 = lines[2].trim().parse().expect("the beat in milliseconds");
-    lines[2] = format!("{:<20}", beat - 200_000);
-    std::fs::write(&lock, lines.join("\n") + "\n").expect("an older beat");
+    let recorded: u64 = lines[2].trim().parse().expect("milliseconds");
+    lines[2] = format!("{:<20}", recorded - 200_000);
+    std::fs::write(&lock, lines.join("\n") + "\n").expect("an older liveness");
     let state = assert_state(&rig.setup, "hung", 1);
     assert!(state["silent_seconds"].as_u64().is_some_and(|silent| silent >= 200), "{state}");
     rig.agent.signal("CONT");
@@ -255,28 +255,28 @@ fn slow_liveness_needs_both_directions_of_the_link() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     let lock = rig.setup.identity().with_file_name("identity.key.lock");
-    // `status` has the agent write down first what it knows.
-    let beat = || {
+    // `status` makes the agent record its liveness first.
+    let liveness = || {
         status(&rig.setup);
         let text = std::fs::read_to_string(&lock).expect("the lock file");
-        text.lines().nth(2).expect("a beat").trim().parse::<u64>().expect("milliseconds")
+        text.lines().nth(2).expect("a third line").trim().parse::<u64>().expect("milliseconds")
     };
-    let first = beat();
+    let first = liveness();
     rig.session.frame("heartbeat", secs(20));
-    let second = beat();
-    assert_ne!(second, first, "a beat with the first heartbeat");
-    // From its pong on the reader hears nothing.
+    let second = liveness();
+    assert_ne!(second, first, "no liveness with the first heartbeat");
+    // The pong of this ping is the last thing that the agent receives.
     rig.session.wait("the ping behind the heartbeat", SOON, |event| matches!(event, Event::Ping).then_some(()));
     rig.session.ignore_pings();
     rig.session.frame("heartbeat", secs(20));
-    let before = beat();
-    assert_ne!(before, second, "a beat for the pong");
+    let before = liveness();
+    assert_ne!(before, second, "no liveness for the pong");
     rig.session.frame("heartbeat", secs(20));
-    assert_eq!(beat(), before, "a heartbeat without anything heard is no sign of life");
-    // A message may take minutes to come: the beginning of one of 60 KiB.
+    assert_eq!(liveness(), before, "a heartbeat without anything heard is no sign of life");
+    // A large message may take minutes: this is the start of one of 60 KiB.
     rig.session.send_raw(&[0x81, 126, 0xf0, 0x00, b' ']);
     rig.session.frame("heartbeat", secs(20));
-    assert_ne!(beat(), before, "a beat while a message comes");
+    assert_ne!(liveness(), before, "no liveness while a message comes");
 }
 
 #[test]
@@ -286,8 +286,8 @@ fn pause_empties_the_offer_at_once_lets_jobs_finish_and_survives_a_restart() {
     let id = rig.session.job("m", json!({}));
     let held = backend.next();
     let asked = Instant::now();
-    let told = command(&rig.setup, "pause");
-    assert!(told.contains("1 job(s) in flight"), "{told}");
+    let printed = command(&rig.setup, "pause");
+    assert!(printed.contains("1 job(s) in flight"), "{printed}");
     let offer = rig.session.frame("capabilities", SOON);
     assert_eq!(offer["models"], json!([]), "{offer}");
     assert!(asked.elapsed() < secs(2), "the pause took {:?}", asked.elapsed());
@@ -298,7 +298,7 @@ fn pause_empties_the_offer_at_once_lets_jobs_finish_and_survives_a_restart() {
     assert_eq!((&state["models"], &state["jobs"]["refused_by_cause"]["paused"]), (&json!([]), &json!(1)), "{state}");
     held.finish();
     rig.session.outcome(&id).done();
-    // Again changes nothing; after a restart the first offer is empty.
+    // A second pause changes nothing; after a restart the first offer is empty.
     command(&rig.setup, "pause");
     rig.agent.signal("TERM");
     rig.agent.wait(SOON);
@@ -311,9 +311,9 @@ fn pause_empties_the_offer_at_once_lets_jobs_finish_and_survives_a_restart() {
     session.assert_no_frame("another offer", Duration::ZERO, is_offer);
 }
 
-/// As where the path of the socket is longer than the system allows.
+/// For example, if the path of the socket is too long.
 #[test]
-fn slow_pause_without_a_wake_socket_takes_effect_with_the_next_heartbeat() {
+fn slow_pause_without_a_wake_socket_takes_effect_with_the_next_heartliveness() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     std::fs::remove_file(rig.setup.identity().with_file_name("identity.key.wake")).expect("a socket");
@@ -329,7 +329,7 @@ fn pause_persists_if_its_marker_becomes_unreadable() {
     command(&rig.setup, "pause");
     let folder = rig.setup.scratch.join(".usepod-agent");
     set_mode(&folder, 0o000);
-    // A new session has the agent look.
+    // A new session makes the agent check the marker.
     rig.session.close(1001, "drain:deploy");
     rig.session = rig.coordinator.session();
     set_mode(&folder, 0o700);
@@ -349,7 +349,7 @@ fn pause_does_not_wait_for_a_hung_backend() {
     let mut rig = Rig::new(&backend);
     assert_state(&rig.setup, "serving", 0);
     hangs.store(true, Ordering::SeqCst);
-    // A new session asks the backends anew.
+    // A new session probes the backends.
     rig.session.close(1001, "drain:deploy");
     rig.session = rig.coordinator.session();
     let _held = backend.next();

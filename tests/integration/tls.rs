@@ -1,4 +1,4 @@
-//! `wss`: the coordinator behind real TLS, with an authority of our own.
+//! `wss`: the coordinator behind TLS, with a certificate authority of the test.
 
 use serde_json::json;
 

@@ -1,4 +1,4 @@
-//! `max_tokens_per_minute`: what counts, and what happens when it is used up.
+//! `max_tokens_per_minute`: which tokens count, and what happens when it is used up.
 
 use serde_json::json;
 
@@ -17,7 +17,7 @@ fn slow_jobs_are_refused_while_the_tokens_of_the_last_minute_reach_the_limit() {
     let backend = answering(7, 13);
     let rig = rig(&backend, 60);
     let run = || rig.session.outcome(&rig.session.job("m", json!({})));
-    // Prompt and answer count alike: 20, 40, 60.
+    // Prompt and answer both count: 20, 40, 60.
     for _ in 0..3 {
         run().done();
     }
@@ -27,7 +27,7 @@ fn slow_jobs_are_refused_while_the_tokens_of_the_last_minute_reach_the_limit() {
         assert_eq!(refused.error(), "out_of_capacity");
         assert!(refused.message().contains("max_tokens_per_minute"), "{}", refused.message());
     }
-    // A new session does not forgive them.
+    // A new session does not reset the count.
     rig.session.close(1001, "drain:deploy");
     let session = rig.coordinator.session();
     let run = || session.outcome(&session.job("m", json!({})));
