@@ -1,4 +1,4 @@
-//! The library's fixed names and behaviours, with backends implemented in the test.
+//! The library's fixed names and behaviors, with backends implemented in the test.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};

@@ -335,7 +335,7 @@ fn allow_for_large_requests(measured: &mut MeasuredAgent) {
 /// The most memory with requests of this size, in KiB.
 const PEAK_KIB_MAX_LARGE: u64 = PEAK_KIB_MAX + 8 * (PICTURE_BYTES >> 10) as u64;
 
-/// Sends a job with a large request as text, as building so large a value takes an unoptimised test too long.
+/// Sends a job with a large request as text, as building so large a value takes an unoptimized test too long.
 fn send_large_job(measured: &MeasuredAgent, time: Duration) -> String {
     let id = Uuid::new_v4().to_string();
     let frame = job_within(time, &id, "m", json!({"picture": "PICTURE"}));
@@ -351,7 +351,7 @@ fn slow_request_that_the_backend_never_reads_is_ended_by_deadline_and_cancel() {
         allow_for_large_requests(&mut measured);
         measured.backend.leave_unread(usize::MAX);
         measured.backend.hang_up();
-        // Includes the time that an unoptimised agent takes to serialise so large a request.
+        // Includes the time that an unoptimized agent takes to serialize so large a request.
         let time = if is_cancelled { secs(60) } else { secs(10) };
         let id = send_large_job(&measured, time);
         measured.rig.agent.stderr.wait_line(&["job", &id, "for model"]);

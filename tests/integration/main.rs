@@ -3,7 +3,7 @@ mod backends; // the probe requests of each kind, and the resulting offer
 mod cancel; // how soon a cancel, deadline or session end reaches the backend
 mod cli; // commands, options, exit codes, stdout and stderr
 mod config; // agent.toml: accepted files, and the errors of the others
-mod contract; // the library's fixed names and behaviours
+mod contract; // the library's fixed names and behaviors
 mod cron; // `run --cron`: leave alone, start, take over
 mod crash; // SIGKILL at any moment
 mod demo; // the local coordinator and its front door

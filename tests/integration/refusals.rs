@@ -12,7 +12,7 @@ fn slow_early_413_is_read_although_the_connection_breaks() {
     let rig = Rig::new(&backend);
     let picture = "x".repeat(20_000_000);
     let id = uuid::Uuid::new_v4().to_string();
-    // As text, as building so large a value takes an unoptimised test too long.
+    // As text, as building so large a value takes an unoptimized test too long.
     rig.session.send_text(&job(&id, "m", json!({"picture": "PICTURE"})).to_string().replace("PICTURE", &picture));
     let outcome = rig.session.outcome(&id);
     assert_eq!((outcome.error(), outcome.chunks.len()), ("internal", 0), "{}", outcome.end);

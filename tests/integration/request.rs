@@ -161,7 +161,7 @@ fn slow_requests_of_20_mb_and_nearly_64_mib_pass_in_one_frame() {
     for size in [20_000_000, (64 << 20) - 1000] {
         let picture = "x".repeat(size);
         let id = Uuid::new_v4().to_string();
-        // As text, as building so large a value takes an unoptimised test too long.
+        // As text, as building so large a value takes an unoptimized test too long.
         let frame = job(&id, "m", json!({"picture": "PICTURE"})).to_string();
         let frame = frame.replace("\"deadline_ms\":30000", "\"deadline_ms\":600000");
         rig.session.send_text(&frame.replace("PICTURE", &picture));

@@ -313,7 +313,7 @@ fn pause_empties_the_offer_at_once_lets_jobs_finish_and_survives_a_restart() {
 
 /// For example, if the path of the socket is too long.
 #[test]
-fn slow_pause_without_a_wake_socket_takes_effect_with_the_next_heartliveness() {
+fn slow_pause_without_a_wake_socket_takes_effect_with_the_next_heartbeat() {
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
     std::fs::remove_file(rig.setup.identity().with_file_name("identity.key.wake")).expect("a socket");

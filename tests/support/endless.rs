@@ -3,7 +3,7 @@
 use super::{base64, unbase64};
 
 /// An endless line that repeats a period. Received pieces are compared in base64 as they come, as decoding them would take an
-/// unoptimised test too long.
+/// unoptimized test too long.
 pub struct EndlessLine {
     pub period: Vec<u8>,
     /// The base64 of two periods, from each of the first three bytes on.

@@ -159,7 +159,7 @@ impl Session {
         self.control.resumed.notify_all();
     }
 
-    /// Passes each text message to `tap` first; for more of them than an unoptimised test can parse.
+    /// Passes each text message to `tap` first; for more of them than an unoptimized test can parse.
     pub fn tap(&self, tap: impl FnMut(&[u8]) -> bool + Send + 'static) {
         *self.control.tap.lock().expect("the tap") = Box::new(tap);
     }

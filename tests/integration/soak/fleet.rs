@@ -27,7 +27,7 @@ pub const BACKENDS: [(&str, &[&str]); 4] = [
 const SILENCE: Duration = secs(120);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Behaviour {
+enum Behavior {
     Normal,
     Away,
     Unhealthy,
@@ -44,7 +44,7 @@ pub struct Fleet {
 
 #[derive(Clone, Copy)]
 struct State {
-    behaviour: Behaviour,
+    behavior: Behavior,
     went_away: Option<Instant>,
     came_back: Option<Instant>,
 }
@@ -53,7 +53,7 @@ impl Fleet {
     pub fn new(play_log: Arc<PlayLog>, link_faults: Arc<LinkFaults>) -> Arc<Self> {
         // Loopback addresses of their own, so that nothing else takes their ports while they are away.
         let addresses = (0..BACKENDS.len()).map(|n| nobody_at(&format!("127.0.0.{}", 40 + n))).collect();
-        let normal = State { behaviour: Behaviour::Normal, went_away: None, came_back: None };
+        let normal = State { behavior: Behavior::Normal, went_away: None, came_back: None };
         Arc::new(Self {
             addresses,
             play_log,
@@ -78,7 +78,7 @@ impl Fleet {
     /// Whether this backend has been away since then.
     pub fn was_away(&self, backend: usize, since: Instant) -> bool {
         let state = self.states.lock().expect("states")[backend];
-        state.behaviour == Behaviour::Away
+        state.behavior == Behavior::Away
             || [state.went_away, state.came_back].into_iter().flatten().any(|at| at >= since)
     }
 
@@ -95,17 +95,15 @@ impl Fleet {
         while !self.link_faults.is_stopped() {
             let paused = self.link_faults.is_paused();
             for (n, backend) in backends.iter_mut().enumerate() {
-                let behaviour = self.states.lock().expect("states")[n].behaviour;
-                let next = match behaviour {
-                    Behaviour::Normal if !paused && Instant::now() >= due[n] => {
+                let behavior = self.states.lock().expect("states")[n].behavior;
+                let next = match behavior {
+                    Behavior::Normal if !paused && Instant::now() >= due[n] => {
                         due[n] = Instant::now() + rng.time(500..6000);
-                        *rng.pick(&[Behaviour::Away, Behaviour::Away, Behaviour::Unhealthy, Behaviour::Hanging])
+                        *rng.pick(&[Behavior::Away, Behavior::Away, Behavior::Unhealthy, Behavior::Hanging])
                     }
-                    Behaviour::Away | Behaviour::Unhealthy | Behaviour::Hanging
-                        if paused || Instant::now() >= due[n] =>
-                    {
+                    Behavior::Away | Behavior::Unhealthy | Behavior::Hanging if paused || Instant::now() >= due[n] => {
                         due[n] = Instant::now() + rng.time(5000..40_000);
-                        Behaviour::Normal
+                        Behavior::Normal
                     }
                     _ => continue,
                 };
@@ -115,17 +113,17 @@ impl Fleet {
         }
     }
 
-    fn change(self: &Arc<Self>, n: usize, behaviour: Behaviour, backend: &mut Option<Backend>) {
+    fn change(self: &Arc<Self>, n: usize, behavior: Behavior, backend: &mut Option<Backend>) {
         let note = |change: &dyn Fn(&mut State)| change(&mut self.states.lock().expect("states")[n]);
         // Away begins before the first connection breaks, and ends after the backend listens again.
-        if behaviour == Behaviour::Away {
-            note(&|state| (state.behaviour, state.went_away) = (behaviour, Some(Instant::now())));
+        if behavior == Behavior::Away {
+            note(&|state| (state.behavior, state.went_away) = (behavior, Some(Instant::now())));
             *backend = None;
         } else if backend.is_none() {
             *backend = Some(self.start(n));
-            note(&|state| (state.behaviour, state.came_back) = (behaviour, Some(Instant::now())));
+            note(&|state| (state.behavior, state.came_back) = (behavior, Some(Instant::now())));
         } else {
-            note(&|state| state.behaviour = behaviour);
+            note(&|state| state.behavior = behavior);
         }
     }
 
@@ -139,12 +137,12 @@ impl Fleet {
     }
 
     fn answer(self: &Arc<Self>, n: usize, request: &Request) -> Answer {
-        let behaviour = self.states.lock().expect("states")[n].behaviour;
+        let behavior = self.states.lock().expect("states")[n].behavior;
         match request.line().as_str() {
             "POST /v1/chat/completions" => self.job(n, Format::Openai, request),
             "POST /v1/messages" => self.job(n, Format::Anthropic, request),
-            _ if behaviour == Behaviour::Unhealthy => Answer::Raw(response(500, "text/plain", "not normal")),
-            _ if behaviour == Behaviour::Hanging => Answer::Play(Box::new(|line| pause(line, secs(4)).map(|()| false))),
+            _ if behavior == Behavior::Unhealthy => Answer::Raw(response(500, "text/plain", "not normal")),
+            _ if behavior == Behavior::Hanging => Answer::Play(Box::new(|line| pause(line, secs(4)).map(|()| false))),
             "GET /v1/models" => {
                 let models: Vec<_> = BACKENDS[n].1.iter().map(|id| json!({ "id": id })).collect();
                 Answer::Json(200, json!({ "data": models }))
