@@ -47,7 +47,7 @@ pub(super) fn authenticate(reader: &mut Reader<'_>, sender: &Sender) -> Result<V
     reader.set_timeout(Some(HANDSHAKE_STEP_TIMEOUT))?;
     let say = |kind: &str, key: &str, value: &str| sender.send(&json!({"type": kind, key: value}).to_string());
     say("auth_challenge", "nonce", &STANDARD.encode(nonce))?;
-    match read_auth_response(reader).and_then(|answer| verify(&nonce, &answer)) {
+    match read_auth_response(reader).and_then(|response| verify(&nonce, &response)) {
         Ok(verified) => {
             say("auth_ok", "provider_id", &verified.provider_id)?;
             reader.set_timeout(None)?; // from here on, the agent may be silent
@@ -79,17 +79,17 @@ fn read_auth_response(reader: &mut Reader<'_>) -> Result<AuthResponse, Handshake
     Ok(AuthResponse { pubkey: field("pubkey"), signature: field("signature"), agent_version: field("agent_version") })
 }
 
-fn verify(nonce: &[u8], answer: &AuthResponse) -> Result<Verified, HandshakeError> {
-    let key = STANDARD.decode(&answer.pubkey).map_err(|_| HandshakeError::Signature("`pubkey` is not base64"))?;
+fn verify(nonce: &[u8], response: &AuthResponse) -> Result<Verified, HandshakeError> {
+    let key = STANDARD.decode(&response.pubkey).map_err(|_| HandshakeError::Signature("`pubkey` is not base64"))?;
     let signature =
-        STANDARD.decode(&answer.signature).map_err(|_| HandshakeError::Signature("`signature` is not base64"))?;
+        STANDARD.decode(&response.signature).map_err(|_| HandshakeError::Signature("`signature` is not base64"))?;
     if key.len() != 32 || signature.len() != 64 {
         return Err(HandshakeError::Signature("the key or the signature has the wrong length"));
     }
     UnparsedPublicKey::new(&ED25519, &key)
         .verify(nonce, &signature)
         .map_err(|_| HandshakeError::Signature("it does not match the key and the nonce"))?;
-    Ok(Verified { agent_version: answer.agent_version.clone(), provider_id: provider_id(&key) })
+    Ok(Verified { agent_version: response.agent_version.clone(), provider_id: provider_id(&key) })
 }
 
 /// The provider id for a public key.
@@ -212,11 +212,11 @@ mod tests {
 
     #[test]
     fn verify_rejects_a_wrong_signature() {
-        let answer = AuthResponse {
+        let response = AuthResponse {
             pubkey: STANDARD.encode([1_u8; 32]),
             signature: STANDARD.encode([2_u8; 64]),
             agent_version: String::new(),
         };
-        assert!(matches!(verify(b"nonce", &answer), Err(HandshakeError::Signature(_))));
+        assert!(matches!(verify(b"nonce", &response), Err(HandshakeError::Signature(_))));
     }
 }

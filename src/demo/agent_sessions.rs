@@ -1,4 +1,4 @@
-//! What the coordinator's connections share: the current agent, its offer, and the jobs that wait for their end.
+//! The state that the coordinator's connections share: the current agent, its offer, and its jobs in flight.
 //!
 //! Invariant: the lock is not held across I/O.
 
@@ -11,10 +11,10 @@ use super::agent_protocol::OfferedModel;
 use super::job_events::{self, JobEvent};
 use super::websocket::Sender;
 
-/// How long the stages up to the first offer took.
+/// Durations of the stages up to the first offer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Stages {
-    /// From [`Coordinator::expect_agent`] to the connection.
+    /// From [`expect_agent`](super::coordinator::Coordinator::expect_agent) to the connection.
     pub connect: Duration,
     /// From the connection to the verified signature.
     pub auth: Duration,
@@ -22,16 +22,16 @@ pub struct Stages {
     pub discovery: Duration,
 }
 
-/// What the current agent offers.
+/// The offer of the current agent.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Offer {
-    /// The models, as the agent sorted them.
+    /// The models, in the order of the agent.
     pub models: Vec<OfferedModel>,
-    /// How the agent got here.
+    /// The stages up to the first offer.
     pub stages: Stages,
-    /// The version that the agent gave.
+    /// The agent's version.
     pub agent_version: String,
-    /// What the agent is called here.
+    /// The agent's provider id.
     pub provider_id: String,
 }
 

@@ -101,8 +101,8 @@ fn handle(coordinator: &Coordinator, exchange: &mut Exchange<'_>) {
     match (exchange.method(), exchange.path()) {
         ("GET", "/health") => health(coordinator, exchange),
         ("GET", "/v1/models") => exchange.respond_json(200, &listing(&offered(coordinator))),
-        ("POST", "/v1/chat/completions") => answer(coordinator, exchange, Format::Openai),
-        ("POST", "/v1/messages") => answer(coordinator, exchange, Format::Anthropic),
+        ("POST", "/v1/chat/completions") => complete(coordinator, exchange, Format::Openai),
+        ("POST", "/v1/messages") => complete(coordinator, exchange, Format::Anthropic),
         (_, path @ ("/health" | "/v1/models" | "/v1/chat/completions" | "/v1/messages")) => {
             let error = ErrorResponse::new(405, "method_not_allowed", format!("`{path}` does not support this method"));
             respond_error(exchange, &error);
@@ -154,7 +154,7 @@ fn respond_error(exchange: &mut Exchange<'_>, error: &ErrorResponse) {
     exchange.respond_json(error.status, &error.body());
 }
 
-fn answer(coordinator: &Coordinator, exchange: &mut Exchange<'_>, format: Format) {
+fn complete(coordinator: &Coordinator, exchange: &mut Exchange<'_>, format: Format) {
     let body = match exchange.read_json() {
         Ok(body) if body.is_object() => body,
         Ok(_) => {

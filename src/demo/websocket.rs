@@ -1,6 +1,7 @@
 //! The server's side of one WebSocket: the upgrade, text messages, pings and the close.
 //!
-//! Threads: the connection's thread reads. Any thread can send: a lock keeps frames whole, also those by which the reader replies.
+//! Threads: the connection's thread reads. Any thread can send; a lock keeps frames whole, including those that the reader sends in
+//! reply.
 
 use std::io::{self, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};

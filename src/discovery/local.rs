@@ -27,7 +27,7 @@ pub fn find_local() -> Vec<LocalBackend> {
         candidates.extend(urls.map(|url| BackendConfig::at(kind, url)));
     }
     let backends: Vec<Arc<dyn Backend>> = candidates.iter().map(configured_backend).collect();
-    // The probe of a hung server goes on in its thread until it times out.
+    // The probe of a hung server continues on its thread until it times out.
     let results = probe_within(&backends, SEARCH_TIMEOUT);
     let mut found = Vec::new();
     for ((config, backend), result) in candidates.into_iter().zip(&backends).zip(results) {

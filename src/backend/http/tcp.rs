@@ -23,7 +23,7 @@ use crate::net::connect;
 
 /// Input buffer of a stream that sends an event or a few at a time, in bytes.
 const INPUT_MIN: usize = 512;
-/// Input buffer of a stream that sends more than we read at a time, in bytes: fewer system calls.
+/// Input buffer of a stream that sends faster than it is read, in bytes; a large buffer saves system calls.
 const INPUT_MAX: usize = 64 << 10;
 /// Consecutive small reads after which a large input buffer is replaced by a small one.
 const SMALL_READS: u32 = 64;
