@@ -30,7 +30,7 @@ const ERROR_READ_TIME: Duration = Duration::from_secs(1);
 /// Connect timeouts are whole milliseconds, so one that the deadline causes may fire just before the deadline.
 const CONNECT_PRECISION: Duration = Duration::from_millis(1);
 
-/// Posts `body` to `url` and relays the answer into `sink`, all within `deadline`.
+/// Posts `body` to `url` and relays the response into `sink`, all within `deadline`.
 pub fn relay(
     client: &Client,
     url: &str,
