@@ -41,8 +41,8 @@
 //! | a message or frame from the coordinator | [`link::MESSAGE_BYTES_MAX`] |
 //! | connect, TLS and upgrade together | [`link::CONNECT_TIMEOUT`] |
 //! | silence before a link counts as dead | [`link::STALL_TIMEOUT`] |
-//! | frames of jobs that wait for the socket | [`link::lanes::DATA_LANE_MAX`] |
-//! | control messages that wait for the socket | [`link::lanes::CONTROL_LANE_MAX`] |
+//! | frames of jobs that wait for the socket | [`link::write_queues::DATA_LANE_MAX`] |
+//! | control messages that wait for the socket | [`link::write_queues::CONTROL_LANE_MAX`] |
 //! | requests in flight, together | [`job_executor::REQUEST_BYTES_MAX`] |
 //! | what one backend connection has read and not passed on | `INPUT_MAX` in `backend::http::tcp`, twice that for a head |
 //! | tasks that wait for a worker | `TASKS_MAX` in `worker_pool` |

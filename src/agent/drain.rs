@@ -8,8 +8,8 @@ use crossbeam_channel::{Receiver, RecvTimeoutError};
 use super::shutdown::GracefulStop;
 use crate::job_executor::JobExecutor;
 use crate::link::Link;
-use crate::link::lanes::{Control, ControlSender};
 use crate::link::protocol::{self, OfferLimits};
+use crate::link::write_queues::{Control, ControlSender};
 use crate::observe::LiveState;
 
 /// How long the end of a session waits for the writer, which may be blocked in a dead socket.

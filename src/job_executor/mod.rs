@@ -41,8 +41,8 @@ use worker_pool::WorkerPool;
 
 use crate::backend::Job;
 use crate::discovery::{Catalog, DiscoveredBackend, Listing, OfferFeed};
-use crate::link::lanes::LaneError;
 use crate::link::protocol::{self, ErrorCode};
+use crate::link::write_queues::LaneError;
 use crate::sys::threads;
 
 /// Workers per job in flight. The worker of a cancelled job may be resolving a name or connecting, which cannot be

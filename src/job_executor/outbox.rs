@@ -8,8 +8,8 @@ use crossbeam_channel::{Sender, TrySendError, select};
 use super::in_flight::InFlightJob;
 use super::table::JobTable;
 use crate::backend::{BackendError, BackendResult};
-use crate::link::lanes::{Claim, Control, ControlSender, Frame, LaneError, Lanes};
 use crate::link::waking_channel::WakingSender;
+use crate::link::write_queues::{Claim, Control, ControlSender, Frame, LaneError, Lanes};
 
 /// Where an executor puts its frames.
 pub trait Outbox: Send + Sync {

@@ -10,7 +10,7 @@ use super::in_flight::InFlightJob;
 use super::outbox::{Outbox, send_unless_cancelled};
 use super::table::JobTable;
 use crate::backend::BackendResult;
-use crate::link::lanes::LaneError;
+use crate::link::write_queues::LaneError;
 
 /// Limits how long [`JobExecutor::dispatch`](super::JobExecutor::dispatch) waits for room in a bounded channel.
 const CONTROL_SEND_TIMEOUT: Duration = Duration::from_millis(250);

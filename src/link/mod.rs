@@ -4,7 +4,7 @@
 pub mod close;
 pub mod dial;
 pub mod handshake;
-pub mod lanes;
+pub mod write_queues;
 pub mod peer_certificate;
 pub mod protocol;
 pub mod transport;

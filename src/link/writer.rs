@@ -12,9 +12,9 @@ use tungstenite::protocol::CloseFrame;
 use tungstenite::protocol::frame::coding::CloseCode;
 use tungstenite::{Bytes, Message};
 
-use super::lanes::{Control, ControlSender, DATA_LANE_MAX, Frame, Lanes};
 use super::transport::WriteHalf;
 use super::waking_channel::{Parker, WakingSender};
+use super::write_queues::{Control, ControlSender, DATA_LANE_MAX, Frame, Lanes};
 use crate::sys::threads;
 
 /// Time between heartbeats. The first one follows `capabilities` by the same time.
@@ -204,7 +204,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::super::dial::Dialer;
-    use super::super::lanes::Claim;
+    use super::super::write_queues::Claim;
     use super::*;
     use crate::net::tls::ExtraRoots;
 

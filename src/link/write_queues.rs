@@ -1,4 +1,4 @@
-//! The two lanes to the writer thread, and their limits.
+//! The two queues of the writer thread, called lanes, and their limits.
 //!
 //! The control lane carries what must not wait behind data: replies, pongs, the offer. Sending on it never blocks; at its
 //! limit it returns an error. The data lane carries the frames of jobs. At its capacity it blocks its senders: this is the

@@ -1,0 +1,138 @@
+//! Which process holds the lock, and when it last showed a sign of life.
+//!
+//! The lock file contains the pid and start time of its owner and the time of its last sign of life. It is overwritten in place,
+//! always with the same number of bytes, so that a full disk does not make a working agent look dead. The time is the system's
+//! monotonic clock, which clock corrections do not move and which stops while the machine is suspended.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::time::{ClockId, clock_gettime};
+use nix::unistd::Pid;
+
+use super::AgentPaths;
+use crate::sys::files;
+
+/// An agent that shows no sign of life for this long is unresponsive. A working agent shows one every 75 s at the latest, with the
+/// longest delay between two connection attempts, and every 45 s while it is connected.
+pub const LIVENESS_TIMEOUT: Duration = Duration::from_secs(180);
+
+/// Size of a lock file, in bytes.
+pub(super) const TEXT_BYTES: u64 = 53;
+/// Maximum size of a lock file that is read, in bytes.
+const LOCK_BYTES_MAX: u64 = 256;
+
+/// The process that the lock file identifies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LockOwner {
+    /// Its pid.
+    pub pid: u32,
+    /// Its start time, in the clock ticks of `/proc`; together with the pid it identifies the process uniquely.
+    started: u64,
+    /// Its last sign of life, on the monotonic clock.
+    last_liveness: Duration,
+}
+
+impl LockOwner {
+    /// The agent that is running with this identity.
+    pub fn running(paths: &AgentPaths) -> Option<LockOwner> {
+        LockOwner::read(&paths.lock()).filter(LockOwner::is_running)
+    }
+
+    /// A process that shows a sign of life now.
+    pub(super) fn alive_now(pid: u32, started: u64) -> LockOwner {
+        LockOwner { pid, started, last_liveness: monotonic() }
+    }
+
+    /// Time since its last sign of life.
+    pub fn since_last_liveness(&self) -> Duration {
+        monotonic().saturating_sub(self.last_liveness)
+    }
+
+    /// Whether its last sign of life is older than [`LIVENESS_TIMEOUT`].
+    pub fn is_unresponsive(&self) -> bool {
+        self.since_last_liveness() >= LIVENESS_TIMEOUT
+    }
+
+    /// Whether the pid still belongs to this process.
+    pub fn is_running(&self) -> bool {
+        start_of(&self.pid.to_string()) == Some(self.started)
+    }
+
+    /// Sends it a signal, unless it has ended.
+    ///
+    /// # Errors
+    /// The process belongs to another user.
+    pub fn signal(&self, signal: Signal) -> io::Result<()> {
+        // Larger pids do not exist.
+        let Some(pid) = i32::try_from(self.pid).ok().filter(|_| self.is_running()) else { return Ok(()) };
+        match kill(Pid::from_raw(pid), signal) {
+            Ok(()) | Err(Errno::ESRCH) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Whether both are the same process, regardless of liveness.
+    pub fn is_same_process(&self, other: &LockOwner) -> bool {
+        (self.pid, self.started) == (other.pid, other.started)
+    }
+
+    pub(super) fn read(lock: &Path) -> Option<LockOwner> {
+        let content = files::read_bounded(lock, LOCK_BYTES_MAX).ok()?;
+        let mut words = std::str::from_utf8(&content).ok()?.split_whitespace();
+        let pid = words.next()?.parse().ok()?;
+        let (started, last_liveness) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+        Some(LockOwner { pid, started, last_liveness: Duration::from_millis(last_liveness) })
+    }
+
+    /// The pid, the start time and the last sign of life in milliseconds, one per line and padded to a fixed width.
+    pub(super) fn to_text(&self) -> String {
+        format!("{:<10}\n{:<20}\n{:<20}\n", self.pid, self.started, self.last_liveness.as_millis())
+    }
+}
+
+/// The start time of a process, in clock ticks since the boot; `None` if it has ended, even if it has not been reaped.
+pub(super) fn start_of(pid: &str) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field, the name, may contain anything; the third is the state, the 22nd the start time.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    let has_ended = matches!(fields.next()?, "Z" | "X");
+    fields.nth(18).filter(|_| !has_ended)?.parse().ok()
+}
+
+/// The monotonic clock, which is the same for all processes until the next boot.
+fn monotonic() -> Duration {
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lock_owner_is_read_as_it_was_written_and_has_a_fixed_size() {
+        let short = LockOwner { pid: 7, started: 0, last_liveness: Duration::ZERO };
+        let long = LockOwner { pid: u32::MAX, started: u64::MAX, last_liveness: Duration::from_millis(u64::MAX) };
+        assert_eq!([&short, &long].map(|owner| owner.to_text().len() as u64), [TEXT_BYTES; 2]);
+        let path = std::env::temp_dir().join(format!("usepod-lock-owner-{}", std::process::id()));
+        for owner in [short, long] {
+            fs::write(&path, owner.to_text()).expect("written");
+            assert_eq!(LockOwner::read(&path), Some(owner));
+        }
+        fs::write(&path, "123\n").expect("written");
+        assert_eq!(LockOwner::read(&path), None);
+        fs::remove_file(&path).expect("removed");
+    }
+
+    #[test]
+    fn is_running_is_false_when_the_pid_belongs_to_another_process() {
+        let started = start_of("self").expect("a start");
+        let owner = LockOwner { pid: std::process::id(), started, last_liveness: monotonic() };
+        assert!(owner.is_running() && owner.since_last_liveness() < Duration::from_secs(60));
+        assert!(!LockOwner { started: started + 1, ..owner }.is_running());
+    }
+}
