@@ -14,6 +14,8 @@ mod prober;
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use serde::Serialize;
+
 pub use backend_handle::{BackendHandle, Slot};
 pub use backend_status::BackendStatus;
 pub use catalog::{Catalog, Listing, OfferFeed};
@@ -26,8 +28,8 @@ use crate::config::{BackendConfig, Pricing};
 /// Limit of models per backend; OpenRouter has about 500.
 const MODELS_MAX: usize = 4096;
 
-/// An offered model, with its backend and prices.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// An offered model, with its backend and prices; an entry of the `capabilities` frame.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ResolvedModel {
     /// The id that jobs ask for.
     pub model_id: String,
@@ -40,6 +42,7 @@ pub struct ResolvedModel {
     /// The kind of its backend.
     pub backend: String,
     /// The context window in tokens, if known.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub context_window: Option<u32>,
 }
 

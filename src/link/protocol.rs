@@ -7,8 +7,8 @@ use std::sync::LazyLock;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::{self, STANDARD as BASE64};
-use serde::Deserialize;
 use serde::de::IgnoredAny;
+use serde::{Deserialize, Serialize};
 use serde_json::{Number, Value, json};
 use uuid::Uuid;
 
@@ -203,7 +203,7 @@ pub fn auth_response(public_key: &[u8], signature: &[u8], enrollment_code: Optio
 }
 
 /// The limits in `capabilities`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct OfferLimits {
     /// Jobs in flight, over all models.
     pub max_concurrent_total: u32,
@@ -213,36 +213,18 @@ pub struct OfferLimits {
 
 /// The offer: models, prices and limits.
 pub fn capabilities(models: &[ResolvedModel], limits: OfferLimits) -> String {
-    let models: Vec<Value> = models
-        .iter()
-        .map(|m| {
-            let mut model = json!({
-                "model_id": m.model_id,
-                "input_per_1m": m.input_per_1m,
-                "output_per_1m": m.output_per_1m,
-                "max_concurrent": m.max_concurrent,
-                "backend": m.backend,
-            });
-            if let Some(window) = m.context_window {
-                model["context_window"] = window.into();
-            }
-            model
-        })
-        .collect();
     json!({
         "type": "capabilities",
         "models": models,
-        "limits": {
-            "max_concurrent_total": limits.max_concurrent_total,
-            "max_tokens_per_minute": limits.max_tokens_per_minute,
-        },
+        "limits": limits,
         "metadata": {"agent_version": AGENT_VERSION},
     })
     .to_string()
 }
 
 /// The figures of one heartbeat.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "type", rename = "heartbeat")]
 pub struct Heartbeat {
     /// Jobs in flight.
     pub queue_depth: u32,
@@ -263,17 +245,7 @@ pub struct Heartbeat {
 impl Heartbeat {
     /// The frame.
     pub fn to_frame(&self) -> String {
-        json!({
-            "type": "heartbeat",
-            "queue_depth": self.queue_depth,
-            "tokens_per_sec_p50": self.tokens_per_sec_p50,
-            "p50_latency_ms": self.p50_latency_ms,
-            "p95_latency_ms": self.p95_latency_ms,
-            "error_rate_60s": self.error_rate_60s,
-            "last_error_at": self.last_error_at,
-            "last_error_code": self.last_error_code,
-        })
-        .to_string()
+        json!(self).to_string()
     }
 }
 
