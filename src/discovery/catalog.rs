@@ -1,7 +1,7 @@
 //! The catalog: which models are offered, and which backends serve each.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
@@ -15,14 +15,8 @@ use crate::backend::Kind;
 pub struct Catalog {
     /// The offered models, by `model_id`.
     pub offer: Vec<ResolvedModel>,
-    /// The backends for each model, in order of preference.
-    routes: BTreeMap<String, Vec<Tier>>,
-}
-
-/// Backends of the same rank, in the order of the file.
-struct Tier {
-    rank: usize,
-    backends: Vec<Arc<BackendHandle>>,
+    /// The backends for each model, by rank.
+    routes: HashMap<String, Vec<Arc<BackendHandle>>>,
 }
 
 /// The models of one backend.
@@ -48,8 +42,7 @@ impl Catalog {
         let mut catalog = Catalog::default();
         catalog.offer = catalog.route(serving);
         for model in &mut catalog.offer {
-            let backends = catalog.routes[&model.model_id].iter().flat_map(|tier| &tier.backends);
-            let slots = backends.fold(0, |sum: u32, backend| sum.saturating_add(backend.slots_max));
+            let slots = catalog.routes[&model.model_id].iter().fold(0, |sum: u32, b| sum.saturating_add(b.slots_max));
             model.max_concurrent = model.max_concurrent.min(slots);
         }
         catalog.route(standby);
@@ -58,39 +51,32 @@ impl Catalog {
 
     /// Adds routes for the models that have none. Returns these models, by their ids.
     fn route(&mut self, mut listings: Vec<Listing>) -> Vec<ResolvedModel> {
-        let rank_of = |handle: &BackendHandle| Kind::rank_of(handle.backend.kind());
-        let mut added: BTreeMap<String, (ResolvedModel, Vec<Tier>)> = BTreeMap::new();
-        listings.sort_by_key(|listing| rank_of(&listing.backend));
+        let mut added: BTreeMap<String, (ResolvedModel, Vec<Arc<BackendHandle>>)> = BTreeMap::new();
+        listings.sort_by_key(|listing| rank(&listing.backend));
         for Listing { backend, models } in listings {
-            let rank = rank_of(&backend);
             for model in models.into_iter().filter(|model| !self.routes.contains_key(&model.model_id)) {
-                let (_, tiers) = added.entry(model.model_id.clone()).or_insert_with(|| (model, Vec::new()));
-                match tiers.last_mut() {
-                    Some(tier) if tier.rank == rank => tier.backends.push(backend.clone()),
-                    _ => tiers.push(Tier { rank, backends: vec![backend.clone()] }),
-                }
+                let (_, backends) = added.entry(model.model_id.clone()).or_insert_with(|| (model, Vec::new()));
+                backends.push(backend.clone());
             }
         }
-        let mut first_listed = Vec::new();
-        for (model_id, (model, tiers)) in added {
-            self.routes.insert(model_id, tiers);
-            first_listed.push(model);
-        }
-        first_listed
+        let with_route = |(model_id, (model, backends))| (model, (model_id, backends));
+        let (models, routes): (_, Vec<_>) = added.into_iter().map(with_route).unzip();
+        self.routes.extend(routes);
+        models
     }
 
     /// The backends for a job for `model_id`, in order of preference; within a rank, by free slots. Empty if no backend lists the
     /// model.
     pub fn candidates(&self, model_id: &str) -> Vec<Arc<BackendHandle>> {
-        let mut route = Vec::new();
-        for tier in self.routes.get(model_id).into_iter().flatten() {
-            let mut equals = tier.backends.clone();
-            // Cached, because the number of free slots changes meanwhile, and a sort may panic on changing keys.
-            equals.sort_by_cached_key(|backend| Reverse(backend.slots_free()));
-            route.append(&mut equals);
-        }
+        let mut route = self.routes.get(model_id).cloned().unwrap_or_default();
+        // Cached, because the number of free slots changes meanwhile, and a sort may panic on changing keys.
+        route.sort_by_cached_key(|backend| (rank(backend), Reverse(backend.slots_free())));
         route
     }
+}
+
+fn rank(handle: &BackendHandle) -> usize {
+    Kind::rank_of(handle.backend.kind())
 }
 
 /// The current catalog, and the listener for changes of the offer.
