@@ -3,6 +3,7 @@
 //! Invariants: the seed leaves this module only for the file, never for a log, an error or `Debug`. The file is replaced atomically,
 //! and unknown lines in it are kept.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -119,21 +120,13 @@ impl Identity {
         let text = std::str::from_utf8(bytes).map_err(|_| "it is not text")?;
         // Some editors write a byte-order mark.
         let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-        let mut fields = Fields::default();
+        let mut fields = HashMap::new();
         for line in block(text).ok_or_else(|| format!("it has no `{BEGIN}` … `{END}` block"))? {
             let (name, value) = line.split_once(':').ok_or("a line in it has no colon")?;
-            let value = Some(value.trim());
-            match name.trim() {
-                "version" => fields.version = value,
-                "created" => fields.created = value,
-                "secret" => fields.secret = value,
-                "public" => fields.public = value,
-                "provider_id" => fields.provider_id = value,
-                _ => {}
-            }
+            fields.insert(name.trim(), value.trim());
         }
-        let key = fields.key()?;
-        let provider_id = fields.provider_id.filter(|id| !id.is_empty()).map(str::to_owned);
+        let key = key_from(&fields)?;
+        let provider_id = fields.get("provider_id").filter(|id| !id.is_empty()).map(|id| (*id).to_owned());
         let file = IdentityFile { path: path.to_owned(), text: text.to_owned() };
         Ok(Identity { key, provider_id, file: Some(file) })
     }
@@ -214,32 +207,19 @@ impl fmt::Debug for Identity {
     }
 }
 
-#[derive(Default)]
-struct Fields<'a> {
-    version: Option<&'a str>,
-    created: Option<&'a str>,
-    secret: Option<&'a str>,
-    public: Option<&'a str>,
-    provider_id: Option<&'a str>,
-}
-
-impl Fields<'_> {
-    fn key(&self) -> Result<Ed25519KeyPair, String> {
-        let missing = |name: &str| format!("the line `{name}:` is missing");
-        let version = self.version.ok_or_else(|| missing("version"))?;
-        if version != VERSION {
-            return Err(format!("its version is not {VERSION}"));
-        }
-        self.created.ok_or_else(|| missing("created"))?;
-        let bytes = |name: &str, value: Option<&str>| -> Result<[u8; 32], String> {
-            let decoded = BASE64.decode(value.ok_or_else(|| missing(name))?);
-            let bytes = decoded.ok().and_then(|b| b.try_into().ok());
-            bytes.ok_or_else(|| format!("the line `{name}:` is not 32 bytes in base64"))
-        };
-        let (seed, public) = (bytes("secret", self.secret)?, bytes("public", self.public)?);
-        Ed25519KeyPair::from_seed_and_public_key(&seed, &public)
-            .map_err(|_| "its public key does not match its secret".into())
+/// The key from the lines of a file, by their names.
+fn key_from(fields: &HashMap<&str, &str>) -> Result<Ed25519KeyPair, String> {
+    let field = |name: &str| fields.get(name).ok_or_else(|| format!("the line `{name}:` is missing"));
+    if *field("version")? != VERSION {
+        return Err(format!("its version is not {VERSION}"));
     }
+    field("created")?;
+    let bytes = |name: &str| -> Result<[u8; 32], String> {
+        let bytes = BASE64.decode(field(name)?).ok().and_then(|b| b.try_into().ok());
+        bytes.ok_or_else(|| format!("the line `{name}:` is not 32 bytes in base64"))
+    };
+    Ed25519KeyPair::from_seed_and_public_key(&bytes("secret")?, &bytes("public")?)
+        .map_err(|_| "its public key does not match its secret".into())
 }
 
 fn new_key() -> Result<([u8; 32], Ed25519KeyPair), IdentityError> {
