@@ -8,34 +8,27 @@ const SHOWN_CHARS_MAX: usize = 80;
 
 /// An error: file and line, key and value, what is wrong, and the fix.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("{text}")]
+#[error("{fault}; {fix}")]
 pub struct ConfigError {
-    text: String,
-    /// Length of the fault, which is followed by the fix.
-    fault_end: usize,
+    fault: String,
+    fix: String,
     /// Whether there is no file at all.
     is_not_found: bool,
 }
 
-/// Separates the fault from the fix.
-const SEPARATOR: &str = "; ";
-
 impl ConfigError {
-    fn new(mut fault: String, fix: &str) -> ConfigError {
-        let fault_end = fault.len();
-        fault.push_str(SEPARATOR);
-        fault.push_str(fix);
-        ConfigError { text: fault, fault_end, is_not_found: false }
+    fn new(fault: String, fix: &str) -> ConfigError {
+        ConfigError { fault, fix: fix.to_owned(), is_not_found: false }
     }
 
     /// What is wrong, and where.
     pub fn fault(&self) -> &str {
-        &self.text[..self.fault_end]
+        &self.fault
     }
 
     /// How to fix it.
     pub fn fix(&self) -> &str {
-        &self.text[self.fault_end + SEPARATOR.len()..]
+        &self.fix
     }
 
     /// An error about the file as a whole.
