@@ -2,7 +2,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
@@ -197,43 +197,35 @@ impl Dialer {
     ) -> Result<TcpStream, DialError> {
         let (host, port) = self.peer();
         let host = host.to_owned();
-        let progress = Arc::new(Mutex::new(Progress { resolved: None, opened: Err(DialError::TimedOut) }));
-        // Receives one message when the name is resolved, and disconnects when the thread ends.
-        let (progress_sender, progressed) = bounded::<()>(1);
-        let of_thread = progress.clone();
+        // Never full: the thread sends two messages at most.
+        let (sender, progress) = bounded(2);
         threads::spawn("dial", move || {
             let opened = match (host.as_str(), port).to_socket_addrs() {
                 Ok(addresses) => {
                     let addresses: Vec<SocketAddr> = addresses.collect();
-                    Progress::lock(&of_thread).resolved = Some(addresses.clone());
-                    let _ = progress_sender.send(());
-                    connect::connect_any(&addresses, Some(deadline)).map_err(|error| DialError::Connect {
-                        host,
-                        port,
-                        error,
-                    })
+                    let _ = sender.send(Progress::Resolved(addresses.clone()));
+                    let connected = connect::connect_any(&addresses, Some(deadline));
+                    connected.map_err(|error| DialError::Connect { host, port, error })
                 }
                 Err(error) => Err(DialError::Resolve { host, error }),
             };
-            Progress::lock(&of_thread).opened = opened;
+            let _ = sender.send(Progress::Ended(opened));
         })?;
         loop {
-            let ended = select! {
-                recv(progressed) -> message => message.is_err(),
+            select! {
+                recv(progress) -> message => match message {
+                    Ok(Progress::Resolved(addresses)) => observer.resolved(&addresses),
+                    Ok(Progress::Ended(opened)) => {
+                        // A socket that is closed again has no address, and the next step fails.
+                        if let Some(address) = opened.as_ref().ok().and_then(|tcp| tcp.peer_addr().ok()) {
+                            observer.connected(address);
+                        }
+                        return opened;
+                    }
+                    Err(_) => return Err(DialError::TimedOut),
+                },
                 recv(stop) -> _ => return Err(DialError::Stopping),
                 default(deadline.saturating_duration_since(Instant::now())) => return Err(DialError::TimedOut),
-            };
-            let mut progress = Progress::lock(&progress);
-            if let Some(addresses) = progress.resolved.take() {
-                observer.resolved(&addresses);
-            }
-            if ended {
-                let opened = std::mem::replace(&mut progress.opened, Err(DialError::TimedOut));
-                // A socket that is closed again has no address, and the next step fails.
-                if let Some(address) = opened.as_ref().ok().and_then(|tcp| tcp.peer_addr().ok()) {
-                    observer.connected(address);
-                }
-                return opened;
             }
         }
     }
@@ -395,16 +387,10 @@ fn timed_out_or(other: impl Fn(io::Error) -> DialError) -> impl Fn(io::Error) ->
     }
 }
 
-/// What the thread of [`Dialer::connect`] has reached.
-struct Progress {
-    resolved: Option<Vec<SocketAddr>>,
-    opened: Result<TcpStream, DialError>,
-}
-
-impl Progress {
-    fn lock(progress: &Mutex<Progress>) -> MutexGuard<'_, Progress> {
-        progress.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+/// The messages of the thread of [`Dialer::connect`].
+enum Progress {
+    Resolved(Vec<SocketAddr>),
+    Ended(Result<TcpStream, DialError>),
 }
 
 /// A socket whose reads and writes fail after the deadline.
