@@ -261,19 +261,15 @@ pub fn probe_all(backends: &[Arc<dyn Backend>]) -> Vec<ProbeResult> {
 
 /// Like [`probe_all`], with a time limit. The result is `None` for backends that have not responded by then.
 pub fn probe_within(backends: &[Arc<dyn Backend>], limit: Duration) -> Vec<Option<ProbeResult>> {
-    let results: Vec<Option<ProbeResult>> = backends.iter().map(|_| None).collect();
-    let results = Arc::new(Mutex::new(results));
-    // Dropped with the last probe, which disconnects the receiver.
-    let (running, all_done) = bounded::<()>(0);
-    let slots = results.clone();
-    let report = move |index: usize, result| {
-        let _ = &running;
-        slots.lock().unwrap_or_else(PoisonError::into_inner)[index] = Some(result);
-    };
-    start_probes(backends, Arc::new(report));
-    let _ = all_done.recv_timeout(limit);
-    let mut results = results.lock().unwrap_or_else(PoisonError::into_inner);
-    results.iter_mut().map(Option::take).collect()
+    let started = Instant::now();
+    let mut results: Vec<Option<ProbeResult>> = backends.iter().map(|_| None).collect();
+    let (sender, arrived) = bounded(backends.len());
+    start_probes(backends, Arc::new(move |index, result| _ = sender.send((index, result))));
+    // The channel disconnects with the last probe.
+    while let Ok((index, result)) = arrived.recv_timeout(limit.saturating_sub(started.elapsed())) {
+        results[index] = Some(result);
+    }
+    results
 }
 
 /// Probes each backend on a thread of its own, and calls `report` with each result as it arrives.
