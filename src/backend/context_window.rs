@@ -1,11 +1,15 @@
 //! Asks a server for the context windows that it actually runs with, if its model listing does not include them. Each kind
 //! reports them on a route of its own. If a request fails, the window stays unknown, and the model is offered anyway.
 
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::{Value, json};
 
 use super::listing::{Listed, window};
 use super::probe::Probe;
 use super::{BackendModel, Kind};
+
+/// What is escaped in the value of a query.
+const QUERY_VALUE: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 /// Returns the listed models with their context windows.
 pub fn fill_in(kind: Kind, listed: Vec<Listed>, probe: &Probe<'_>) -> Vec<BackendModel> {
@@ -26,7 +30,10 @@ fn llamacpp(listed: Vec<Listed>, probe: &Probe<'_>) -> Vec<BackendModel> {
     let own = n_ctx(get(probe, "/props"));
     let with_window = |mut listed: Listed| {
         listed.model.context_window = if listed.routed || own.is_none() {
-            n_ctx(get(probe, &format!("/props?model={}&autoload=false", percent_encoded(&listed.model.model_id))))
+            n_ctx(get(
+                probe,
+                &format!("/props?model={}&autoload=false", utf8_percent_encode(&listed.model.model_id, QUERY_VALUE)),
+            ))
         } else {
             own
         };
@@ -87,19 +94,6 @@ fn find<'a>(entries: &'a Value, keys: &[&str], id: &str) -> &'a Value {
     found.unwrap_or(&Value::Null)
 }
 
-/// Percent-encodes a query value.
-fn percent_encoded(text: &str) -> String {
-    let mut encoded = String::with_capacity(text.len());
-    for b in text.bytes() {
-        if b.is_ascii_alphanumeric() || b"-._~".contains(&b) {
-            encoded.push(char::from(b));
-        } else {
-            encoded.push_str(&format!("%{b:02X}"));
-        }
-    }
-    encoded
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -114,7 +108,10 @@ mod tests {
     }
 
     #[test]
-    fn percent_encoded_escapes_what_a_query_value_cannot_contain() {
-        assert_eq!(percent_encoded("org/Model-1.5:Q4 & x"), "org%2FModel-1.5%3AQ4%20%26%20x");
+    fn query_value_escapes_what_a_query_value_cannot_contain() {
+        assert_eq!(
+            utf8_percent_encode("org/Model-1.5:Q4 & x", QUERY_VALUE).to_string(),
+            "org%2FModel-1.5%3AQ4%20%26%20x"
+        );
     }
 }

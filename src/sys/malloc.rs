@@ -27,8 +27,9 @@ pub fn trim_if_requested() {
 }
 
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[expect(unsafe_code, reason = "the standard library does not offer these calls")]
 mod allocator {
-    use std::ffi::c_int;
+    use libc::c_int;
 
     /// Number of arenas; glibc's default is eight per core.
     const ARENAS_MAX: c_int = 2;
@@ -36,24 +37,19 @@ mod allocator {
     /// Size from which buffers are mapped individually, in bytes; glibc's initial value.
     const MMAP_THRESHOLD_BYTES: c_int = 128 << 10;
 
-    // As in `malloc.h`.
-    const M_MMAP_THRESHOLD: c_int = -3;
-    const M_ARENA_MAX: c_int = -8;
-
-    #[expect(unsafe_code, reason = "the standard library does not offer these calls")]
-    // SAFETY: the declarations match glibc's, and any thread may call both functions at any time.
-    unsafe extern "C" {
-        safe fn mallopt(parameter: c_int, value: c_int) -> c_int;
-        safe fn malloc_trim(pad: usize) -> c_int;
-    }
-
     pub fn configure() {
-        mallopt(M_ARENA_MAX, ARENAS_MAX);
-        mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES);
+        // SAFETY: any thread may call this at any time.
+        unsafe {
+            libc::mallopt(libc::M_ARENA_MAX, ARENAS_MAX);
+            libc::mallopt(libc::M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES);
+        }
     }
 
     pub fn trim() {
-        malloc_trim(0);
+        // SAFETY: any thread may call this at any time.
+        unsafe {
+            libc::malloc_trim(0);
+        }
     }
 }
 

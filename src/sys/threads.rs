@@ -11,7 +11,10 @@ const STACK_BYTES: usize = if cfg!(debug_assertions) { 1 << 20 } else { 512 << 1
 ///
 /// # Errors
 /// The system refused a thread; the body is dropped.
-pub fn spawn(name: impl Into<String>, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+pub fn spawn<T: Send + 'static>(
+    name: impl Into<String>,
+    body: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
     Builder::new().name(name.into()).stack_size(STACK_BYTES).spawn(body)
 }
 
@@ -20,35 +23,10 @@ pub fn spawn(name: impl Into<String>, body: impl FnOnce() + Send + 'static) -> i
 /// machine whose cores are all busy, an event waits 1 to 4 ms for the end of another thread's time slice, which inference gains. If
 /// the system refuses, nothing changes.
 pub fn set_batch_scheduling() {
-    scheduler::batch();
-}
-
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
-mod scheduler {
-    use std::ffi::c_int;
-
-    // As in `sched.h`.
-    const SCHED_BATCH: c_int = 3;
-    const CALLING_THREAD: c_int = 0;
-
-    #[repr(C)]
-    struct Parameters {
-        priority: c_int,
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    #[expect(unsafe_code, reason = "neither std nor nix offers this call")]
+    // SAFETY: the call reads the parameters and keeps no pointer to them. 0 is the calling thread.
+    unsafe {
+        libc::sched_setscheduler(0, libc::SCHED_BATCH, &libc::sched_param { sched_priority: 0 });
     }
-
-    #[expect(unsafe_code, reason = "the standard library does not offer this call")]
-    // SAFETY: the declaration matches glibc's; the function reads the parameters and does not keep the pointer.
-    unsafe extern "C" {
-        safe fn sched_setscheduler(pid: c_int, policy: c_int, parameters: &Parameters) -> c_int;
-    }
-
-    pub fn batch() {
-        sched_setscheduler(CALLING_THREAD, SCHED_BATCH, &Parameters { priority: 0 });
-    }
-}
-
-/// Other systems have no such scheduling policy.
-#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-mod scheduler {
-    pub fn batch() {}
 }
