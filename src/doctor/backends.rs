@@ -2,7 +2,7 @@
 //! loaded.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use super::backend_fixes::{fix_of, load_fix, no_model_fix};
@@ -21,20 +21,15 @@ const NAMES_MAX: usize = 6;
 pub struct BackendCheck<'a> {
     config: &'a BackendConfig,
     server: Arc<HttpBackend>,
-    result: Arc<Mutex<Option<BackendResult<Diagnosis>>>>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<BackendResult<Diagnosis>>>,
 }
 
 impl<'a> BackendCheck<'a> {
     /// Starts to query the backend.
     pub fn start(config: &'a BackendConfig) -> BackendCheck<'a> {
         let server = Arc::new(HttpBackend::new(config.kind, config.url.clone(), config.api_key_env.as_deref()));
-        let result = Arc::new(Mutex::new(None));
-        let diagnose = {
-            let (server, result) = (server.clone(), result.clone());
-            move || *result.lock().unwrap_or_else(PoisonError::into_inner) = Some(server.diagnose())
-        };
-        BackendCheck { config, server, result, thread: threads::spawn("diagnose", diagnose).ok() }
+        let of_thread = server.clone();
+        BackendCheck { config, server, thread: threads::spawn("diagnose", move || of_thread.diagnose()).ok() }
     }
 
     /// Reports the result, with a test completion if `inference`. Returns the number of models to offer.
@@ -42,21 +37,15 @@ impl<'a> BackendCheck<'a> {
         report.heading(format_args!("backend {}", self.server.id()));
         report.pending("health");
         // There is no result if the thread could not be started, or panicked.
-        let is_done = self.thread.take().is_some_and(|thread| thread.join().is_ok());
-        let result = if is_done { self.result.lock().ok().and_then(|mut result| result.take()) } else { None };
-        let Some(result) = result else {
-            report.fail(
-                "health",
-                format_args!("not checked: failed to start a thread"),
-                format_args!("ulimit -u; free -m"),
-            );
+        let Some(result) = self.thread.take().and_then(|thread| thread.join().ok()) else {
+            report.fail("health", "not checked: failed to start a thread", "ulimit -u; free -m");
             return 0;
         };
         let key = self.key(report);
         let (offered, unloaded) = match result {
             Err(e) => {
                 self.failed(report, "health", &e);
-                report.skip("models", format_args!("skipped: needs health"));
+                report.skip("models", "skipped: needs health");
                 (Vec::new(), Vec::new())
             }
             Ok(Diagnosis { latency: took, models, unloaded }) => {
@@ -74,11 +63,11 @@ impl<'a> BackendCheck<'a> {
         // Without its key no job can succeed, so nothing is offered.
         let offered = if key.is_ok() { offered } else { Vec::new() };
         if offered.is_empty() {
-            report.skip("completion", format_args!("skipped: no model to test"));
+            report.skip("completion", "skipped: no model to test");
         } else if self.config.kind.is_hosted() {
-            report.skip("completion", format_args!("skipped: it costs money on a hosted backend"));
+            report.skip("completion", "skipped: it costs money on a hosted backend");
         } else if !inference {
-            report.skip("completion", format_args!("skipped: --no-inference"));
+            report.skip("completion", "skipped: --no-inference");
         } else {
             inference_check::run(report, &*self.server, inference_check::pick(&offered, &unloaded), self.config.kind);
         }
@@ -95,14 +84,14 @@ impl<'a> BackendCheck<'a> {
                 let fix = format_args!(
                     "export {name}=VALUE here, and set it in the crontab or the unit that starts the agent"
                 );
-                report.fail("key", format_args!("{e}"), fix);
+                report.fail("key", e, fix);
             }
         }
         ready
     }
 
     fn failed(&self, report: &mut Report<'_>, check: &str, e: &BackendError) {
-        report.fail(check, format_args!("{e}"), format_args!("{}", fix_of(e, self.config.kind)));
+        report.fail(check, e, fix_of(e, self.config.kind));
     }
 
     /// Reports the models that are listed, and returns those that are offered.
@@ -149,25 +138,25 @@ impl<'a> BackendCheck<'a> {
             }
         }
         if free.count > 0 {
-            let fix = format_args!("set a price above 0 in [pricing.models]");
+            let fix = "set a price above 0 in [pricing.models]";
             report.warn("prices", format_args!("price 0, so not offered: {free}"), fix);
         }
         let count = listed_ids.len();
         if ids.count > 0 {
             report.pass("models", format_args!("lists {count}, {} to offer: {ids}", ids.count));
-            report.pass("window", format_args!("{windows}"));
+            report.pass("window", windows);
         } else {
             let fix = if count == 0 {
                 no_model_fix(kind)
             } else {
                 "remove `models` of this backend to offer all models it lists, and set their prices above 0"
             };
-            report.fail("models", format_args!("lists {count} model(s), none of them to offer"), format_args!("{fix}"));
+            report.fail("models", format_args!("lists {count} model(s), none of them to offer"), fix);
         }
         let fix = load_fix(kind);
         for (names, outcome) in [(waiting, "its first job waits and may time out"), (excluded, "it is not offered")] {
             if names.count > 0 {
-                report.warn("loaded", format_args!("not loaded, so {outcome}: {names}"), format_args!("{fix}"));
+                report.warn("loaded", format_args!("not loaded, so {outcome}: {names}"), fix);
             }
         }
         offered
@@ -192,7 +181,7 @@ fn report_unknown(report: &mut Report<'_>, wanted: &str, listed: &[String], unlo
         }
     };
     let what = format_args!("model unknown: the server does not list `{wanted}`");
-    report.fail("models", what, format_args!("{fix}"));
+    report.fail("models", what, fix);
 }
 
 /// A list of names: the first few, and the number of the others.

@@ -17,9 +17,9 @@ pub fn compare(report: &mut Report<'_>, theirs: i64, ours: i64) {
     let span = datetime::format_duration(off.unsigned_abs());
     let what = format_args!("{span} {direction} the coordinator's");
     match i64::try_from(off.unsigned_abs()).unwrap_or(i64::MAX) {
-        0..=OFF_IGNORED_SECONDS => report.pass("clock", format_args!("within 30 s of the coordinator's")),
-        seconds if seconds <= OFF_MAX_SECONDS => report.warn("clock", what, format_args!("{FIX}")),
-        _ => report.fail("clock", what, format_args!("{FIX}")),
+        0..=OFF_IGNORED_SECONDS => report.pass("clock", "within 30 s of the coordinator's"),
+        seconds if seconds <= OFF_MAX_SECONDS => report.warn("clock", what, FIX),
+        _ => report.fail("clock", what, FIX),
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Invariant: the challenge is not answered, because that could displace the session of a running agent.
 
-use std::fmt;
+use std::fmt::Display;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime};
@@ -43,12 +43,10 @@ pub fn examine(report: &mut Report<'_>, config: &CoordinatorConfig) {
         Ok(mut half) => {
             dial.pass(format_args!("upgraded after {} ms", dial.since.elapsed().as_millis()));
             match handshake::challenge(&mut half) {
-                Ok(_) => dial.pass(format_args!("received; not answered, because that could displace a running agent")),
+                Ok(_) => dial.pass("received; not answered, because that could displace a running agent"),
                 Err(e) => {
-                    let fix = format_args!(
-                        "check that `[coordinator] url` is a Use Pod coordinator; if it is, the coordinator is failing: try later"
-                    );
-                    dial.fail(format_args!("{e}"), fix);
+                    let fix = "check that `[coordinator] url` is a Use Pod coordinator; if it is, the coordinator is failing: try later";
+                    dial.fail(e, fix);
                 }
             }
             half.close();
@@ -111,7 +109,7 @@ impl DialObserver for DialReport<'_, '_> {
 
     fn secured(&mut self, version: Option<ProtocolVersion>, certificate: &[u8]) {
         let version = if version == Some(ProtocolVersion::TLSv1_2) { "TLS 1.2" } else { "TLS 1.3" };
-        let Some(certificate) = certificate::parse(certificate) else { return self.pass(format_args!("{version}")) };
+        let Some(certificate) = certificate::parse(certificate) else { return self.pass(version) };
         let days = certificate.not_after.saturating_sub(datetime::now()) / 86400;
         let (issuer, until) = (issuer(&certificate), datetime::format_date(certificate.not_after));
         let what = format_args!("{version}, issuer {issuer}, expires in {days} day(s), on {until}");
@@ -119,7 +117,7 @@ impl DialObserver for DialReport<'_, '_> {
             self.report.warn(
                 LAYERS[TLS],
                 what,
-                format_args!("the certificate must be renewed: notify the operator of the coordinator"),
+                "the certificate must be renewed: notify the operator of the coordinator",
             );
             self.reach(WEBSOCKET);
         } else {
@@ -133,14 +131,14 @@ impl DialObserver for DialReport<'_, '_> {
 }
 
 impl DialReport<'_, '_> {
-    fn pass(&mut self, what: fmt::Arguments<'_>) {
+    fn pass(&mut self, what: impl Display) {
         self.report.pass(LAYERS[self.layer], what);
         self.reach(self.layer + 1);
     }
 
     fn reach_coordinator(&mut self) {
         if !self.secure {
-            self.report.skip(LAYERS[TLS], format_args!("skipped: ws:// is not encrypted"));
+            self.report.skip(LAYERS[TLS], "skipped: ws:// is not encrypted");
         }
         self.reach(if self.secure { TLS } else { WEBSOCKET });
     }
@@ -154,7 +152,7 @@ impl DialReport<'_, '_> {
         }
     }
 
-    fn fail(&mut self, what: fmt::Arguments<'_>, fix: fmt::Arguments<'_>) {
+    fn fail(&mut self, what: impl Display, fix: impl Display) {
         self.report.fail(LAYERS[self.layer], what, fix);
     }
 
@@ -201,7 +199,7 @@ impl DialReport<'_, '_> {
             }
         };
         let key = if self.dialer.uses_proxy() { "HTTPS_PROXY" } else { "`[coordinator] url`" };
-        self.fail(format_args!("{e}"), format_args!("{fix}; the address is from {key}"));
+        self.fail(e, format_args!("{fix}; the address is from {key}"));
     }
 
     fn report_certificate(&mut self, e: &DialError, fault: &CertificateError) {

@@ -38,23 +38,19 @@ pub fn run(report: &mut Report<'_>, backend: &dyn Backend, model: &str, kind: Ki
             if first_byte.is_none() && e == BackendError::DeadlinePassed {
                 let seconds = DEADLINE_DEFAULT_MS / 1000;
                 let what = format_args!("{model}: no byte within {seconds} s, the usual deadline of a job");
-                report.fail("completion", what, format_args!("{fix}"));
+                report.fail("completion", what, fix);
             } else {
-                report.fail("completion", format_args!("{model}: {e}"), format_args!("{fix}"));
+                report.fail("completion", format_args!("{model}: {e}"), fix);
             }
-            report.skip("cancel", format_args!("skipped: needs completion"));
+            report.skip("cancel", "skipped: needs completion");
             return;
         }
     }
     report.pending("cancel");
     match execute(backend, model, CANCELLED_TOKENS, true) {
         (Err(BackendError::Cancelled), _) => cancelled(report, backend, kind),
-        (Ok(_), _) => report.warn(
-            "cancel",
-            format_args!("the answer was complete before it could be cancelled"),
-            format_args!("try again"),
-        ),
-        (Err(e), _) => report.fail("cancel", format_args!("{e}"), format_args!("{}", fix_of(&e, kind))),
+        (Ok(_), _) => report.warn("cancel", "the answer was complete before it could be cancelled", "try again"),
+        (Err(e), _) => report.fail("cancel", &e, fix_of(&e, kind)),
     }
 }
 
@@ -71,7 +67,7 @@ fn cancelled(report: &mut Report<'_>, backend: &dyn Backend, kind: Kind) {
         }
         Err(e) => {
             let what = format_args!("the server fails after a cancelled job: {e}");
-            report.fail("cancel", what, format_args!("{}", fix_of(&e, kind)));
+            report.fail("cancel", what, fix_of(&e, kind));
         }
     }
 }

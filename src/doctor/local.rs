@@ -23,22 +23,18 @@ pub fn config(report: &mut Report<'_>, named: Option<&Path>, allow_insecure: boo
     let (config, path) = match read {
         Ok(read) => read,
         Err(e) => {
-            report.fail("config", format_args!("{}", e.fault()), format_args!("{}", e.fix()));
+            report.fail("config", e.fault(), e.fix());
             return None;
         }
     };
     if config.backends.is_empty() {
         let what = format_args!("`{}` has no [[backends]], so there is nothing to offer", path.display());
-        report.fail(
-            "config",
-            what,
-            format_args!("add your server: run `usepod-agent setup`, or see the example in the README"),
-        );
+        report.fail("config", what, "add your server: run `usepod-agent setup`, or see the example in the README");
     } else {
         report.pass("config", format_args!("`{}`, {} backend(s)", path.display(), config.backends.len()));
     }
     for warning in &config.warnings {
-        report.warn("config", format_args!("{}", warning.fault()), format_args!("{}", warning.fix()));
+        report.warn("config", warning.fault(), warning.fix());
     }
     Some(config)
 }
@@ -53,7 +49,7 @@ pub fn identity(report: &mut Report<'_>, config: &Config) {
             report.warn(
                 "identity",
                 what,
-                format_args!("usepod-agent setup creates and pairs it; if it was lost, restore it from your backup"),
+                "usepod-agent setup creates and pairs it; if it was lost, restore it from your backup",
             );
         }
         Err(e) => {
@@ -61,11 +57,11 @@ pub fn identity(report: &mut Report<'_>, config: &Config) {
             report.fail("identity", format_args!("failed to read `{shown_path}`: {e}"), fix);
         }
         Ok(metadata) => {
-            if let Some(mode) = open_to_others(&metadata) {
+            if let Some(mode) = files::open_to_others(&metadata) {
                 let what = format_args!("`{shown_path}` has mode {mode:04o}, so other users can use your key");
                 report.fail("identity", what, format_args!("chmod 600 '{shown_path}'"));
             }
-            enrollment(report, config, Identity::load(path), open_to_others(&metadata).is_none());
+            enrollment(report, config, Identity::load(path), files::open_to_others(&metadata).is_none());
         }
     }
 }
@@ -76,15 +72,11 @@ fn enrollment(report: &mut Report<'_>, config: &Config, identity: Result<Identit
         Ok(identity) => identity,
         Err(IdentityError::Invalid { reason, .. }) => {
             let fix = "restore it from a backup, or move it away to start as a new agent";
-            report.fail("identity", format_args!("`{path}` is invalid: {reason}"), format_args!("{fix}"));
+            report.fail("identity", format_args!("`{path}` is invalid: {reason}"), fix);
             return;
         }
         Err(e) => {
-            report.fail(
-                "identity",
-                format_args!("{e}"),
-                format_args!("give it to the user that runs the agent: chown USER '{path}'"),
-            );
+            report.fail("identity", e, format_args!("give it to the user that runs the agent: chown USER '{path}'"));
             return;
         }
     };
@@ -93,35 +85,21 @@ fn enrollment(report: &mut Report<'_>, config: &Config, identity: Result<Identit
     }
     match (identity.provider_id(), &config.coordinator.enrollment_code) {
         (Some(id), _) => report.pass("enrollment", format_args!("enrolled as {}", id)),
-        (None, Some(_)) => report
-            .pass("enrollment", format_args!("pending: the first connection sends the enrollment code of the configuration")),
+        (None, Some(_)) => {
+            report.pass("enrollment", "pending: the first connection sends the enrollment code of the configuration")
+        }
         (None, None) => report.warn(
             "enrollment",
-            format_args!(
-                "no provider id yet and no enrollment code: only a coordinator that knows the public key accepts the agent"
-            ),
-            format_args!("usepod-agent setup; if the agent is paired already, the first connection brings the id"),
+            "no provider id yet and no enrollment code: only a coordinator that knows the public key accepts the agent",
+            "usepod-agent setup; if the agent is paired already, the first connection brings the id",
         ),
     }
-}
-
-/// The mode, if it grants anything to others than the owner.
-#[cfg(unix)]
-fn open_to_others(metadata: &fs::Metadata) -> Option<u32> {
-    use std::os::unix::fs::PermissionsExt;
-    let mode = metadata.permissions().mode() & 0o777;
-    (mode & 0o077 != 0).then_some(mode)
-}
-
-#[cfg(not(unix))]
-fn open_to_others(_: &fs::Metadata) -> Option<u32> {
-    None
 }
 
 /// Checks the agent that runs with this identity. Returns whether there is one.
 pub fn lock(report: &mut Report<'_>, paths: &AgentPaths) -> bool {
     let Some(owner) = LockOwner::running(paths) else {
-        report.pass("lock", format_args!("free: no agent is running with this identity"));
+        report.pass("lock", "free: no agent is running with this identity");
         return false;
     };
     let (pid, silence) = (owner.pid, owner.since_last_liveness());
@@ -138,11 +116,7 @@ pub fn lock(report: &mut Report<'_>, paths: &AgentPaths) -> bool {
 /// Checks whether the agent can write beside its identity.
 pub fn disk(report: &mut Report<'_>, config: &Config) {
     let Some(folder) = existing_folder(&config.key_path) else {
-        report.fail(
-            "disk",
-            format_args!("the identity has no folder"),
-            format_args!("set [identity] key_path to an absolute path"),
-        );
+        report.fail("disk", "the identity has no folder", "set [identity] key_path to an absolute path");
         return;
     };
     let path = folder.display();
@@ -152,16 +126,12 @@ pub fn disk(report: &mut Report<'_>, config: &Config) {
     #[allow(clippy::useless_conversion, clippy::unnecessary_cast)]
     let free = free.map(|disk| (disk.blocks_available() as u64).saturating_mul(disk.fragment_size() as u64));
     if read_only {
-        report.fail("disk", format_args!("`{path}` is mounted read-only"), format_args!("{READ_ONLY_FIX}"));
+        report.fail("disk", format_args!("`{path}` is mounted read-only"), READ_ONLY_FIX);
     } else if let Err(e) = write_test_file(&folder) {
-        report.fail(
-            "disk",
-            format_args!("failed to write to `{path}`: {e}"),
-            format_args!("{}", write_fix(&e, &folder)),
-        );
+        report.fail("disk", format_args!("failed to write to `{path}`: {e}"), write_fix(&e, &folder));
     } else if let Some(free) = free.filter(|free| *free < FREE_BYTES_MIN) {
         let what = format_args!("{} MiB free at `{path}`, too little for the state file and the log", free >> 20);
-        report.fail("disk", what, format_args!("{FULL_FIX}"));
+        report.fail("disk", what, FULL_FIX);
     } else {
         // Unknown only if the system does not report it.
         let free = free.unwrap_or(0) >> 20;

@@ -40,10 +40,10 @@ pub struct Options<'a> {
 pub fn examine(options: &Options<'_>, out: &mut dyn Write, terminal: Terminal) -> bool {
     let _ = writeln!(out, "usepod-agent {AGENT_VERSION} doctor");
     let mut report = Report::new(out, terminal);
-    report.heading(format_args!("this machine"));
+    report.heading("this machine");
     let Some(config) = local::config(&mut report, options.config, options.allow_insecure) else {
-        report.skip("all else", format_args!("skipped: needs config"));
-        return report.verdict(format_args!(""));
+        report.skip("all else", "skipped: needs config");
+        return report.verdict("");
     };
     // The backends are queried while the coordinator is checked.
     let backends: Vec<BackendCheck<'_>> = config.backends.iter().map(BackendCheck::start).collect();
@@ -62,7 +62,7 @@ pub fn examine(options: &Options<'_>, out: &mut dyn Write, terminal: Terminal) -
         models += backend.report(&mut report, &terms, options.inference);
     }
 
-    report.heading(format_args!("supervision"));
+    report.heading("supervision");
     supervisor::examine(&mut report, &paths, is_running);
     report.verdict(format_args!("{models} model(s) to offer, from {servers} backend(s)"))
 }

@@ -2,7 +2,7 @@
 //!
 //! Invariant: whatever a text contains and wherever it comes from, it is bounded and printable.
 
-use std::fmt;
+use std::fmt::Display;
 use std::io::Write;
 
 use crate::sys::terminal::{Terminal, wrap};
@@ -53,7 +53,7 @@ impl<'a> Report<'a> {
     }
 
     /// Starts a section.
-    pub fn heading(&mut self, text: fmt::Arguments<'_>) {
+    pub fn heading(&mut self, text: impl Display) {
         self.print(&format!("\n{}", wrap("", &one_line(text), self.terminal.width)));
     }
 
@@ -66,13 +66,13 @@ impl<'a> Report<'a> {
     }
 
     /// The check passed.
-    pub fn pass(&mut self, name: &str, what: fmt::Arguments<'_>) {
+    pub fn pass(&mut self, name: &str, what: impl Display) {
         self.checks += 1;
         self.entry(Mark::Pass, name, what);
     }
 
     /// The check found something that does not keep the agent from serving.
-    pub fn warn(&mut self, name: &str, what: fmt::Arguments<'_>, fix: fmt::Arguments<'_>) {
+    pub fn warn(&mut self, name: &str, what: impl Display, fix: impl Display) {
         self.checks += 1;
         self.warnings += 1;
         self.entry(Mark::Warning, name, what);
@@ -80,23 +80,24 @@ impl<'a> Report<'a> {
     }
 
     /// The check failed.
-    pub fn fail(&mut self, name: &str, what: fmt::Arguments<'_>, fix: fmt::Arguments<'_>) {
+    pub fn fail(&mut self, name: &str, what: impl Display, fix: impl Display) {
         self.checks += 1;
         self.failures += 1;
+        let what = what.to_string();
         if self.failures == 1 {
-            self.first_failure = format!("{name}: {}", one_line(what));
+            self.first_failure = format!("{name}: {}", one_line(&what));
         }
         self.entry(Mark::Failure, name, what);
         self.fix(fix);
     }
 
     /// The check was not done.
-    pub fn skip(&mut self, name: &str, why: fmt::Arguments<'_>) {
+    pub fn skip(&mut self, name: &str, why: impl Display) {
         self.entry(Mark::Skipped, name, why);
     }
 
     /// Prints the verdict, with `summary` if no check failed. Returns whether none did.
-    pub fn verdict(mut self, summary: fmt::Arguments<'_>) -> bool {
+    pub fn verdict(mut self, summary: impl Display) -> bool {
         let Report { checks, failures, warnings, .. } = self;
         let first = std::mem::take(&mut self.first_failure);
         if failures > 0 {
@@ -109,7 +110,7 @@ impl<'a> Report<'a> {
         failures == 0
     }
 
-    fn entry(&mut self, mark: Mark, name: &str, what: fmt::Arguments<'_>) {
+    fn entry(&mut self, mark: Mark, name: &str, what: impl Display) {
         let (utf8, ascii, color) = mark.looks();
         let mark = if self.terminal.is_utf8 { utf8 } else { ascii };
         let text = wrap(&format!("  {mark} {name:NAME_WIDTH$}"), &one_line(what), self.terminal.width);
@@ -118,7 +119,7 @@ impl<'a> Report<'a> {
         self.print(&colored);
     }
 
-    fn fix(&mut self, fix: fmt::Arguments<'_>) {
+    fn fix(&mut self, fix: impl Display) {
         let mark_width = if self.terminal.is_utf8 { 1 } else { 4 };
         let indent = mark_width + 3 + NAME_WIDTH;
         self.print(&wrap(&format!("{:indent$}fix: ", ""), &one_line(fix), self.terminal.width));
@@ -131,7 +132,7 @@ impl<'a> Report<'a> {
 }
 
 /// Escapes everything but printable characters. Quotes and backslashes are kept.
-fn one_line(text: fmt::Arguments<'_>) -> String {
+fn one_line(text: impl Display) -> String {
     let mut line = String::new();
     for c in text.to_string().chars().take(TEXT_MAX) {
         match c {
@@ -149,14 +150,14 @@ mod tests {
     fn printed(terminal: Terminal) -> String {
         let mut out = Vec::new();
         let mut report = Report::new(&mut out, terminal);
-        report.heading(format_args!("this machine"));
+        report.heading("this machine");
         report.pending("a");
-        report.pass("a", format_args!("good"));
-        report.warn("b", format_args!("odd"), format_args!("correct it"));
-        report.fail("c", format_args!("two\nlines\x1b[2J"), format_args!("correct that"));
-        report.fail("d", format_args!("broken too"), format_args!("later"));
-        report.skip("e", format_args!("not reached"));
-        assert!(!report.verdict(format_args!("never said")));
+        report.pass("a", "good");
+        report.warn("b", "odd", "correct it");
+        report.fail("c", "two\nlines\x1b[2J", "correct that");
+        report.fail("d", "broken too", "later");
+        report.skip("e", "not reached");
+        assert!(!report.verdict("never said"));
         String::from_utf8(out).expect("text")
     }
 

@@ -1,6 +1,5 @@
 //! The supervisor of the agent: a crontab or a systemd unit, and whether it works.
 
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::report::Report;
@@ -17,54 +16,36 @@ pub fn examine(report: &mut Report<'_>, paths: &AgentPaths, is_running: bool) {
     report.pending(NAME);
     let stopped = paths.stopped().exists();
     match installed() {
-        Err(why) => {
-            report.fail(NAME, format_args!("{why}"), format_args!("correct that, then: usepod-agent service status"))
-        }
+        Err(why) => report.fail(NAME, why, "correct that, then: usepod-agent service status"),
         Ok(None) => {
-            report.fail(
-                NAME,
-                format_args!("nothing restarts the agent after a crash or a reboot"),
-                format_args!("usepod-agent service install"),
-            );
+            report.fail(NAME, "nothing restarts the agent after a crash or a reboot", "usepod-agent service install");
         }
         // Only a warning: the daemon may be a process that this user cannot see.
         Ok(Some(Supervisor::Cron(_))) if is_cron_running() == Some(false) => report.warn(
             NAME,
-            format_args!("the agent is in the crontab, but no cron daemon seems to be running"),
-            format_args!("as root: service cron start (Debian), systemctl enable --now cron or crond"),
+            "the agent is in the crontab, but no cron daemon seems to be running",
+            "as root: service cron start (Debian), systemctl enable --now cron or crond",
         ),
         Ok(Some(_)) if !is_running && !stopped => {
             report.warn(
                 NAME,
-                format_args!("installed, but no agent is running"),
-                format_args!("wait a minute, then look at the log: usepod-agent service logs"),
+                "installed, but no agent is running",
+                "wait a minute, then look at the log: usepod-agent service logs",
             );
         }
-        Ok(Some(supervisor)) => report.pass(NAME, format_args!("{}", supervisor.description())),
+        Ok(Some(supervisor)) => report.pass(NAME, supervisor.description()),
     }
     if stopped {
-        report.warn(
-            "stopped",
-            format_args!("the operator stopped the agent, so nothing starts it"),
-            format_args!("usepod-agent service start"),
-        );
+        report.warn("stopped", "the operator stopped the agent, so nothing starts it", "usepod-agent service start");
     }
     if paths.paused().exists() {
-        report.warn(
-            "paused",
-            format_args!("the operator paused the agent, so it offers nothing"),
-            format_args!("usepod-agent resume"),
-        );
+        report.warn("paused", "the operator paused the agent, so it offers nothing", "usepod-agent resume");
     }
 }
 
 /// Returns the installed supervisor, if `crontab` responds in time; otherwise its thread is abandoned.
 fn installed() -> Result<Option<Supervisor>, String> {
-    let found = Arc::new(Mutex::new(None));
-    let result = found.clone();
-    let query = move || *result.lock().unwrap_or_else(PoisonError::into_inner) = Some(Supervisor::installed());
-    let querying = threads::spawn("crontab", query).map_err(|e| format!("`crontab -l` not run: {e}"))?;
-    wait_until(CRONTAB_TIMEOUT, || querying.is_finished());
-    let found = found.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let query = threads::spawn("crontab", Supervisor::installed).map_err(|e| format!("`crontab -l` not run: {e}"))?;
+    let found = if wait_until(CRONTAB_TIMEOUT, || query.is_finished()) { query.join().ok() } else { None };
     found.unwrap_or_else(|| Err(format!("`crontab -l` does not respond within {} s", CRONTAB_TIMEOUT.as_secs())))
 }

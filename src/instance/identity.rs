@@ -6,7 +6,6 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -90,7 +89,9 @@ impl Identity {
     /// The file does not exist, cannot be read, or is invalid.
     pub fn load(path: &Path) -> Result<Identity, IdentityError> {
         let io_error = |error| IdentityError::Io { action: "read", path: path.to_owned(), error };
-        warn_if_readable_by_others(path, &std::fs::metadata(path).map_err(io_error)?);
+        if let Some(mode) = files::open_to_others(&std::fs::metadata(path).map_err(io_error)?) {
+            log::warn!("other users can read the key: `{0}` has mode {mode:04o}; run `chmod 600 {0}`", path.display());
+        }
         let bytes = files::read_bounded(path, FILE_BYTES_MAX).map_err(io_error)?;
         Identity::parse(&bytes, path).map_err(|reason| IdentityError::Invalid { path: path.to_owned(), reason })
     }
@@ -227,13 +228,6 @@ fn new_key() -> Result<([u8; 32], Ed25519KeyPair), IdentityError> {
     SystemRandom::new().fill(&mut seed).map_err(|_| IdentityError::NoRandomness)?;
     let key = Ed25519KeyPair::from_seed_unchecked(&seed).map_err(|_| IdentityError::NoRandomness)?;
     Ok((seed, key))
-}
-
-fn warn_if_readable_by_others(path: &Path, metadata: &std::fs::Metadata) {
-    let mode = metadata.permissions().mode() & 0o777;
-    if mode & 0o077 != 0 {
-        log::warn!("other users can read the key: `{0}` has mode {mode:04o}; run `chmod 600 {0}`", path.display());
-    }
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! Reads files up to a limit, and replaces them atomically.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -152,6 +152,12 @@ fn write_new(path: &Path, content: &[u8]) -> io::Result<()> {
 /// Has files that are created with these options get mode 0600.
 pub fn owner_only(options: &mut OpenOptions) -> &mut OpenOptions {
     options.mode(0o600)
+}
+
+/// The mode of a file, if it grants anything to others than the owner.
+pub fn open_to_others(metadata: &Metadata) -> Option<u32> {
+    let mode = metadata.permissions().mode() & 0o777;
+    (mode & 0o077 != 0).then_some(mode)
 }
 
 /// Blocks SIGXFSZ in this thread and in those that it starts from now on: a write beyond the limit on file sizes (`ulimit -f`) then
