@@ -35,9 +35,9 @@ pub struct AgentClient {
     parses_events: Arc<AtomicBool>,
     events: Receiver<ClientEvent>,
     frame: Vec<u8>,
-    /// The agent's.
+    /// As the agent states it.
     pub version: String,
-    /// When `capabilities` came.
+    /// When `capabilities` was received.
     pub ready_ns: u64,
 }
 

@@ -1,4 +1,5 @@
-//! Scripted peers of the agent, over real loopback sockets, with a limit for every wait.
+//! Scripted peers of the agent, over real loopback sockets, with a limit for every wait. The integration tests use all of it, the
+//! bench a part.
 //!
 //! Most tests use a [`Rig`]: one coordinator, one agent, and one session after its handshake.
 
