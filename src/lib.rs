@@ -15,17 +15,17 @@
 //!  job-0 … job-N (on demand, small stacks, exit when idle) ─── ureq ⇄ backend
 //!  housekeeping: probes the backends, writes   signals: 1st → drain, 2nd → stop now
 //!    the state file, applies a pause
-//!  deadlines: interrupts jobs whose time is up; exists only while there are jobs
+//!  deadlines: interrupts jobs whose deadline has passed; runs only while there are jobs
 //! ```
 //!
 //! # Invariants
-//! - The reader blocks only in its socket: a cancel never waits behind the data that it is to stop.
+//! - The reader blocks only in its socket: a cancel never waits behind the data of the job that it cancels.
 //! - Only the writer writes. Control frames never wait behind data.
-//! - Every queue, buffer, retry and wait has a named limit; memory is bounded whatever the other side does.
+//! - Every queue, buffer, retry and wait has a named limit, so memory is bounded whatever the peer does.
 //! - Backpressure, not loss: a slow coordinator fills the data lane, which blocks the workers, which stop reading their
 //!   backends.
 //! - Every accepted job ends with exactly one terminal frame, or with none after a cancel or at the end of its session.
-//! - The end of a session ends its jobs.
+//! - When a session ends, its jobs end.
 //! - No lock is held across a blocking send, a join or I/O.
 //! - Job-serving threads never wait for the disk; the log and the state file are written by dedicated threads.
 //! - The lock file tells a working agent from a hung one, even on a full disk. Liveness is recorded only after a heartbeat was
@@ -33,23 +33,23 @@
 //! - Prompts, completions, keys, seeds and enrollment codes are never logged, at any level.
 //!
 //! # Modules
-//! Dependencies run downwards in the list of modules below: a module uses only modules that stand after it.
+//! Dependencies run downwards in the list of modules below: a module uses only the modules listed after it.
 //!
 //! # Limits
-//! | what | limit |
+//! | resource | limit |
 //! |---|---|
 //! | a message or frame from the coordinator | [`link::MESSAGE_BYTES_MAX`] |
 //! | connect, TLS and upgrade together | [`link::CONNECT_TIMEOUT`] |
 //! | silence before a link counts as dead | [`link::STALL_TIMEOUT`] |
-//! | frames of jobs that wait for the socket | [`link::write_queues::DATA_LANE_MAX`] |
-//! | control messages that wait for the socket | [`link::write_queues::CONTROL_LANE_MAX`] |
-//! | requests in flight, together | [`job_executor::REQUEST_BYTES_MAX`] |
-//! | what one backend connection has read and not passed on | `INPUT_MAX` in `backend::http::tcp`, twice that for a head |
-//! | tasks that wait for a worker | `TASKS_MAX` in `worker_pool` |
+//! | queued job frames | [`link::write_queues::DATA_LANE_MAX`] |
+//! | queued control messages | [`link::write_queues::CONTROL_LANE_MAX`] |
+//! | requests in flight, total size | [`job_executor::REQUEST_BYTES_MAX`] |
+//! | input buffer of a backend connection | `INPUT_MAX` in `backend::http::tcp`; twice that for a response head |
+//! | tasks queued for a worker | `TASKS_MAX` in `worker_pool` |
 //! | JSON values in one request | `VALUES_MAX` in `protocol` |
-//! | log lines that wait to be written | `QUEUE_LINES_MAX` in `logging` |
-//! | a log file, and the one before it | `FILE_BYTES_MAX` in `logging::file` |
-//! | jobs at a time | [`config::MAX_CONCURRENT_RANGE`] |
+//! | queued log lines | `QUEUE_LINES_MAX` in `logging` |
+//! | a log file, and its rotated predecessor | `FILE_BYTES_MAX` in `logging::file` |
+//! | concurrent jobs | [`config::MAX_CONCURRENT_RANGE`] |
 
 // The operator's commands and tools.
 pub mod cli;
@@ -67,7 +67,7 @@ pub mod discovery;
 pub mod config;
 pub mod backend;
 
-// What all of them build on.
+// The foundation that all of the above use.
 pub mod instance;
 mod http_server;
 pub mod logging;

@@ -1,4 +1,4 @@
-//! The command line's entry; everything is in [`provider_agent::cli`].
+//! The entry point of the program. The code is in [`provider_agent::cli`].
 
 use std::process::ExitCode;
 

@@ -1,6 +1,6 @@
-//! The delay before the next connection attempt: a state machine that is given the time and the randomness.
+//! The delay before the next connection attempt. A pure state machine: the caller provides the times and the randomness.
 //!
-//! Invariant: no delay is shorter than 0.8 s, so a coordinator that ends every session at once is dialled about once a second.
+//! Invariant: no delay is shorter than 0.8 s, so a coordinator that ends every session at once is dialed about once a second.
 
 use std::time::Duration;
 
@@ -8,11 +8,11 @@ use crate::sys::jitter;
 
 /// The first delay.
 const DELAY_MIN: Duration = Duration::from_secs(1);
-/// The longest delay; until then, each is twice the one before.
+/// The longest delay. Each delay is twice the previous one, up to this limit.
 const DELAY_MAX: Duration = Duration::from_secs(60);
 /// A session that lasts this long counts as stable.
 const STABLE_AFTER: Duration = Duration::from_secs(5);
-/// Unstable sessions in a row from which they count as failures.
+/// The number of consecutive unstable sessions from which each counts as a failure.
 const SHORT_LIVED_MAX: u32 = 3;
 
 const _: () = assert!(DELAY_MIN.as_millis() < DELAY_MAX.as_millis());
@@ -42,8 +42,7 @@ impl Default for Backoff {
 }
 
 impl Backoff {
-    /// The delay before the next attempt. `random` is uniform in `0.0..1.0`; it
-    /// scales the delay by a factor of 0.8 to 1.2.
+    /// The delay before the next attempt. `random` is uniform in `0.0..1.0`; it scales the delay by a factor of 0.8 to 1.2.
     pub fn delay_after(&mut self, ended: AttemptEnd, random: f64) -> Duration {
         let succeeded = match ended {
             AttemptEnd::BeforeAuth => false,

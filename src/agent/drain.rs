@@ -12,7 +12,7 @@ use crate::link::protocol::{self, OfferLimits};
 use crate::link::write_queues::{Control, ControlSender};
 use crate::observe::LiveState;
 
-/// How long the end of a session waits for the writer, which may be blocked in a dead socket.
+/// How long a session that ends waits for the writer, which may be blocked in a dead socket.
 pub(super) const WRITER_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long the last frames of a stopping agent may take to reach the network.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
@@ -29,13 +29,13 @@ pub struct SessionHandle {
     pub control: ControlSender,
     /// The connection.
     pub link: Arc<Link>,
-    /// Repeated in the frame that withdraws the offer.
+    /// The limits, repeated in the frame that withdraws the offer.
     pub limits: OfferLimits,
     /// How long jobs in flight may take.
     pub drain_timeout: Duration,
-    /// Disconnects when the writer has left.
+    /// Disconnects when the writer thread ends.
     pub writer_ended: Receiver<()>,
-    /// Disconnects when the session has ended.
+    /// Disconnects when the session ends.
     pub session_ended: Receiver<()>,
     /// Updated when the drain begins.
     pub live: Arc<LiveState>,
@@ -68,7 +68,7 @@ impl GracefulStop for SessionHandle {
 }
 
 impl SessionHandle {
-    /// Waits until the last frames are written. A coordinator that does not read delays a forced stop by [`WRITER_TIMEOUT`] at most.
+    /// Waits until the last frames are written. A coordinator that does not read delays a forced stop by at most [`WRITER_TIMEOUT`].
     fn wait_for_writer(&self, is_forced: &dyn Fn() -> bool) {
         let began = Instant::now();
         while began.elapsed() < if is_forced() { WRITER_TIMEOUT } else { FLUSH_TIMEOUT } {

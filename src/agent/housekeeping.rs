@@ -1,7 +1,7 @@
-//! The housekeeping thread: it sleeps on the wake socket and does what is due. It runs probe rounds, records liveness in the lock
-//! file, applies the operator's pause, writes the state file, and returns freed memory to the system.
+//! The housekeeping thread: sleeps on the wake socket, runs probe rounds, records liveness in the lock file, applies the operator's
+//! pause, writes the state file, and returns freed memory to the system.
 //!
-//! Invariants: it blocks on nothing but the wake socket and the disk of the state file; no thread that serves jobs waits for it.
+//! Invariants: the thread blocks only on the wake socket and on writing its files; no thread that serves jobs waits for it.
 
 use std::io;
 use std::sync::Arc;
@@ -16,21 +16,21 @@ use crate::sys::{malloc, threads};
 /// Minimum time between two returns of freed memory.
 const TRIM_INTERVAL: Duration = Duration::from_secs(15);
 
-/// The files by which other processes observe and control the agent.
+/// The files through which other processes observe and control the agent.
 pub struct InstanceFiles {
-    /// Where they are.
+    /// The paths of the files.
     pub paths: AgentPaths,
     /// Records the agent's liveness.
     pub lock: Arc<InstanceLock>,
     /// Writes the state file.
     pub state_file: StateFileWriter,
-    /// What changed since the last update.
+    /// The state of the agent, which records its changes.
     pub live: Arc<LiveState>,
-    /// The offer, which is empty while the agent is paused.
+    /// The offer; empty while the agent is paused.
     pub offers: Arc<OfferFeed>,
 }
 
-/// Starts the thread. It ends when no [`Prober`](crate::discovery::Prober) is left.
+/// Starts the thread. The thread ends when the last [`Prober`](crate::discovery::Prober) is dropped.
 ///
 /// # Errors
 /// The system refused a thread.
@@ -65,7 +65,7 @@ impl Housekeeping {
 }
 
 impl InstanceFiles {
-    /// Brings them up to date. The state file is written if something has changed, or if `must_write`.
+    /// Updates the files. Writes the state file if the state has changed or `must_write` is set.
     fn update(&mut self, must_write: bool, backends: &[BackendStatus]) {
         let pause_changed = self.apply_pause_marker();
         let (has_changed, is_alive) = self.live.take_changes();
@@ -77,8 +77,8 @@ impl InstanceFiles {
         }
     }
 
-    /// Empties or restores the offer as the operator's pause marker says; true if that is a change. A marker that cannot be read
-    /// changes nothing.
+    /// Empties or restores the offer, depending on the operator's pause marker. Returns whether the offer has changed. If the marker
+    /// cannot be checked, nothing changes.
     pub fn apply_pause_marker(&self) -> bool {
         let Ok(paused) = self.paths.paused().try_exists() else { return false };
         let is_change = self.offers.set_paused(paused);

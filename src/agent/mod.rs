@@ -1,6 +1,6 @@
-//! The agent that `run` runs: it connects to the coordinator, serves a session, waits, and reconnects until it is stopped.
+//! The agent, as started by `run`: connects to the coordinator, serves a session, waits, and reconnects until it is stopped.
 //!
-//! No network failure ends it: it retries indefinitely, with the delays of [`backoff`].
+//! No network failure ends the agent: it retries indefinitely, with the delays of [`backoff`].
 
 pub mod backoff;
 mod drain;
@@ -40,13 +40,13 @@ pub struct Agent {
     pub identity: Identity,
     /// The backends to offer.
     pub backends: Vec<BackendOffer>,
-    /// Their prices and the limit on concurrent jobs.
+    /// The prices and the limit on concurrent jobs.
     pub terms: OfferTerms,
-    /// Jobs are rejected while the last minute's tokens exceed this.
+    /// The token limit: jobs are rejected while the last minute's tokens exceed it.
     pub max_tokens_per_minute: Option<u64>,
     /// How long jobs in flight may take when the agent stops.
     pub drain: Duration,
-    /// The files by which other processes observe and control it; `None` for an agent without any.
+    /// The files through which other processes observe and control the agent; `None` for an agent without files.
     pub instance: Option<InstanceHandle>,
 }
 
@@ -54,7 +54,7 @@ pub struct Agent {
 pub struct InstanceHandle {
     /// The files beside the identity.
     pub paths: AgentPaths,
-    /// Held by this process.
+    /// The lock, held by this process.
     pub lock: InstanceLock,
 }
 
@@ -62,7 +62,7 @@ pub struct InstanceHandle {
 enum Attempt {
     /// Before `auth_ok`.
     Failed(Connection),
-    /// After it; how long the session lasted.
+    /// After `auth_ok`; how long the session lasted.
     Served(SessionEnd, Duration),
 }
 
@@ -131,7 +131,7 @@ impl Agent {
         Ok(())
     }
 
-    /// A socket by which other processes can wake the housekeeping thread, if possible.
+    /// The socket that wakes the housekeeping thread; if possible, one that other processes can use.
     fn wake_socket(&self) -> std::io::Result<WakeSocket> {
         let Some(instance) = &self.instance else { return WakeSocket::private() };
         let path = instance.paths.wake();
@@ -147,7 +147,7 @@ impl Agent {
     fn connect_and_serve(&mut self, dialer: &Dialer, context: &session::Context<'_>) -> Attempt {
         let stop = context.stop;
         context.live.mark_alive();
-        // The backends are probed while the connection is made.
+        // The backends are probed while the agent connects.
         let first_offer = context.prober.refresh();
         let opened = |tcp| stop.set_active(ActiveState::Handshake(tcp));
         let mut half = match dialer.dial(stop.signal(), opened) {
@@ -215,7 +215,7 @@ mod tests {
     use crate::instance::LockError;
     use crate::net::tls::ExtraRoots;
 
-    /// Panics in the housekeeping thread, and says when.
+    /// Panics in the housekeeping thread, and signals that.
     #[derive(Default)]
     struct PanickingBackend(AtomicBool);
 
@@ -277,7 +277,7 @@ mod tests {
             }
         };
         wait_until("the panic", &|| backend.0.load(Ordering::SeqCst));
-        // Of what the thread owns, only the lock goes later.
+        // Of the resources of the thread, only the lock is dropped after the socket.
         wait_until("the socket is removed", &|| !paths.wake().exists());
         let watched = Instant::now();
         while watched.elapsed() < Duration::from_millis(100) {

@@ -1,8 +1,8 @@
-//! A session: one authenticated connection, from the first offer to its end. It runs in the caller's thread, which reads the
-//! socket.
+//! A session: one authenticated connection, from the first offer to its end. A session runs in the caller's thread, which reads
+//! the socket.
 //!
-//! Invariants: the reading thread blocks on nothing but its socket; everything it sends is queued for the writer. When a session
-//! ends, so do its jobs: no backend computes answers that cannot be delivered.
+//! Invariants: the reading thread blocks only on its socket; everything it sends is queued for the writer. When a session
+//! ends, its jobs end: no backend computes answers that cannot be delivered.
 
 use std::io;
 use std::sync::Arc;
@@ -38,15 +38,15 @@ const _: () = assert!(REQUEST_BYTES_MAX >= MESSAGE_BYTES_MAX);
 /// How a session ended.
 #[derive(Debug)]
 pub enum SessionEnd {
-    /// The coordinator announced it, or closed without a reason.
+    /// The coordinator announced the end, or closed without a reason.
     Planned(String),
     /// The agent is stopping.
     Stopped,
-    /// Any other way.
+    /// For any other reason.
     Unexpected(String),
 }
 
-/// What a session uses and does not own.
+/// The objects that a session uses and does not own.
 pub struct Context<'a> {
     /// The offer.
     pub offers: &'a Arc<OfferFeed>,
@@ -56,7 +56,7 @@ pub struct Context<'a> {
     pub stats: &'a Arc<JobStats>,
     /// `max_tokens_per_minute`, for all sessions together.
     pub token_limit: &'a Arc<TokenLimit>,
-    /// Updated with what the session observes.
+    /// The live state, which the session updates.
     pub live: &'a Arc<LiveState>,
     /// Sent with the offer.
     pub limits: OfferLimits,
@@ -127,7 +127,7 @@ pub fn serve(mut half: ReadHalf, first_offer: &Receiver<()>, context: &Context<'
     if context.stop.is_requested() { SessionEnd::Stopped } else { end }
 }
 
-/// Queues what the reading half has to send: pongs, close replies, TLS alerts.
+/// Queues the bytes that the reading half must send: pongs, close replies, TLS alerts.
 fn queue_raw(control: ControlSender) -> impl Fn(Vec<u8>) -> io::Result<()> + Send + 'static {
     move |bytes| control.send(Control::Raw(bytes)).map_err(io::Error::other)
 }
@@ -141,8 +141,8 @@ fn announce(context: &Context<'_>, control: &ControlSender) {
     });
 }
 
-/// Builds the heartbeats. A heartbeat is a sign of life if data has arrived since the previous one: then both the reader and the writer
-/// work. Every received byte counts, because a large message may take minutes.
+/// Builds the heartbeats. A heartbeat is a sign of life if data has arrived since the previous one: both the reader and the writer
+/// then work. Every received byte counts, because a large message may take minutes.
 fn heartbeat_source(
     executor: &Arc<JobExecutor>,
     context: &Context<'_>,

@@ -1,7 +1,7 @@
-//! The request to stop, and what it interrupts.
+//! The request to stop the agent, and the activity that the request interrupts.
 //!
 //! [`Stop::request`] may be called from any thread, including the signal handler's, and never blocks. The first request stops the
-//! agent when the jobs in flight are done, the second one immediately.
+//! agent when the jobs in flight are done, the second immediately.
 
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -11,7 +11,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::sys::threads;
 
-/// The request to stop, shared by the threads that make it and those that act on it.
+/// The request to stop, shared by the threads that request it and the threads that act on it.
 pub struct Stop {
     requests: AtomicU32,
     /// Disconnects at the first request.
@@ -24,9 +24,9 @@ struct State {
     active: ActiveState,
 }
 
-/// What a request has to interrupt.
+/// The activity that a stop request must interrupt.
 pub enum ActiveState {
-    /// Nothing, or a wait that ends with [`Stop::signal`].
+    /// No activity, or a wait that ends with [`Stop::signal`].
     Nothing,
     /// A handshake that blocks on this socket.
     Handshake(TcpStream),
@@ -34,9 +34,9 @@ pub enum ActiveState {
     Session(Arc<dyn GracefulStop>),
 }
 
-/// Can end gracefully.
+/// An activity that can end gracefully.
 pub trait GracefulStop: Send + Sync {
-    /// Waits for the work in flight, then ends; immediately once `is_forced` returns true. Blocks meanwhile.
+    /// Waits for the work in flight, then ends; ends immediately once `is_forced` returns true. Blocks the caller.
     fn drain(&self, is_forced: &dyn Fn() -> bool);
 
     /// Ends immediately.
@@ -52,9 +52,9 @@ impl Default for Stop {
 }
 
 impl Stop {
-    /// Requests a stop: the first time when the jobs in flight are done, the second time immediately.
+    /// Requests a stop. The first request takes effect when the jobs in flight are done, the second immediately.
     pub fn request(self: &Arc<Self>) {
-        // Counted under the lock, so that either this or `set_active` interrupts a session, not both.
+        // Counted under the lock, so that either this call or `set_active` interrupts a session, not both.
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if self.requests.fetch_add(1, Ordering::SeqCst) == 0 {
             drop(state.signal.take());
@@ -62,12 +62,12 @@ impl Stop {
         }
     }
 
-    /// Whether a stop was requested.
+    /// Whether a stop was requested at least once.
     pub fn is_requested(&self) -> bool {
         self.requests.load(Ordering::SeqCst) > 0
     }
 
-    /// Whether it was requested a second time.
+    /// Whether a stop was requested a second time.
     pub fn is_forced(&self) -> bool {
         self.requests.load(Ordering::SeqCst) > 1
     }
@@ -77,7 +77,7 @@ impl Stop {
         &self.signal
     }
 
-    /// Sets what a request has to interrupt from now on, and interrupts it at once if there was a request already.
+    /// Sets the activity that a stop request must interrupt. If a stop was already requested, interrupts the activity at once.
     pub fn set_active(self: &Arc<Self>, active: ActiveState) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if self.is_requested() {

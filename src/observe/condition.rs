@@ -17,13 +17,13 @@ const THROTTLED: &str = "throttled";
 /// The condition of the agent.
 #[derive(Debug)]
 pub struct Condition {
-    /// One of the names above; they are part of the state file.
+    /// One of the names above, which are part of the state file.
     pub name: &'static str,
-    /// What prevents the agent from serving, for the operator.
+    /// The reason why the agent does not serve, for the operator.
     pub reason: Option<String>,
 }
 
-/// The first thing that prevents the agent from serving.
+/// The condition of the agent, with the first reason that prevents it from serving.
 pub fn of(
     snapshot: &Snapshot,
     offers: &OfferFeed,
@@ -52,7 +52,7 @@ pub fn of(
     Condition { name: SERVING, reason: None }
 }
 
-/// Why there is nothing to offer.
+/// The condition of an agent with an empty offer.
 fn without_offer(backends: &[BackendStatus]) -> Condition {
     let unavailable = |backend: &BackendStatus| Some(format!("{}: {}", backend.id(), backend.unavailable()?));
     let reasons: Vec<String> = backends.iter().filter_map(unavailable).collect();

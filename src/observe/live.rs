@@ -16,7 +16,7 @@ pub struct LiveState {
 /// The connection to the coordinator.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Connection {
-    /// Being made; the last error, if any.
+    /// Being established; the last error, if any.
     Connecting(Option<String>),
     /// Refused by the coordinator, for this reason.
     Rejected(String),
@@ -44,7 +44,7 @@ struct Inner {
 pub struct Snapshot {
     /// The connection.
     pub connection: Connection,
-    /// Since when the agent is connected, or not.
+    /// When the agent connected or disconnected.
     pub connection_since: SystemTime,
     /// The id that the coordinator gave the agent.
     pub provider_id: Option<String>,
@@ -70,7 +70,7 @@ impl LiveState {
         LiveState { inner: Mutex::new(inner), waker }
     }
 
-    /// A connection attempt or a session has ended; `connection` says how. A sign of life.
+    /// Records the end of a connection attempt or a session, as described by `connection`. Counts as a sign of life.
     pub fn not_connected(&self, connection: Connection) {
         self.update(|inner| {
             if inner.connection == Connection::Connected {
@@ -82,7 +82,7 @@ impl LiveState {
         });
     }
 
-    /// The coordinator has admitted the agent.
+    /// Records that the coordinator has admitted the agent.
     pub fn connected(&self, provider_id: Option<&str>) {
         self.update(|inner| {
             inner.connection = Connection::Connected;
@@ -96,7 +96,7 @@ impl LiveState {
         self.lock().in_flight = Box::new(in_flight);
     }
 
-    /// The agent is stopping.
+    /// Records that the agent is stopping.
     pub fn draining(&self) {
         self.update(|inner| inner.is_draining = true);
     }
@@ -106,30 +106,30 @@ impl LiveState {
         self.update(|inner| inner.is_alive = true);
     }
 
-    /// The token limit rejects jobs. Only the first call after [`LiveState::not_throttled`] counts as a change.
+    /// Records that the token limit rejects jobs. Only the first call after [`LiveState::not_throttled`] counts as a change.
     pub fn throttled(&self) {
         if !std::mem::replace(&mut self.lock().is_throttled, true) {
             self.update(|_| ());
         }
     }
 
-    /// The token limit no longer rejects jobs.
+    /// Records that the token limit no longer rejects jobs.
     pub fn not_throttled(&self) {
         self.lock().is_throttled = false;
     }
 
-    /// Has the state file written again.
+    /// Requests that the state file be written again.
     pub fn mark_changed(&self) {
         self.update(|_| ());
     }
 
-    /// Whether anything has changed since the last call, and whether there was a sign of life.
+    /// Returns whether the state has changed since the last call, and whether there was a sign of life.
     pub fn take_changes(&self) -> (bool, bool) {
         let inner = &mut *self.lock();
         (std::mem::take(&mut inner.has_changed), std::mem::take(&mut inner.is_alive))
     }
 
-    /// The state as of now.
+    /// The current state.
     pub fn snapshot(&self) -> Snapshot {
         let inner = self.lock();
         Snapshot {
@@ -159,7 +159,7 @@ mod tests {
     use super::*;
     use crate::instance::wake_socket::WakeSocket;
 
-    /// The longest delay between two attempts follows one that may have taken half a minute.
+    /// The longest delay between two attempts may follow an attempt that took half a minute.
     #[test]
     fn failed_attempt_is_a_sign_of_life() {
         let live = LiveState::new(None, WakeSocket::private().expect("sockets").waker());

@@ -1,8 +1,8 @@
-//! What other processes can observe: whether the agent serves, and if not, why.
+//! The state that other processes can observe: whether the agent serves, and if not, why.
 //!
-//! The agent's threads update the [`LiveState`]. The housekeeping thread has the [`StateFileWriter`] combine it with the offer, the
-//! backends and the job statistics, and replace the state file: at each heartbeat, at each change, and when another process asks
-//! for it. The state file is informative only: the agent never reads it.
+//! The agent's threads update the [`LiveState`]. The [`StateFileWriter`], called by the housekeeping thread, combines the live state
+//! with the offer, the backends and the job statistics, and replaces the state file: at each heartbeat, at each change, and when
+//! another process requests it. The state file is informative only: the agent never reads it.
 
 mod condition;
 mod live;

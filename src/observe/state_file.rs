@@ -1,9 +1,9 @@
-//! The state file: its schema, for those who write and those who read it, and the writer.
+//! The state file: its schema, shared by the writer and the readers, and the writer.
 //!
-//! [`State`] is the whole schema. A key that is missing, as in the file of an older version, reads as its default; an unknown one is
+//! [`State`] is the whole schema. A missing key, as in the file of an older version, reads as its default; unknown keys are
 //! ignored. Timestamps are RFC 3339.
 //!
-//! Invariant: the state file contains nothing that the log may not contain.
+//! Invariant: the state file contains no data that must not be logged.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -27,39 +27,39 @@ use crate::sys::files;
 /// Maximum size of a state file that is read, in bytes; each model takes about 200.
 const STATE_BYTES_MAX: u64 = 16 << 20;
 
-/// What the agent says about itself.
+/// The state of an agent, as it is written to the file.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct State {
     /// When the agent started.
     pub started_at: String,
-    /// The public key of its identity, in base64.
+    /// The public key of the agent's identity, in base64.
     pub public_key: String,
     /// The coordinator's URL, without credentials.
     pub coordinator: String,
     /// The version of the agent.
     pub agent_version: String,
-    /// Its process.
+    /// The pid of the agent.
     pub pid: u32,
-    /// How many times this process has written the file; a reader recognizes a newer state by it.
+    /// The number of times this process has written the file, by which a reader recognizes a newer state.
     pub written: u64,
     /// When the file was written.
     pub written_at: String,
-    /// Whether the agent serves, and if not, what prevents it: a name from [`condition`].
+    /// Whether the agent serves, and if not, why: a name from [`condition`].
     pub state: String,
-    /// Since when it is in this state.
+    /// When the agent entered this state.
     pub since: Option<String>,
-    /// What prevents it from serving, for the operator.
+    /// The reason why the agent does not serve, for the operator.
     pub reason: Option<String>,
-    /// Whether it serves.
+    /// Whether the agent serves.
     pub serving: bool,
-    /// Whether the operator has paused it.
+    /// Whether the operator has paused the agent.
     pub paused: bool,
-    /// Whether it is connected to the coordinator.
+    /// Whether the agent is connected to the coordinator.
     pub connected: bool,
-    /// Since when it is connected, or not.
+    /// When the agent connected or disconnected.
     pub connection_since: Option<String>,
-    /// The id that the coordinator gave it.
+    /// The id that the coordinator gave the agent.
     pub provider_id: Option<String>,
     /// The configured backends.
     pub backends: Vec<Backend>,
@@ -67,7 +67,7 @@ pub struct State {
     pub models: Vec<Model>,
     /// Median latency of the jobs in the last 5 minutes.
     pub p50_latency_ms: u32,
-    /// 95th percentile of it.
+    /// 95th percentile of the same latency.
     pub p95_latency_ms: u32,
     /// Median speed of the jobs in the last 5 minutes.
     pub tokens_per_sec_p50: f64,
@@ -85,19 +85,19 @@ pub struct State {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Backend {
-    /// Its name for the operator.
+    /// The backend's name for the operator.
     pub id: String,
-    /// Its kind, as in the configuration.
+    /// The backend's kind, as in the configuration.
     pub kind: String,
-    /// Whether its models are offered.
+    /// Whether the models of the backend are offered.
     pub offered: bool,
-    /// Since when they are, or are not.
+    /// When `offered` last changed.
     pub since: Option<String>,
-    /// How many models it lists; `None` before its first listing.
+    /// The number of listed models; `None` before the first listing.
     pub models: Option<usize>,
-    /// Why its models are not offered.
+    /// Why the models are not offered.
     pub error: Option<String>,
-    /// Why they last were not.
+    /// Why the models were last not offered.
     pub last_error: Option<BackendError>,
 }
 
@@ -105,9 +105,9 @@ pub struct Backend {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct BackendError {
-    /// When that was found.
+    /// When the reason was found.
     pub at: String,
-    /// Why.
+    /// The reason.
     pub message: String,
 }
 
@@ -115,17 +115,17 @@ pub struct BackendError {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Model {
-    /// Its name.
+    /// The id of the model.
     pub model_id: String,
     /// USDC micro-units per million input tokens.
     pub input_per_1m: u64,
     /// USDC micro-units per million output tokens.
     pub output_per_1m: u64,
-    /// Jobs at a time.
+    /// The limit of concurrent jobs.
     pub max_concurrent: u32,
-    /// The kind of its backend.
+    /// The kind of the model's backend.
     pub backend: String,
-    /// In tokens, if the backend says.
+    /// The context window in tokens, if known.
     pub context_window: Option<u32>,
 }
 
@@ -153,9 +153,9 @@ pub struct Jobs {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Tokens {
-    /// Of the prompts.
+    /// Tokens of the prompts.
     pub input: u64,
-    /// Of the answers.
+    /// Tokens of the answers.
     pub output: u64,
 }
 
@@ -165,11 +165,11 @@ pub struct Tokens {
 pub struct LastJob {
     /// When it ended.
     pub at: String,
-    /// Its model.
+    /// The job's model.
     pub model_id: Option<String>,
     /// `done`, or the error code.
     pub outcome: String,
-    /// From its arrival to its end.
+    /// Time from the job's arrival to its end.
     pub duration_ms: u64,
 }
 
@@ -181,7 +181,7 @@ pub struct LastError {
     pub at: String,
     /// The error code.
     pub code: String,
-    /// What failed, for the operator.
+    /// The reason of the failure, for the operator.
     pub message: String,
 }
 
@@ -189,28 +189,28 @@ impl State {
     /// Reads the state file.
     ///
     /// # Errors
-    /// There is none, or it is not a state file.
+    /// The file does not exist, or is not a state file.
     pub fn read(paths: &AgentPaths) -> io::Result<State> {
         let content = files::read_bounded(&paths.state(), STATE_BYTES_MAX)?;
         Ok(serde_json::from_slice(&content)?)
     }
 
-    /// Reads the state file that `owner` has written; `None` while it has written none.
+    /// Reads the state file that `owner` has written; `None` if `owner` has not written one yet.
     pub fn read_own(paths: &AgentPaths, owner: &LockOwner) -> Option<State> {
         State::read(paths).ok().filter(|state| state.pid == owner.pid)
     }
 }
 
-/// What the state is collected from.
+/// The sources of the state.
 #[derive(Clone)]
 pub struct Sources {
     /// The connection and the jobs in flight.
     pub live: Arc<LiveState>,
-    /// The models.
+    /// The offered models.
     pub offers: Arc<OfferFeed>,
-    /// How jobs ended.
+    /// The job statistics.
     pub stats: Arc<JobStats>,
-    /// May keep the agent from serving.
+    /// The token limit, which may keep the agent from serving.
     pub token_limit: Arc<TokenLimit>,
 }
 
@@ -218,14 +218,14 @@ pub struct Sources {
 pub struct StateFileWriter {
     path: PathBuf,
     sources: Sources,
-    /// What was written last.
+    /// The state as last written.
     state: State,
     /// Why the last write failed.
     failure: Option<String>,
 }
 
 impl StateFileWriter {
-    /// A writer for an agent that starts now.
+    /// Creates a writer for an agent that starts now.
     pub fn new(path: PathBuf, identity: &Identity, coordinator: String, sources: Sources) -> StateFileWriter {
         let state = State {
             started_at: rfc3339(SystemTime::now()),
@@ -238,7 +238,7 @@ impl StateFileWriter {
         StateFileWriter { path, sources, state, failure: None }
     }
 
-    /// Replaces the file. A failure is logged, once for each reason.
+    /// Replaces the file. A failure is logged once per reason.
     pub fn write(&mut self, backends: &[BackendStatus]) {
         self.update(backends);
         let written = serde_json::to_vec(&self.state).map_err(io::Error::from);
