@@ -41,7 +41,7 @@ pub(super) struct Verified {
 }
 
 /// Challenges the agent, and sends `auth_ok` or `auth_failed`.
-pub(super) fn authenticate(reader: &mut Reader<'_>, sender: &Sender) -> Result<Verified, HandshakeError> {
+pub(super) fn authenticate(reader: &mut Reader, sender: &Sender) -> Result<Verified, HandshakeError> {
     let mut nonce = [0_u8; NONCE_BYTES];
     SystemRandom::new().fill(&mut nonce).map_err(|_| std::io::Error::other("the system has no random numbers"))?;
     reader.set_timeout(Some(HANDSHAKE_STEP_TIMEOUT))?;
@@ -66,7 +66,7 @@ struct AuthResponse {
     agent_version: String,
 }
 
-fn read_auth_response(reader: &mut Reader<'_>) -> Result<AuthResponse, HandshakeError> {
+fn read_auth_response(reader: &mut Reader) -> Result<AuthResponse, HandshakeError> {
     let Some(text) = reader.next_text()? else {
         return Err(HandshakeError::Protocol("it closed the connection".to_owned()));
     };

@@ -12,7 +12,7 @@ use super::job_events::JobEvent;
 use super::websocket::{self, Reader, Sender};
 
 /// Accepts the upgrade with this `Sec-WebSocket-Key`, and serves the connection to its end.
-pub(super) fn run(key: &str, input: &mut BufReader<TcpStream>, sessions: &Sessions) {
+pub(super) fn run(key: &str, input: &BufReader<TcpStream>, sessions: &Sessions) {
     let connection = sessions.connect();
     let end = serve(key, input, connection, sessions);
     sessions.leave(connection, &end);
@@ -20,7 +20,7 @@ pub(super) fn run(key: &str, input: &mut BufReader<TcpStream>, sessions: &Sessio
 }
 
 /// Serves one connection, and returns how it ended.
-fn serve(key: &str, input: &mut BufReader<TcpStream>, connection: u64, sessions: &Sessions) -> String {
+fn serve(key: &str, input: &BufReader<TcpStream>, connection: u64, sessions: &Sessions) -> String {
     let connected_at = Instant::now();
     let opened = websocket::accept(key, input).map_err(HandshakeError::from);
     let authenticated = opened.and_then(|(mut reader, sender)| {
@@ -45,7 +45,7 @@ fn serve(key: &str, input: &mut BufReader<TcpStream>, connection: u64, sessions:
 }
 
 fn read_frames(
-    reader: &mut Reader<'_>,
+    reader: &mut Reader,
     connection: u64,
     sessions: &Sessions,
     sender: &Sender,

@@ -22,14 +22,8 @@ const MESSAGE_BYTES_MAX: usize = 64 * 1024 * 1024;
 /// Time limit for sending the close frame.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// The reading half.
-pub(super) struct Reader<'a>(WebSocket<ReadStream<'a>>);
-
-/// Reads from the connection, and replies through its [`Sender`].
-struct ReadStream<'a> {
-    input: &'a mut BufReader<TcpStream>,
-    replies: Sender,
-}
+/// The reading half. It replies through its [`Sender`].
+pub(super) struct Reader(WebSocket<Sender>);
 
 /// The writing half. Clones send on the same connection.
 #[derive(Clone)]
@@ -41,19 +35,19 @@ struct Shared {
 }
 
 /// Accepts the upgrade request with this `Sec-WebSocket-Key`, whatever its path.
-pub(super) fn accept<'a>(key: &str, input: &'a mut BufReader<TcpStream>) -> io::Result<(Reader<'a>, Sender)> {
+pub(super) fn accept(key: &str, input: &BufReader<TcpStream>) -> io::Result<(Reader, Sender)> {
     let tcp = input.get_ref().try_clone()?;
-    let sender = Sender(Arc::new(Shared { tcp, turn: Mutex::new(()) }));
+    let mut sender = Sender(Arc::new(Shared { tcp, turn: Mutex::new(()) }));
     let (accept, date) = (derive_accept_key(key.as_bytes()), datetime::format_http(SystemTime::now()));
     let head = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept";
-    sender.write(format!("{head}: {accept}\r\nDate: {date}\r\n\r\n").as_bytes())?;
+    sender.write_all(format!("{head}: {accept}\r\nDate: {date}\r\n\r\n").as_bytes())?;
     let limit = Some(MESSAGE_BYTES_MAX);
     let config = WebSocketConfig::default().max_message_size(limit).max_frame_size(limit);
-    let stream = ReadStream { input, replies: sender.clone() };
-    Ok((Reader(WebSocket::from_raw_socket(stream, Role::Server, Some(config))), sender))
+    let received = input.buffer().to_vec();
+    Ok((Reader(WebSocket::from_partially_read(sender.clone(), received, Role::Server, Some(config))), sender))
 }
 
-impl Reader<'_> {
+impl Reader {
     /// Reads the next text message, and answers pings; `None` once the client has closed the WebSocket.
     pub(super) fn next_text(&mut self) -> io::Result<Option<String>> {
         loop {
@@ -71,7 +65,7 @@ impl Reader<'_> {
 
     /// Sets the time limit for reads; `None` for no limit.
     pub(super) fn set_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-        self.0.get_ref().input.get_ref().set_read_timeout(timeout)
+        self.0.get_ref().0.tcp.set_read_timeout(timeout)
     }
 }
 
@@ -82,15 +76,17 @@ fn io_error(error: Error) -> io::Error {
     }
 }
 
-impl Read for ReadStream<'_> {
+impl Read for Sender {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.input.read(buffer)
+        (&self.0.tcp).read(buffer)
     }
 }
 
-impl Write for ReadStream<'_> {
+/// Each call writes all of `frames`, so that those of different threads do not mix.
+impl Write for Sender {
     fn write(&mut self, frames: &[u8]) -> io::Result<usize> {
-        self.replies.write(frames)?;
+        let _turn = self.0.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        (&self.0.tcp).write_all(frames)?;
         Ok(frames.len())
     }
 
@@ -102,7 +98,7 @@ impl Write for ReadStream<'_> {
 impl Sender {
     /// Sends a text message. Blocks while the client does not read.
     pub(super) fn send(&self, text: &str) -> io::Result<()> {
-        self.write(&bytes_of(Frame::message(text.to_owned(), OpCode::Data(Data::Text), true))?)
+        self.clone().write_all(&bytes_of(Frame::message(text.to_owned(), OpCode::Data(Data::Text), true))?)
     }
 
     /// Sends a close frame, if possible, and shuts the connection down: both halves fail from now on.
@@ -115,11 +111,6 @@ impl Sender {
             drop(turn);
         }
         let _ = self.0.tcp.shutdown(Shutdown::Both);
-    }
-
-    fn write(&self, bytes: &[u8]) -> io::Result<()> {
-        let _turn = self.0.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        (&self.0.tcp).write_all(bytes)
     }
 }
 
@@ -135,7 +126,7 @@ mod tests {
 
     use super::*;
 
-    fn connected() -> (WebSocket<TcpStream>, Reader<'static>, Sender) {
+    fn connected() -> (WebSocket<TcpStream>, Reader, Sender) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let client = std::thread::spawn(move || tungstenite::client("ws://localhost/any/path", client).unwrap().0);

@@ -140,7 +140,7 @@ impl Exchange<'_> {
     }
 
     /// For a WebSocket upgrade: its key, and the connection, which no other request follows. `None` for other requests.
-    pub(crate) fn upgrade(&mut self) -> Option<(String, &mut BufReader<TcpStream>)> {
+    pub(crate) fn upgrade(&mut self) -> Option<(String, &BufReader<TcpStream>)> {
         let key = self.head.websocket_key.take()?;
         self.head.close = true;
         Some((key, self.input))
