@@ -30,26 +30,18 @@ pub(super) fn openai_completion(stream: &[u8]) -> Result<Value, AssembleError> {
         return Ok(document);
     }
     let mut head = Map::new();
-    let mut choices: Vec<Map<String, Value>> = Vec::new();
-    for event in parsed_events(stream)? {
-        for (key, value) in event {
-            match (key.as_str(), value) {
-                ("choices", Value::Array(parts)) => {
-                    parts.into_iter().try_for_each(|p| merge_choice(&mut choices, p))?
-                }
-                (_, Value::Null) => {}
-                (_, value) => {
-                    head.insert(key, value);
-                }
-            }
+    let mut choices = Vec::new();
+    for mut event in parsed_events(stream)? {
+        if let Some(Value::Array(parts)) = event.shift_remove("choices") {
+            parts.into_iter().try_for_each(|part| merge_choice(&mut choices, part))?;
         }
+        extend(&mut head, event);
     }
     if choices.is_empty() {
         return Err(AssembleError::Empty);
     }
     head.insert("object".into(), "chat.completion".into());
-    let choices = choices.into_iter().enumerate().map(|(index, choice)| finished_choice(index, choice)).collect();
-    head.insert("choices".into(), Value::Array(choices));
+    head.insert("choices".into(), choices.into_iter().enumerate().map(finished_choice).collect());
     Ok(Value::Object(head))
 }
 
@@ -59,28 +51,25 @@ pub(super) fn anthropic_message(stream: &[u8]) -> Result<Value, AssembleError> {
         return Ok(document);
     }
     let mut message: Option<Map<String, Value>> = None;
-    let mut blocks: Vec<Map<String, Value>> = Vec::new();
-    let mut events = 0_usize;
-    for mut event in parsed_events(stream)? {
-        events += 1;
-        let kind = event.get("type").and_then(Value::as_str).unwrap_or_default().to_owned();
-        match kind.as_str() {
+    let mut blocks = Vec::new();
+    let events = parsed_events(stream)?;
+    if events.is_empty() {
+        return Err(AssembleError::Empty);
+    }
+    for mut event in events {
+        let index = event.shift_remove("index");
+        match event.get("type").and_then(Value::as_str).unwrap_or_default() {
             "message_start" => message = Some(taken_object(&mut event, "message")),
-            "content_block_start" => *slot(&mut blocks, &event)? = taken_object(&mut event, "content_block"),
+            "content_block_start" => *slot(&mut blocks, index)? = taken_object(&mut event, "content_block").into(),
             "content_block_delta" => {
-                let delta = taken_object(&mut event, "delta");
-                merge_block(slot(&mut blocks, &event)?, delta);
+                merge_block(slot(&mut blocks, index)?, taken_object(&mut event, "delta"))?;
             }
             "message_delta" => merge_message(message.get_or_insert_default(), event),
             _ => {} // ping, content_block_stop, message_stop, and unknown events
         }
     }
-    let Some(mut message) = message else {
-        let found = AssembleError::Malformed("no `message_start` in it".to_owned());
-        return Err(if events == 0 { AssembleError::Empty } else { found });
-    };
-    let blocks = blocks.into_iter().map(finished_block).collect::<Result<_, _>>()?;
-    message.insert("content".into(), Value::Array(blocks));
+    let mut message = message.ok_or_else(|| AssembleError::Malformed("no `message_start` in it".to_owned()))?;
+    message.insert("content".into(), blocks.into_iter().map(finished_block).collect::<Result<_, _>>()?);
     Ok(Value::Object(message))
 }
 
@@ -127,160 +116,114 @@ fn error_text(error: &Value) -> String {
     text.as_str().map_or_else(|| text.to_string(), str::to_owned)
 }
 
-fn merge_choice(choices: &mut Vec<Map<String, Value>>, part: Value) -> Result<(), AssembleError> {
-    let Value::Object(part) = part else {
+fn merge_choice(choices: &mut Vec<Value>, part: Value) -> Result<(), AssembleError> {
+    let Value::Object(mut part) = part else {
         return Err(AssembleError::Malformed("a choice is not an object".to_owned()));
     };
-    let choice = slot(choices, &part)?;
-    for (key, value) in part {
-        match (key.as_str(), value) {
-            ("delta", Value::Object(delta)) => {
-                let message = choice.entry("message").or_insert_with(|| json!({}));
-                merge_delta(message, delta)?;
-            }
-            ("logprobs", Value::Object(logprobs)) => append_lists(choice, "logprobs", logprobs),
-            ("index", _) | (_, Value::Null) => {}
-            (_, value) => {
-                choice.insert(key, value);
-            }
+    let Value::Object(choice) = slot(choices, part.shift_remove("index"))? else { return Ok(()) };
+    for (from, to) in [("delta", "message"), ("logprobs", "logprobs")] {
+        let delta = taken_object(&mut part, from);
+        if !delta.is_empty() {
+            merge(choice.entry(to).or_insert(Value::Null), delta.into())?;
         }
     }
+    extend(choice, part);
     Ok(())
 }
 
-/// Appends text, merges tool calls by index, and replaces other values.
-fn merge_delta(target: &mut Value, delta: Map<String, Value>) -> Result<(), AssembleError> {
-    let Value::Object(target) = target else { return Ok(()) };
-    for (key, value) in delta {
-        match (key.as_str(), value) {
-            (_, Value::Null) => {}
-            ("tool_calls", Value::Array(calls)) => {
-                let Value::Array(known) = target.entry("tool_calls").or_insert_with(|| json!([])) else { continue };
-                calls.into_iter().try_for_each(|call| merge_tool_call(known, call))?;
-            }
-            // Some servers repeat these in every event.
-            ("role" | "id" | "type", value) => {
-                target.insert(key, value);
-            }
-            (_, Value::String(text)) => append(target, &key, &text),
-            (_, Value::Object(inner)) => merge_delta(target.entry(key).or_insert_with(|| json!({})), inner)?,
-            (_, value) => {
-                target.insert(key, value);
-            }
-        }
+/// Merges a delta: appends text, extends lists, merges list entries that have an index by it, and replaces other values.
+fn merge(target: &mut Value, delta: Value) -> Result<(), AssembleError> {
+    if target.is_null() {
+        *target = match &delta {
+            Value::Object(_) => json!({}),
+            Value::Array(_) => json!([]),
+            _ => Value::Null,
+        };
     }
-    Ok(())
-}
-
-fn merge_tool_call(known: &mut Vec<Value>, call: Value) -> Result<(), AssembleError> {
-    let Value::Object(mut call) = call else {
-        return Err(AssembleError::Malformed("a tool call is not an object".to_owned()));
-    };
-    let index = index_of(&call)?.unwrap_or(known.len());
-    call.shift_remove("index");
-    while known.len() <= index {
-        known.push(json!({}));
-    }
-    merge_delta(&mut known[index], call)
-}
-
-fn finished_choice(index: usize, mut choice: Map<String, Value>) -> Value {
-    let mut message = match choice.shift_remove("message") {
-        Some(Value::Object(message)) => message,
-        _ => Map::new(),
-    };
-    message.entry("role").or_insert_with(|| "assistant".into());
-    message.entry("content").or_insert(Value::Null);
-    let mut whole = Map::new();
-    whole.insert("index".into(), index.into());
-    whole.insert("message".into(), Value::Object(message));
-    whole.insert("finish_reason".into(), choice.shift_remove("finish_reason").unwrap_or(Value::Null));
-    whole.extend(choice);
-    Value::Object(whole)
-}
-
-fn merge_block(block: &mut Map<String, Value>, delta: Map<String, Value>) {
-    for (key, value) in delta {
-        match (key.as_str(), value) {
-            ("type", _) => {}
-            ("citation", citation) => {
-                if let Value::Array(list) = block.entry("citations").or_insert_with(|| json!([])) {
-                    list.push(citation);
+    match (target, delta) {
+        (Value::Object(target), Value::Object(delta)) => {
+            for (key, value) in delta {
+                match key.as_str() {
+                    _ if value.is_null() => {}
+                    // Some servers repeat these in every event.
+                    "role" | "id" | "type" => drop(target.insert(key, value)),
+                    _ => merge(target.entry(key).or_insert(Value::Null), value)?,
                 }
             }
-            (_, Value::String(text)) => append(block, &key, &text),
-            (_, value) => {
-                block.insert(key, value);
+        }
+        (Value::Array(target), Value::Array(parts)) => {
+            for mut part in parts {
+                let index = part.as_object_mut().and_then(|part| part.shift_remove("index"));
+                match index {
+                    Some(_) => merge(slot(target, index)?, part)?,
+                    None => target.push(part),
+                }
             }
         }
+        (Value::String(target), Value::String(text)) => target.push_str(&text),
+        (target, value) => *target = value,
     }
+    Ok(())
+}
+
+/// Sets the values that are not null.
+fn extend(target: &mut Map<String, Value>, from: Map<String, Value>) {
+    target.extend(from.into_iter().filter(|(_, value)| !value.is_null()));
+}
+
+fn finished_choice((index, choice): (usize, Value)) -> Value {
+    let Value::Object(choice) = choice else { return choice };
+    let mut whole = json!({"index": index, "message": {"role": "assistant", "content": null}, "finish_reason": null});
+    for (key, value) in choice {
+        match (&mut whole[&key], value) {
+            (Value::Object(known), Value::Object(value)) => known.extend(value),
+            (known, value) => *known = value,
+        }
+    }
+    whole
+}
+
+fn merge_block(block: &mut Value, mut delta: Map<String, Value>) -> Result<(), AssembleError> {
+    delta.shift_remove("type"); // the delta's own
+    if let Some(citation) = delta.shift_remove("citation") {
+        delta.insert("citations".into(), json!([citation]));
+    }
+    merge(block, delta.into())
 }
 
 /// Parses the input of a tool call, which arrives as fragments of JSON text.
-fn finished_block(mut block: Map<String, Value>) -> Result<Value, AssembleError> {
-    if let Some(Value::String(text)) = block.shift_remove("partial_json")
-        && !text.is_empty()
-    {
-        let input = serde_json::from_str(&text)
+fn finished_block(mut block: Value) -> Result<Value, AssembleError> {
+    let input = block.as_object_mut().and_then(|block| block.shift_remove("partial_json"));
+    if let Some(text) = input.as_ref().and_then(Value::as_str).filter(|text| !text.is_empty()) {
+        block["input"] = serde_json::from_str(text)
             .map_err(|error| AssembleError::Malformed(format!("the input of a tool is not JSON: {error}")))?;
-        block.insert("input".into(), input);
     }
-    Ok(Value::Object(block))
+    Ok(block)
 }
 
 fn merge_message(message: &mut Map<String, Value>, mut event: Map<String, Value>) {
     message.extend(taken_object(&mut event, "delta"));
-    let usage = taken_object(&mut event, "usage");
     if let Value::Object(known) = message.entry("usage").or_insert_with(|| json!({})) {
-        known.extend(usage.into_iter().filter(|(_, value)| !value.is_null()));
+        extend(known, taken_object(&mut event, "usage"));
     }
 }
 
-/// The entry of `list` at the `index` of `part` (default 0), created if missing.
-fn slot<'a>(
-    list: &'a mut Vec<Map<String, Value>>,
-    part: &Map<String, Value>,
-) -> Result<&'a mut Map<String, Value>, AssembleError> {
-    let index = index_of(part)?.unwrap_or(0);
+/// The entry of `list` at `index` (default 0), created if missing.
+fn slot(list: &mut Vec<Value>, index: Option<Value>) -> Result<&mut Value, AssembleError> {
+    let index = index.and_then(|index| index.as_u64()).map_or(0, |index| index.try_into().unwrap_or(usize::MAX));
+    if index > INDEX_MAX {
+        return Err(AssembleError::Malformed(format!("index {index} is out of range")));
+    }
     if list.len() <= index {
-        list.resize_with(index + 1, Map::new);
+        list.resize(index + 1, json!({}));
     }
     Ok(&mut list[index])
-}
-
-fn index_of(part: &Map<String, Value>) -> Result<Option<usize>, AssembleError> {
-    let Some(index) = part.get("index").and_then(Value::as_u64) else { return Ok(None) };
-    match usize::try_from(index) {
-        Ok(index) if index <= INDEX_MAX => Ok(Some(index)),
-        _ => Err(AssembleError::Malformed(format!("index {index} is out of range"))),
-    }
 }
 
 fn taken_object(event: &mut Map<String, Value>, key: &str) -> Map<String, Value> {
     match event.shift_remove(key) {
         Some(Value::Object(object)) => object,
         _ => Map::new(),
-    }
-}
-
-fn append(target: &mut Map<String, Value>, key: &str, text: &str) {
-    match target.get_mut(key) {
-        Some(Value::String(known)) => known.push_str(text),
-        _ => {
-            target.insert(key.to_owned(), text.into());
-        }
-    }
-}
-
-fn append_lists(choice: &mut Map<String, Value>, key: &str, lists: Map<String, Value>) {
-    let Value::Object(known) = choice.entry(key).or_insert_with(|| json!({})) else { return };
-    for (name, value) in lists {
-        match (known.get_mut(&name), value) {
-            (Some(Value::Array(old)), Value::Array(new)) => old.extend(new),
-            (_, value) => {
-                known.insert(name, value);
-            }
-        }
     }
 }
 
