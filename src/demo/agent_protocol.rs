@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use thiserror::Error;
 use uuid::Uuid;
 
+use super::job_events::{JobEnd, JobEvent};
 use super::websocket::{Reader, Sender};
 
 /// Time limit for each step of the handshake; the agent has the same.
@@ -116,25 +117,15 @@ pub struct OfferedModel {
     pub max_concurrent: u64,
 }
 
-/// The content of a `job_done` frame.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct JobEnd {
-    /// Input tokens.
-    pub input_tokens: Option<u64>,
-    /// Output tokens.
-    pub output_tokens: Option<u64>,
-    /// Duration as reported by the agent.
-    pub duration_ms: Option<u64>,
-}
-
 /// A frame from the agent, after the handshake.
 #[derive(Debug, PartialEq)]
 pub(super) enum Frame {
     Capabilities(Vec<OfferedModel>),
-    Heartbeat,
-    Chunk { job_id: Uuid, bytes: Vec<u8> },
-    Done { job_id: Uuid, end: JobEnd },
-    Error { job_id: Uuid, code: String, message: String },
+    Job {
+        job_id: Uuid,
+        event: JobEvent,
+    },
+    /// A heartbeat, or a type that only a newer agent sends.
     Other(String),
 }
 
@@ -144,30 +135,23 @@ pub(super) fn parse_frame(text: &str) -> Result<Frame, String> {
     let kind = frame["type"].as_str().ok_or("it has no string `type`")?;
     let malformed = |key: &str| format!("malformed `{kind}`: `{key}` is missing or wrong");
     let string = |key: &str| frame[key].as_str().ok_or_else(|| malformed(key));
-    let job_id = || Uuid::parse_str(string("job_id")?).map_err(|_| malformed("job_id"));
-    Ok(match kind {
+    let event = match kind {
         "capabilities" => {
             let models = frame["models"].as_array().ok_or_else(|| malformed("models"))?;
             let models: Option<_> = models.iter().map(offered_model).collect();
-            Frame::Capabilities(models.ok_or_else(|| malformed("models"))?)
+            return Ok(Frame::Capabilities(models.ok_or_else(|| malformed("models"))?));
         }
-        "heartbeat" => Frame::Heartbeat,
-        "job_chunk" => {
-            let bytes = STANDARD.decode(string("data")?).map_err(|_| malformed("data"))?;
-            Frame::Chunk { job_id: job_id()?, bytes }
-        }
+        "job_chunk" => JobEvent::Chunk(STANDARD.decode(string("data")?).map_err(|_| malformed("data"))?),
         "job_done" => {
             let tokens = |long: &str, short: &str| frame["tokens"][long].as_u64().or(frame["tokens"][short].as_u64());
             let (input_tokens, output_tokens) = (tokens("input_tokens", "input"), tokens("output_tokens", "output"));
-            let end = JobEnd { input_tokens, output_tokens, duration_ms: frame["duration_ms"].as_u64() };
-            Frame::Done { job_id: job_id()?, end }
+            JobEvent::Done(JobEnd { input_tokens, output_tokens })
         }
-        "job_error" => {
-            let (code, message) = (string("error_code")?.to_owned(), string("message")?.to_owned());
-            Frame::Error { job_id: job_id()?, code, message }
-        }
-        _ => Frame::Other(kind.to_owned()),
-    })
+        "job_error" => JobEvent::failed(string("error_code")?, string("message")?),
+        _ => return Ok(Frame::Other(kind.to_owned())),
+    };
+    let job_id = Uuid::parse_str(string("job_id")?).map_err(|_| malformed("job_id"))?;
+    Ok(Frame::Job { job_id, event })
 }
 
 fn offered_model(model: &Value) -> Option<OfferedModel> {
@@ -191,13 +175,12 @@ mod tests {
     fn parse_frame_reads_the_frames_of_a_job() {
         let job_id = Uuid::parse_str(ID).unwrap();
         let chunk = json!({"type":"job_chunk","job_id":ID,"data":"aGVsbG8g"}).to_string();
-        assert_eq!(parse_frame(&chunk), Ok(Frame::Chunk { job_id, bytes: b"hello ".to_vec() }));
+        assert_eq!(parse_frame(&chunk), Ok(Frame::Job { job_id, event: JobEvent::Chunk(b"hello ".to_vec()) }));
         let done = json!({"type":"job_done","job_id":ID,"tokens":{"input":7,"output":13},"duration_ms":42}).to_string();
-        let end = JobEnd { input_tokens: Some(7), output_tokens: Some(13), duration_ms: Some(42) };
-        assert_eq!(parse_frame(&done), Ok(Frame::Done { job_id, end }));
+        let end = JobEvent::Done(JobEnd { input_tokens: Some(7), output_tokens: Some(13) });
+        assert_eq!(parse_frame(&done), Ok(Frame::Job { job_id, event: end }));
         let error = json!({"type":"job_error","job_id":ID,"error_code":"internal","message":"m"}).to_string();
-        let (code, message) = ("internal".to_owned(), "m".to_owned());
-        assert_eq!(parse_frame(&error), Ok(Frame::Error { job_id, code, message }));
+        assert_eq!(parse_frame(&error), Ok(Frame::Job { job_id, event: JobEvent::failed("internal", "m") }));
         assert_eq!(parse_frame("{\"type\":\"new\"}"), Ok(Frame::Other("new".to_owned())));
     }
 

@@ -2,6 +2,8 @@
 //!
 //! Invariant: the lock is not held across I/O.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -45,32 +47,25 @@ struct State {
     expected_at: Instant,
     connections: u64,
     agent: Option<Agent>,
-    offer: Option<Offer>,
     last_seen: String,
-    jobs: Vec<JobEntry>,
 }
 
 struct Agent {
     connection: u64,
     sender: Sender,
-}
-
-struct JobEntry {
-    job_id: Uuid,
-    connection: u64,
-    events: job_events::Sender,
+    offer: Option<Offer>,
+    jobs: HashMap<Uuid, job_events::Sender>,
 }
 
 impl State {
-    /// Removes a job. The list is never longer than the agent's `max_concurrent`.
-    fn take(&mut self, job_id: Uuid) -> Option<JobEntry> {
-        let index = self.jobs.iter().position(|job| job.job_id == job_id)?;
-        Some(self.jobs.swap_remove(index))
+    fn agent(&mut self, connection: u64) -> Option<&mut Agent> {
+        self.agent.as_mut().filter(|agent| agent.connection == connection)
+    }
+
+    fn offer(&self) -> Option<&Offer> {
+        self.agent.as_ref()?.offer.as_ref()
     }
 }
-
-/// A job's receiver has let too many bytes pile up.
-pub(super) struct TooSlow;
 
 impl Default for Sessions {
     fn default() -> Self {
@@ -78,9 +73,7 @@ impl Default for Sessions {
             expected_at: Instant::now(),
             connections: 0,
             agent: None,
-            offer: None,
             last_seen: "it did not connect".to_owned(),
-            jobs: Vec::new(),
         };
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
@@ -108,15 +101,15 @@ impl Sessions {
 
     /// The current agent's offer.
     pub(super) fn offer(&self) -> Option<Offer> {
-        self.lock().offer.clone()
+        self.lock().offer().cloned()
     }
 
     /// Waits for an offer that is `wanted`; fails with the last thing seen of an agent.
     pub(super) fn wait_for_offer(&self, limit: Duration, wanted: fn(&Offer) -> bool) -> Result<Offer, String> {
-        let is_missing = |state: &mut State| !state.offer.as_ref().is_some_and(wanted);
+        let is_missing = |state: &mut State| !state.offer().is_some_and(wanted);
         let waited = self.changed.wait_timeout_while(self.lock(), limit, is_missing);
         let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        state.offer.clone().filter(wanted).ok_or_else(|| state.last_seen.clone())
+        state.offer().filter(|offer| wanted(offer)).cloned().ok_or_else(|| state.last_seen.clone())
     }
 
     /// Numbers a new connection.
@@ -126,13 +119,12 @@ impl Sessions {
         state.connections
     }
 
-    /// Makes the connection the current one, and closes the one before.
+    /// Makes the connection the current one, and closes the one before, whose jobs are lost.
     pub(super) fn enter(&self, connection: u64, sender: Sender) {
         let replaced = {
             let mut state = self.lock();
-            state.offer = None;
-            state.last_seen = "it is authenticated, but sent no capabilities".to_owned();
-            state.agent.replace(Agent { connection, sender })
+            "it is authenticated, but sent no capabilities".clone_into(&mut state.last_seen);
+            state.agent.replace(Agent { connection, sender, offer: None, jobs: HashMap::new() })
         };
         if let Some(replaced) = replaced {
             replaced.sender.close();
@@ -141,12 +133,11 @@ impl Sessions {
 
     /// Takes the offer of the current connection.
     pub(super) fn offered(&self, connection: u64, mut offer: Offer) {
-        let mut state = self.lock();
-        if state.agent.as_ref().is_some_and(|agent| agent.connection == connection) {
-            if let Some(earlier) = &state.offer {
+        if let Some(agent) = self.lock().agent(connection) {
+            if let Some(earlier) = &agent.offer {
                 offer.stages = earlier.stages; // the stages are those of the first offer
             }
-            state.offer = Some(offer);
+            agent.offer = Some(offer);
             self.changed.notify_all();
         }
     }
@@ -154,12 +145,8 @@ impl Sessions {
     /// Ends a connection: its jobs are lost, its offer is withdrawn.
     pub(super) fn leave(&self, connection: u64, end: &str) {
         let mut state = self.lock();
-        state.jobs.retain(|job| job.connection != connection);
         end.clone_into(&mut state.last_seen);
-        if state.agent.as_ref().is_some_and(|agent| agent.connection == connection) {
-            state.agent = None;
-            state.offer = None;
-        }
+        state.agent.take_if(|agent| agent.connection == connection);
         self.changed.notify_all();
     }
 
@@ -174,39 +161,32 @@ impl Sessions {
     /// Registers a job with the current agent, and returns the way to it; `None` without an agent.
     pub(super) fn add_job(&self, job_id: Uuid, events: job_events::Sender) -> Option<Sender> {
         let mut state = self.lock();
-        let agent = state.agent.as_ref()?;
-        let (connection, sender) = (agent.connection, agent.sender.clone());
-        state.jobs.push(JobEntry { job_id, connection, events });
-        Some(sender)
+        let agent = state.agent.as_mut()?;
+        agent.jobs.insert(job_id, events);
+        Some(agent.sender.clone())
     }
 
     /// Removes a job; `false` if it has ended.
     pub(super) fn remove_job(&self, job_id: Uuid) -> bool {
-        self.lock().take(job_id).is_some()
+        self.lock().agent.as_mut().is_some_and(|agent| agent.jobs.remove(&job_id).is_some())
     }
 
-    /// Passes a chunk on to its job; a job whose receiver is too slow fails.
-    pub(super) fn deliver_chunk(&self, job_id: Uuid, bytes: Vec<u8>) -> Result<(), TooSlow> {
+    /// Passes an event on to its job. `false` if the job's receiver reads too slowly: the job has failed, and the agent has to
+    /// cancel it.
+    pub(super) fn deliver(&self, connection: u64, job_id: Uuid, event: JobEvent) -> bool {
         let mut state = self.lock();
-        let Some(job) = state.jobs.iter().find(|job| job.job_id == job_id) else {
-            crate::debug!("a chunk of the unknown job {job_id}");
-            return Ok(());
+        let Some(Entry::Occupied(job)) = state.agent(connection).map(|agent| agent.jobs.entry(job_id)) else {
+            crate::debug!("an event of an unknown job {job_id}");
+            return true;
         };
-        if job.events.send(JobEvent::Chunk(bytes)) {
-            return Ok(());
+        let is_end = event.is_end();
+        let accepted = job.get().send(event);
+        if !accepted {
+            job.get().send(JobEvent::failed("internal", "the client reads too slowly"));
         }
-        job.events.send(JobEvent::failed("internal", "the client reads too slowly"));
-        drop(state.take(job_id));
-        Err(TooSlow)
-    }
-
-    /// Ends a job.
-    pub(super) fn deliver_end(&self, job_id: Uuid, end: JobEvent) {
-        match self.lock().take(job_id) {
-            Some(job) => {
-                job.events.send(end);
-            }
-            None => crate::debug!("the end of the unknown job {job_id}"),
+        if is_end || !accepted {
+            job.remove();
         }
+        accepted
     }
 }

@@ -12,13 +12,15 @@ use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::RecvTimeoutError;
+use serde::Serialize;
 use serde_json::{Value, json};
 use thiserror::Error;
 use uuid::Uuid;
 
 use super::agent_protocol::cancel_frame;
 use super::agent_sessions::{Offer, Sessions};
-use super::job_events::{self, JobEvent, Received, Receiver};
+use super::job_events::{self, JobEvent, Receiver};
 use super::pairing::Pairings;
 use super::session;
 use super::websocket::Sender;
@@ -29,31 +31,13 @@ use crate::http_server::{self, HttpServer};
 const DEADLINE_GRACE: Duration = Duration::from_secs(5);
 
 /// The API of a job's request, as in the `format` of the job frame.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Format {
     /// `/v1/chat/completions`
     Openai,
     /// `/v1/messages`
     Anthropic,
-}
-
-impl Format {
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Openai => "openai",
-            Self::Anthropic => "anthropic",
-        }
-    }
-}
-
-/// The result of waiting for a job's next event.
-pub enum Waited {
-    /// The event.
-    Event(JobEvent),
-    /// No event within the limit.
-    NotYet,
-    /// The job has ended.
-    Over,
 }
 
 /// A job to submit.
@@ -151,7 +135,7 @@ impl Coordinator {
             "job_id": job_id.to_string(),
             "model_id": model_id,
             "request": request,
-            "format": format.as_str(),
+            "format": format,
             "deadline_ms": u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX),
         });
         let expires_at = Instant::now() + deadline + DEADLINE_GRACE;
@@ -187,37 +171,31 @@ pub struct Job {
 }
 
 impl Job {
-    /// Waits for the next event, at most until shortly after the job's deadline. `None` after the end.
-    pub fn next_event(&mut self) -> Option<JobEvent> {
-        loop {
-            match self.wait(Duration::from_secs(60)) {
-                Waited::Event(event) => return Some(event),
-                Waited::Over => return None,
-                Waited::NotYet => {}
-            }
-        }
-    }
-
-    /// Waits up to `limit` for the next event.
-    pub fn wait(&mut self, limit: Duration) -> Waited {
+    /// Waits up to `limit` for the next event; `None` without one, and after the end.
+    pub fn wait(&mut self, limit: Duration) -> Option<JobEvent> {
         if self.ended {
-            return Waited::Over;
+            return None;
         }
         let until = self.expires_at.min(Instant::now() + limit);
         let event = match self.events.receive(until) {
-            Received::Event(at, event) => {
+            Ok((at, event)) => {
                 self.arrived_at = at;
                 event
             }
-            Received::Timeout if until < self.expires_at => return Waited::NotYet,
-            Received::Timeout => {
+            Err(RecvTimeoutError::Timeout) if until < self.expires_at => return None,
+            Err(RecvTimeoutError::Timeout) => {
                 self.cancel();
                 JobEvent::failed("backend_timeout", "the agent did not end the job by its deadline")
             }
-            Received::Disconnected => JobEvent::failed("internal", "the connection to the agent was lost"),
+            Err(RecvTimeoutError::Disconnected) => JobEvent::failed("internal", "the connection to the agent was lost"),
         };
-        self.ended |= !matches!(event, JobEvent::Chunk(_));
-        Waited::Event(event)
+        self.ended |= event.is_end();
+        Some(event)
+    }
+
+    /// Whether the end was returned, or the job was cancelled.
+    pub fn has_ended(&self) -> bool {
+        self.ended
     }
 
     /// When the last returned event arrived from the agent.

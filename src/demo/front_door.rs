@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::agent_protocol::OfferedModel;
 use super::assemble;
-use super::coordinator::{Coordinator, CoordinatorError, Format, Job, JobOrder, Waited};
+use super::coordinator::{Coordinator, CoordinatorError, Format, Job, JobOrder};
 use super::job_events::JobEvent;
 use crate::http_server::connection::{Exchange, percent_decoded};
 use crate::http_server::{self, HttpServer};
@@ -189,14 +189,14 @@ fn submit(coordinator: &Coordinator, request: Value, format: Format) -> Result<J
 
 /// Waits for the job's next event while the client is connected. `None` after the end.
 fn next_event(job: &mut Job, client_has_disconnected: impl Fn() -> bool) -> io::Result<Option<JobEvent>> {
-    loop {
+    while !job.has_ended() {
         match job.wait(CLIENT_POLL) {
-            Waited::Event(event) => return Ok(Some(event)),
-            Waited::Over => return Ok(None),
-            Waited::NotYet if client_has_disconnected() => return Err(io::ErrorKind::ConnectionAborted.into()),
-            Waited::NotYet => {}
+            Some(event) => return Ok(Some(event)),
+            None if client_has_disconnected() => return Err(io::ErrorKind::ConnectionAborted.into()),
+            None => {}
         }
     }
+    Ok(None)
 }
 
 /// Relays the chunks as they arrive. Fails if the client has disconnected.

@@ -1,15 +1,24 @@
-//! The events of a job, in a queue that is bounded in bytes instead of events.
+//! The events of a job, in a channel that is bounded in bytes instead of events.
 //!
 //! Threads: the connection's thread sends without waiting; the thread that submitted the job receives.
 
-use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use super::agent_protocol::JobEnd;
+use crossbeam_channel::RecvTimeoutError;
 
 /// Limit of queued bytes per job. A job that exceeds it is cancelled, so that it does not block others.
 const UNREAD_BYTES_MAX: usize = 64 * 1024 * 1024;
+
+/// The content of a `job_done` frame.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct JobEnd {
+    /// Input tokens.
+    pub input_tokens: Option<u64>,
+    /// Output tokens.
+    pub output_tokens: Option<u64>,
+}
 
 /// An event of a job.
 #[derive(Debug, Clone, PartialEq)]
@@ -31,85 +40,51 @@ impl JobEvent {
     pub(super) fn failed(code: &str, message: &str) -> Self {
         Self::Failed { code: code.to_owned(), message: message.to_owned() }
     }
+
+    /// Whether no event of the job follows.
+    pub(super) fn is_end(&self) -> bool {
+        !matches!(self, Self::Chunk(_))
+    }
 }
 
 /// The receiving end.
-pub(super) struct Receiver(Arc<Shared>);
-
-/// The sending end. Dropping it ends the queue after its last event.
-pub(super) struct Sender(Arc<Shared>);
-
-/// The result of a wait.
-pub(super) enum Received {
-    /// With the time at which the connection's thread received it.
-    Event(Instant, JobEvent),
-    Timeout,
-    Disconnected,
+pub(super) struct Receiver {
+    events: crossbeam_channel::Receiver<(Instant, JobEvent)>,
+    unread_bytes: Arc<AtomicUsize>,
 }
 
-#[derive(Default)]
-struct Shared {
-    queue: Mutex<Queue>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct Queue {
-    events: VecDeque<(Instant, JobEvent)>,
-    unread_bytes: usize,
-    ended: bool,
+/// The sending end. Dropping it ends the channel after its last event.
+pub(super) struct Sender {
+    events: crossbeam_channel::Sender<(Instant, JobEvent)>,
+    unread_bytes: Arc<AtomicUsize>,
 }
 
 pub(super) fn channel() -> (Sender, Receiver) {
-    let shared = Arc::new(Shared::default());
-    (Sender(shared.clone()), Receiver(shared))
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+    let (sender, receiver) = crossbeam_channel::unbounded();
+    let unread_bytes = Arc::new(AtomicUsize::new(0));
+    (Sender { events: sender, unread_bytes: unread_bytes.clone() }, Receiver { events: receiver, unread_bytes })
 }
 
 impl Sender {
     /// Adds an event. Returns `false` if it exceeds the limit.
     pub(super) fn send(&self, event: JobEvent) -> bool {
-        let mut queue = self.0.lock();
-        let unread_bytes = queue.unread_bytes + bytes_in(&event);
-        if unread_bytes > UNREAD_BYTES_MAX {
+        let bytes = bytes_in(&event);
+        // Only this thread adds, so the sum cannot grow in between.
+        if self.unread_bytes.load(Ordering::SeqCst) + bytes > UNREAD_BYTES_MAX {
             return false;
         }
-        queue.unread_bytes = unread_bytes;
-        queue.events.push_back((Instant::now(), event));
-        self.0.changed.notify_one();
+        self.unread_bytes.fetch_add(bytes, Ordering::SeqCst);
+        let _ = self.events.send((Instant::now(), event)); // fails if the job was dropped
         true
     }
 }
 
-impl Drop for Sender {
-    fn drop(&mut self) {
-        self.0.lock().ended = true;
-        self.0.changed.notify_one();
-    }
-}
-
 impl Receiver {
-    /// Waits for the next event, until `until`.
-    pub(super) fn receive(&self, until: Instant) -> Received {
-        let mut queue = self.0.lock();
-        loop {
-            if let Some((at, event)) = queue.events.pop_front() {
-                queue.unread_bytes -= bytes_in(&event);
-                return Received::Event(at, event);
-            }
-            let left = until.saturating_duration_since(Instant::now());
-            if queue.ended {
-                return Received::Disconnected;
-            } else if left.is_zero() {
-                return Received::Timeout;
-            }
-            queue = self.0.changed.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
+    /// Waits for the next event, until `until`. Returns it with the time at which the connection's thread received it.
+    pub(super) fn receive(&self, until: Instant) -> Result<(Instant, JobEvent), RecvTimeoutError> {
+        let (at, event) = self.events.recv_deadline(until)?;
+        self.unread_bytes.fetch_sub(bytes_in(&event), Ordering::SeqCst);
+        Ok((at, event))
     }
 }
 
@@ -131,12 +106,12 @@ mod tests {
         assert!(!sender.send(JobEvent::Chunk(vec![0])));
         assert!(sender.send(JobEvent::Done(Default::default())));
         let now = Instant::now();
-        assert!(matches!(receiver.receive(now), Received::Event(_, JobEvent::Chunk(_))));
+        assert!(matches!(receiver.receive(now), Ok((_, JobEvent::Chunk(_)))));
         assert!(sender.send(JobEvent::Chunk(vec![0])));
-        assert!(matches!(receiver.receive(now), Received::Event(_, JobEvent::Done(_))));
-        assert!(matches!(receiver.receive(now), Received::Event(_, JobEvent::Chunk(_))));
-        assert!(matches!(receiver.receive(now), Received::Timeout));
+        assert!(matches!(receiver.receive(now), Ok((_, JobEvent::Done(_)))));
+        assert!(matches!(receiver.receive(now), Ok((_, JobEvent::Chunk(_)))));
+        assert!(matches!(receiver.receive(now), Err(RecvTimeoutError::Timeout)));
         drop(sender);
-        assert!(matches!(receiver.receive(now), Received::Disconnected));
+        assert!(matches!(receiver.receive(now), Err(RecvTimeoutError::Disconnected)));
     }
 }

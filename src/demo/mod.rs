@@ -54,7 +54,8 @@ use overhead::{OverheadMeter, Through};
 use recording_backend::Recorded;
 use timed_response::{Timed, percentile};
 
-pub use agent_protocol::{HandshakeError, JobEnd, OfferedModel};
+pub use agent_protocol::{HandshakeError, OfferedModel};
+pub use job_events::JobEnd;
 
 /// Default port of the front door; if it is taken, any free port.
 pub const DEFAULT_PORT: u16 = 8788;

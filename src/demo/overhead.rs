@@ -10,9 +10,8 @@ use std::time::Duration;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::agent_protocol::JobEnd;
-use super::coordinator::{Coordinator, Format, Job, JobOrder, Waited};
-use super::job_events::JobEvent;
+use super::coordinator::{Coordinator, Format, Job, JobOrder};
+use super::job_events::{JobEnd, JobEvent};
 use super::recording_backend::Recording;
 use super::timed_response::Timed;
 use super::{DemoError, STOP_POLL, compare, echo};
@@ -106,18 +105,15 @@ impl OverheadMeter<'_> {
         let Through { job, arrived, .. } = through;
         loop {
             match job.wait(STOP_POLL) {
-                Waited::Event(JobEvent::Chunk(chunk)) => {
+                Some(JobEvent::Chunk(chunk)) => {
                     arrived.push(job.arrived_at(), &chunk);
                     meanwhile(&chunk);
                 }
-                Waited::Event(JobEvent::Done(end)) => return Ok(end),
+                Some(JobEvent::Done(end)) => return Ok(end),
                 // An agent that is stopping rejects new jobs, which is not a failure.
                 _ if self.stop.is_requested() => return Err(DemoError::Stopped),
-                Waited::Event(JobEvent::Failed { code, message }) => {
-                    return Err(DemoError::JobFailed { code, message });
-                }
-                Waited::NotYet => meanwhile(&[]),
-                Waited::Over => return Err(DemoError::Stopped), // not reached: the end is an event
+                Some(JobEvent::Failed { code, message }) => return Err(DemoError::JobFailed { code, message }),
+                None => meanwhile(&[]),
             }
         }
     }

@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::agent_protocol::JobEnd;
 use super::assemble;
+use super::job_events::JobEnd;
 use super::overhead::{OverheadMeter, Through};
 use super::sse::EventSplitter;
 use super::{DemoError, Output};

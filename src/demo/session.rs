@@ -8,29 +8,26 @@ use std::time::Instant;
 
 use super::agent_protocol::{self, Frame, HandshakeError, OfferedModel, cancel_frame};
 use super::agent_sessions::{Offer, Sessions, Stages};
-use super::job_events::JobEvent;
 use super::websocket::{self, Reader, Sender};
 
 /// Accepts the upgrade with this `Sec-WebSocket-Key`, and serves the connection to its end.
 pub(super) fn run(key: &str, input: &BufReader<TcpStream>, sessions: &Sessions) {
     let connection = sessions.connect();
-    let end = serve(key, input, connection, sessions);
+    let end = serve(key, input, connection, sessions).unwrap_or_else(|error| error.to_string());
     sessions.leave(connection, &end);
     log::info!("agent connection {connection} ended: {end}");
 }
 
 /// Serves one connection, and returns how it ended.
-fn serve(key: &str, input: &BufReader<TcpStream>, connection: u64, sessions: &Sessions) -> String {
+fn serve(
+    key: &str,
+    input: &BufReader<TcpStream>,
+    connection: u64,
+    sessions: &Sessions,
+) -> Result<String, HandshakeError> {
     let connected_at = Instant::now();
-    let opened = websocket::accept(key, input).map_err(HandshakeError::from);
-    let authenticated = opened.and_then(|(mut reader, sender)| {
-        let verified = agent_protocol::authenticate(&mut reader, &sender)?;
-        Ok((reader, sender, verified))
-    });
-    let (mut reader, sender, verified) = match authenticated {
-        Ok(authenticated) => authenticated,
-        Err(error) => return error.to_string(),
-    };
+    let (mut reader, sender) = websocket::accept(key, input)?;
+    let verified = agent_protocol::authenticate(&mut reader, &sender)?;
     let authenticated_at = Instant::now();
     log::info!("agent connection {connection} is {} ({})", verified.provider_id, verified.agent_version);
     sessions.enter(connection, sender.clone());
@@ -41,7 +38,7 @@ fn serve(key: &str, input: &BufReader<TcpStream>, connection: u64, sessions: &Se
         let (agent_version, provider_id) = (verified.agent_version.clone(), verified.provider_id.clone());
         Offer { models, stages, agent_version, provider_id }
     };
-    read_frames(&mut reader, connection, sessions, &sender, offer)
+    Ok(read_frames(&mut reader, connection, sessions, &sender, offer))
 }
 
 fn read_frames(
@@ -58,18 +55,13 @@ fn read_frames(
             Err(error) => return format!("the connection broke: {error}"),
         };
         match agent_protocol::parse_frame(&text) {
-            Ok(Frame::Capabilities(models)) => sessions.offered(connection, offer(models)),
-            Ok(Frame::Chunk { job_id, bytes }) => {
-                if sessions.deliver_chunk(job_id, bytes).is_err() {
+            Ok(Frame::Job { job_id, event }) => {
+                if !sessions.deliver(connection, job_id, event) {
                     let _ = sender.send(&cancel_frame(job_id));
                 }
             }
-            Ok(Frame::Done { job_id, end }) => sessions.deliver_end(job_id, JobEvent::Done(end)),
-            Ok(Frame::Error { job_id, code, message }) => {
-                sessions.deliver_end(job_id, JobEvent::Failed { code, message });
-            }
-            Ok(Frame::Heartbeat) => crate::debug!("heartbeat of the agent"),
-            Ok(Frame::Other(kind)) => crate::debug!("unknown frame `{kind}` of the agent"),
+            Ok(Frame::Capabilities(models)) => sessions.offered(connection, offer(models)),
+            Ok(Frame::Other(kind)) => crate::debug!("`{kind}` frame of the agent"),
             Err(error) => log::warn!("the agent sent an invalid frame: {error}"),
         }
     }

@@ -110,10 +110,10 @@ fn job_is_sent_and_its_events_arrive_in_order() {
     agent.send(&json!({"type": "news"}));
     agent.chunk(&frame, "two");
     agent.done(&frame);
-    assert_eq!(job.next_event(), Some(JobEvent::Chunk(b"one".to_vec())));
-    assert_eq!(job.next_event(), Some(JobEvent::Chunk(b"two".to_vec())));
-    assert!(matches!(job.next_event(), Some(JobEvent::Done(end)) if end.output_tokens == Some(2)));
-    assert_eq!(job.next_event(), None);
+    assert_eq!(job.wait(LIMIT), Some(JobEvent::Chunk(b"one".to_vec())));
+    assert_eq!(job.wait(LIMIT), Some(JobEvent::Chunk(b"two".to_vec())));
+    assert!(matches!(job.wait(LIMIT), Some(JobEvent::Done(end)) if end.output_tokens == Some(2)));
+    assert_eq!(job.wait(LIMIT), None);
 }
 
 #[test]
@@ -123,7 +123,7 @@ fn job_is_cancelled_when_dropped_before_its_end_only() {
     let mut finished = submit(&coordinator).unwrap();
     let frame = agent.frame("job");
     agent.done(&frame);
-    assert!(matches!(finished.next_event(), Some(JobEvent::Done(_))));
+    assert!(matches!(finished.wait(LIMIT), Some(JobEvent::Done(_))));
     drop(finished);
     let dropped = submit(&coordinator).unwrap();
     let frame = agent.frame("job");
@@ -152,7 +152,7 @@ fn newer_agent_replaces_the_previous_one_whose_jobs_are_lost() {
     let mut job = submit(&coordinator).unwrap();
     first.frame("job");
     let mut second = ScriptedAgent::connected(&coordinator);
-    assert!(matches!(job.next_event(), Some(JobEvent::Failed { code, .. }) if code == "internal"));
+    assert!(matches!(job.wait(LIMIT), Some(JobEvent::Failed { code, .. }) if code == "internal"));
     let _job = submit(&coordinator).unwrap();
     second.frame("job");
 }
