@@ -108,12 +108,8 @@ fn openai_pieces(response: &Response, with_usage: bool) -> Vec<String> {
     let delta = |delta: Value, finish: Option<&str>| {
         event(chunk(json!([{"index": 0, "delta": delta, "finish_reason": finish}])))
     };
-    let content = |word: &&str| delta(json!({"content": word}), None);
-    let mut pieces: Vec<String> = response.words.iter().map(content).collect();
-    if pieces.is_empty() {
-        pieces.push(String::new());
-    }
-    pieces[0].insert_str(0, &delta(json!({"role": "assistant", "content": ""}), None));
+    let start = delta(json!({"role": "assistant", "content": ""}), None);
+    let words = response.words.iter().map(|word| delta(json!({"content": word}), None));
     let mut end = delta(json!({}), Some(if response.truncated { "length" } else { "stop" }));
     if with_usage {
         let (input, output) = (response.input_tokens, response.words.len());
@@ -121,7 +117,7 @@ fn openai_pieces(response: &Response, with_usage: bool) -> Vec<String> {
         last["usage"] = json!({"prompt_tokens": input, "completion_tokens": output, "total_tokens": input + output});
         end += &event(last);
     }
-    finished(pieces, &(end + "data: [DONE]\n\n"))
+    stream_pieces(start, words, end + "data: [DONE]\n\n")
 }
 
 fn anthropic_pieces(response: &Response) -> Vec<String> {
@@ -135,11 +131,6 @@ fn anthropic_pieces(response: &Response) -> Vec<String> {
     let delta = |word: &&str| {
         event(json!({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}}))
     };
-    let mut pieces: Vec<String> = response.words.iter().map(delta).collect();
-    if pieces.is_empty() {
-        pieces.push(String::new());
-    }
-    pieces[0].insert_str(0, &(start + &block));
     let (reason, output) = (if response.truncated { "max_tokens" } else { "end_turn" }, response.words.len());
     let ends = [
         json!({"type": "content_block_stop", "index": 0}),
@@ -147,13 +138,20 @@ fn anthropic_pieces(response: &Response) -> Vec<String> {
                "usage": {"output_tokens": output}}),
         json!({"type": "message_stop"}),
     ];
-    finished(pieces, &ends.map(event).concat())
+    stream_pieces(start + &block, response.words.iter().map(delta), ends.map(event).concat())
 }
 
-/// Appends the end of the stream to the last piece.
-fn finished(mut pieces: Vec<String>, end: &str) -> Vec<String> {
+/// Prepends the start of the stream to its first piece, and appends the end to its last.
+fn stream_pieces(start: String, words: impl Iterator<Item = String>, end: String) -> Vec<String> {
+    let mut pieces = vec![start];
+    for (index, word) in words.enumerate() {
+        match index {
+            0 => pieces[0] += &word,
+            _ => pieces.push(word),
+        }
+    }
     if let Some(last) = pieces.last_mut() {
-        last.push_str(end);
+        *last += &end;
     }
     pieces
 }

@@ -98,23 +98,27 @@ fn status_of(code: &str) -> u16 {
 }
 
 fn handle(coordinator: &Coordinator, exchange: &mut Exchange<'_>) {
+    if let Err(error) = route(coordinator, exchange) {
+        respond_error(exchange, &error);
+    }
+}
+
+fn route(coordinator: &Coordinator, exchange: &mut Exchange<'_>) -> Result<(), ErrorResponse> {
     match (exchange.method(), exchange.path()) {
         ("GET", "/health") => health(coordinator, exchange),
         ("GET", "/v1/models") => exchange.respond_json(200, &listing(&offered(coordinator))),
-        ("POST", "/v1/chat/completions") => complete(coordinator, exchange, Format::Openai),
-        ("POST", "/v1/messages") => complete(coordinator, exchange, Format::Anthropic),
+        ("POST", "/v1/chat/completions") => return complete(coordinator, exchange, Format::Openai),
+        ("POST", "/v1/messages") => return complete(coordinator, exchange, Format::Anthropic),
         (_, path @ ("/health" | "/v1/models" | "/v1/chat/completions" | "/v1/messages")) => {
-            let error = ErrorResponse::new(405, "method_not_allowed", format!("`{path}` does not support this method"));
-            respond_error(exchange, &error);
+            let message = format!("`{path}` does not support this method");
+            return Err(ErrorResponse::new(405, "method_not_allowed", message));
         }
-        (_, path) => {
-            let error = ErrorResponse::new(404, "not_found", format!("no such path: `{path}`"));
-            match path.strip_prefix("/v1/models/").map(percent_decoded) {
-                Some(model_id) => one_model(coordinator, exchange, &model_id),
-                None => respond_error(exchange, &error),
-            }
-        }
+        (_, path) => match path.strip_prefix("/v1/models/").map(percent_decoded) {
+            Some(model_id) => exchange.respond_json(200, &one_model(coordinator, &model_id)?),
+            None => return Err(ErrorResponse::new(404, "not_found", format!("no such path: `{path}`"))),
+        },
     }
+    Ok(())
 }
 
 fn offered(coordinator: &Coordinator) -> Vec<OfferedModel> {
@@ -140,51 +144,34 @@ fn listed(model: &OfferedModel) -> Value {
     entry
 }
 
-fn one_model(coordinator: &Coordinator, exchange: &mut Exchange<'_>, model_id: &str) {
-    match offered(coordinator).iter().find(|model| model.model_id == model_id) {
-        Some(model) => exchange.respond_json(200, &listed(model)),
-        None => respond_error(
-            exchange,
-            &ErrorResponse::new(404, "model_not_found", format!("no model `{model_id}` is offered")),
-        ),
-    }
+fn one_model(coordinator: &Coordinator, model_id: &str) -> Result<Value, ErrorResponse> {
+    let not_found = || ErrorResponse::new(404, "model_not_found", format!("no model `{model_id}` is offered"));
+    offered(coordinator).iter().find(|model| model.model_id == model_id).map(listed).ok_or_else(not_found)
 }
 
 fn respond_error(exchange: &mut Exchange<'_>, error: &ErrorResponse) {
     exchange.respond_json(error.status, &error.body());
 }
 
-fn complete(coordinator: &Coordinator, exchange: &mut Exchange<'_>, format: Format) {
-    let body = match exchange.read_json() {
-        Ok(body) if body.is_object() => body,
-        Ok(_) => {
-            return respond_error(exchange, &ErrorResponse::new(400, "invalid_body", "the body is not a JSON object"));
-        }
-        Err(bad) => return respond_error(exchange, &ErrorResponse::new(bad.status, "invalid_body", bad.message)),
+fn complete(coordinator: &Coordinator, exchange: &mut Exchange<'_>, format: Format) -> Result<(), ErrorResponse> {
+    let invalid = |status, message: &str| ErrorResponse::new(status, "invalid_body", message);
+    let request = exchange.read_json().map_err(|bad| invalid(bad.status, &bad.message))?;
+    if !request.is_object() {
+        return Err(invalid(400, "the body is not a JSON object"));
+    }
+    let Some(model_id) = request["model"].as_str().map(str::to_owned) else {
+        return Err(invalid(400, "the body has no string `model`; GET /v1/models lists them"));
     };
-    let streaming = body["stream"] == true;
-    let mut job = match submit(coordinator, body, format) {
-        Ok(job) => job,
-        Err(error) => return respond_error(exchange, &error),
-    };
+    let streaming = request["stream"] == true;
+    // Jobs for models that are not offered are sent anyway, to show that the agent rejects them.
+    let order = JobOrder { job_id: Uuid::new_v4(), model_id, request, format, deadline: JOB_DEADLINE };
+    let mut job = coordinator.submit(order)?;
     let served = if streaming { stream(exchange, &mut job, format) } else { whole(exchange, &mut job, format) };
     if let Err(error) = served {
         job.cancel();
         log::info!("an HTTP client disconnected before the end of its response; its job is cancelled: {error}");
     }
-}
-
-fn submit(coordinator: &Coordinator, request: Value, format: Format) -> Result<Job, ErrorResponse> {
-    let Some(model_id) = request["model"].as_str().map(str::to_owned) else {
-        return Err(ErrorResponse::new(
-            400,
-            "invalid_body",
-            "the body has no string `model`; GET /v1/models lists them",
-        ));
-    };
-    // Jobs for models that are not offered are sent anyway, to show that the agent rejects them.
-    let order = JobOrder { job_id: Uuid::new_v4(), model_id, request, format, deadline: JOB_DEADLINE };
-    Ok(coordinator.submit(order)?)
+    Ok(())
 }
 
 /// Waits for the job's next event while the client is connected. `None` after the end.

@@ -38,7 +38,9 @@ pub(super) fn print(
     let (mut bytes, mut visible, mut hint_due) = (0, false, true);
     let end = meter.receive(through, &mut |chunk| {
         bytes += chunk.len();
-        splitter.push(chunk, |data| visible |= show(data, output));
+        for data in splitter.push(chunk) {
+            visible |= show(&data, output);
+        }
         if bytes == 0 && started.elapsed() > SLOW_HINT_AFTER && std::mem::take(&mut hint_due) {
             output.line(format_args!("(no response yet: loading a model may take minutes; Ctrl-C cancels)"));
         }

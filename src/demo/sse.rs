@@ -4,56 +4,48 @@
 #[derive(Default)]
 pub(super) struct EventSplitter {
     line: Vec<u8>,
-    data: String,
-    has_data: bool,
+    data: Option<String>,
 }
 
 impl EventSplitter {
-    /// Appends bytes, and calls `on_data` for each event that they complete.
-    pub(super) fn push(&mut self, bytes: &[u8], mut on_data: impl FnMut(&str)) {
+    /// Appends bytes, and returns the events that they complete.
+    pub(super) fn push(&mut self, bytes: &[u8]) -> Vec<String> {
+        let mut events = Vec::new();
         for piece in bytes.split_inclusive(|byte| *byte == b'\n') {
             self.line.extend_from_slice(piece);
-            if piece.last() == Some(&b'\n') {
-                let line = std::mem::take(&mut self.line);
-                self.end_line(&line, &mut on_data);
+            if piece.ends_with(b"\n") {
+                events.extend(self.end_line());
             }
         }
+        events
     }
 
     /// Ends the stream. An event without a closing blank line counts as well.
-    pub(super) fn finish(mut self, mut on_data: impl FnMut(&str)) {
-        let line = std::mem::take(&mut self.line);
-        if !line.is_empty() {
-            self.end_line(&line, &mut on_data);
-        }
-        self.end_line(b"\n", &mut on_data);
+    pub(super) fn finish(mut self) -> Option<String> {
+        self.end_line().or_else(|| self.end_line())
     }
 
-    fn end_line(&mut self, line: &[u8], on_data: &mut impl FnMut(&str)) {
-        let text = String::from_utf8_lossy(line);
+    /// Ends the line. An empty line ends an event, which is returned.
+    fn end_line(&mut self) -> Option<String> {
+        let line = std::mem::take(&mut self.line);
+        let text = String::from_utf8_lossy(&line);
         let text = text.trim_end_matches(['\r', '\n']);
         if text.is_empty() {
-            if std::mem::take(&mut self.has_data) {
-                on_data(&self.data);
-            }
-            self.data.clear();
-        } else if let Some(value) = text.strip_prefix("data:") {
-            if self.has_data {
-                self.data.push('\n');
-            }
-            self.has_data = true;
-            self.data.push_str(value.strip_prefix(' ').unwrap_or(value));
-        } // other fields and comments are ignored
+            return self.data.take();
+        }
+        let value = text.strip_prefix("data:")?; // other fields and comments are ignored
+        let value = value.strip_prefix(' ').unwrap_or(value);
+        self.data = Some(self.data.take().map_or_else(|| value.to_owned(), |data| data + "\n" + value));
+        None
     }
 }
 
 /// The `data` of all events of a complete stream.
 pub(super) fn events(stream: &[u8]) -> Vec<String> {
-    let mut all = Vec::new();
     let mut splitter = EventSplitter::default();
-    splitter.push(stream, |data| all.push(data.to_owned()));
-    splitter.finish(|data| all.push(data.to_owned()));
-    all
+    let mut events = splitter.push(stream);
+    events.extend(splitter.finish());
+    events
 }
 
 #[cfg(test)]
@@ -75,9 +67,9 @@ mod tests {
             let mut got = Vec::new();
             let mut splitter = EventSplitter::default();
             for piece in STREAM.chunks(size) {
-                splitter.push(piece, |data| got.push(data.to_owned()));
+                got.extend(splitter.push(piece));
             }
-            splitter.finish(|data| got.push(data.to_owned()));
+            got.extend(splitter.finish());
             assert_eq!(got, WANT, "pieces of {size} bytes");
         }
     }

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use httparse::Status;
 use serde_json::{Value, json};
+use tungstenite::http::StatusCode;
 
 use crate::sys::datetime;
 
@@ -233,7 +234,9 @@ impl Exchange<'_> {
         // An unread body would be taken for the next request.
         self.head.close |= !matches!(self.body_left, Body::Read);
         let connection = if self.head.close { "close" } else { "keep-alive" };
-        let (reason, date) = (reason(status), datetime::format_http(SystemTime::now()));
+        let reason =
+            StatusCode::from_u16(status).ok().and_then(|status| status.canonical_reason()).unwrap_or("Unknown");
+        let date = datetime::format_http(SystemTime::now());
         format!(
             "HTTP/1.1 {status} {reason}\r\nContent-Type: {content}\r\nDate: {date}\r\nConnection: {connection}\r\n\r\n"
         )
@@ -309,41 +312,7 @@ pub(crate) fn error_document(message: &str) -> Value {
 
 /// Decodes percent-encoding: clients encode the slash in a model id as `%2F`. Invalid escapes are kept.
 pub(crate) fn percent_decoded(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&first, tail)) = rest.split_first() {
-        let digits = tail.get(..2).filter(|digits| first == b'%' && digits.iter().all(u8::is_ascii_hexdigit));
-        let digits = digits.and_then(|digits| std::str::from_utf8(digits).ok());
-        match digits.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = &tail[2..];
-            }
-            None => {
-                bytes.push(first);
-                rest = tail;
-            }
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
-}
-
-fn reason(status: u16) -> &'static str {
-    match status {
-        200 => "OK",
-        400 => "Bad Request",
-        404 => "Not Found",
-        405 => "Method Not Allowed",
-        413 => "Content Too Large",
-        429 => "Too Many Requests",
-        431 => "Request Header Fields Too Large",
-        500 => "Internal Server Error",
-        501 => "Not Implemented",
-        502 => "Bad Gateway",
-        503 => "Service Unavailable",
-        504 => "Gateway Timeout",
-        _ => "Unknown",
-    }
+    percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned()
 }
 
 #[cfg(test)]
