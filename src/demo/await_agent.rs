@@ -6,9 +6,8 @@ use std::sync::Arc;
 
 use super::agent_sessions::Offer;
 use super::coordinator::Coordinator;
-use super::front_door::FrontDoor;
 use super::output::Output;
-use super::{DemoError, STOP_POLL, backends, bind_door};
+use super::{DemoError, STOP_POLL, backends, bind_door, front_door};
 use crate::agent::shutdown::Stop;
 
 /// Serves until `stop`: agents at `listen`, clients at the front door.
@@ -16,9 +15,13 @@ use crate::agent::shutdown::Stop;
 /// # Errors
 /// An address is not available.
 pub fn run(listen: SocketAddr, port: Option<u16>, stop: &Stop, out: &mut dyn Write) -> Result<(), DemoError> {
-    let listener = TcpListener::bind(listen).map_err(|source| DemoError::Listen { address: listen, source })?;
+    let listener = TcpListener::bind(listen).map_err(|source| DemoError::Listen {
+        address: listen,
+        option: "--listen",
+        source,
+    })?;
     let coordinator = Arc::new(Coordinator::serve(listener)?);
-    let door = FrontDoor::start(bind_door(port)?, coordinator.clone())?;
+    let door = front_door::start(bind_door(port)?, coordinator.clone())?;
     let base = coordinator.base();
     let mut output = Output::new(out);
     output.line(format_args!(
@@ -26,7 +29,7 @@ pub fn run(listen: SocketAddr, port: Option<u16>, stop: &Stop, out: &mut dyn Wri
         env!("CARGO_PKG_VERSION")
     ));
     output.line(format_args!("  coordinator  {base}"));
-    output.line(format_args!("  front door   http://{}/v1\n", door.address()));
+    output.line(format_args!("  front door   http://{}/v1\n", door.address));
     output.line(format_args!("Pair an agent, in another terminal:"));
     output.line(format_args!("  usepod-agent setup --coordinator {base} --allow-insecure"));
     output.line(format_args!("then enter its code at {base}/host/pair, or run:"));

@@ -4,18 +4,19 @@
 use std::io;
 use std::sync::Arc;
 
-use super::echo::{self, Echo};
+use super::echo;
 use super::recording_backend::{Recording, RecordingBackend};
 use crate::backend::{BackendError, BackendModel, BaseUrl, Kind};
 use crate::config::{BackendConfig, Config};
 use crate::discovery::{BackendOffer, configured_backend, find_local};
+use crate::http_server::HttpServer;
 
 /// The chosen backends.
 pub(super) struct Chosen {
     pub(super) backends: Vec<BackendOffer>,
     pub(super) record: Arc<Recording>,
     /// The built-in echo backend, if it is used; dropping it stops it.
-    pub(super) echo: Option<Echo>,
+    pub(super) echo: Option<HttpServer>,
 }
 
 /// Chooses the backends, and starts the echo backend if there is no other.
@@ -25,8 +26,8 @@ pub(super) fn choose(config: Option<&Config>) -> io::Result<Chosen> {
         Some(config) => (config.backends.clone(), None),
         None => match find_local() {
             found if found.is_empty() => {
-                let echo = Echo::start()?;
-                let url = BaseUrl::parse(&format!("http://{}", echo.address())).map_err(io::Error::other)?;
+                let echo = echo::start()?;
+                let url = BaseUrl::parse(&format!("http://{}", echo.address)).map_err(io::Error::other)?;
                 (vec![BackendConfig::at(Kind::OpenAi, url)], Some(echo))
             }
             found => (found.into_iter().map(|found| found.config).collect(), None),

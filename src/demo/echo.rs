@@ -2,7 +2,6 @@
 //! Its response is a pure function of the request, so every byte can be verified.
 
 use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,22 +17,9 @@ pub(super) const MODEL: &str = "echo";
 /// Pause between words, so that the stream is visible.
 const WORD_PAUSE: Duration = Duration::from_millis(10);
 
-/// The echo backend; dropping it stops it.
-pub(super) struct Echo {
-    server: HttpServer,
-}
-
-impl Echo {
-    /// Starts on a free loopback port.
-    pub(super) fn start() -> io::Result<Self> {
-        let server = HttpServer::start(http_server::bind(0)?, "demo-echo", Arc::new(handle))?;
-        Ok(Self { server })
-    }
-
-    /// Where it listens.
-    pub(super) fn address(&self) -> SocketAddr {
-        self.server.address
-    }
+/// Serves the echo backend on a free loopback port, until the server is dropped.
+pub(super) fn start() -> io::Result<HttpServer> {
+    HttpServer::start(http_server::bind(0)?, "demo-echo", Arc::new(handle))
 }
 
 /// The exact response to `request`.

@@ -4,7 +4,7 @@
 //! appended, so that the client notices the truncated stream. A client that disconnects, even before the first byte, cancels its job.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,8 +15,8 @@ use super::agent_protocol::OfferedModel;
 use super::assemble;
 use super::coordinator::{Coordinator, CoordinatorError, Format, Job, JobOrder};
 use super::job_events::JobEvent;
+use crate::http_server::HttpServer;
 use crate::http_server::connection::{Exchange, percent_decoded};
-use crate::http_server::{self, HttpServer};
 
 /// Time limit of a request; a model that has to be loaded may take minutes.
 const JOB_DEADLINE: Duration = Duration::from_secs(600);
@@ -27,28 +27,10 @@ const CLIENT_POLL: Duration = Duration::from_millis(100);
 /// Limit of a response that is assembled for a non-streaming client, in bytes.
 const RESPONSE_BYTES_MAX: usize = 64 * 1024 * 1024;
 
-/// The front door; dropping it stops it.
-pub struct FrontDoor {
-    server: HttpServer,
-}
-
-impl FrontDoor {
-    /// Serves on a socket from [`bind`].
-    pub fn start(listener: TcpListener, coordinator: Arc<Coordinator>) -> io::Result<Self> {
-        let handle = move |exchange: &mut Exchange<'_>| handle(&coordinator, exchange);
-        let server = HttpServer::start(listener, "demo-door", Arc::new(handle))?;
-        Ok(Self { server })
-    }
-
-    /// Where it listens.
-    pub fn address(&self) -> SocketAddr {
-        self.server.address
-    }
-}
-
-/// Binds a loopback port for the front door; 0 for any free port.
-pub fn bind(port: u16) -> io::Result<TcpListener> {
-    http_server::bind(port)
+/// Serves the front door on this socket, until the server is dropped.
+pub(super) fn start(listener: TcpListener, coordinator: Arc<Coordinator>) -> io::Result<HttpServer> {
+    let handle = move |exchange: &mut Exchange<'_>| handle(&coordinator, exchange);
+    HttpServer::start(listener, "demo-door", Arc::new(handle))
 }
 
 /// An error response.

@@ -13,7 +13,7 @@ mod backends;
 mod bench;
 pub mod coordinator;
 mod echo;
-pub mod front_door;
+mod front_door;
 mod job_events;
 mod agent_protocol;
 mod agent_sessions;
@@ -28,7 +28,7 @@ mod recording_backend;
 
 use std::collections::HashMap;
 use std::io::{self, Write};
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -41,6 +41,7 @@ use crate::agent::shutdown::Stop;
 use crate::backend::Backend;
 use crate::config::{Config, CoordinatorConfig, Limits, MAX_CONCURRENT_DEFAULT, Price, Pricing};
 use crate::discovery::OfferTerms;
+use crate::http_server;
 use crate::instance::identity::{Identity, IdentityError};
 use crate::sys::shell_quote;
 use crate::sys::threads;
@@ -48,7 +49,6 @@ use crate::sys::threads;
 use agent_sessions::Offer;
 use backends::Chosen;
 use coordinator::{Coordinator, CoordinatorError};
-use front_door::FrontDoor;
 use output::{Output, ms};
 use overhead::{OverheadMeter, Through};
 use recording_backend::Recorded;
@@ -105,19 +105,13 @@ pub enum DemoError {
     /// The local coordinator failed, or the agent did not connect to it.
     #[error(transparent)]
     Coordinator(#[from] CoordinatorError),
-    /// The requested port is not available.
-    #[error("failed to listen on 127.0.0.1:{port}: {source}; choose another `--port`, or omit it")]
-    Port {
-        /// The port.
-        port: u16,
-        /// Why not.
-        source: io::Error,
-    },
-    /// The address for agents is not available.
-    #[error("failed to listen on {address}: {source}; choose another `--listen`, or omit it")]
+    /// A requested address is not available.
+    #[error("failed to listen on {address}: {source}; choose another `{option}`, or omit it")]
     Listen {
         /// The address.
         address: SocketAddr,
+        /// The option that sets it.
+        option: &'static str,
         /// Why not.
         source: io::Error,
     },
@@ -161,7 +155,7 @@ pub enum DemoError {
 ///
 /// # Errors
 /// A response is missing, or its bytes are wrong.
-pub fn run(options: Options, stop: &Arc<Stop>, out: &mut dyn Write) -> Result<(), DemoError> {
+pub fn run(mut options: Options, stop: &Arc<Stop>, out: &mut dyn Write) -> Result<(), DemoError> {
     let mut output = Output::new(out);
     output.line(format_args!(
         "usepod-agent {} demo: coordinator, agent and backend on this machine",
@@ -170,50 +164,47 @@ pub fn run(options: Options, stop: &Arc<Stop>, out: &mut dyn Write) -> Result<()
     output.line(format_args!(""));
     let chosen = backends::choose(options.config.as_ref())?;
     let coordinator = Arc::new(Coordinator::start()?);
-    let door = FrontDoor::start(bind_door(options.port)?, coordinator.clone())?;
+    let door = front_door::start(bind_door(options.port)?, coordinator.clone())?;
     let note =
         if chosen.echo.is_some() { " (built-in echo: no server responded on the default local ports)" } else { "" };
     for offered in &chosen.backends {
         output.line(format_args!("  backend      {}{note}", offered.backend.id()));
     }
     output.line(format_args!("  coordinator  {}", coordinator.url()));
-    output.line(format_args!("  front door   http://{}/v1", door.address()));
-    let agent = RunningAgent::start(&coordinator, &chosen, options.config, stop)?;
-    let request = RequestOptions { prompt: options.prompt, bench: options.bench };
-    let result = answers(&coordinator, &chosen, &agent, request, stop, &mut output).and_then(|model_id| {
+    output.line(format_args!("  front door   http://{}/v1", door.address));
+    let agent = start_agent(&coordinator, &chosen, options.config.take(), stop)?;
+    let result = answers(&coordinator, &chosen, &agent, &options, stop, &mut output).and_then(|model_id| {
         if options.once || options.bench {
             return Ok(());
         }
         output.line(format_args!(""));
         output.line(format_args!("Try it, in another terminal:"));
-        output.line(format_args!("  {}", curl(&door, &model_id)));
+        output.line(format_args!("  {}", curl(door.address, &model_id)));
         output.line(format_args!(""));
         output.line(format_args!("Ctrl-C ends the demo."));
-        agent.wait_until_stopped(stop)
+        wait_until_stopped(&agent, stop)
     });
-    agent.stop(stop);
+    stop_agent(agent, stop);
     result
 }
 
 fn bind_door(port: Option<u16>) -> Result<TcpListener, DemoError> {
     match port {
-        Some(port) => front_door::bind(port).map_err(|source| DemoError::Port { port, source }),
-        None => Ok(front_door::bind(DEFAULT_PORT).or_else(|_| front_door::bind(0))?),
+        Some(port) => http_server::bind(port).map_err(|source| DemoError::Listen {
+            address: (Ipv4Addr::LOCALHOST, port).into(),
+            option: "--port",
+            source,
+        }),
+        None => Ok(http_server::bind(DEFAULT_PORT).or_else(|_| http_server::bind(0))?),
     }
-}
-
-/// The request to send.
-struct RequestOptions {
-    prompt: Option<String>,
-    bench: bool,
 }
 
 /// Waits for the agent's offer, sends a request, and shows its stages and the agent's overhead. Returns the model.
 fn answers(
     coordinator: &Coordinator,
     chosen: &Chosen,
-    agent: &RunningAgent,
-    options: RequestOptions,
+    agent: &JoinHandle<()>,
+    options: &Options,
     stop: &Stop,
     output: &mut Output<'_>,
 ) -> Result<String, DemoError> {
@@ -266,7 +257,7 @@ fn wait_for_offer(
     coordinator: &Coordinator,
     limit: Duration,
     wanted: fn(&Offer) -> bool,
-    agent: &RunningAgent,
+    agent: &JoinHandle<()>,
     stop: &Stop,
 ) -> Result<Offer, DemoError> {
     let give_up = Instant::now() + limit;
@@ -274,7 +265,7 @@ fn wait_for_offer(
         match coordinator.wait_for_offer(STOP_POLL, wanted) {
             Ok(offer) => return Ok(offer),
             Err(_) if stop.is_requested() => return Err(DemoError::Stopped),
-            Err(_) if agent.has_ended() => return Err(DemoError::AgentEnded),
+            Err(_) if agent.is_finished() => return Err(DemoError::AgentEnded),
             Err(CoordinatorError::NoOffer(_, seen)) if Instant::now() >= give_up => {
                 return Err(CoordinatorError::NoOffer(limit, seen).into());
             }
@@ -345,70 +336,59 @@ fn compare(arrived: &[u8], given: &[u8], expected: Option<&[u8]>) -> Result<(), 
     }
 }
 
-fn curl(door: &FrontDoor, model_id: &str) -> String {
+fn curl(door: SocketAddr, model_id: &str) -> String {
     let messages = json!([{"role": "user", "content": "Hello, who are you?"}]);
     let request = json!({"model": model_id, "stream": true, "messages": messages});
     let data = shell_quote::shell_quote(&request.to_string());
-    format!("curl -N http://{}/v1/chat/completions -H 'Content-Type: application/json' -d {data}", door.address())
+    format!("curl -N http://{door}/v1/chat/completions -H 'Content-Type: application/json' -d {data}")
 }
 
-/// The agent, on a thread of its own.
-struct RunningAgent {
-    thread: JoinHandle<()>,
+/// Starts the agent on a thread of its own.
+fn start_agent(
+    coordinator: &Coordinator,
+    chosen: &Chosen,
+    config: Option<Config>,
+    stop: &Arc<Stop>,
+) -> Result<JoinHandle<()>, DemoError> {
+    let (pricing, limits) = config.map_or_else(own_terms, |config| (config.pricing, config.limits));
+    let url = coordinator.url().parse().map_err(io::Error::other)?;
+    let agent = Agent {
+        coordinator: CoordinatorConfig { url, enrollment_code: None, roots: Default::default() },
+        use_proxy: false, // the coordinator is on this machine
+        identity: Identity::ephemeral()?,
+        backends: chosen.backends.clone(),
+        terms: OfferTerms { pricing, max_concurrent: limits.max_concurrent },
+        max_tokens_per_minute: limits.max_tokens_per_minute,
+        drain: limits.drain,
+        instance: None,
+    };
+    let stop = stop.clone();
+    coordinator.expect_agent();
+    let run = move || {
+        if let Err(error) = agent.run(&stop) {
+            log::error!("failed to run the agent: {error}");
+        }
+    };
+    Ok(threads::spawn("agent", run)?)
 }
 
-impl RunningAgent {
-    fn start(
-        coordinator: &Coordinator,
-        chosen: &Chosen,
-        config: Option<Config>,
-        stop: &Arc<Stop>,
-    ) -> Result<Self, DemoError> {
-        let (pricing, limits) = config.map_or_else(own_terms, |config| (config.pricing, config.limits));
-        let url = coordinator.url().parse().map_err(io::Error::other)?;
-        let agent = Agent {
-            coordinator: CoordinatorConfig { url, enrollment_code: None, roots: Default::default() },
-            use_proxy: false, // the coordinator is on this machine
-            identity: Identity::ephemeral()?,
-            backends: chosen.backends.clone(),
-            terms: OfferTerms { pricing, max_concurrent: limits.max_concurrent },
-            max_tokens_per_minute: limits.max_tokens_per_minute,
-            drain: limits.drain,
-            instance: None,
-        };
-        let stop = stop.clone();
-        coordinator.expect_agent();
-        let run = move || {
-            if let Err(error) = agent.run(&stop) {
-                log::error!("failed to run the agent: {error}");
-            }
-        };
-        let thread = threads::spawn("agent", run)?;
-        Ok(Self { thread })
-    }
-
-    fn has_ended(&self) -> bool {
-        self.thread.is_finished()
-    }
-
-    fn wait_until_stopped(&self, stop: &Stop) -> Result<(), DemoError> {
-        while !stop.is_requested() {
-            if self.has_ended() {
-                return Err(DemoError::AgentEnded);
-            }
-            let _ = stop.signal().recv_timeout(STOP_POLL);
+fn wait_until_stopped(agent: &JoinHandle<()>, stop: &Stop) -> Result<(), DemoError> {
+    while !stop.is_requested() {
+        if agent.is_finished() {
+            return Err(DemoError::AgentEnded);
         }
-        Ok(())
+        let _ = stop.signal().recv_timeout(STOP_POLL);
     }
+    Ok(())
+}
 
-    /// Drains the agent, like a signal.
-    fn stop(self, stop: &Arc<Stop>) {
-        if !stop.is_requested() {
-            stop.request(); // a second request would abort the drain
-        }
-        if self.thread.join().is_err() {
-            log::error!("the agent panicked");
-        }
+/// Drains the agent, like a signal.
+fn stop_agent(agent: JoinHandle<()>, stop: &Arc<Stop>) {
+    if !stop.is_requested() {
+        stop.request(); // a second request would abort the drain
+    }
+    if agent.join().is_err() {
+        log::error!("the agent panicked");
     }
 }
 

@@ -3,6 +3,7 @@
 //!
 //! Threads: the agent's workers record; the demo's thread selects the jobs and takes the recordings.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -20,7 +21,7 @@ pub(super) struct RecordingBackend {
 
 /// The selected jobs, and the recordings of those that have ended. Shared by all backends of a demo, because any may get a job.
 #[derive(Default)]
-pub(super) struct Recording(Mutex<Vec<(Uuid, Option<Recorded>)>>);
+pub(super) struct Recording(Mutex<HashMap<Uuid, Option<Recorded>>>);
 
 /// The response of a backend to a job, from the request on.
 pub(super) struct Recorded {
@@ -31,29 +32,27 @@ pub(super) struct Recorded {
 impl Recording {
     /// Records this job.
     pub(super) fn start(&self, job_id: Uuid) {
-        self.lock().push((job_id, None));
+        self.lock().insert(job_id, None);
     }
 
     /// Removes and returns the recording of a job that has ended. Fails if no backend got the job.
     pub(super) fn take(&self, job_id: Uuid) -> Result<Recorded, DemoError> {
-        let mut jobs = self.lock();
-        let index = jobs.iter().position(|(id, _)| *id == job_id);
-        let recorded = index.and_then(|index| jobs.swap_remove(index).1);
+        let recorded = self.lock().remove(&job_id).flatten();
         recorded.ok_or_else(|| DemoError::WrongBytes("no backend got the request".to_owned()))
     }
 
     fn is_recording(&self, job_id: Uuid) -> bool {
-        self.lock().iter().any(|(id, _)| *id == job_id)
+        self.lock().contains_key(&job_id)
     }
 
     /// Stores a recording, before the agent can report the end of the job. The last backend that got the job counts.
     fn store(&self, job_id: Uuid, recorded: Recorded) {
-        if let Some((_, stored)) = self.lock().iter_mut().find(|(id, _)| *id == job_id) {
+        if let Some(stored) = self.lock().get_mut(&job_id) {
             *stored = Some(recorded);
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<(Uuid, Option<Recorded>)>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Uuid, Option<Recorded>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -16,10 +16,9 @@ use tungstenite::{Message, WebSocket};
 use uuid::Uuid;
 
 use super::coordinator::{Coordinator, CoordinatorError, Format, Job, JobOrder};
-use super::echo::Echo;
-use super::front_door::{self, FrontDoor};
 use super::job_events::JobEvent;
 use super::*;
+use crate::http_server::{self, HttpServer};
 
 /// No wait of a test is longer.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -170,14 +169,14 @@ fn offer_is_replaced_by_a_newer_one() {
 }
 
 /// A front door, and what is behind it.
-fn door() -> (FrontDoor, Arc<Coordinator>, ScriptedAgent) {
+fn door() -> (HttpServer, Arc<Coordinator>, ScriptedAgent) {
     let coordinator = Arc::new(Coordinator::start().unwrap());
     let agent = ScriptedAgent::connected(&coordinator);
-    (FrontDoor::start(front_door::bind(0).unwrap(), coordinator.clone()).unwrap(), coordinator, agent)
+    (front_door::start(http_server::bind(0).unwrap(), coordinator.clone()).unwrap(), coordinator, agent)
 }
 
-fn sent(door: &FrontDoor, path: &str, body: &Value) -> TcpStream {
-    let mut tcp = TcpStream::connect(door.address()).unwrap();
+fn sent(door: &HttpServer, path: &str, body: &Value) -> TcpStream {
+    let mut tcp = TcpStream::connect(door.address).unwrap();
     tcp.set_read_timeout(Some(LIMIT)).unwrap();
     let body = body.to_string();
     let head = format!("POST {path} HTTP/1.1\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len());
@@ -285,8 +284,8 @@ fn config_for(urls: &[String]) -> Config {
 
 #[test]
 fn demo_shows_the_response_and_every_stage() {
-    let echo = Echo::start().unwrap();
-    let config = config_for(&[format!("http://{}", echo.address())]);
+    let echo = echo::start().unwrap();
+    let config = config_for(&[format!("http://{}", echo.address)]);
     let options = Options {
         port: Some(0),
         prompt: Some("a b c".to_owned()),
@@ -308,7 +307,7 @@ fn demo_shows_the_response_and_every_stage() {
 
 #[test]
 fn demo_without_a_model_names_each_backend_that_failed() {
-    let unused = front_door::bind(0).unwrap().local_addr().unwrap();
+    let unused = http_server::bind(0).unwrap().local_addr().unwrap();
     let options = Options {
         port: Some(0),
         once: true,
@@ -322,7 +321,7 @@ fn demo_without_a_model_names_each_backend_that_failed() {
 
 #[test]
 fn demo_fails_if_the_requested_port_is_taken() {
-    let taken = front_door::bind(0).unwrap();
+    let taken = http_server::bind(0).unwrap();
     let port = taken.local_addr().unwrap().port();
     let options = Options { port: Some(port), once: true, config: Some(config_for(&[])), ..Options::default() };
     let error = run(options, &Arc::new(Stop::default()), &mut Vec::new()).unwrap_err();
