@@ -113,6 +113,7 @@ pub struct Resume {}
 #[derive(FromArgs, ArgsInfo, Debug)]
 #[argh(subcommand, name = "setup")]
 pub struct Setup {
+    #[allow(rustdoc::bare_urls, reason = "this text is printed by --help")]
     /// coordinator to pair with (default: the market, https://api.usepod.ai)
     #[argh(option, arg_name = "url")]
     pub coordinator: Option<String>,

@@ -62,7 +62,7 @@ pub fn start(level: LevelFilter, file: Option<PathBuf>) {
     }));
 }
 
-/// Waits until the queued lines are written, for at most [`FLUSH_TIMEOUT`].
+/// Waits until the queued lines are written, for at most `FLUSH_TIMEOUT`.
 pub fn flush() {
     let deadline = Instant::now() + FLUSH_TIMEOUT;
     let mut state = QUEUE.lock();
@@ -75,7 +75,7 @@ pub fn flush() {
     }
 }
 
-/// Untrusted text as part of one line: escaped, and cut after [`SANITIZED_MAX`] characters.
+/// Untrusted text as part of one line: escaped, and cut after `SANITIZED_MAX` characters.
 pub fn sanitize_for_log(text: &str) -> String {
     let mut sanitized: String = text.chars().take(SANITIZED_MAX).flat_map(char::escape_debug).collect();
     if text.chars().nth(SANITIZED_MAX).is_some() {

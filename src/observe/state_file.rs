@@ -45,7 +45,7 @@ pub struct State {
     pub written: u64,
     /// When the file was written.
     pub written_at: String,
-    /// Whether the agent serves, and if not, why: a name from [`condition`].
+    /// Whether the agent serves, and if not, why: a name from `condition`.
     pub state: String,
     /// When the agent entered this state.
     pub since: Option<String>,
