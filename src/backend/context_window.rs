@@ -1,5 +1,5 @@
-//! Asks a server for the context windows that it actually runs with, if its model listing does not include them. Each kind
-//! reports them on a route of its own. If a request fails, the window stays unknown, and the model is offered anyway.
+//! Queries a server for the context windows that it actually runs with, if its model listing does not include them. Each
+//! kind reports them on a different route. If a request fails, the window stays unknown, and the model is offered anyway.
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::{Value, json};
@@ -24,7 +24,7 @@ pub fn fill_in(kind: Kind, listed: Vec<Listed>, probe: &Probe<'_>) -> Vec<Backen
     }
 }
 
-/// From `/props`. A router reports 0 for itself, so it is asked for each model by name.
+/// The window from `/props`. A router reports 0 for itself, so `/props` is queried for each model by name.
 fn llamacpp(listed: Vec<Listed>, probe: &Probe<'_>) -> Vec<BackendModel> {
     let n_ctx = |props: Value| window(&props["default_generation_settings"]["n_ctx"]);
     let own = n_ctx(get(probe, "/props"));

@@ -1,4 +1,4 @@
-//! A detailed examination of a server, for the doctor and `setup`: each part of a probe has a result of its own.
+//! A detailed examination of a server, for `doctor` and `setup`: each part of a probe has its own result.
 
 use std::time::{Duration, Instant};
 
@@ -8,14 +8,14 @@ use super::context_window::get;
 use super::probe::Probe;
 use super::{BackendModel, BackendResult, HttpBackend, Kind};
 
-/// What a healthy server reports.
+/// The report of a healthy server.
 #[derive(Debug)]
 pub struct Diagnosis {
     /// Duration of the health check.
     pub latency: Duration,
     /// The listed models.
     pub models: BackendResult<Vec<BackendModel>>,
-    /// The models that it would have to load first. Those of a llama.cpp router are not listed.
+    /// The models that the server would have to load first. Does not include those of a llama.cpp router.
     pub unloaded: Vec<String>,
 }
 
@@ -62,7 +62,7 @@ fn unloaded(kind: Kind, listed: &[BackendModel], probe: &Probe<'_>) -> Vec<Strin
         }
         Kind::Ollama => {
             let response = get(probe, "/api/ps");
-            // Without a list it is unknown which models are loaded.
+            // Without a list, the loaded models are unknown.
             if !response["models"].is_array() {
                 return Vec::new();
             }

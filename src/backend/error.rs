@@ -1,8 +1,8 @@
-//! Why a backend call failed: one variant per cause, and what each cause means for the backend and its offer.
+//! Why a backend call failed: one variant per cause, and the consequences of each cause for the backend and its offer.
 
 use std::fmt;
 
-/// The part of a backend's error body that is passed on, in bytes.
+/// Maximum part of a backend's error body that is passed on, in bytes.
 pub const ERROR_BODY_MAX: usize = 512;
 
 /// The result of the methods of [`Backend`](super::Backend).
@@ -36,16 +36,16 @@ pub enum BackendError {
     /// The job's deadline has passed.
     #[error("the deadline passed")]
     DeadlinePassed,
-    /// No connection, or it broke before the first byte of the response.
+    /// The connection failed, or broke before the first byte of the response.
     #[error("the backend cannot be reached: {0}")]
     Unreachable(String),
     /// The machine has no file descriptor or thread left for a connection.
     #[error("the agent's machine is out of resources: {0}")]
     Exhausted(String),
-    /// This many consecutive jobs have failed, whatever the health check says.
+    /// This many consecutive jobs have failed, regardless of the health check.
     #[error("its last {0} jobs failed")]
     FailingJobs(u32),
-    /// A probe timed out: the backend may be busy, or hang.
+    /// A probe timed out: the backend may be busy or hung.
     #[error("no response within {0} s")]
     ProbeTimeout(u64),
     /// The response is not HTTP.
@@ -63,7 +63,7 @@ pub enum BackendError {
     /// 429, 402, or a 503 without a loading model.
     #[error("the backend is at capacity: {0}")]
     Overloaded(HttpStatus),
-    /// The environment variable for the API key holds no usable one.
+    /// The environment variable for the API key contains no usable key.
     #[error("the environment variable `{0}` holds no usable API key")]
     MissingKey(String),
     /// 401 or 403.
@@ -78,10 +78,10 @@ pub enum BackendError {
     /// The connection broke after the first byte of the response.
     #[error("the connection to the backend broke: {0}")]
     Broken(String),
-    /// The stream ended after its first byte, and before its end marker.
+    /// The stream ended after its first byte and before its end marker.
     #[error("the stream was truncated: {0}")]
     CutStream(String),
-    /// The stream carried an `error` object.
+    /// The stream contained an `error` object.
     #[error("the backend reported an error in the stream: {0}")]
     StreamError(String),
     /// The server aborted the generation (`finish_reason` `abort`).
@@ -96,12 +96,12 @@ pub enum BackendError {
 }
 
 impl BackendError {
-    /// Whether the request caused it, so that it counts neither against the agent nor against the backend.
+    /// Whether the request caused the failure, so that it counts neither against the agent nor against the backend.
     pub fn is_requesters_fault(&self) -> bool {
         matches!(self, BackendError::BadRequest(_))
     }
 
-    /// Whether it counts against the backend's health: a connection error, or a 5xx status.
+    /// Whether the failure counts against the backend's health: a connection error, or a 5xx status.
     pub fn is_backends_fault(&self) -> bool {
         match self {
             BackendError::Unreachable(_) | BackendError::NotHttp(_) | BackendError::Broken(_) => true,
@@ -113,17 +113,17 @@ impl BackendError {
         }
     }
 
-    /// Whether the job can be given to another backend: this one is missing, not ready or at capacity, and has sent nothing.
+    /// Whether the job can fail over to another backend: this one is missing, not ready or at capacity, and has sent nothing.
     pub fn may_fail_over(&self) -> bool {
         self.is_absent() || matches!(self, BackendError::Overloaded(_))
     }
 
-    /// Whether the offer may be out of date: the backend, or the model, is missing.
+    /// Whether the offer may be out of date: the backend or the model is missing.
     pub fn invalidates_offer(&self) -> bool {
         self.is_absent() || matches!(self, BackendError::ModelNotFound(_))
     }
 
-    /// Whether there is no backend that can serve, or not yet.
+    /// Whether the backend is missing or not yet ready.
     fn is_absent(&self) -> bool {
         use BackendError::{BadGateway, Loading, NotHttp, Unreachable};
         matches!(self, Unreachable(_) | NotHttp(_) | BadGateway(_) | Loading(_))
@@ -157,7 +157,7 @@ impl BackendError {
         }
     }
 
-    /// The cause that an unsuccessful HTTP status stands for. Based on what the servers actually send.
+    /// The cause that an unsuccessful HTTP status indicates, based on the responses of actual servers.
     pub fn from_status(status: u16, body: &[u8]) -> BackendError {
         let response = HttpStatus { status, body: truncated_body(body) };
         let text = response.body.to_ascii_lowercase();

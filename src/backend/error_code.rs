@@ -1,4 +1,4 @@
-//! The error codes of the protocol, and the one place that maps a cause of failure to a code.
+//! The error codes of the protocol, and the mapping from a cause of failure to a code.
 
 use super::BackendError;
 
@@ -34,7 +34,7 @@ impl ErrorCode {
 }
 
 impl BackendError {
-    /// The code to report to the coordinator; `None` if nothing is to be reported.
+    /// The code to report to the coordinator; `None` if the failure is not reported.
     pub fn code(&self) -> Option<ErrorCode> {
         match self {
             BackendError::Cancelled | BackendError::SessionGone => None,

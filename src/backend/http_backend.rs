@@ -1,4 +1,4 @@
-//! The implementation of [`Backend`]: an HTTP server of some [`Kind`].
+//! [`HttpBackend`] implements [`Backend`] for an HTTP server of any [`Kind`].
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -39,8 +39,8 @@ impl HttpBackend {
         HttpBackend { kind, id: format!("{kind} at {root}"), root, api, client, windows: Mutex::default() }
     }
 
-    /// Fills in context windows from the last probe if a request of this one failed, so that a slow response does not change
-    /// the offer.
+    /// Fills in context windows from the previous probe if a request of this probe failed, so that a slow response does not
+    /// change the offer.
     fn remember_windows(&self, mut models: Vec<BackendModel>, some_failed: bool) -> Vec<BackendModel> {
         let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
         if some_failed {

@@ -4,7 +4,7 @@ use std::fmt;
 
 use ureq::http::Uri;
 
-/// A kind of backend. Of two that list the same model, the lesser kind is offered.
+/// A kind of backend. If two backends list the same model, the one with the lesser kind is offered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
     /// vLLM.
@@ -60,7 +60,7 @@ impl Kind {
         }
     }
 
-    /// Whether it is a hosted service, reached over the internet and perhaps through a proxy.
+    /// Whether the kind is a hosted service, reached over the internet and perhaps through a proxy.
     pub fn is_hosted(self) -> bool {
         self.hosted_url().is_some()
     }
@@ -76,7 +76,7 @@ impl Kind {
         }
     }
 
-    /// The path of the health check; `None` if the model listing serves as one.
+    /// The path of the health check; `None` if the model listing serves as the health check.
     pub(super) fn health_path(self) -> Option<&'static str> {
         match self {
             Kind::Vllm | Kind::LlamaCpp => Some("/health"),
@@ -99,16 +99,16 @@ pub struct BaseUrl(String);
 /// Why an address is invalid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum BaseUrlError {
-    /// It cannot be parsed.
+    /// The address cannot be parsed.
     #[error("it is not a URL")]
     Unparsable,
-    /// Neither `http` nor `https`.
+    /// The scheme is neither `http` nor `https`.
     #[error("a backend's URL must begin with http:// or https://")]
     Scheme,
-    /// It contains a user name or password.
+    /// The address contains a user name or password.
     #[error("a backend's URL must not contain a user or password; use `api_key_env` instead")]
     Credentials,
-    /// It has a query or a fragment.
+    /// The address has a query or a fragment.
     #[error("a backend's URL must not contain `?` or `#`")]
     Query,
 }
@@ -117,7 +117,7 @@ impl BaseUrl {
     /// Parses and validates an address.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// Why the address is invalid.
     pub fn parse(text: &str) -> Result<BaseUrl, BaseUrlError> {
         let text = text.trim();
         let uri: Uri = text.parse().map_err(|_| BaseUrlError::Unparsable)?;
@@ -145,7 +145,7 @@ impl BaseUrl {
         &self.0
     }
 
-    /// The root of the server's own routes: the address without `/v1`, if the operator appended that.
+    /// The root of the server's own routes: the address without a trailing `/v1`.
     pub fn root(&self) -> &str {
         self.0.strip_suffix("/v1").unwrap_or(&self.0).trim_end_matches('/')
     }

@@ -9,7 +9,7 @@ use super::{BackendError, BackendModel, BackendResult, Kind};
 pub struct Listed {
     /// The model, with its context window if the listing contains one.
     pub model: BackendModel,
-    /// Whether it is listed by a llama.cpp router, which also lists models that it has not loaded.
+    /// Whether a llama.cpp router lists the model, which also lists models that it has not loaded.
     pub routed: bool,
 }
 

@@ -31,7 +31,7 @@ use error::truncated_body;
 pub struct Job {
     /// The coordinator's id of the job.
     pub job_id: Uuid,
-    /// The offered model that it is for.
+    /// The requested model.
     pub model_id: String,
     /// The request body, unchanged.
     pub request: serde_json::Value,
@@ -68,7 +68,7 @@ pub struct BackendModel {
     pub model_id: String,
     /// The context window that the server actually runs with, in tokens; `None` if unknown.
     pub context_window: Option<u32>,
-    /// Whether it runs on the operator's own hardware; false for hosted backends.
+    /// Whether the model runs on the operator's own hardware; false for hosted backends.
     pub native: bool,
 }
 
@@ -103,38 +103,38 @@ pub trait JobSink: Send {
     /// Sets the handle that interrupts the backend's blocking calls; replaces the previous one.
     fn interrupt_with(&mut self, _interrupt: Interrupt) {}
 
-    /// Reports the number of output tokens sent so far, as far as it can be seen in the stream.
+    /// Reports the number of output tokens sent so far, as far as the stream shows it.
     fn tokens_emitted(&mut self, _tokens: u32) {}
 }
 
 /// An inference server.
 pub trait Backend: Send + Sync {
-    /// The kind, as it is named in `agent.toml` and in the protocol.
+    /// The name of the backend's kind in `agent.toml` and in the protocol.
     fn kind(&self) -> &'static str;
 
     /// A name for the operator, unique among the configured backends.
     fn id(&self) -> &str;
 
-    /// Lists the models that it serves at the moment.
+    /// Lists the models that the backend currently serves.
     ///
     /// # Errors
     /// The backend does not respond, or its response cannot be read.
     fn list_models(&self) -> BackendResult<Vec<BackendModel>>;
 
-    /// Checks whether it can serve at the moment.
+    /// Checks whether the backend can currently serve.
     ///
     /// # Errors
-    /// The check could not be made.
+    /// The check could not be performed.
     fn health(&self) -> BackendResult<BackendHealth>;
 
     /// Runs one job to its end, on the calling thread.
     ///
     /// # Errors
-    /// The cause of failure. Bytes sent to the sink before stay sent.
+    /// The cause of failure. Bytes already sent to the sink stay sent.
     fn execute(&self, job: &Job, sink: &mut dyn JobSink) -> BackendResult<JobResult>;
 
-    /// Like [`Backend::execute`], for a job that will not be given to another backend, so that its request can be dropped once
-    /// it is sent.
+    /// Like [`Backend::execute`], for a job that will not fail over to another backend, so that its request can be dropped once
+    /// sent.
     ///
     /// # Errors
     /// As [`Backend::execute`].
@@ -154,7 +154,7 @@ pub trait Backend: Send + Sync {
         self.list_models()
     }
 
-    /// Checks for what would make every job fail even if the models can be listed, such as a missing API key.
+    /// Checks for problems that would make every job fail even if the models can be listed, such as a missing API key.
     ///
     /// # Errors
     /// The reason.

@@ -18,9 +18,9 @@ const RESPONSE_BYTES_MAX: usize = 16 << 20;
 /// One probe of a server.
 pub struct Probe<'a> {
     kind: Kind,
-    /// Root of the server's own routes.
+    /// The root of the server's own routes.
     root: &'a str,
-    /// Root of the OpenAI routes.
+    /// The root of the OpenAI routes.
     api: &'a str,
     client: &'a Client,
     until: Instant,
@@ -28,7 +28,7 @@ pub struct Probe<'a> {
 }
 
 impl<'a> Probe<'a> {
-    /// Starts a probe, and its time limit.
+    /// Starts a probe and its time limit.
     pub fn start(kind: Kind, root: &'a str, api: &'a str, client: &'a Client) -> Probe<'a> {
         Probe { kind, root, api, client, until: Instant::now() + PROBE_TIME, failed: Cell::new(false) }
     }
@@ -38,7 +38,7 @@ impl<'a> Probe<'a> {
         self.failed.get()
     }
 
-    /// Succeeds where the kind has no health check, or this server lacks it: there, the listing is the check.
+    /// Checks the health. Succeeds if the kind has no health check or the server lacks it: the listing then is the check.
     pub fn health(&self) -> BackendResult<()> {
         let Some(path) = self.kind.health_path() else { return Ok(()) };
         match self.get_below_root(path) {
@@ -82,7 +82,7 @@ impl<'a> Probe<'a> {
             return Err(BackendError::ProbeTimeout(PROBE_TIME.as_secs()));
         }
         let lease = self.client.lease();
-        // A connect takes whole milliseconds.
+        // Connect timeouts are whole milliseconds.
         let response = send(&lease, left.max(Duration::from_millis(1))).map_err(probe_error)?;
         let status = response.status().as_u16();
         let (body, end) = read_bounded(response.into_body(), RESPONSE_BYTES_MAX);

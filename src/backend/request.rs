@@ -8,7 +8,7 @@ use super::{Job, WireFormat};
 
 /// Serializes the request of `job`.
 ///
-/// Keys keep their order, and numbers every digit. A request that is not an object is sent unchanged.
+/// The order of keys and every digit of numbers are kept. A request that is not an object is sent unchanged.
 pub fn body_of(job: &Job) -> Vec<u8> {
     let serialized = match &job.request {
         Value::Object(fields) => serde_json::to_vec(&Streamed { fields, job }),
@@ -18,7 +18,7 @@ pub fn body_of(job: &Job) -> Vec<u8> {
     serialized.unwrap_or_default()
 }
 
-/// The request with `stream` set and the missing keys added. Serialized without a copy: it may hold 60 MB of images.
+/// The request with `stream` set and the missing keys added. Serialized without a copy: it may contain 60 MB of images.
 struct Streamed<'a> {
     fields: &'a Map<String, Value>,
     job: &'a Job,

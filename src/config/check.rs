@@ -1,4 +1,4 @@
-//! The rules for `agent.toml`, each with its fix.
+//! The validation rules for `agent.toml`, each with its fix.
 
 use std::collections::HashMap;
 use std::ops::RangeInclusive;

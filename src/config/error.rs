@@ -50,7 +50,7 @@ impl ConfigError {
     }
 }
 
-/// The text that errors refer to.
+/// The file and its text, to which errors refer.
 #[derive(Clone, Copy)]
 pub struct Source<'a> {
     pub text: &'a str,
@@ -99,14 +99,14 @@ impl Source<'_> {
     }
 }
 
-/// Whether the value of this key may be a secret. Includes keys for names of secrets, where an operator may have put the secret
+/// Whether the value of this key may be a secret. Includes keys that name a secret, where an operator may have entered the secret
 /// itself.
 fn may_be_secret(key: &str) -> bool {
     let key = key.to_ascii_lowercase().replace("key_path", "");
     ["code", "key", "secret", "token", "passw"].iter().any(|word| key.contains(word)) && !key.contains("max_tokens")
 }
 
-/// The value as an error shows it.
+/// The value, as shown in an error.
 fn redacted(key: &str, value: &str) -> String {
     let password = value.contains("://") && value.contains('@');
     // A table or a list may contain any key, and so may a string with a missing closing quote.

@@ -1,6 +1,6 @@
 //! Parses `agent.toml` into a fully validated [`Config`].
 //!
-//! Every error names the file, the line, the key, the value and the fix. The values of keys that may hold a secret are not shown.
+//! Every error shows the file, the line, the key, the value and the fix, but not the value of a key that may contain a secret.
 //! Unknown keys are rejected in `[[backends]]` and ignored elsewhere, as in 0.3.5.
 
 mod check;
@@ -38,7 +38,7 @@ pub const FILE_BYTES_MAX: u64 = 1 << 20;
 /// A validated configuration.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The file that it was read from.
+    /// The file that was read.
     pub path: PathBuf,
     /// `[coordinator]`.
     pub coordinator: CoordinatorConfig,
@@ -65,7 +65,7 @@ pub struct CoordinatorConfig {
     pub url: Uri,
     /// Sent until the identity has a provider id. A secret.
     pub enrollment_code: Option<String>,
-    /// `ca_file`: certificate authorities to trust in addition to those of the web.
+    /// `ca_file`: certificate authorities to trust in addition to the public web roots.
     pub roots: ExtraRoots,
 }
 
@@ -100,7 +100,7 @@ pub struct BackendConfig {
 }
 
 impl BackendConfig {
-    /// A server that needs no key, with all its models offered.
+    /// The entry of a server that needs no API key, with all its models offered.
     pub fn at(kind: Kind, url: BaseUrl) -> BackendConfig {
         BackendConfig { kind, url: Some(url), api_key_env: None, models: None, max_concurrent: None }
     }
@@ -118,7 +118,7 @@ pub struct Price {
 /// `[pricing]`.
 #[derive(Debug, Clone)]
 pub struct Pricing {
-    /// The price of models without one of their own; never 0.
+    /// The price of models without a price of their own; never 0.
     pub default: Price,
     /// `[pricing.models]`.
     pub models: HashMap<String, Price>,

@@ -1,4 +1,4 @@
-//! Typed access to the keys of a table. Every value knows its position in the file.
+//! Typed access to the keys of a table. Every value has its position in the file, for errors.
 
 use std::ops::Range;
 

@@ -1,6 +1,6 @@
-//! The slots of a backend, and how its recent jobs ended. Outlives the catalogs that contain it.
+//! The slots of a backend, and the outcomes of its recent jobs. A [`BackendHandle`] outlives the catalogs that contain it.
 //!
-//! Invariant: each [`Slot`] is counted once, and released once, when it is dropped.
+//! Invariant: each [`Slot`] is counted once and released once, when it is dropped.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,7 +10,7 @@ use crate::backend::{Backend, BackendResult, JobResult};
 
 /// Consecutive failed jobs after which a backend is withdrawn from the offer. Only failures that the backend caused count.
 pub const FAILURES_MAX: u32 = 3;
-/// Time after the withdrawal in which successful probes do not restore the offer: a backend can be healthy and still fail its
+/// Time after a withdrawal during which successful probes do not restore the offer: a backend can be healthy and still fail its
 /// jobs.
 pub const QUARANTINE: Duration = Duration::from_secs(4);
 
@@ -49,8 +49,8 @@ impl BackendHandle {
         Some(Slot(self.clone()))
     }
 
-    /// Records the outcome of a job. Returns whether this failure was the one that marks the backend as failing. Failures caused
-    /// by the request, the deadline or this machine neither count nor reset the count.
+    /// Records the outcome of a job. Returns whether this outcome marked the backend as failing. Failures caused by the request,
+    /// the deadline or this machine neither count nor reset the count.
     pub fn record_outcome(&self, outcome: &BackendResult<JobResult>) -> bool {
         let mut health = self.health();
         match outcome {
@@ -65,12 +65,12 @@ impl BackendHandle {
         starts_failing
     }
 
-    /// Whether the backend is to be withdrawn because its jobs fail.
+    /// Whether the backend must be withdrawn because its jobs fail.
     pub fn is_failing(&self) -> bool {
         self.health().failing_since.is_some()
     }
 
-    /// Records the success of a probe that was `started` then. Returns whether the backend may be offered.
+    /// Records the success of a probe that began at `started`. Returns whether the backend may be offered.
     pub fn probe_succeeded(&self, started: Instant) -> bool {
         let mut health = self.health();
         match health.failing_since {
@@ -90,7 +90,7 @@ impl BackendHandle {
 pub struct Slot(Arc<BackendHandle>);
 
 impl Slot {
-    /// The backend that it belongs to.
+    /// The backend of the slot.
     pub fn backend(&self) -> &Arc<BackendHandle> {
         &self.0
     }

@@ -11,7 +11,7 @@ use crate::logging::sanitize_for_log;
 /// The listed models, or why there are none.
 pub type ProbeResult = BackendResult<Vec<BackendModel>>;
 
-/// Consecutive probe timeouts that leave a serving backend in the offer: it may be busy serving.
+/// Maximum number of consecutive probe timeouts for which a serving backend stays in the offer: it may be busy serving.
 const TIMEOUTS_MAX: u32 = 1;
 
 /// A backend and the results of its last probes.
@@ -20,9 +20,9 @@ pub struct BackendStatus {
     handle: Arc<BackendHandle>,
     /// The last listing; kept while the backend is unavailable.
     last_listing: Option<Vec<ResolvedModel>>,
-    /// Why it is not offered; `None` while it is.
+    /// Why the backend is not offered; `None` while it is.
     unavailable: Option<BackendError>,
-    /// When it was first probed, or last became available or unavailable.
+    /// When the backend was first probed, or last became available or unavailable.
     since: Option<SystemTime>,
     last_error: Option<(SystemTime, String)>,
     /// Consecutive probe timeouts.
@@ -49,49 +49,49 @@ impl BackendStatus {
         &self.offer
     }
 
-    /// Its name for the operator.
+    /// The backend's name for the operator.
     pub fn id(&self) -> &str {
         self.offer.backend.id()
     }
 
-    /// Whether it is part of the offer.
+    /// Whether the backend is part of the offer.
     pub fn is_offered(&self) -> bool {
         self.last_listing.is_some() && self.unavailable.is_none()
     }
 
-    /// Why it is not offered; `None` if it is, and before the first probe.
+    /// Why the backend is not offered; `None` if it is, and before the first probe.
     pub fn unavailable(&self) -> Option<String> {
         self.unavailable.as_ref().map(redacted_reason)
     }
 
-    /// Number of models in its last listing; `None` before the first.
+    /// Number of models in the last listing; `None` before the first.
     pub fn models(&self) -> Option<usize> {
         self.last_listing.as_ref().map(Vec::len)
     }
 
-    /// When it last became available or unavailable.
+    /// When the backend last became available or unavailable.
     pub fn since(&self) -> Option<SystemTime> {
         self.since
     }
 
-    /// The last reason for not offering it, and when it was found.
+    /// The last reason for not offering the backend, and when the reason was found.
     pub fn last_error(&self) -> Option<&(SystemTime, String)> {
         self.last_error.as_ref()
     }
 
-    /// Its last listing, for the catalog.
+    /// The last listing, for the catalog.
     pub fn listing(&self) -> Option<Listing> {
         Some(Listing { backend: self.handle.clone(), models: self.last_listing.clone()? })
     }
 
-    /// Whether it should be probed again soon.
+    /// Whether the backend should be probed again soon.
     pub fn may_serve_soon(&self) -> bool {
         use BackendError::{Exhausted, FailingJobs, Loading, Overloaded, ProbeTimeout};
         let soon = |e: &_| matches!(e, Exhausted(_) | Loading(_) | Overloaded(_) | ProbeTimeout(_) | FailingJobs(_));
         self.timeouts > 0 || self.unavailable.as_ref().is_some_and(soon)
     }
 
-    /// Withdraws it from the offer if its jobs fail. Returns whether that is a change.
+    /// Withdraws the backend from the offer if its jobs fail. Returns whether the availability has changed.
     pub fn withdraw_if_failing(&mut self) -> bool {
         self.unavailable.is_none()
             && self.handle.is_failing()
@@ -111,7 +111,7 @@ impl BackendStatus {
             return false;
         }
         if let (true, Err(BackendError::Exhausted(why))) = (is_serving, &result) {
-            // The failure is local, and says nothing about the backend.
+            // The failure is local and says nothing about the backend.
             log::info!("{id}: not probed: {why}; still offered until the next probe");
             return false;
         }
@@ -129,7 +129,7 @@ impl BackendStatus {
         self.set_unavailable(error.or_else(failing_jobs))
     }
 
-    /// Sets why the backend is unavailable, or that it is available. Logs a change, and returns whether it is one.
+    /// Sets the reason why the backend is unavailable; `None` if it is available. Logs a change, and returns whether there was one.
     fn set_unavailable(&mut self, unavailable: Option<BackendError>) -> bool {
         let id = self.id();
         let reason = |error: &Option<BackendError>| error.as_ref().map(BackendError::for_log);

@@ -1,4 +1,4 @@
-//! The catalog: which models are offered, and which backends serve each.
+//! The catalog: the offered models, and the backends that serve each model.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
@@ -9,8 +9,8 @@ use super::backend_handle::BackendHandle;
 use super::{DiscoveredBackend, ResolvedModel};
 use crate::backend::Kind;
 
-/// A consistent view of the offer. A job goes to the backend that was offered for its model, or to another of the same kind;
-/// other backends that list the model get it only if those cannot take it.
+/// A consistent view of the offer. A job is routed to the backend that was offered for its model, or to another of the same
+/// kind; other backends that list the model receive the job only if those cannot take it.
 #[derive(Default)]
 pub struct Catalog {
     /// The offered models, by `model_id`.
@@ -23,7 +23,7 @@ pub struct Catalog {
 pub struct Listing {
     /// The backend.
     pub backend: Arc<BackendHandle>,
-    /// Its models, priced.
+    /// The models of the backend, priced.
     pub models: Vec<ResolvedModel>,
 }
 
@@ -35,9 +35,9 @@ impl Listing {
 }
 
 impl Catalog {
-    /// Offers the models of `serving`: of two backends that list a model, that of the lesser rank, then the first. Models of
-    /// `standby` are not offered. A job that was sent while they were, and that no other backend can serve, still goes there, so
-    /// that its error is the actual one.
+    /// Offers the models of `serving`. If several backends list a model, the one with the lowest rank is offered, then the first.
+    /// Models of `standby` are not offered. A job that was sent while they were, and that no other backend can serve, is still
+    /// routed there, so that it reports the actual error.
     pub fn new(serving: Vec<Listing>, standby: Vec<Listing>) -> Catalog {
         let mut catalog = Catalog::default();
         catalog.offer = catalog.route(serving);
@@ -49,7 +49,7 @@ impl Catalog {
         catalog
     }
 
-    /// Adds routes for the models that have none. Returns these models, by their ids.
+    /// Adds routes for the models that have none. Returns these models, sorted by id.
     fn route(&mut self, mut listings: Vec<Listing>) -> Vec<ResolvedModel> {
         let mut added: BTreeMap<String, (ResolvedModel, Vec<Arc<BackendHandle>>)> = BTreeMap::new();
         listings.sort_by_key(|listing| rank(&listing.backend));
@@ -65,11 +65,11 @@ impl Catalog {
         models
     }
 
-    /// The backends for a job for `model_id`, in order of preference; within a rank, by free slots. Empty if no backend lists the
+    /// The backends for a job of `model_id`, in order of preference; within a rank, by free slots. Empty if no backend lists the
     /// model.
     pub fn candidates(&self, model_id: &str) -> Vec<Arc<BackendHandle>> {
         let mut route = self.routes.get(model_id).cloned().unwrap_or_default();
-        // Cached, because the number of free slots changes meanwhile, and a sort may panic on changing keys.
+        // Cached, because the number of free slots changes during the sort, and a sort may panic on changing keys.
         route.sort_by_cached_key(|backend| (rank(backend), Reverse(backend.slots_free())));
         route
     }
@@ -84,7 +84,7 @@ fn rank(handle: &BackendHandle) -> usize {
 pub struct OfferFeed {
     newest: RwLock<Arc<Catalog>>,
     listener: Mutex<Option<Listener>>,
-    /// Whether the operator has paused the offer. Changes under the listener's lock only.
+    /// Whether the operator has paused the offer. Changed only under the listener's lock.
     paused: AtomicBool,
 }
 
@@ -112,7 +112,7 @@ impl OfferFeed {
         self.paused.load(Ordering::SeqCst)
     }
 
-    /// Pauses or resumes the offer. Returns whether that is a change.
+    /// Pauses or resumes the offer. Returns whether the state has changed.
     pub fn set_paused(&self, paused: bool) -> bool {
         let listener = self.listener();
         let is_change = self.paused.swap(paused, Ordering::SeqCst) != paused;
@@ -122,9 +122,9 @@ impl OfferFeed {
         is_change
     }
 
-    /// Calls `listener` with the current offer, and again with each change. Replaces the previous listener.
+    /// Calls `listener` with the current offer and after each change. Replaces the previous listener.
     pub fn listen(&self, listener: impl Fn(&[ResolvedModel]) + Send + 'static) {
-        // Locked throughout, so that no change is missed in between.
+        // Locked throughout, so that no change is missed.
         let mut slot = self.listener();
         listener(self.visible_offer(&self.snapshot()));
         *slot = Some(Box::new(listener));

@@ -8,12 +8,12 @@ use super::prober::probe_within;
 use crate::backend::{Backend, BackendModel, BaseUrl, Kind};
 use crate::config::BackendConfig;
 
-/// Time limit of the search. A local server responds within milliseconds, or is too busy to be shown.
+/// Time limit of the search. A local server responds within milliseconds unless it is busy; busy servers are not listed.
 const SEARCH_TIMEOUT: Duration = Duration::from_millis(800);
 
 /// A server on this machine, and the models that it lists.
 pub struct LocalBackend {
-    /// Its entry for `agent.toml`.
+    /// The server's entry for `agent.toml`.
     pub config: BackendConfig,
     /// The listed models; never empty.
     pub models: Vec<BackendModel>,

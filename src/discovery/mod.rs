@@ -1,9 +1,9 @@
-//! What the agent offers: the backends are probed, their models priced, and the result published as a [`Catalog`].
+//! The offer of the agent: the backends are probed, their models priced, and the result published as a [`Catalog`].
 //!
-//! [`ProbeRounds`], driven by the housekeeping thread, owns the state of the backends ([`BackendStatus`]) and is the only one to
-//! publish a catalog. Each round probes all backends side by side, so a hung backend delays only itself. Readers take a snapshot and
-//! hold no lock. A [`BackendHandle`] records how a backend's jobs end: a backend that fails them is withdrawn from the offer,
-//! whatever its health check says.
+//! [`ProbeRounds`], driven by the housekeeping thread, owns the state of the backends ([`BackendStatus`]) and alone publishes
+//! catalogs. Each round probes all backends concurrently, so a hung backend delays only itself. Readers take a snapshot and hold no
+//! lock. A [`BackendHandle`] records how a backend's jobs end: a backend that fails them is withdrawn from the offer, regardless of
+//! its health check.
 
 mod catalog;
 mod local;
@@ -31,7 +31,7 @@ const MODELS_MAX: usize = 4096;
 /// An offered model, with its backend and prices; an entry of the `capabilities` frame.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ResolvedModel {
-    /// The id that jobs ask for.
+    /// The id that jobs request.
     pub model_id: String,
     /// USDC micro-units per million input tokens.
     pub input_per_1m: u64,
@@ -39,30 +39,30 @@ pub struct ResolvedModel {
     pub output_per_1m: u64,
     /// Limit of concurrent jobs.
     pub max_concurrent: u32,
-    /// The kind of its backend.
+    /// The kind of the model's backend.
     pub backend: String,
     /// The context window in tokens, if known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub context_window: Option<u32>,
 }
 
-/// A backend and the models that it offers.
+/// A backend and its offered models.
 #[derive(Clone)]
 pub struct DiscoveredBackend {
     /// Runs the jobs.
     pub backend: Arc<dyn Backend>,
-    /// Its models, priced.
+    /// The models of the backend, priced.
     pub models: Vec<ResolvedModel>,
 }
 
-/// A configured backend, and what is to be offered of it.
+/// A configured backend, and the limits of its offer.
 #[derive(Clone)]
 pub struct BackendOffer {
     /// The backend.
     pub backend: Arc<dyn Backend>,
     /// The models to offer; `None` for all.
     pub allowed_models: Option<Vec<String>>,
-    /// Limit of concurrent jobs; `None` for the limit of the agent.
+    /// Limit of concurrent jobs; `None` for the agent's limit.
     pub max_concurrent: Option<u32>,
 }
 
@@ -90,7 +90,7 @@ impl BackendOffer {
         }
     }
 
-    /// Its limit of concurrent jobs.
+    /// The backend's limit of concurrent jobs.
     pub fn slots_max(&self, terms: &OfferTerms) -> u32 {
         self.max_concurrent.unwrap_or(terms.max_concurrent).min(terms.max_concurrent)
     }

@@ -17,12 +17,12 @@ use super::{BackendOffer, BackendStatus, Catalog, OfferFeed, OfferTerms};
 use crate::backend::{Backend, BackendError};
 use crate::sys::{jitter, threads};
 
-/// Interval between rounds, give or take a fifth.
+/// Interval between rounds, varied by up to a fifth.
 const REFRESH: Duration = Duration::from_secs(30);
 /// Interval between rounds while a backend may become available soon: it is loading its model, at capacity, or too slow to
 /// respond.
 const REFRESH_SOON: Duration = Duration::from_secs(5);
-/// Time for which an offer waits for all probes. After that, one backend is enough.
+/// Time for which the first offer waits for all probes. After that, one available backend is enough.
 const FIRST_OFFER_GRACE: Duration = Duration::from_secs(1);
 /// Minimum time between rounds that failing jobs request.
 const REFRESH_SPACING: Duration = Duration::from_secs(1);
@@ -47,18 +47,18 @@ struct Inbox {
 struct PendingInput {
     requests: Requests,
     results: Vec<(usize, ProbeResult)>,
-    /// The last handle was dropped.
+    /// Set when the last handle was dropped.
     is_over: bool,
 }
 
 /// Requests for a round.
 #[derive(Default)]
 struct Requests {
-    /// Wait for an offer: each sender is dropped once an offer can be made.
+    /// Waiters for an offer: each sender is dropped once an offer can be made.
     waiters: Vec<Sender<()>>,
     /// The offer may be out of date: start a round soon.
     refresh: bool,
-    /// The jobs of a backend fail: withdraw it at once, and start a round when it may have recovered.
+    /// The jobs of a backend fail: withdraw the backend at once, and start a round when it may have recovered.
     withdraw: bool,
 }
 
@@ -103,12 +103,12 @@ impl Prober {
         receiver
     }
 
-    /// Requests a round, because a job has found its backend missing. Does not wait.
+    /// Requests a round, because the backend of a job was missing. Does not block.
     pub fn request_refresh(&self) {
         self.0.inbox.add(|pending| pending.requests.refresh = true);
     }
 
-    /// Withdraws the backends whose jobs fail from the offer, until a probe succeeds.
+    /// Withdraws backends whose jobs fail from the offer, until a probe succeeds.
     pub fn withdraw_failing(&self) {
         self.0.inbox.add(|pending| pending.requests.withdraw = true);
     }
@@ -120,7 +120,7 @@ impl Drop for Handle {
     }
 }
 
-/// The backends, and the rounds in which they are probed.
+/// The backends, and the state of their probe rounds.
 pub struct ProbeRounds {
     backends: Vec<BackendStatus>,
     terms: OfferTerms,
@@ -151,7 +151,7 @@ impl ProbeRounds {
         &self.backends
     }
 
-    /// When to call [`ProbeRounds::poll`] next, if it is not woken before.
+    /// When to call [`ProbeRounds::poll`] next, unless woken before.
     pub fn next_wakeup(&self) -> Option<Instant> {
         match &self.round {
             Some(round) if round.has_offer && !round.waiters.is_empty() => Some(round.started + FIRST_OFFER_GRACE),
@@ -217,8 +217,8 @@ impl ProbeRounds {
         self.due = Some(self.last_round + jitter::scale(interval, jitter::random()));
     }
 
-    /// Schedules the next round as requested. Limits the rate for jobs that fail on a missing backend. After a withdrawal, waits a
-    /// while: the backend is healthy, and would pass its probe at once.
+    /// Schedules the next round as requested. Limits the rate of rounds for jobs that fail on a missing backend. After a withdrawal,
+    /// delays the round: the backend is healthy and would pass its probe at once.
     fn schedule_next(&mut self) {
         let now = Instant::now();
         let requested = match &self.requests {
@@ -254,7 +254,7 @@ impl ProbeRounds {
     }
 }
 
-/// Probes all backends side by side. The results are in the order of the backends.
+/// Probes all backends concurrently. The results are in the order of the backends.
 pub fn probe_all(backends: &[Arc<dyn Backend>]) -> Vec<ProbeResult> {
     probe_within(backends, Duration::MAX).into_iter().flatten().collect()
 }
@@ -299,7 +299,7 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_secs(10);
 
-    /// Signals each probe, and responds when the test lets it.
+    /// A backend that signals each probe, and responds when the test allows it.
     struct Gated {
         models: &'static [&'static str],
         probed: Sender<()>,

@@ -1,4 +1,4 @@
-//! API keys of backends. They are sent, and never printed.
+//! API keys of backends. A key is sent to its backend, and never printed.
 
 use std::fmt;
 
@@ -11,7 +11,7 @@ pub enum ApiKey {
     Bearer(String),
     /// The variable is unset, empty, or not valid in a header.
     Missing {
-        /// Its name.
+        /// The name of the variable.
         variable: String,
     },
 }

@@ -121,7 +121,7 @@ impl Client {
     /// Checks that requests can succeed at all.
     ///
     /// # Errors
-    /// The environment variable for the API key holds no usable one.
+    /// The environment variable for the API key contains no usable key.
     pub fn ready(&self) -> BackendResult<()> {
         match &self.key {
             ApiKey::Missing { variable } => Err(BackendError::MissingKey(variable.clone())),
@@ -213,8 +213,8 @@ impl<'a> AgentLease<'a> {
         Ok(request)
     }
 
-    /// Sends a request. Sends it a second time if the server had closed the kept-alive connection, and so never saw it:
-    /// the agent then opens a new connection, which the same [`Interrupt`] ends.
+    /// Sends a request. If the server had closed the kept-alive connection and so never received the request, sends it once
+    /// more: the agent then opens a new connection, which the same [`Interrupt`] ends.
     fn exchange<B: AsSendBody>(
         &self,
         request: impl Fn() -> Result<Request<B>, ureq::http::Error>,
@@ -238,7 +238,7 @@ impl<'a> AgentLease<'a> {
         self.agent.run(self.agent.configure_request(request).timeout_global(Some(time)).build())
     }
 
-    /// What has happened on its connection.
+    /// The monitor of the agent's connection.
     pub fn monitor(&self) -> &ConnectionMonitor {
         &self.monitor
     }

@@ -6,7 +6,7 @@ use crate::backend::BackendError;
 /// `EMFILE` and `ENFILE`: this process or the machine is out of file descriptors, which says nothing about the backend.
 const NO_DESCRIPTOR: [i32; 2] = [24, 23];
 
-/// Why there is no response at all.
+/// Maps the error of an exchange without any response.
 pub fn connect_error(e: ureq::Error) -> BackendError {
     match e {
         ureq::Error::Timeout(ureq::Timeout::Global) => BackendError::DeadlinePassed,

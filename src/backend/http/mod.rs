@@ -1,4 +1,4 @@
-//! HTTP to one backend, over `ureq`: agents that serve one exchange at a time, and the transport below them.
+//! HTTP to one backend, over `ureq`: agents that serve one exchange at a time, and their transport.
 
 mod api_key;
 mod client;

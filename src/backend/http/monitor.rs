@@ -1,4 +1,4 @@
-//! Wraps `ureq`'s transport to record what happens on a connection, and to limit reads.
+//! Wraps `ureq`'s transport to record the events of a connection, and to limit reads.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,18 +14,18 @@ use super::tcp::TcpConnector;
 use super::tls::TlsConnector;
 use crate::net::tls::ExtraRoots;
 
-/// What has happened on an agent's connection since it was leased.
+/// The events on an agent's connection since the agent was leased.
 #[derive(Default)]
 pub struct ConnectionMonitor {
     opened: AtomicBool,
     received: AtomicBool,
     broken: AtomicBool,
-    /// Reads time out at this moment.
+    /// The time at which reads time out.
     limit: Mutex<Option<Instant>>,
 }
 
 impl ConnectionMonitor {
-    /// Forgets everything, before the next exchange.
+    /// Clears the record, before the next exchange.
     pub fn reset(&self) {
         *self.limit() = None;
         for flag in [&self.opened, &self.received, &self.broken] {
@@ -33,13 +33,13 @@ impl ConnectionMonitor {
         }
     }
 
-    /// Whether a failed exchange used a kept-alive connection and received no byte: the server had closed the connection,
-    /// and never saw the request.
+    /// Whether a failed exchange used a kept-alive connection and received no byte: the server had closed the connection
+    /// and never received the request.
     pub fn reused_dead_connection(&self) -> bool {
         !self.opened.load(Ordering::Relaxed) && !self.received.load(Ordering::Relaxed)
     }
 
-    /// Whether the connection broke, as opposed to being closed in order. `ureq` takes a reset for the end of a body that is
+    /// Whether the connection broke, as opposed to being closed in order. `ureq` treats a reset as the end of a body that is
     /// delimited by the end of the connection.
     pub fn has_broken(&self) -> bool {
         self.broken.load(Ordering::Relaxed)
@@ -64,14 +64,14 @@ impl fmt::Debug for ConnectionMonitor {
 /// Connects to a backend; shared by all of its agents.
 pub type SharedConnector = Arc<dyn Connector<(), Out = Box<dyn Transport>>>;
 
-/// Connects without TLS or proxy. A chain of its own, because the unused links would cost each stream a third of its stack and
-/// a kilobyte of heap.
+/// Connects without TLS or proxy. A separate chain, because the unused connectors would cost each stream a third of its stack
+/// and a kilobyte of heap.
 pub fn plain_connector() -> SharedConnector {
     Arc::new(().chain(TcpConnector).chain(BoxTransport))
 }
 
-/// Connects with TLS if the URL asks for it, and through the proxy if there is one. Trusts these roots as well as those of
-/// the web.
+/// Connects with TLS for `https` URLs, and through the proxy if one is configured. Trusts `roots` as well as the public web
+/// roots.
 pub fn connector(roots: ExtraRoots) -> SharedConnector {
     Arc::new(().chain(ConnectProxyConnector::default()).chain(TcpConnector).chain(TlsConnector::new(roots)))
 }
@@ -298,7 +298,7 @@ mod tests {
             stream.sock.set_nodelay(true)?;
             stream.read_exact(&mut [0; 1000])?;
             stream.write_all(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nbig")?;
-            // Closing with so much unread resets the connection.
+            // Closing with this much unread data resets the connection.
             stream.flush()
         });
         let agent = agent(MonitoredConnector::new(connector, Arc::default()));

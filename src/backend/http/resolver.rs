@@ -12,8 +12,8 @@ use ureq::unversioned::transport::time::Duration as UreqDuration;
 
 use crate::sys::threads;
 
-/// Resolves IP addresses and `localhost` by itself. Looks up other names on a separate thread, because the system's lookup
-/// takes no time limit.
+/// Resolves IP addresses and `localhost` directly. Looks up other names on a separate thread, because the system's lookup
+/// has no time limit.
 #[derive(Debug)]
 pub struct LocalFirstResolver;
 

@@ -1,12 +1,12 @@
 //! The TCP connection to a backend, as a `ureq` transport.
 //!
-//! `ureq`'s own TCP transport is made for few connections: it allocates all its buffers with the first request, and sets the
+//! `ureq`'s own TCP transport is designed for few connections: it allocates all its buffers with the first request, and sets the
 //! socket timeout before each read. With 256 streams of about 50 small reads a second, the buffers were most of the agent's
 //! memory, and the timeouts a fifth of its system calls.
 //!
 //! Invariants: the input buffer grows and shrinks with the stream, between [`INPUT_MIN`] and [`INPUT_MAX`]. The output buffer
-//! exists only until a response is awaited. A wait never ends before its timeout: when the kernel's fires early, the wait goes
-//! on.
+//! exists only while a request is sent. A wait never ends before its timeout: if the kernel's timeout fires early, the wait
+//! continues.
 
 use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
@@ -29,8 +29,8 @@ const INPUT_MAX: usize = 64 << 10;
 const SMALL_READS: u32 = 64;
 /// Output buffer, in bytes; also the largest request head.
 const OUTPUT_BYTES: usize = 16 << 10;
-/// The socket timeout is set to the time left less this fraction of it. The kernel may fire late by that much, and the next reads
-/// can do without setting it again.
+/// The socket timeout is set to the time left minus this fraction of it: the kernel may fire late by that much, and the next
+/// reads need not set the timeout again.
 const TIMEOUT_MARGIN: u32 = 8;
 /// Resolution of the kernel's timeouts.
 const KERNEL_PRECISION: Duration = Duration::from_millis(10);
@@ -102,9 +102,9 @@ impl Transport for Tcp {
             match (&*self.socket).write(&self.buffers.output()[unsent.clone()]) {
                 Ok(n @ 1..) => unsent.start += n,
                 Err(e) if e.kind() == ErrorKind::Interrupted || is_timeout(&e) => {}
-                // A server that rejects a large request responds and closes while we are still writing. Its response is
-                // worth more than this error, so it is left to the read that follows to fail. A TLS session on top then
-                // reads on, too.
+                // A server that rejects a large request responds and closes while we are still writing. Its response says
+                // more than this error, so the error is left to the next read. A TLS session on top then also continues
+                // to read.
                 Ok(0) | Err(_) => self.write_failed = true,
             }
         }
@@ -133,7 +133,7 @@ impl Transport for Tcp {
     fn is_open(&mut self) -> bool {
         let quiet = || {
             self.socket.set_nonblocking(true)?;
-            // No response is due: a connection that has received even one byte is unusable.
+            // No response is pending: a connection that has received even one byte is unusable.
             let quiet = matches!(self.socket.peek(&mut [0]), Err(e) if e.kind() == ErrorKind::WouldBlock);
             self.socket.set_nonblocking(false)?;
             io::Result::Ok(quiet)
@@ -150,7 +150,7 @@ struct IoDeadline {
 
 impl IoDeadline {
     fn starting_now(timeout: NextTimeout) -> IoDeadline {
-        // `None`, if the clock cannot represent it: no limit.
+        // `None` (no limit) if the clock cannot represent it.
         IoDeadline { until: Instant::now().checked_add(*timeout.after), reason: timeout.reason }
     }
 
@@ -161,8 +161,8 @@ impl IoDeadline {
     }
 }
 
-/// The socket timeout to set, unless the one that was `last_set` will do: that is, it fires neither late nor before half of
-/// the time left. A running stream then sets it about once per eighth of its time.
+/// The socket timeout to set; `None` if `last_set` still applies, that is, if it fires neither late nor before half of the
+/// time left. A running stream then sets the timeout about once per eighth of its time.
 fn timeout_to_set(left: Option<Duration>, last_set: &mut Option<Duration>) -> Option<Option<Duration>> {
     let will_do = match (left, *last_set) {
         (Some(left), Some(set)) => left / 2 <= set && set <= left,
@@ -176,7 +176,7 @@ fn timeout_to_set(left: Option<Duration>, last_set: &mut Option<Duration>) -> Op
     Some(*last_set)
 }
 
-/// The kernel reports either when a socket timeout fires.
+/// Whether a socket timeout fired, which the kernel reports as either error.
 fn is_timeout(e: &io::Error) -> bool {
     matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
 }
@@ -184,7 +184,7 @@ fn is_timeout(e: &io::Error) -> bool {
 #[derive(Default)]
 struct StreamBuffers {
     input: Vec<u8>,
-    /// The part of `input` that was received and is not consumed.
+    /// The part of `input` that was received and not yet consumed.
     unread: std::ops::Range<usize>,
     /// The last read filled the buffer.
     was_full: bool,
@@ -196,7 +196,7 @@ struct StreamBuffers {
 }
 
 impl StreamBuffers {
-    /// Called while the buffer holds nothing, so that replacing it costs no copy.
+    /// Called while the buffer is empty, so that replacing it needs no copy.
     fn resize(&mut self) {
         let size = match self.input.len() {
             0 => INPUT_MIN,
@@ -237,10 +237,10 @@ impl Buffers for StreamBuffers {
             self.unread = 0..0;
             self.resize();
         } else if self.unread.end == self.input.len() {
-            // Part of a head or of a chunk size: it has to be contiguous.
+            // Part of a head or of a chunk size, which must be contiguous.
             self.input.copy_within(self.unread.clone(), 0);
             self.unread = 0..self.unread.len();
-            // May exceed the limit of a head once: a read into an empty buffer would look like the end.
+            // May exceed the limit of a head once: a read into an empty slice would look like the end of input.
             if self.unread.end == self.input.len() && self.input.len() <= INPUT_MAX {
                 self.input.resize(self.input.len() * 2, 0);
             }

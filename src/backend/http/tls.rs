@@ -1,6 +1,6 @@
 //! TLS to a backend, as a `ureq` transport on top of the TCP connection.
 //!
-//! `ureq`'s own TLS connector builds a new configuration for each request that has settings of its own, so that no session is
+//! `ureq`'s own TLS connector builds a new configuration for each request that has its own settings, so no session is
 //! resumed. Invariant: all connections of a backend share one configuration, so each can resume the session of another.
 
 use std::fmt;
@@ -18,14 +18,14 @@ use ureq::unversioned::transport::{
 
 use crate::net::tls::{self, ExtraRoots};
 
-/// Adds TLS to the connection if the URL asks for it.
+/// Adds TLS to the connection for `https` URLs.
 pub struct TlsConnector {
     roots: ExtraRoots,
     config: OnceLock<Arc<ClientConfig>>,
 }
 
 impl TlsConnector {
-    /// Trusts these roots as well as those of the web.
+    /// Trusts `roots` as well as the public web roots.
     pub fn new(roots: ExtraRoots) -> TlsConnector {
         TlsConnector { roots, config: OnceLock::new() }
     }

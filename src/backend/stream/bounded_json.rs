@@ -4,16 +4,17 @@
 //! Invariants: the result depends on the bytes alone, not on how they were split. Truncated JSON is valid JSON with the same
 //! keys in the same places (long keys are shortened). The result never exceeds [`TRUNCATED_BYTES_MAX`].
 
-/// Longest text that is kept verbatim, in bytes.
+/// Maximum length of a text that is kept verbatim, in bytes.
 pub const VERBATIM_BYTES_MAX: usize = 4 << 10;
 
-/// Limit of what is kept of a longer text, in bytes; a text that exceeds it even when truncated is discarded.
+/// Limit for a longer text after truncation, in bytes; a text that exceeds it even when truncated is discarded.
 pub const TRUNCATED_BYTES_MAX: usize = 32 << 10;
 
-/// What is kept of a string in a longer text, in bytes: more than is passed on of an error.
+/// Maximum length of a string in a longer text, in bytes: more than is passed on of an error.
 const STRING_BYTES_MAX: usize = 1 << 10;
 
-/// The same once half of the limit is used up, so that many long strings do not displace the usage that follows them.
+/// The same limit once half of [`TRUNCATED_BYTES_MAX`] is used up, so that many long strings do not displace the usage that
+/// follows them.
 const LATER_STRING_BYTES_MAX: usize = 64;
 
 const _: () = assert!(STRING_BYTES_MAX > crate::backend::ERROR_BODY_MAX && VERBATIM_BYTES_MAX <= TRUNCATED_BYTES_MAX);
@@ -58,12 +59,12 @@ impl BoundedJson {
         }
     }
 
-    /// Discards this text, including what is still to come.
+    /// Discards this text, including all later pieces.
     pub fn discard(&mut self) {
         *self = BoundedJson { kept: Vec::new(), mode: Mode::Discarded };
     }
 
-    /// What is kept; `None` if the text was discarded.
+    /// The kept bytes; `None` if the text was discarded.
     pub fn bytes(&self) -> Option<&[u8]> {
         match self.mode {
             Mode::Discarded => None,
@@ -84,8 +85,8 @@ impl BoundedJson {
     }
 }
 
-/// Decides byte by byte what is kept: the beginning of a string, one of several blanks, and no elements of nested arrays. That
-/// removes, for example, images and the log probabilities of alternative tokens.
+/// Decides byte by byte whether to keep it: the beginning of a string and one of several blanks are kept, elements of nested arrays
+/// are not. This removes, for example, images and the log probabilities of alternative tokens.
 #[derive(Debug, Default)]
 struct Truncator {
     /// Number of open arrays.
@@ -175,7 +176,7 @@ impl StringState {
     }
 }
 
-/// Whether it ends with a high surrogate (`\ud83d`) that lacks its low surrogate (`\ude00`).
+/// Whether `kept` ends with a high surrogate (`\ud83d`) that lacks its low surrogate (`\ude00`).
 fn ends_in_high_surrogate(kept: &[u8]) -> bool {
     let last = kept.last_chunk::<6>().map(|last| last.to_ascii_lowercase());
     last.is_some_and(|last| last.starts_with(b"\\ud") && matches!(last[3], b'8'..=b'b'))

@@ -1,30 +1,30 @@
-//! Classifies the events of a stream without parsing them. Nearly every event is a delta and nothing else, and needs no parsing.
+//! Classifies the events of a stream without parsing them. Nearly every event is only a delta, which needs no parsing.
 //!
-//! An event that differs from the previous delta in its text only is recognized by comparison, which takes 0.2 µs instead of 1.5 µs
-//! for a scan of its keys: 4 % of the agent's CPU time per event. Invariant: the class depends on the event alone.
+//! An event that differs from the previous delta only in its text is recognized by comparison, which takes 0.2 µs instead of the
+//! 1.5 µs of a key scan and saves 4 % of the agent's CPU time per event. Invariant: the class depends on the event alone.
 
 use std::ops::Range;
 
 use memchr::memchr2;
 
-/// Largest event that is kept as the template, in bytes. There is one per stream.
+/// Maximum size of the template, in bytes. There is one template per stream.
 const TEMPLATE_BYTES_MAX: usize = 1 << 10;
 
 /// The class of an event.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct EventClass {
-    /// It contains a part of the response.
+    /// The event contains a part of the response.
     pub is_delta: bool,
-    /// It may contain usage, an end marker or an error.
+    /// The event may contain usage, an end marker or an error.
     pub needs_parsing: bool,
 }
 
 /// Classifies the events of one stream.
 #[derive(Debug, Default)]
 pub struct EventClassifier {
-    /// The last event that was a delta and nothing else.
+    /// The last event that was only a delta.
     template: Vec<u8>,
-    /// The position of its text, without the quotes.
+    /// The position of the template's text, without the quotes.
     text: Range<usize>,
 }
 
@@ -44,12 +44,12 @@ impl EventClassifier {
         scan.class
     }
 
-    /// Whether the event differs from the template in its text only.
+    /// Whether the event differs from the template only in its text.
     fn matches_template(&self, json: &[u8]) -> bool {
         let (head, foot) = (&self.template[..self.text.start], &self.template[self.text.end..]);
         json.len() > head.len() + foot.len() && json.starts_with(head) && json.ends_with(foot) && {
             let text = &json[head.len()..json.len() - foot.len()];
-            // Without quotes or escapes, the string ends where that of the template does.
+            // Without quotes or escapes, the string ends at the same place as in the template.
             !self.text.is_empty() && memchr2(b'"', b'\\', text).is_none()
         }
     }
@@ -90,7 +90,7 @@ impl KeyScan {
                 class.is_delta = true;
                 self.deltas += 1;
                 let plain = end_of_string(value, 1).filter(|end| {
-                    // In invalid JSON, the text may be a key as well.
+                    // In invalid JSON, the text may also be a key.
                     !value[..*end].contains(&b'\\') && !value[end + 1..].trim_ascii_start().starts_with(b":")
                 });
                 self.text = plain.filter(|_| self.deltas == 1).map(|end| value_at + 1..value_at + end);

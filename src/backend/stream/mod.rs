@@ -1,4 +1,4 @@
-//! The response of a job: relayed as it arrives, and read on the side for its usage and its end.
+//! The response of a job: relayed as it arrives, and scanned for usage, errors and the end marker.
 
 mod bounded_json;
 mod event;

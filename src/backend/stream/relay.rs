@@ -1,4 +1,4 @@
-//! Runs one job on one HTTP backend: posts the request, and relays the response as it arrives.
+//! Runs one job on one HTTP backend: posts the request and relays the response as it arrives.
 //!
 //! Invariants: bytes are relayed in order and unchanged. A truncated stream is an error, after its last byte has been
 //! relayed. After an interrupt, no byte counts as part of the response.
@@ -21,13 +21,13 @@ const CHUNK_MAX: usize = 16 << 10;
 /// Initial read buffer, in bytes: enough for a stream of small events. It grows up to [`CHUNK_MAX`].
 const READ_BUFFER_MIN: usize = 512;
 
-/// The part of an error body that is read, in bytes: more than is passed on, because an API key may be removed from it.
+/// Maximum part of an error body that is read, in bytes: more than is passed on, because an API key may be removed from it.
 const ERROR_READ_MAX: usize = 4 * ERROR_BODY_MAX;
 
 /// Time limit for reading an error body.
 const ERROR_READ_TIME: Duration = Duration::from_secs(1);
 
-/// Connect timeouts are whole milliseconds, so one that the deadline causes may fire just before the deadline.
+/// Precision of connect timeouts, which are whole milliseconds: a timeout derived from the deadline may fire just before it.
 const CONNECT_PRECISION: Duration = Duration::from_millis(1);
 
 /// Posts `body` to `url` and relays the response into `sink`, all within `deadline`.
@@ -45,7 +45,7 @@ pub fn relay(
     drop(body);
     let status = response.status().as_u16();
     if !(200..300).contains(&status) {
-        // The status says enough: the body may break off or stall.
+        // The status is sufficient if the body breaks off or stalls.
         lease.monitor().limit_reads_to(ERROR_READ_TIME);
         let (error_body, _) = read_bounded(response.into_body(), ERROR_READ_MAX);
         sink.still_wanted()?;

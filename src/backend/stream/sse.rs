@@ -11,17 +11,17 @@ use super::event::EventClassifier;
 use super::usage::Usage;
 use crate::backend::{BackendError, truncated_body};
 
-/// The fields that are examined. Other lines are discarded as soon as they are long enough to be recognized as such.
+/// The fields that are examined. Other lines are discarded as soon as they are long enough to be recognized.
 const FIELDS: [&[u8]; 3] = [b"data:", b"event:", b"error:"];
 
 /// Length of the longest field.
 const FIELD_LEN: usize = 6;
 
-/// Scans one `text/event-stream`.
+/// The scanner of one `text/event-stream`.
 #[derive(Debug, Default)]
 pub struct Scanner {
     usage: Usage,
-    /// Events with a part of the response: an estimate of its tokens, for servers that report no usage.
+    /// Number of events with a part of the response: an estimate of its tokens, for servers that report no usage.
     deltas: u32,
     ended: bool,
     failure: Option<BackendError>,
@@ -147,7 +147,7 @@ mod tests {
         result_of_pieces([stream])
     }
 
-    /// As [`result_of`], for a stream in these pieces.
+    /// Like [`result_of`], for a stream in these pieces.
     fn result_of_pieces<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> (Result<Usage, BackendError>, u32) {
         let mut s = Scanner::default();
         pieces.into_iter().for_each(|piece| s.feed(piece));
@@ -257,7 +257,7 @@ data: [DONE]"#;
         assert_eq!(result_of(stream.as_bytes()), (Ok(usage(1, 2)), 2));
     }
 
-    /// A line of `length` bytes that ends the stream, if it is scanned.
+    /// A line of `length` bytes that ends the stream if it is scanned.
     fn padded_end_marker(length: usize) -> Vec<u8> {
         let (head, tail) = ("data: {\"type\":\"message_stop\",\"a\":[", "]}");
         let padding = length - head.len() - tail.len();

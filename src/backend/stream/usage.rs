@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-/// Token counts. Each is the last one reported.
+/// Token counts, each as last reported.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
     /// Tokens of the prompt.
@@ -12,7 +12,7 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// Takes the counts of a `usage` object.
+    /// Updates the counts from a `usage` object.
     pub fn merge(&mut self, usage: &Value) {
         let read = |names: [&str; 3]| {
             names.into_iter().find_map(|n| usage[n].as_u64().and_then(|tokens| u32::try_from(tokens).ok()))
