@@ -1,7 +1,7 @@
-//! The identity of the agent: an Ed25519 key and the provider id, in a file that version 0.3.5 also reads and writes.
+//! The identity of the agent: an Ed25519 key and the provider id, in a file format that version 0.3.5 also reads and writes.
 //!
-//! Invariants: the seed leaves this module only for the file, never for a log, an error or `Debug`. The file is replaced atomically,
-//! and unknown lines in it are kept.
+//! Invariants: the seed is written only to the file, never to a log, an error or `Debug` output. The file is replaced atomically,
+//! and its unknown lines are kept.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -41,7 +41,7 @@ struct IdentityFile {
 /// Why the identity cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
-    /// The file cannot be read or created.
+    /// The file could not be read or created.
     #[error("failed to {action} the identity file `{}`: {error}", path.display())]
     Io {
         /// The operation that failed.
@@ -75,7 +75,7 @@ impl Identity {
             loaded => return loaded,
         }
         match Identity::create(path) {
-            // Another process has created it in the meantime.
+            // Another process has created the file in the meantime.
             Err(IdentityError::Io { error, .. }) if error.kind() == io::ErrorKind::AlreadyExists => {
                 Identity::load(path)
             }
@@ -109,7 +109,7 @@ impl Identity {
         Ok(Identity { key, provider_id: None, file: Some(IdentityFile { path: path.to_owned(), text }) })
     }
 
-    /// A new identity that is not stored.
+    /// Creates an identity that is not stored.
     ///
     /// # Errors
     /// The system provides no randomness.
@@ -137,7 +137,7 @@ impl Identity {
         self.key.public_key().as_ref()
     }
 
-    /// The public key in base64, as it is shown to operators.
+    /// The public key in base64, as shown to operators.
     pub fn public_key_base64(&self) -> String {
         BASE64.encode(self.public_key())
     }
@@ -147,12 +147,12 @@ impl Identity {
         self.key.sign(nonce).as_ref().to_vec()
     }
 
-    /// The id that the coordinator gave the agent, once it is enrolled.
+    /// The id that the coordinator gave the agent; `None` before the enrollment.
     pub fn provider_id(&self) -> Option<&str> {
         self.provider_id.as_deref()
     }
 
-    /// Sets the provider id and stores it in the file. If the file cannot be written, the id is used until the agent stops.
+    /// Sets the provider id and stores it in the file. If the file cannot be written, the id is kept until the agent stops.
     pub fn set_provider_id(&mut self, id: String) {
         if self.provider_id.as_deref() == Some(&id) {
             return;
@@ -180,7 +180,7 @@ fn block(text: &str) -> Option<impl Iterator<Item = &str>> {
 }
 
 impl IdentityFile {
-    /// Writes the id into the block; every other line is kept.
+    /// Writes the id into the block and keeps all other lines.
     fn store_provider_id(&mut self, id: &str) -> io::Result<()> {
         let newline = if self.text.contains("\r\n") { "\r\n" } else { "\n" };
         let mut text = String::with_capacity(self.text.len() + id.len() + 20);

@@ -1,8 +1,8 @@
-//! Which process holds the lock, and when it last showed a sign of life.
+//! The owner of the lock file: the process that holds the lock, and its last sign of life.
 //!
-//! The lock file contains the pid and start time of its owner and the time of its last sign of life. It is overwritten in place,
-//! always with the same number of bytes, so that a full disk does not make a working agent look dead. The time is the system's
-//! monotonic clock, which clock corrections do not move and which stops while the machine is suspended.
+//! The lock file contains the pid, the start time and the last sign of life of its owner. It is overwritten in place, always with
+//! the same number of bytes, so that a full disk does not make a working agent look dead. Times are from the system's monotonic
+//! clock, which is unaffected by clock corrections and stops while the machine is suspended.
 
 use std::fs;
 use std::io;
@@ -17,8 +17,8 @@ use nix::unistd::Pid;
 use super::AgentPaths;
 use crate::sys::files;
 
-/// An agent that shows no sign of life for this long is unresponsive. A working agent shows one every 75 s at the latest, with the
-/// longest delay between two connection attempts, and every 45 s while it is connected.
+/// Time without a sign of life after which an agent is unresponsive. A working agent shows a sign of life at least every 45 s
+/// while connected, and at least every 75 s otherwise, with the longest delay between two connection attempts.
 pub const LIVENESS_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// Size of a lock file, in bytes.
@@ -29,31 +29,31 @@ const LOCK_BYTES_MAX: u64 = 256;
 /// The process that the lock file identifies.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LockOwner {
-    /// Its pid.
+    /// The pid of the process.
     pub pid: u32,
-    /// Its start time, in the clock ticks of `/proc`; together with the pid it identifies the process uniquely.
+    /// The start time in clock ticks, as in `/proc`. Together with the pid, it identifies the process uniquely.
     started: u64,
-    /// Its last sign of life, on the monotonic clock.
+    /// The last sign of life, on the monotonic clock.
     last_liveness: Duration,
 }
 
 impl LockOwner {
-    /// The agent that is running with this identity.
+    /// The agent that is running with this identity, if any.
     pub fn running(paths: &AgentPaths) -> Option<LockOwner> {
         LockOwner::read(&paths.lock()).filter(LockOwner::is_running)
     }
 
-    /// A process that shows a sign of life now.
+    /// Describes a process that shows a sign of life now.
     pub(super) fn alive_now(pid: u32, started: u64) -> LockOwner {
         LockOwner { pid, started, last_liveness: monotonic() }
     }
 
-    /// Time since its last sign of life.
+    /// Time since the last sign of life.
     pub fn since_last_liveness(&self) -> Duration {
         monotonic().saturating_sub(self.last_liveness)
     }
 
-    /// Whether its last sign of life is older than [`LIVENESS_TIMEOUT`].
+    /// Whether the last sign of life is older than [`LIVENESS_TIMEOUT`].
     pub fn is_unresponsive(&self) -> bool {
         self.since_last_liveness() >= LIVENESS_TIMEOUT
     }
@@ -63,7 +63,7 @@ impl LockOwner {
         start_of(&self.pid.to_string()) == Some(self.started)
     }
 
-    /// Sends it a signal, unless it has ended.
+    /// Sends the process a signal, unless it has ended.
     ///
     /// # Errors
     /// The process belongs to another user.
@@ -95,7 +95,7 @@ impl LockOwner {
     }
 }
 
-/// The start time of a process, in clock ticks since the boot; `None` if it has ended, even if it has not been reaped.
+/// The start time of a process, in clock ticks since boot; `None` if the process has ended, even if it has not been reaped.
 pub(super) fn start_of(pid: &str) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The second field, the name, may contain anything; the third is the state, the 22nd the start time.
@@ -104,7 +104,7 @@ pub(super) fn start_of(pid: &str) -> Option<u64> {
     fields.nth(18).filter(|_| !has_ended)?.parse().ok()
 }
 
-/// The monotonic clock, which is the same for all processes until the next boot.
+/// The time of the monotonic clock, which is the same for all processes until the next boot.
 fn monotonic() -> Duration {
     clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default()
 }

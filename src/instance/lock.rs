@@ -1,6 +1,6 @@
-//! The lock that makes an agent the only one of its identity.
+//! The lock that ensures that only one agent runs per identity.
 //!
-//! Invariant: the lock file is never deleted, because two processes could then each lock a file of that name.
+//! Invariant: the lock file is never deleted; otherwise, two processes could each lock a file of that name.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
@@ -11,7 +11,7 @@ use super::AgentPaths;
 use super::liveness::{LockOwner, TEXT_BYTES, start_of};
 use crate::sys::files;
 
-/// Held while this process is the only agent of an identity. The kernel releases it when the process ends, however it ends.
+/// The lock of an identity, held while this process is its agent. The kernel releases it when the process ends, however it ends.
 #[derive(Debug)]
 pub struct InstanceLock {
     file: Option<File>,
@@ -22,7 +22,7 @@ pub struct InstanceLock {
 /// Why the lock could not be acquired.
 #[derive(Debug)]
 pub enum LockError {
-    /// Another agent holds it; its pid, if the lock file says.
+    /// Another agent holds the lock; its pid, if the lock file contains it.
     Held(Option<u32>),
     /// The lock file cannot be used.
     Io(PathBuf, io::Error),
@@ -38,7 +38,7 @@ impl InstanceLock {
         let io_error = |e| LockError::Io(path.clone(), e);
         let writable =
             files::owner_only(OpenOptions::new().read(true).write(true).create(true).truncate(false)).open(&path);
-        // Locking does not need write permission; only the content does.
+        // Locking needs no write permission; only writing the content does.
         let file = writable.or_else(|e| File::open(&path).map_err(|_| e)).map_err(io_error)?;
         let mut is_exclusive = true;
         match file.try_lock() {
@@ -56,25 +56,25 @@ impl InstanceLock {
             Err(TryLockError::Error(e)) => return Err(io_error(e)),
         }
         let started = start_of("self").unwrap_or(0);
-        // The file of an older version may be longer.
+        // The lock file of an older version may be longer.
         let _ = file.set_len(TEXT_BYTES);
         let lock = InstanceLock { file: Some(file), is_exclusive, started };
         lock.record_liveness();
         Ok(lock)
     }
 
-    /// No lock, for an agent whose lock file cannot be used.
+    /// Returns an empty lock, for an agent whose lock file cannot be used.
     pub fn none() -> InstanceLock {
         InstanceLock { file: None, is_exclusive: false, started: 0 }
     }
 
-    /// Whether it excludes other agents; false if the file system does not support locking.
+    /// Whether the lock excludes other agents; false if the file system does not support locking.
     pub fn is_exclusive(&self) -> bool {
         self.is_exclusive
     }
 
-    /// Records a sign of life. If it cannot be written (a full disk with a copy-on-write file system), the file is emptied: an
-    /// outdated time would get a working agent killed.
+    /// Records a sign of life. If writing fails (on a full disk with a copy-on-write file system), the file is truncated: with an
+    /// outdated time, a working agent would be killed.
     pub fn record_liveness(&self) {
         let Some(file) = &self.file else { return };
         let owner = LockOwner::alive_now(std::process::id(), self.started);

@@ -1,4 +1,4 @@
-//! The paths of an agent's files: beside its identity file, and named after it.
+//! The paths of an agent's files, which are beside its identity file and named after it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,11 +14,11 @@ pub struct AgentPaths {
 impl AgentPaths {
     /// The paths beside this identity file, which need not exist.
     pub fn beside(identity: &Path) -> AgentPaths {
-        // Two paths to the same identity file are the same agent.
+        // Two paths to the same identity file belong to the same agent.
         AgentPaths { identity: fs::canonicalize(identity).unwrap_or_else(|_| identity.to_owned()) }
     }
 
-    /// Locked while an agent runs.
+    /// The lock file, locked while an agent runs.
     pub fn lock(&self) -> PathBuf {
         files::with_suffix(&self.identity, ".lock")
     }
@@ -43,7 +43,7 @@ impl AgentPaths {
         files::with_suffix(&self.identity, ".wake")
     }
 
-    /// The log of an agent that cron started, unless the configuration names another.
+    /// The log file of an agent that cron started, unless the configuration names another file.
     pub fn log(&self) -> PathBuf {
         self.identity.with_file_name("agent.log")
     }

@@ -1,8 +1,8 @@
-//! `run --cron` beside an agent that already runs: leaves a responsive one alone and replaces an unresponsive one.
+//! `run --cron` while an agent is running: leaves a responsive agent alone and replaces an unresponsive agent.
 //!
 //! Invariants: the agent is the process that holds the lock, so of several concurrent calls at most one takes over. Only the
-//! process that the lock file identifies by pid and start time is ever signalled, and only while it is unresponsive. If the lock
-//! file does not identify its owner, nothing is signalled: the held lock alone does not say which process to terminate.
+//! process that the lock file identifies by pid and start time is ever signaled, and only while it is unresponsive. If the lock
+//! file does not identify its owner, no process is signaled: the held lock alone does not show which process to terminate.
 
 use std::io;
 use std::ops::ControlFlow;
@@ -47,7 +47,7 @@ pub fn acquire_or_take_over(paths: &AgentPaths) -> Result<Option<InstanceLock>, 
     std::thread::sleep(RECHECK_DELAY);
     match unresponsive() {
         Some(second) if second.is_same_process(&first) => replace(&second, paths),
-        // It has recovered or ended, or another agent has started.
+        // The agent has recovered or ended, or another agent has started.
         _ => try_lock(paths),
     }
 }

@@ -10,7 +10,7 @@ use super::LockOwner;
 
 /// How long a process may take to disappear after SIGKILL.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often the caller's `has_ended` is asked.
+/// How often the caller's `has_ended` is called.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Why a process could not be terminated.
@@ -26,7 +26,7 @@ pub enum TerminateError {
         /// The system's reason.
         error: io::Error,
     },
-    /// The process outlived SIGKILL.
+    /// The process survived SIGKILL.
     #[error(
         "pid {pid} is still there after SIGKILL; if `ps` shows it in state D, it waits for a disk or a driver, and a reboot may be needed"
     )]
@@ -40,7 +40,7 @@ pub enum TerminateError {
 /// `before_signal` is called before each signal and may end the termination instead.
 ///
 /// # Errors
-/// A signal was refused, the process outlived SIGKILL, or `has_ended` failed.
+/// A signal was refused, the process survived SIGKILL, or `has_ended` failed.
 pub fn terminate<T, E: From<TerminateError>>(
     owner: &LockOwner,
     grace: Duration,

@@ -1,8 +1,8 @@
-//! Wakes the housekeeping thread, from any thread of this process and from other processes of this user: a datagram socket, so that
-//! no second thread has to listen.
+//! A datagram socket that wakes the housekeeping thread, from any thread of this process and from other processes of this user. No
+//! second thread has to listen.
 //!
-//! Invariants: waking never blocks. Every wake-up is followed by a return from [`WakeSocket::wait`]; several may share one. A wake-up
-//! carries no request, so a process that may send one can do no harm.
+//! Invariants: waking never blocks. Every wake-up is followed by a return from [`WakeSocket::wait`]; several wake-ups may share one
+//! return. A wake-up carries no request, so a process that can send one can do no harm.
 
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use crate::sys::files;
 
-/// The datagram of another process; that of this process is empty.
+/// The datagram that another process sends; this process sends an empty one.
 const EXTERNAL_WAKE: &[u8] = b"!";
 
 /// The receiving end.
@@ -39,7 +39,7 @@ pub enum Wakeup {
 }
 
 impl WakeSocket {
-    /// A socket that other processes of this user can wake, at a path that only this process uses.
+    /// Creates a socket that other processes of this user can wake, at a path that only this process uses.
     ///
     /// # Errors
     /// The path is longer than about 100 bytes, or its folder is not writable.
@@ -53,7 +53,7 @@ impl WakeSocket {
         WakeSocket::new(socket, waker, Some(path.to_owned()))
     }
 
-    /// A socket that only this process can wake.
+    /// Creates a socket that only this process can wake.
     ///
     /// # Errors
     /// The system refused a socket.
@@ -96,7 +96,7 @@ impl Drop for WakeSocket {
 }
 
 impl Waker {
-    /// Ends the current or the next wait. If the socket is full, enough wake-ups are pending.
+    /// Ends the current or the next wait. If the socket is full, enough wake-ups are already pending.
     pub fn wake(&self) {
         let _ = self.0.send(&[]);
     }

@@ -1,5 +1,5 @@
-//! The thread that ends jobs at their deadlines, whatever their workers block on: a write to a backend that does not read, or
-//! the queue for a worker. Socket timeouts cannot do this: the kernel fires them up to an eighth late, and restarts them
+//! The thread that ends jobs at their deadlines, whatever they are blocked on: a write to a backend that does not read, or
+//! the queue for a worker. Socket timeouts are not sufficient: the kernel fires them up to an eighth late, and restarts them
 //! whenever a write makes progress.
 //!
 //! The thread runs while jobs are in flight, and for a while after the last one.

@@ -17,18 +17,18 @@ pub struct InFlightJob {
     pub job_id: Uuid,
     pub model_id: String,
     pub accepted: Instant,
-    /// `None` if it is beyond what the clock can represent.
+    /// The deadline; `None` if the clock cannot represent it.
     pub deadline: Option<Instant>,
     tokens_emitted: AtomicU32,
     cancelled: AtomicBool,
     expired: AtomicBool,
     state: Mutex<State>,
-    /// Disconnects at the cancel, which ends a wait for room in a lane.
+    /// Disconnects when the job is cancelled, which ends a wait for room in a lane.
     pub cancel_signal: Receiver<()>,
 }
 
 struct State {
-    /// `None` after a worker has taken it.
+    /// The work; `None` after a worker has taken it.
     work: Option<Work>,
     is_started: bool,
     interrupt: Option<Interrupt>,
@@ -37,14 +37,14 @@ struct State {
     slot: Option<Slot>,
 }
 
-/// What a worker takes over when it starts the job.
+/// The resources that a worker takes over when it starts the job.
 pub struct Work {
     pub job: Job,
-    /// Held until the request is dropped.
+    /// The memory permit, held until the request is dropped.
     pub permit: MemoryPermit,
-    /// The job has a slot of this backend.
+    /// The backend that the job has a slot of.
     pub backend: Arc<BackendHandle>,
-    /// Backends to try if that one cannot take the job, in order of preference.
+    /// The backends to try if `backend` cannot take the job, in order of preference.
     pub fallback_route: Vec<Arc<BackendHandle>>,
 }
 
@@ -71,7 +71,7 @@ impl InFlightJob {
         self.cancelled.store(true, Ordering::SeqCst);
     }
 
-    /// Keeps the work for the worker that will run it. If the job was cancelled meanwhile, drops the work at once.
+    /// Stores the work for the worker that will run it. If the job has been cancelled, drops the work at once.
     pub fn park_work(&self, work: Work) {
         let mut state = self.lock();
         if !self.is_cancelled() {
@@ -91,12 +91,12 @@ impl InFlightJob {
         self.lock().is_started
     }
 
-    /// Marks the deadline as passed; true the first time.
+    /// Marks the deadline as passed. Returns true the first time.
     pub fn expire(&self) -> bool {
         !self.expired.swap(true, Ordering::SeqCst)
     }
 
-    /// Holds the slot until the job leaves the table. If it has left already, the slot is released at once.
+    /// Holds the slot until the job leaves the table. If the job has already left, the slot is released at once.
     pub fn attach_slot(&self, slot: Slot) {
         let mut state = self.lock();
         if !self.is_cancelled() {
@@ -109,7 +109,7 @@ impl InFlightJob {
         self.lock().slot = None;
     }
 
-    /// Sets how to wake the worker from a blocking call to its backend. Interrupts at once if the job was cancelled meanwhile.
+    /// Sets the handle that wakes the worker from a blocking call to its backend. If the job has been cancelled, interrupts at once.
     pub fn interrupt_with(&self, interrupt: Interrupt) {
         self.lock().interrupt = Some(interrupt.clone());
         if self.is_cancelled() {
@@ -140,13 +140,13 @@ impl InFlightJob {
         self.cancelled.load(Ordering::SeqCst)
     }
 
-    /// Output tokens so far, as far as the stream shows.
+    /// Output tokens so far, as far as the stream shows them.
     pub fn tokens_emitted(&self) -> u32 {
         self.tokens_emitted.load(Ordering::Relaxed)
     }
 
     /// Updates the output tokens so far, and returns how many of them are new. A lower figure than before is ignored: tokens
-    /// that a backend takes back were emitted nevertheless.
+    /// that a backend retracts were emitted nevertheless.
     pub fn update_tokens_emitted(&self, tokens: u32) -> u32 {
         tokens.saturating_sub(self.tokens_emitted.fetch_max(tokens, Ordering::Relaxed))
     }

@@ -1,10 +1,10 @@
-//! Limits the memory that the requests in flight take.
+//! Limits the memory of the requests in flight.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Bytes of all requests together, as text, including those that workers of cancelled jobs still hold. A parsed request may
-/// take several times its text.
+/// Limit for the text of all requests together, in bytes, including requests that workers of cancelled jobs still hold. A
+/// parsed request may take several times the size of its text.
 pub const REQUEST_BYTES_MAX: usize = 256 << 20;
 
 /// Counts the bytes of the requests in flight.

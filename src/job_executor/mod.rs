@@ -1,9 +1,9 @@
 //! Everything between a job's arrival and its terminal frame: admission, execution, cancellation.
 //!
-//! - The job table holds the jobs in flight. A job leaves it when its cancel is read or its terminal frame is queued, and from
-//!   then on no longer counts towards `max_concurrent`.
-//! - The thread that takes a job out of the table decides how the job ends: a worker sends the terminal frame; a cancel and
-//!   the end of the session send none. A job can be taken out once.
+//! - The job table holds the jobs in flight. A job leaves the table when its cancel is read or its terminal frame is queued,
+//!   and from then on no longer counts towards `max_concurrent`.
+//! - The thread that removes a job from the table decides how the job ends: a worker sends the terminal frame; a cancel and
+//!   the end of the session send none. A job can be removed only once.
 //! - The thread that reads the socket calls [`JobExecutor::dispatch`] and [`JobExecutor::cancel`]. Neither waits for a
 //!   worker, a backend or the coordinator.
 
@@ -46,7 +46,7 @@ use crate::link::write_queues::LaneError;
 use crate::sys::threads;
 
 /// Workers per job in flight. The worker of a cancelled job may be resolving a name or connecting, which cannot be
-/// interrupted; a second worker takes the next job meanwhile.
+/// interrupted; a second worker runs the next job meanwhile.
 const WORKERS_PER_JOB: usize = 2;
 
 /// Runs the jobs of one session. Dropping it cancels the jobs in flight.
@@ -55,18 +55,18 @@ pub struct JobExecutor {
     pool: WorkerPool,
 }
 
-/// Why a job is not started.
+/// Why a job was not started.
 enum NotAdmitted {
-    /// A job with this id is in flight. An answer would end that job, so there is none.
+    /// A job with this id is in flight. No answer is sent, because it would end that job.
     Duplicate,
-    /// The job was admitted, but its deadline or the end of the session has ended it since.
+    /// The job was admitted, but has since been ended by its deadline or by the end of the session.
     AlreadyEnded,
     /// The job is rejected with this message.
     Rejected(RejectReason, String),
 }
 
 impl JobExecutor {
-    /// An executor with fixed backends, and one channel for all its frames.
+    /// Creates an executor with fixed backends and one channel for all its frames.
     pub fn new(backends: Vec<DiscoveredBackend>, max_concurrent: u32, out: Sender<Message>) -> JobExecutor {
         let listings = backends.into_iter().map(|discovered| Listing::of(discovered, max_concurrent)).collect();
         let offers = Arc::new(OfferFeed::fixed(Catalog::new(listings, Vec::new())));
@@ -74,7 +74,7 @@ impl JobExecutor {
         JobExecutor::with_outbox(max_concurrent, Box::new(SingleLane(out)), deps)
     }
 
-    /// An executor that puts its frames into `outbox`.
+    /// Creates an executor that sends its frames to `outbox`.
     pub fn with_outbox(max_concurrent: u32, outbox: Box<dyn Outbox>, deps: ExecutorDeps) -> JobExecutor {
         let capacity = max_concurrent as usize;
         let table = Arc::new(JobTable::new(capacity));
@@ -82,13 +82,13 @@ impl JobExecutor {
         JobExecutor { shared, pool: WorkerPool::new("job", capacity * WORKERS_PER_JOB) }
     }
 
-    /// Starts the job, or answers why it is rejected.
+    /// Starts the job, or answers with the reason of the rejection.
     pub fn dispatch(&self, job: Job) {
-        // Fails only if the rejection could not be queued.
+        // Fails only if the rejection cannot be queued.
         let _ = self.try_dispatch(job, 0);
     }
 
-    /// Starts the job, whose request takes `request_bytes`, or answers why it is rejected.
+    /// Starts the job, whose request has `request_bytes`, or answers with the reason of the rejection.
     ///
     /// # Errors
     /// The rejection could not be queued.
@@ -157,7 +157,7 @@ impl JobExecutor {
             log::error!("job {} rejected: {e}", job.job_id);
             return Err(self.reject_admitted(&job, RejectReason::NoThread, "the agent has no thread for it".into()));
         }
-        // After the worker, which needs a thread more than the deadlines do.
+        // After the worker: if only one more thread can be started, the worker needs it more than the deadlines do.
         self.watch_deadlines();
         Ok(())
     }
@@ -173,7 +173,7 @@ impl JobExecutor {
         }
     }
 
-    /// Takes a job that was just admitted out of the table.
+    /// Removes a job that was just admitted from the table.
     fn reject_admitted(&self, job: &Arc<InFlightJob>, reason: RejectReason, message: String) -> NotAdmitted {
         match self.shared.table.finish(job) {
             true => NotAdmitted::Rejected(reason, message),
@@ -212,7 +212,7 @@ impl JobExecutor {
         self.shared.table.close();
     }
 
-    /// Waits until no job is in flight; false at `until`, or as soon as `hurry` returns true.
+    /// Waits until no job is in flight. Returns false at `until`, or as soon as `hurry` returns true.
     pub fn wait_idle(&self, until: Instant, hurry: impl Fn() -> bool) -> bool {
         self.shared.table.wait_until_empty(until, hurry)
     }
@@ -247,7 +247,7 @@ mod tests {
     use crate::backend::{Backend, BackendHealth, BackendModel, BackendResult, JobResult, JobSink, WireFormat};
     use crate::discovery::ResolvedModel;
 
-    /// Answers each job at once, without a byte if its model is `silent`.
+    /// A backend that answers each job at once, without a byte if its model is `silent`.
     struct Answering;
 
     impl Backend for Answering {

@@ -1,4 +1,4 @@
-//! Puts the frames of jobs into the lanes of a session: rejections into the control lane, answers into the data lane.
+//! Queues the frames of jobs in the lanes of a session: rejections in the control lane, answers in the data lane.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -11,23 +11,23 @@ use crate::backend::{BackendError, BackendResult};
 use crate::link::waking_channel::WakingSender;
 use crate::link::write_queues::{Claim, Control, ControlSender, Frame, LaneError, Lanes};
 
-/// Where an executor puts its frames.
+/// Receives the frames of an executor.
 pub trait Outbox: Send + Sync {
-    /// Queues a frame of a job that is not in flight. Called by the thread that reads the socket, so it does not wait for
+    /// Queues a frame of a job that is not in flight. Called by the thread that reads the socket, so it must not wait for
     /// the coordinator.
     ///
     /// # Errors
     /// The lane is full or closed.
     fn send_control(&self, text: String) -> Result<(), LaneError>;
 
-    /// Queues a chunk of a job's answer; blocks while the lane is full, until the job's deadline or its cancel.
+    /// Queues a chunk of a job's answer. Blocks while the lane is full, until the job's deadline or its cancel.
     ///
     /// # Errors
     /// [`BackendError::Cancelled`], [`BackendError::DeadlinePassed`] or [`BackendError::SessionGone`].
     fn send_chunk(&self, job: &Arc<InFlightJob>, text: String) -> BackendResult<()>;
 
-    /// Queues a job's terminal frame, and takes the job out of the table. Blocks while the lane is full, past the deadline
-    /// too: the answer is complete and worth sending.
+    /// Queues a job's terminal frame, and removes the job from the table. Blocks while the lane is full, even past the
+    /// deadline: the answer is complete and worth sending.
     ///
     /// # Errors
     /// [`BackendError::Cancelled`] or [`BackendError::SessionGone`]; the job has left the table nevertheless.
@@ -95,7 +95,7 @@ impl Claim for TerminalClaim {
     }
 }
 
-/// Sends to a bounded lane; while it is full, waits for room, the job's cancel or the deadline.
+/// Sends to a bounded lane. While the lane is full, waits for room, the job's cancel or the deadline.
 pub fn send_unless_cancelled<T>(
     lane: &Sender<T>,
     frame: T,

@@ -2,14 +2,14 @@
 
 use crate::link::protocol::ErrorCode;
 
-/// The reasons, as the operator sees them. The coordinator receives the error code and a message.
+/// The reasons, as shown to the operator. The coordinator receives the error code and a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RejectReason {
     /// No backend serves the model.
     UnknownModel,
     /// `[limits] max_concurrent` jobs are in flight.
     AtCapacity,
-    /// Every backend of the model runs its own `max_concurrent` jobs.
+    /// Every backend of the model is at its own `max_concurrent`.
     BackendsFull,
     /// `max_tokens_per_minute` is used up.
     TokenLimit,

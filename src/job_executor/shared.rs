@@ -1,4 +1,4 @@
-//! What an executor, its workers and its deadline thread share.
+//! The state that an executor shares with its workers and its deadline thread.
 
 use std::sync::Arc;
 
@@ -11,22 +11,22 @@ use crate::backend::{BackendError, BackendResult, JobResult};
 use crate::discovery::{BackendHandle, OfferFeed, Prober};
 use crate::link::protocol::{self, ErrorCode};
 
-/// What an executor uses that outlives it.
+/// The dependencies of an executor, which outlive it.
 #[derive(Default)]
 pub struct ExecutorDeps {
     /// The backends of each model.
     pub offers: Arc<OfferFeed>,
-    /// Records how each job ends.
+    /// The statistics, which record how each job ends.
     pub stats: Arc<JobStats>,
-    /// Rejects jobs while it is used up.
+    /// The token limit; jobs are rejected while it is used up.
     pub token_limit: Arc<TokenLimit>,
-    /// Notified of backends that are gone or fail their jobs.
+    /// The prober, notified of backends that are missing or fail their jobs.
     pub prober: Option<Prober>,
     /// Called when the token limit rejects a job.
     pub on_throttled: Option<Box<dyn Fn() + Send + Sync>>,
 }
 
-/// Lives until the last worker and the deadline thread have ended.
+/// The shared state. Lives until the last worker and the deadline thread have ended.
 pub struct Shared {
     pub max_concurrent: u32,
     pub outbox: Box<dyn Outbox>,
@@ -35,7 +35,7 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// Updates the health of a backend by the outcome of a job that it ran.
+    /// Updates the health of a backend from the outcome of a job that it ran.
     pub fn update_backend_health(&self, backend: &BackendHandle, outcome: &BackendResult<JobResult>) {
         let is_newly_failing = backend.record_outcome(outcome);
         let Some(prober) = &self.deps.prober else { return };
@@ -47,7 +47,7 @@ impl Shared {
         }
     }
 
-    /// Answers a job that [`JobTable::abandon`] or [`JobTable::cancel_all`] took out of the table. The error may go ahead of
+    /// Answers a job that [`JobTable::abandon`] or [`JobTable::cancel_all`] removed from the table. The error may overtake
     /// queued data, because the queued frames of a cancelled job are not written.
     pub fn answer_abandoned(&self, job: &InFlightJob, code: ErrorCode, message: &str) {
         let output_tokens = job.tokens_emitted();

@@ -1,4 +1,4 @@
-//! The outbox of [`JobExecutor::new`](super::JobExecutor::new), which puts all frames into one channel of its caller.
+//! The outbox of [`JobExecutor::new`](super::JobExecutor::new): sends all frames into one channel that the caller provides.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use crate::link::write_queues::LaneError;
 /// Limits how long [`JobExecutor::dispatch`](super::JobExecutor::dispatch) waits for room in a bounded channel.
 const CONTROL_SEND_TIMEOUT: Duration = Duration::from_millis(250);
 
-/// One lane for all frames. Its reader sees a frame as soon as it is queued.
+/// One lane for all frames. The reader receives a frame as soon as it is queued.
 pub struct SingleLane(pub Sender<Message>);
 
 impl Outbox for SingleLane {
@@ -31,7 +31,7 @@ impl Outbox for SingleLane {
     }
 
     fn send_terminal(&self, table: &Arc<JobTable>, job: &Arc<InFlightJob>, text: String) -> BackendResult<()> {
-        // Before the frame is queued: its reader may dispatch the next job at once.
+        // Before the frame is queued, because the reader may dispatch the next job at once.
         table.finish(job);
         send_unless_cancelled(&self.0, Message::text(text), job, None)
     }

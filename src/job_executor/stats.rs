@@ -1,8 +1,8 @@
 //! Counts how jobs end. [`JobStats::record`] is called once for each job; its two views are the totals since the agent
 //! started, for the state file, and a window over the last minutes, for the heartbeat.
 //!
-//! The totals count every job. The window counts those that say something about this agent: jobs that were answered, or
-//! failed through no fault of the requester.
+//! The totals count every job. The window counts only jobs that reflect on this agent: those that were answered, and those
+//! that failed through no fault of the requester.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -12,11 +12,11 @@ use super::rejection::RejectReason;
 use crate::link::protocol::{ErrorCode, Heartbeat};
 use crate::sys::datetime::rfc3339;
 
-/// Latency and speed cover the jobs that ended within this time.
+/// Time that latency and speed cover.
 const WINDOW: Duration = Duration::from_secs(300);
-/// The error rate covers this time.
+/// Time that the error rate covers.
 const ERROR_WINDOW: Duration = Duration::from_secs(60);
-/// Jobs in the window, the newest: 32 bytes each, so 512 KiB for 55 jobs per second.
+/// Maximum number of jobs in the window, which keeps the newest: 32 bytes each, so 512 KiB, enough for 55 jobs per second.
 const WINDOW_JOBS_MAX: usize = 16 << 10;
 
 const _: () = assert!(ERROR_WINDOW.as_secs() <= WINDOW.as_secs());
@@ -45,9 +45,9 @@ pub enum Outcome<'a> {
         output_tokens: u32,
         /// The code that the coordinator received.
         code: ErrorCode,
-        /// For the operator. Contains nothing that a backend said.
+        /// The reason, for the operator. Contains no text from a backend.
         reason: String,
-        /// The request was at fault, so the failure says nothing about this agent.
+        /// Whether the request caused the failure, which then says nothing about this agent.
         is_requesters_fault: bool,
     },
     /// Cancelled by the coordinator.
@@ -55,7 +55,7 @@ pub enum Outcome<'a> {
         /// Tokens emitted before the cancel.
         output_tokens: u32,
     },
-    /// Its session ended first, so its answer could not be sent.
+    /// The session ended first, so the answer could not be sent.
     Lost,
     /// Not admitted.
     Rejected(RejectReason),
@@ -86,9 +86,9 @@ pub struct Totals {
     pub lost: u64,
     /// Not admitted, by reason.
     pub rejected: Vec<(RejectReason, u64)>,
-    /// As the backends report them.
+    /// Input tokens, as reported by the backends.
     pub input_tokens: u64,
-    /// As the backends report them, and as far as the stream shows for jobs that were not answered in full.
+    /// Output tokens, as reported by the backends; for jobs that were not answered in full, as counted in the stream.
     pub output_tokens: u64,
     /// The last job that was answered.
     pub last_job: Option<LastJob>,
@@ -99,9 +99,9 @@ pub struct Totals {
 /// The last job that was answered.
 #[derive(Debug, Clone)]
 pub struct LastJob {
-    /// When it ended.
+    /// When the job ended.
     pub at: SystemTime,
-    /// Its model.
+    /// The job's model.
     pub model_id: String,
     /// The error code; `None` for a job that was answered in full.
     pub error: Option<ErrorCode>,
@@ -116,7 +116,7 @@ pub struct LastError {
     pub at: SystemTime,
     /// The code that the coordinator received.
     pub code: ErrorCode,
-    /// For the operator. Contains nothing that a backend said.
+    /// The reason, for the operator. Contains no text from a backend.
     pub reason: String,
 }
 
@@ -128,12 +128,12 @@ impl JobStats {
         totals.record(outcome);
     }
 
-    /// The totals as of now.
+    /// The current totals.
     pub fn totals(&self) -> Totals {
         self.lock().totals.clone()
     }
 
-    /// The figures of the window as of now.
+    /// The current figures of the window.
     pub fn heartbeat(&self, queue_depth: u32) -> Heartbeat {
         self.lock().window.heartbeat(Instant::now(), queue_depth)
     }
@@ -175,7 +175,7 @@ impl Totals {
 /// The jobs that ended within [`WINDOW`].
 #[derive(Debug, Default)]
 struct Window {
-    /// By the time of their end.
+    /// The jobs, ordered by the time of their end.
     jobs: VecDeque<WindowJob>,
     last_error: Option<(SystemTime, ErrorCode)>,
 }
@@ -184,7 +184,7 @@ struct Window {
 struct WindowJob {
     ended: Instant,
     latency_ms: u32,
-    /// In thousandths; `None` for jobs that emitted no tokens.
+    /// Speed in thousandths; `None` for jobs that emitted no tokens.
     tokens_per_sec: Option<u32>,
     failed: bool,
 }

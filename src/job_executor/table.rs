@@ -1,7 +1,7 @@
 //! The table of the jobs in flight.
 //!
-//! Invariant: a job leaves the table once, and the thread that takes it out decides how it ends. A cancel marks the job under
-//! the same lock, so a thread that finds a job gone knows whether it was cancelled.
+//! Invariant: a job leaves the table once, and the thread that removes it decides how the job ends. A cancel marks the job under
+//! the same lock, so a thread that no longer finds a job knows whether it was cancelled.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -14,7 +14,7 @@ use super::in_flight::InFlightJob;
 use super::memory_permit::{MemoryPermit, RequestMemory};
 use crate::backend::Job;
 
-/// How long the deadline thread stays when the table is empty.
+/// How long the deadline thread stays alive while the table is empty.
 const WATCHER_IDLE: Duration = Duration::from_secs(10);
 
 /// The jobs in flight, at most `capacity`.
@@ -32,21 +32,21 @@ pub struct JobTable {
 struct State {
     jobs: HashMap<Uuid, Arc<InFlightJob>>,
     is_closed: bool,
-    /// The deadline thread is running, or is about to start.
+    /// Whether the deadline thread is running or about to start.
     has_watcher: bool,
-    /// When the deadline thread wakes up by itself.
+    /// When the deadline thread wakes up unless signalled.
     next_wakeup: Option<Instant>,
 }
 
 impl State {
-    /// Takes out this job, if it is still in the table. Another job may have the same id by now.
+    /// Removes this job, if it is still in the table. Another job may have the same id by now.
     fn take(&mut self, job: &Arc<InFlightJob>) -> Option<Arc<InFlightJob>> {
         let is_present = self.jobs.get(&job.job_id).is_some_and(|present| Arc::ptr_eq(present, job));
         if is_present { self.jobs.remove(&job.job_id) } else { None }
     }
 }
 
-/// Why a job does not get into the table.
+/// Why a job was not added to the table.
 #[derive(Debug, PartialEq, Eq)]
 pub enum AdmitError {
     /// A job with this id is in flight.
@@ -94,7 +94,7 @@ impl JobTable {
         self.lock().jobs.contains_key(&job_id)
     }
 
-    /// Takes out this job; false if another thread has taken it out.
+    /// Removes this job; false if another thread has removed it.
     pub fn finish(&self, job: &Arc<InFlightJob>) -> bool {
         let mut state = self.lock();
         let taken = state.take(job).is_some();
@@ -105,28 +105,28 @@ impl JobTable {
         taken
     }
 
-    /// Takes out and cancels the job with this id; `None` if there is none.
+    /// Removes and cancels the job with this id; `None` if there is none.
     pub fn cancel(&self, job_id: Uuid) -> Option<Arc<InFlightJob>> {
         let mut state = self.lock();
         let taken = state.jobs.remove(&job_id);
         self.cancel_taken(state, taken).pop()
     }
 
-    /// Takes out and cancels this job; false if another thread has taken it out.
+    /// Removes and cancels this job; false if another thread has removed it.
     pub fn abandon(&self, job: &Arc<InFlightJob>) -> bool {
         let mut state = self.lock();
         let taken = state.take(job);
         !self.cancel_taken(state, taken).is_empty()
     }
 
-    /// Takes out and cancels all jobs, and returns them.
+    /// Removes and cancels all jobs, and returns them.
     pub fn cancel_all(&self) -> Vec<Arc<InFlightJob>> {
         let mut state = self.lock();
         let taken = std::mem::take(&mut state.jobs);
         self.cancel_taken(state, taken.into_values())
     }
 
-    /// Marks jobs as cancelled under the lock that they were taken out under, then unlocks and wakes their workers.
+    /// Marks jobs as cancelled under the lock under which they were removed, then unlocks and wakes their workers.
     fn cancel_taken(
         &self,
         state: MutexGuard<'_, State>,
@@ -149,7 +149,7 @@ impl JobTable {
         self.deadlines.notify_one();
     }
 
-    /// True if the caller has to start the deadline thread.
+    /// Returns true if the caller must start the deadline thread.
     pub fn claim_watcher(&self) -> bool {
         !std::mem::replace(&mut self.lock().has_watcher, true)
     }
@@ -159,8 +159,8 @@ impl JobTable {
         self.lock().has_watcher = false;
     }
 
-    /// Waits for deadlines to pass, and returns the jobs in flight that they belong to, each once. Returns `None` when the
-    /// table is closed and empty, or has been empty for [`WATCHER_IDLE`]; the calling thread is then no longer the watcher.
+    /// Waits for deadlines to pass, and returns the jobs in flight whose deadlines have passed, each job once. Returns `None` when
+    /// the table is closed and empty, or has been empty for [`WATCHER_IDLE`]; the calling thread is then no longer the watcher.
     pub fn wait_for_deadlines(&self) -> Option<Vec<Arc<InFlightJob>>> {
         let mut state = self.lock();
         let mut was_idle = false;
@@ -177,7 +177,7 @@ impl JobTable {
                 return None;
             }
             let ahead = state.jobs.values().filter_map(|job| job.deadline).filter(|deadline| *deadline > now);
-            // At most the idle time, because a job that ends before its deadline does not signal.
+            // At most the idle time, because no signal is sent when a job ends before its deadline.
             let until = ahead.fold(now + WATCHER_IDLE, Instant::min);
             state.next_wakeup = Some(until);
             let waited = self.deadlines.wait_timeout(state, until - now).unwrap_or_else(PoisonError::into_inner);
@@ -191,7 +191,7 @@ impl JobTable {
         self.lock().jobs.len()
     }
 
-    /// Waits until the table is empty; false at `until`, or as soon as `hurry` returns true.
+    /// Waits until the table is empty. Returns false at `until`, or as soon as `hurry` returns true.
     pub fn wait_until_empty(&self, until: Instant, hurry: impl Fn() -> bool) -> bool {
         /// How often `hurry` is checked. Only a stopping agent waits here.
         const POLL_INTERVAL: Duration = Duration::from_millis(20);

@@ -1,6 +1,6 @@
 //! Enforces `max_tokens_per_minute` over a sliding window.
 //!
-//! Tokens count as soon as they are known: output tokens as they pass, input tokens at the job's end, when the backend
+//! Tokens count as soon as they are known: output tokens as they are relayed, input tokens at the job's end, when the backend
 //! reports them. A job's tokens are not known in advance, so the jobs in flight may exceed the limit.
 
 use std::sync::{Mutex, PoisonError};
@@ -64,7 +64,7 @@ impl TokenLimit {
 }
 
 impl Used {
-    /// Clears the seconds that have left the window, and returns the index of the current one.
+    /// Clears the seconds that have left the window, and returns the index of the current second.
     fn advance_to(&mut self, now: Instant) -> usize {
         let length = self.by_second.len() as u64;
         let second = now.saturating_duration_since(self.started).as_secs().max(self.newest);

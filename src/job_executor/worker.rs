@@ -1,4 +1,4 @@
-//! Runs one job in a worker thread: passes the backend's bytes to the coordinator, and sends exactly one terminal frame.
+//! Runs one job in a worker thread: relays the backend's bytes to the coordinator, and sends exactly one terminal frame.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -9,11 +9,11 @@ use super::stats::Outcome;
 use crate::backend::{BackendError, BackendResult, Interrupt, JobResult, JobSink};
 use crate::link::protocol::{self, JobChunks};
 
-/// With this time left or less, a job is not sent to a backend.
+/// The remaining time at or below which a job is not sent to a backend, in milliseconds.
 const MIN_REMAINING_MS: u32 = 1;
 
-/// Runs the job from its first byte to its terminal frame. If a backend cannot take the job, the next one of the fallback
-/// route is tried, unless part of an answer has been sent.
+/// Runs the job to its terminal frame. If a backend cannot take the job, tries the next backend of the fallback route,
+/// unless part of an answer has been sent.
 pub fn run(shared: &Shared, in_flight: &Arc<InFlightJob>) {
     // Answers the job however this function ends, including a panic of the backend.
     let mut guard = TerminalGuard { shared, in_flight, outcome: Err(BackendError::Panicked) };
@@ -61,7 +61,7 @@ struct JobRelay<'a> {
     shared: &'a Shared,
     in_flight: &'a Arc<InFlightJob>,
     chunks: JobChunks,
-    /// Part of an answer has been sent, so the job cannot fail over.
+    /// Whether part of an answer has been sent, so that the job cannot fail over.
     has_sent: bool,
 }
 

@@ -1,7 +1,7 @@
-//! A bounded pool of threads. A worker is started when no other is idle, and ends after an idle time. Knows no jobs.
+//! A bounded pool of threads for tasks of any kind. A worker is started when no other is idle, and ends after an idle time.
 //!
-//! The pool never blocks its caller. At its maximum of workers it queues tasks, up to a limit. A task that panics does not
-//! end its worker.
+//! The pool never blocks its caller. At the maximum number of workers, tasks are queued, up to a limit. A task that panics does
+//! not end its worker.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,14 +16,14 @@ use crate::sys::threads;
 /// How long an idle worker waits for a task before it ends.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Tasks in the queue, a few hundred bytes each. It can hold more tasks than there are jobs in flight, because cancelled jobs
-/// stay queued while all workers are blocked.
+/// Maximum number of queued tasks, a few hundred bytes each. More tasks than jobs in flight can be queued, because cancelled
+/// jobs stay queued while all workers are blocked.
 const TASKS_MAX: usize = 8 << 10;
 
-/// What a worker runs.
+/// A task for a worker.
 pub type Task = Box<dyn FnOnce() + Send>;
 
-/// The pool. After it is dropped, the workers finish the queued tasks and end.
+/// The pool. When the pool is dropped, the workers finish the queued tasks and end.
 pub struct WorkerPool {
     shared: Arc<Shared>,
 }
@@ -38,10 +38,10 @@ struct Shared {
 struct State {
     /// The queue; used only while all workers are busy.
     tasks: VecDeque<Task>,
-    /// A stack: the worker that became idle last gets the next task, so that under a light load the others end.
+    /// The idle workers, as a stack: the worker that became idle last gets the next task, so that the others end under a light load.
     idle: Vec<Idle>,
     workers: usize,
-    /// Workers ever started, which is the number of the next one.
+    /// The number of workers ever started, which is the number of the next worker.
     started: usize,
     is_closed: bool,
 }
@@ -51,7 +51,7 @@ struct Idle {
     task: Sender<Task>,
 }
 
-/// Why a task is dropped.
+/// Why a task was dropped.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     /// No worker is idle, and none could be started.
@@ -63,7 +63,7 @@ pub enum RunError {
 }
 
 impl WorkerPool {
-    /// A pool of at most `workers_max` threads, none of which is started before the first task.
+    /// Creates a pool of at most `workers_max` threads. No thread is started before the first task.
     pub fn new(name: &'static str, workers_max: usize) -> WorkerPool {
         WorkerPool { shared: Arc::new(Shared { name, workers_max, state: Mutex::default() }) }
     }
@@ -99,7 +99,7 @@ impl Drop for WorkerPool {
     fn drop(&mut self) {
         let mut state = self.shared.lock();
         state.is_closed = true;
-        // Disconnects their channels, which wakes them.
+        // Disconnects the channels of the idle workers, which wakes them.
         state.idle.clear();
     }
 }
@@ -118,7 +118,7 @@ impl Shared {
         }
         malloc::request_trim();
         if self.lock().workers == 0 {
-            // The last worker does not delay a task by trimming.
+            // Only the last worker trims, because it delays no task.
             malloc::trim_if_requested();
         }
     }

@@ -25,12 +25,12 @@ use crate::net::tls;
 use crate::net::tls::ExtraRoots;
 use crate::sys::threads;
 
-/// Limit for all steps together.
+/// Time limit for all steps together.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// The longest head of an HTTP response, in bytes.
+/// Maximum length of the head of an HTTP response, in bytes.
 const HEAD_BYTES_MAX: usize = 8 << 10;
-/// The most headers in the head of a response.
+/// Maximum number of headers in a response.
 const HEADERS_MAX: usize = 128;
 
 /// Why there is no connection.
@@ -79,15 +79,15 @@ pub enum DialError {
     System(#[from] io::Error),
 }
 
-/// Is called after each step of a dial. If the dial fails, it failed in the step after the last call.
+/// Observes a dial. A method is called after each step; a dial that fails has failed in the step after the last call.
 pub trait DialObserver {
-    /// The host name has these addresses.
+    /// The host name was resolved to these addresses.
     fn resolved(&mut self, _addresses: &[SocketAddr]) {}
-    /// This address accepted.
+    /// This address accepted the connection.
     fn connected(&mut self, _address: SocketAddr) {}
     /// The proxy has connected to the coordinator.
     fn tunnelled(&mut self) {}
-    /// The TLS handshake has succeeded, with this version and this certificate (DER).
+    /// The TLS handshake succeeded, with this version and this certificate (DER).
     fn secured(&mut self, _version: Option<ProtocolVersion>, _certificate: &[u8]) {}
     /// The server has answered the upgrade request, with any status.
     fn answered(&mut self, _headers: &HeaderMap) {}
@@ -108,7 +108,7 @@ pub struct Dialer {
 }
 
 impl Dialer {
-    /// `uri` is a valid `ws` or `wss` address. `proxy` is used unless its exceptions include the host.
+    /// Creates a dialer for `uri`, a valid `ws` or `wss` address. Uses `proxy` unless its exceptions include the host.
     pub fn new(uri: Uri, roots: ExtraRoots, proxy: Option<Proxy>) -> Dialer {
         let secure = uri.scheme_str() == Some("wss");
         let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
@@ -139,7 +139,7 @@ impl Dialer {
     /// when `stop` disconnects.
     ///
     /// # Errors
-    /// A step fails, or takes too long.
+    /// A step failed or timed out.
     pub fn dial(&self, stop: &Receiver<()>, on_socket: impl FnOnce(TcpStream)) -> Result<ReadHalf, DialError> {
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         let tcp = self.connect(deadline, stop, &mut ())?;
@@ -150,7 +150,7 @@ impl Dialer {
     /// Connects, and calls `observer` after each step.
     ///
     /// # Errors
-    /// A step fails, or takes too long.
+    /// A step failed or timed out.
     pub fn dial_observed(&self, observer: &mut dyn DialObserver) -> Result<ReadHalf, DialError> {
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         let tcp = self.connect(deadline, &never(), observer)?;
@@ -160,7 +160,7 @@ impl Dialer {
     /// Sends an ordinary HTTP request over a new connection, and returns the headers of the response.
     ///
     /// # Errors
-    /// A step fails, or takes too long.
+    /// A step failed or timed out.
     pub fn fetch_headers(&self, timeout: Duration) -> Result<HeaderMap, DialError> {
         let deadline = Instant::now() + timeout;
         let link = self.link(self.connect(deadline, &never(), &mut ())?, deadline, &mut ())?;
@@ -175,7 +175,7 @@ impl Dialer {
         }
     }
 
-    /// The certificate that the server presents, trusted or not, in DER. Opens a new connection, and ends it in the TLS
+    /// The certificate that the server presents, trusted or not, in DER. Opens a new connection, which ends during the TLS
     /// handshake.
     pub fn fetch_peer_certificate(&self, timeout: Duration) -> Option<Vec<u8>> {
         let deadline = Instant::now() + timeout;
@@ -187,7 +187,7 @@ impl Dialer {
         Some(verifier.captured()).filter(|der| !der.is_empty())
     }
 
-    /// Opens the TCP connection. Name resolution has no timeout and cannot be interrupted, so it runs in a thread of its own,
+    /// Opens the TCP connection. Name resolution has no timeout and cannot be interrupted, so it runs in a separate thread,
     /// which may outlive this call.
     fn connect(
         &self,
@@ -216,7 +216,7 @@ impl Dialer {
                 recv(progress) -> message => match message {
                     Ok(Progress::Resolved(addresses)) => observer.resolved(&addresses),
                     Ok(Progress::Ended(opened)) => {
-                        // A socket that is closed again has no address, and the next step fails.
+                        // A socket that was closed again has no address, and the next step fails.
                         if let Some(address) = opened.as_ref().ok().and_then(|tcp| tcp.peer_addr().ok()) {
                             observer.connected(address);
                         }
@@ -246,7 +246,7 @@ impl Dialer {
         Ok(())
     }
 
-    /// Makes a link of the socket, with TLS if the address is `wss`.
+    /// Creates a link from the socket, with TLS if the address is `wss`.
     fn link(&self, tcp: TcpStream, deadline: Instant, observer: &mut dyn DialObserver) -> Result<Arc<Link>, DialError> {
         self.connect_proxy(&tcp, deadline, observer)?;
         let tls = if self.secure { Some(self.tls_handshake(&tcp, self.tls_config()?, deadline)?) } else { None };
@@ -337,7 +337,7 @@ impl Dialer {
             Err(HandshakeError::Failure(e)) => return Err(DialError::Upgrade(e.to_string())),
         };
         link.tcp.set_write_timeout(Some(STALL_TIMEOUT))?;
-        // The same WebSocket goes on, because its buffer may hold data that followed the upgrade.
+        // The same WebSocket is kept, because its buffer may contain data that followed the upgrade.
         Ok(ReadHalf { socket })
     }
 }

@@ -10,7 +10,7 @@ use super::transport::ReadHalf;
 use crate::instance::identity::Identity;
 use crate::logging::sanitize_for_log;
 
-/// Limit for each frame of the handshake.
+/// Time limit for each frame of the handshake.
 const AUTH_FRAME_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why a handshake failed.
@@ -33,7 +33,7 @@ pub enum HandshakeError {
 /// Waits for the challenge and returns its nonce.
 ///
 /// # Errors
-/// No challenge arrives.
+/// No valid challenge arrived.
 pub fn challenge(half: &mut ReadHalf) -> Result<Vec<u8>, HandshakeError> {
     expect(half, "auth_challenge", |frame| match frame {
         Inbound::AuthChallenge(nonce) => Some(nonce),
@@ -41,7 +41,7 @@ pub fn challenge(half: &mut ReadHalf) -> Result<Vec<u8>, HandshakeError> {
     })
 }
 
-/// Waits for the challenge and answers it; returns the provider id in `auth_ok`, if there is one.
+/// Waits for the challenge and answers it. Returns the provider id in `auth_ok`, if there is one.
 ///
 /// # Errors
 /// The coordinator does not admit the agent.
@@ -51,7 +51,7 @@ pub fn authenticate(
     enrollment_code: Option<&str>,
 ) -> Result<Option<String>, HandshakeError> {
     let nonce = challenge(half)?;
-    // An agent that has a provider id is enrolled already.
+    // An agent that has a provider id is already enrolled.
     let code = enrollment_code.filter(|_| identity.provider_id().is_none());
     let response = protocol::auth_response(identity.public_key(), &identity.sign(&nonce), code);
     half.send(response).map_err(|e| HandshakeError::Connection(e.to_string()))?;

@@ -1,5 +1,5 @@
-//! The connection to the coordinator: the protocol's frames, dialling, and the lanes and the thread that write to it. Knows no
-//! job beyond the data in a frame.
+//! The connection to the coordinator: the protocol's frames, dialing, and the lanes and the thread that write to the socket. The
+//! module handles the frames of jobs, but runs no jobs.
 
 pub mod close;
 pub mod dial;

@@ -1,4 +1,4 @@
-//! Captures a server's certificate, so that `doctor` can name who answers in place of the coordinator.
+//! Captures a server's certificate, so that `doctor` can name the server that answers instead of the coordinator.
 //!
 //! Invariant: a handshake with this verifier always fails.
 

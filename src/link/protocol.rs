@@ -1,7 +1,7 @@
-//! The frames of both directions. No I/O, no clock, no state.
+//! The frames of both directions. Uses no I/O, no clock and no state.
 //!
 //! [`JobChunks`] builds its frames directly as text, because the agent may send ten thousand of them per minute. Frames from the
-//! coordinator are parsed leniently, because it may be newer than the agent.
+//! coordinator are parsed leniently, because the coordinator may be newer than the agent.
 
 use std::sync::LazyLock;
 
@@ -22,7 +22,7 @@ pub const AGENT_VERSION: &str = env!("CARGO_PKG_VERSION");
 /// The deadline of a job without a valid `deadline_ms`, in milliseconds.
 pub const DEADLINE_DEFAULT_MS: u32 = 60_000;
 
-/// JSON values in one job. Each takes about 100 bytes, so 100 MB in all, while its text may take as little as one byte.
+/// Limit of JSON values in one job. Each takes about 100 bytes, so 100 MB in total, although its text may be a single byte.
 const VALUES_MAX: usize = 1 << 20;
 
 /// A frame from the coordinator.
@@ -32,7 +32,7 @@ pub enum Inbound {
     AuthChallenge(Vec<u8>),
     /// The agent is admitted, with a provider id if the frame has one.
     AuthOk(Option<String>),
-    /// The agent is refused, for this reason.
+    /// The agent is rejected, for this reason.
     AuthFailed(String),
     /// A job to run.
     Job(Box<Job>),
@@ -47,7 +47,7 @@ pub enum Inbound {
 /// Why a frame cannot be read. Does not quote the frame, which may contain a prompt.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
-    /// Not a JSON object with a `type`.
+    /// The frame is not a JSON object with a `type`.
     #[error("it is not a JSON object with a `type` (line {line}, column {column})")]
     Json {
         /// The line of the error, from 1.
@@ -202,7 +202,7 @@ pub fn auth_response(public_key: &[u8], signature: &[u8], enrollment_code: Optio
     frame.to_string()
 }
 
-/// The limits in `capabilities`.
+/// The limits that `capabilities` announces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct OfferLimits {
     /// Jobs in flight, over all models.
@@ -249,14 +249,14 @@ impl Heartbeat {
     }
 }
 
-/// Builds the `job_chunk` frames of one job, which share their head.
+/// Builds the `job_chunk` frames of one job, all of which have the same head.
 #[derive(Debug)]
 pub struct JobChunks {
     head: String,
 }
 
 impl JobChunks {
-    /// For the job with this id.
+    /// Creates the builder for the job with this id.
     pub fn of(job_id: Uuid) -> JobChunks {
         JobChunks { head: format!(r#"{{"type":"job_chunk","job_id":"{job_id}","data":""#) }
     }
@@ -345,7 +345,7 @@ mod tests {
         let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
         let many = format!("[{}0]", "0,".repeat(VALUES_MAX));
         let numbers = [r#"{"$serde_json::private::Number":"x"}"#, r#"{"a":{"$serde_json::private::Number":"1"}}"#];
-        // The colon is escaped, so only serde_json recognises the key.
+        // The colon is escaped, so only serde_json recognizes the key.
         let escaped = r#"{"$serde_json\u003a:private::Number":"x"}"#;
         for request in [r#""half an emoji: \ud83d""#, &deep, &many, numbers[0], numbers[1], escaped] {
             let parsed = job(request);
@@ -427,7 +427,7 @@ mod tests {
             }
             let text = String::from_utf8_lossy(&bytes);
             let parsed = parse(&text);
-            // A second opinion. Null if the text cannot be represented as a value.
+            // An independent parser, for comparison. Null if the text cannot be represented as a value.
             let value: Value = serde_json::from_str(&text).unwrap_or_default();
             let is_id = |id: &Uuid| value["job_id"].as_str().and_then(|text| Uuid::parse_str(text).ok()) == Some(*id);
             match parsed {

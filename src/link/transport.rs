@@ -1,8 +1,8 @@
 //! One WebSocket shared by two threads without a lock around it.
 //!
-//! The reader blocks in the socket and holds no lock. Under TLS the reader locks the rustls session only to decrypt, and the
-//! writer only to encrypt; neither holds the lock while the socket blocks. Only the writer writes: the reader passes what it
-//! has to send (a pong, the reply to a close, a TLS alert) to the writer as bytes.
+//! The reader blocks in the socket and holds no lock. Under TLS, the reader locks the rustls session only to decrypt, and the
+//! writer only to encrypt; neither holds the lock while the socket blocks. Only the writer writes: the reader passes its own
+//! output (a pong, the reply to a close, a TLS alert) to the writer as bytes.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -14,16 +14,16 @@ use rustls::ClientConnection;
 use tungstenite::protocol::{Role, WebSocketConfig};
 use tungstenite::{Message, WebSocket};
 
-/// Time without a byte received, or without progress while sending, after which the link counts as dead: three heartbeats.
+/// Time without a received byte, or without progress while sending, after which the link counts as dead: three heartbeats.
 pub const STALL_TIMEOUT: Duration = Duration::from_secs(45);
 
-/// The largest message and the largest frame. Requests may contain images.
+/// Maximum size of a message and of a frame, in bytes. Requests may contain images.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
 
-/// The read buffer; under TLS there is a second one, for ciphertext.
+/// Size of the read buffer, in bytes. Under TLS there is a second buffer of this size, for ciphertext.
 pub(super) const READ_BUFFER_BYTES: usize = 16 << 10;
 
-/// The writer's buffer. It is written to the socket when it is full, and at each flush.
+/// Size of the writer's buffer, in bytes. The buffer is written to the socket when it is full, and at each flush.
 const WRITE_BUFFER_BYTES: usize = 64 << 10;
 
 /// A connected socket, with or without TLS.
@@ -81,7 +81,7 @@ impl Link {
         Ok(taken)
     }
 
-    /// Sends the records that TLS has ready.
+    /// Sends the TLS records that are ready.
     fn write_records(&self) -> io::Result<()> {
         let mut records = Vec::new();
         if let Some(mut tls) = self.tls() {
@@ -118,7 +118,7 @@ impl ReadHalf {
         self.socket.read()
     }
 
-    /// Sends a message at once. Only before [`ReadHalf::split`].
+    /// Sends a message at once. Must be called before [`ReadHalf::split`].
     ///
     /// # Errors
     /// The link is dead.
@@ -126,18 +126,18 @@ impl ReadHalf {
         self.socket.send(Message::text(text))
     }
 
-    /// Sends a close frame and does not wait for the reply. Only before [`ReadHalf::split`].
+    /// Sends a close frame and does not wait for the reply. Must be called before [`ReadHalf::split`].
     pub fn close(mut self) {
         let _ = self.socket.close(None);
         self.flush();
     }
 
-    /// Sends a reply that is due, to a close for instance, without reading on.
+    /// Sends pending replies, for example to a close frame, without reading further.
     pub fn flush(&mut self) {
         let _ = self.socket.flush();
     }
 
-    /// Sets the time by which all reads must have returned. With `None`, each read has [`STALL_TIMEOUT`].
+    /// Sets the time by which all reads must return. With `None`, each read has [`STALL_TIMEOUT`].
     ///
     /// # Errors
     /// The socket is closed.
@@ -147,7 +147,7 @@ impl ReadHalf {
         reader.link.tcp.set_read_timeout(Some(STALL_TIMEOUT))
     }
 
-    /// Creates the writing half. From now on this half passes what it has to send to `to_writer`, which must not block.
+    /// Creates the writing half. From then on, this half passes its own output to `to_writer`, which must not block.
     pub fn split(&mut self, to_writer: impl Fn(Vec<u8>) -> io::Result<()> + Send + 'static) -> WriteHalf {
         let reader = self.socket.get_mut();
         reader.output = PendingOutput::ToWriter(Box::new(to_writer));
@@ -211,12 +211,12 @@ impl WriteHalf {
 pub(super) struct LinkReader {
     link: Arc<Link>,
     deadline: Option<Instant>,
-    /// Ciphertext as it was read; empty without TLS.
+    /// Ciphertext as read from the socket; empty without TLS.
     ciphertext: Vec<u8>,
     /// The part of `ciphertext` that is not decrypted yet.
     unread: std::ops::Range<usize>,
     output: PendingOutput,
-    /// What the WebSocket has written since the last flush.
+    /// The bytes that the WebSocket has written since the last flush.
     write_buffer: Vec<u8>,
 }
 
@@ -275,14 +275,14 @@ impl LinkReader {
         let pending = tls.wants_write();
         drop(tls);
         if pending && let PendingOutput::ToWriter(to_writer) = &self.output {
-            // Empty: makes the writer flush, which sends the records that TLS has ready.
+            // An empty write makes the writer flush, which sends the TLS records that are ready.
             to_writer(Vec::new())?;
         }
         outcome
     }
 }
 
-/// Reads until the deadline, or for [`STALL_TIMEOUT`] if there is none. The socket's own timeout is [`STALL_TIMEOUT`]; it is
+/// Reads until the deadline, or for [`STALL_TIMEOUT`] if there is none. The timeout of the socket is [`STALL_TIMEOUT`]; it is
 /// shortened after a signal, which would otherwise restart it.
 fn read_socket(mut tcp: &TcpStream, deadline: Option<Instant>, buffer: &mut [u8]) -> io::Result<usize> {
     let until = deadline.unwrap_or_else(|| Instant::now() + STALL_TIMEOUT);
@@ -314,7 +314,7 @@ impl Read for LinkReader {
             read_socket(&self.link.tcp, self.deadline, buffer)
         };
         match read {
-            // A socket reports its timeout as `WouldBlock`, on which the WebSocket would retry.
+            // A socket reports a timeout as `WouldBlock`, on which the WebSocket would retry.
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(io::ErrorKind::TimedOut.into()),
             Err(e) => Err(e),
             Ok(read) => {

@@ -1,8 +1,8 @@
 //! Channels into a thread that sleeps while all of them are empty.
 //!
 //! `crossbeam_channel::select!` can wait for several channels, but its sender wakes the receiver while holding a lock that
-//! the receiver needs first. On one core that costs two wake-ups and four context switches per message. Here a sender
-//! queues its message and then unparks the receiver, which checks its channels before it parks: one wake-up, 2.5 context
+//! the receiver needs first. On one core, that costs two wake-ups and four context switches per message. Here, a sender
+//! queues its message and then unparks the receiver, which checks its channels before it parks: one wake-up and 2.5 context
 //! switches.
 //!
 //! Invariant: after every unpark the receiver checks its channels again. [`Thread::unpark`] on a running thread makes its
@@ -20,7 +20,7 @@ pub struct Parker(Arc<OnceLock<Thread>>);
 
 impl Parker {
     /// Sets the thread to wake, and wakes it once for messages that are already queued. Called once, by the thread that
-    /// queued those.
+    /// queued those messages.
     pub fn attach(&self, receiver: &Thread) {
         let _ = self.0.set(receiver.clone());
         self.unpark();
@@ -33,7 +33,7 @@ impl Parker {
         }
     }
 
-    /// Parks until a sender unparks the thread, or `until`. For the attached thread only; may return spuriously.
+    /// Parks until a sender unparks the thread, or until `until`. For the attached thread only; may return spuriously.
     pub fn park_until(until: Instant) {
         thread::park_timeout(until.saturating_duration_since(Instant::now()));
     }
@@ -55,7 +55,7 @@ impl<T> WakingSender<T> {
     /// Queues the message; blocks while the channel is full.
     ///
     /// # Errors
-    /// The receiver is gone.
+    /// The receiver was dropped.
     pub fn send(&self, message: T) -> Result<(), SendError<T>> {
         self.send_with(|channel| channel.send(message))
     }
@@ -70,7 +70,7 @@ impl<T> WakingSender<T> {
         Ok(())
     }
 
-    /// Messages in the channel.
+    /// Number of messages in the channel.
     pub(super) fn len(&self) -> usize {
         self.channel.len()
     }

@@ -1,8 +1,8 @@
-//! The two queues of the writer thread, called lanes, and their limits.
+//! The two queues of the writer thread, called lanes, and the limit of each.
 //!
-//! The control lane carries what must not wait behind data: replies, pongs, the offer. Sending on it never blocks; at its
-//! limit it returns an error. The data lane carries the frames of jobs. At its capacity it blocks its senders: this is the
-//! backpressure that makes workers stop reading their backends.
+//! The control lane carries the messages that must not wait behind data: replies, pongs, the offer. Sending on the control lane
+//! never blocks; at its limit it returns an error. The data lane carries the frames of jobs. A full data lane blocks its senders:
+//! this is the backpressure that makes workers stop reading their backends.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use super::waking_channel::{Parker, WakingSender};
 /// Capacity of the data lane: at most 22 KiB per frame, 1.4 MiB in total, plus one frame per blocked worker. Doubling it did
 /// not raise throughput.
 pub const DATA_LANE_MAX: usize = 64;
-/// Replies and raw bytes in the control lane: about 250 bytes each, so 8 MiB. The lane only grows this long when the
+/// Limit of replies and raw bytes in the control lane: about 250 bytes each, so 8 MiB. The lane reaches it only if the
 /// coordinator does not read.
 pub const CONTROL_LANE_MAX: usize = 32 << 10;
 
@@ -25,23 +25,23 @@ pub enum Control {
     Offer(String),
     /// The empty offer of an agent that is stopping.
     Withdraw(String),
-    /// Bytes that the reading half has to send: a pong, the reply to a close, a TLS alert.
+    /// Bytes that the reading half must send: a pong, the reply to a close, a TLS alert.
     Raw(Vec<u8>),
     /// Write all queued data, then Close(1000), and end.
     Close,
-    /// Write what is queued in this lane, then end.
+    /// Write the messages queued in this lane, then end.
     Finish,
 }
 
 impl Control {
-    /// Whether the coordinator causes messages of this kind, and so decides how many are queued. The others are a handful
-    /// per session, and [`Control::Finish`] must get through when the lane is full.
+    /// Whether the coordinator causes messages of this kind, and so decides how many are queued. There are only a few of the
+    /// others per session, and [`Control::Finish`] must be accepted even when the lane is full.
     fn is_limited(&self) -> bool {
         matches!(self, Control::Text(_) | Control::Raw(_))
     }
 }
 
-/// Why a control message was not queued.
+/// The reason why a control message was not queued.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum LaneError {
     /// The lane is at its limit.
@@ -52,7 +52,7 @@ pub enum LaneError {
     Closed,
 }
 
-/// Decides whether a queued frame is still to be written.
+/// Decides whether a queued frame is still written.
 pub trait Claim: Send + Sync {
     /// The writer calls this immediately before it writes the frame. If it returns false, the frame is dropped.
     fn begin_write(&self) -> bool;
@@ -62,7 +62,7 @@ pub trait Claim: Send + Sync {
 pub struct Frame {
     /// The JSON text.
     pub text: String,
-    /// Asked immediately before the text is written.
+    /// Checked immediately before the text is written.
     pub claim: Arc<dyn Claim>,
 }
 
@@ -83,12 +83,12 @@ impl ControlSender {
     }
 }
 
-/// Both lanes, and the parker that their receiver sleeps on.
+/// Both lanes, and the parker of the receiving thread.
 pub struct Lanes {
-    /// To the writer, ahead of all data.
+    /// The control lane, which the writer reads before the data lane.
     pub control: ControlSender,
     pub(super) control_receiver: Receiver<Control>,
-    /// To the writer, in order.
+    /// The data lane, which keeps the order of its frames.
     pub data: WakingSender<Frame>,
     pub(super) data_receiver: Receiver<Frame>,
     pub(super) parker: Parker,

@@ -1,8 +1,8 @@
 //! The writer thread, the only one that writes to the socket.
 //!
-//! Control goes first, then heartbeats, then data. The writer collects queued frames in one buffer and flushes once: a
-//! single frame leaves at once, and queued frames leave together. No timer delays a frame. A write that makes no progress
-//! for [`crate::link::STALL_TIMEOUT`] ends the session.
+//! Control messages are written first, then heartbeats, then data. The writer collects queued frames in one buffer and flushes
+//! once: a single frame is sent at once, and queued frames are sent together. No timer delays a frame. A write that makes no
+//! progress for [`crate::link::STALL_TIMEOUT`] ends the session.
 
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -17,11 +17,11 @@ use super::waking_channel::{Parker, WakingSender};
 use super::write_queues::{Control, ControlSender, DATA_LANE_MAX, Frame, Lanes};
 use crate::sys::threads;
 
-/// Time between heartbeats. The first one follows `capabilities` by the same time.
+/// Time between heartbeats, and between `capabilities` and the first heartbeat.
 pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(15);
-/// Frames per flush.
+/// Maximum number of frames per flush.
 const BATCH_FRAMES_MAX: usize = 64;
-/// Bytes of frames per flush.
+/// Maximum number of frame bytes per flush.
 const BATCH_BYTES_MAX: usize = 256 << 10;
 
 const _: () = assert!(BATCH_FRAMES_MAX <= DATA_LANE_MAX);
@@ -97,7 +97,7 @@ enum Event {
     Control(Control),
     Heartbeat,
     Data(Frame),
-    /// Every sender of a lane is gone.
+    /// Every sender of a lane was dropped.
     Disconnected,
 }
 
@@ -171,12 +171,12 @@ impl Actor {
 
     fn write_heartbeat(&mut self) -> tungstenite::Result<Next> {
         self.half.write(Message::text((self.heartbeat)()))?;
-        // The pong keeps the reader's stall timeout from expiring, and shows that the link works in both directions.
+        // The pong prevents the reader's stall timeout, and shows that the link works in both directions.
         self.half.write(Message::Ping(Bytes::new()))?;
         Ok(Next::Continue)
     }
 
-    /// Writes this frame and those queued behind it, up to the limits of a flush or until a control message arrives.
+    /// Writes this frame and the frames queued behind it, up to the limits of a flush or until a control message arrives.
     fn write_batch(&mut self, first: Frame) -> tungstenite::Result<Next> {
         let mut bytes = self.write_frame(first)?;
         for _ in 1..BATCH_FRAMES_MAX {
@@ -243,7 +243,7 @@ mod tests {
     fn writer_sends_queued_frames_together() {
         assert_eq!(writes_for(1, 300), 1);
         assert_eq!(writes_for(DATA_LANE_MAX, 300), 1, "small ones in one write");
-        // A batch is four buffers of 64 KiB, and a socket sometimes takes less than it is given.
+        // A batch is four buffers of 64 KiB, and a socket sometimes accepts only a part of a buffer.
         let large = writes_for(DATA_LANE_MAX, 20 << 10);
         assert!(large <= DATA_LANE_MAX / 2, "{large} writes for {DATA_LANE_MAX} large ones");
     }

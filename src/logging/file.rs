@@ -1,11 +1,11 @@
 //! A log file of limited size that tolerates a failing disk.
 //!
-//! Invariants: the file and its rotated predecessor, `NAME.1`, hold at most [`FILE_BYTES_MAX`] each. Every log line starts on a line
-//! of its own. Lines that cannot be written are dropped and counted, and the count is logged as soon as writing succeeds.
+//! Invariants: the file and its rotated predecessor, `NAME.1`, contain at most [`FILE_BYTES_MAX`] each. Every log line starts on a
+//! new line. Lines that cannot be written are dropped and counted, and the count is logged as soon as writing succeeds.
 //!
-//! The file may be renamed, deleted or truncated at any time, for example by logrotate: each line goes to the file that has the
-//! name at that moment. Two agents with the same log file lose no lines, but if both rotate it at once, older lines are dropped
-//! early.
+//! The file may be renamed, deleted or truncated at any time, for example by logrotate: each line is written to the file that
+//! currently has the name. Two agents that share a log file lose no lines, but if both rotate it at the same time, older lines are
+//! dropped early.
 
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Write};
@@ -17,21 +17,21 @@ use crate::sys::files;
 /// Maximum size of a log file, in bytes; with its predecessor, 16 MB.
 pub const FILE_BYTES_MAX: u64 = 8_000_000;
 
-/// A file that lines are appended to.
+/// A log file.
 pub struct LogFile {
     path: PathBuf,
     bytes_max: u64,
-    /// `None` before the first line, and after a failed write.
+    /// The open file; `None` before the first line and after a failed write.
     open: Option<Open>,
     dropped: DroppedLines,
 }
 
-/// The file as it was when it was opened.
+/// An open file, and the properties it had when it was opened.
 struct Open {
     file: File,
-    /// Its device and inode, which identify it.
+    /// The device and inode, which identify the file.
     id: (u64, u64),
-    /// The last line in it has no line end.
+    /// Whether the last line has no line end.
     ends_mid_line: bool,
 }
 
@@ -44,18 +44,18 @@ struct DroppedLines {
 }
 
 impl LogFile {
-    /// The file at `path`. It is not opened or created yet.
+    /// Creates a log for the file at `path`, which is not opened or created yet.
     pub fn new(path: PathBuf) -> LogFile {
         LogFile { path, bytes_max: FILE_BYTES_MAX, open: None, dropped: DroppedLines::default() }
     }
 
-    /// Appends a line, which includes its line end. The first drop is reported on stderr.
+    /// Appends a line, which includes its line end. The first dropped line is reported on stderr.
     pub fn write(&mut self, line: &[u8]) {
         let Err(e) = self.try_write(line) else {
             self.dropped.lines = 0;
             return;
         };
-        // Part of the line may have been written, so the file is opened and inspected again.
+        // Part of the line may have been written, so the file is reopened and inspected.
         self.open = None;
         self.dropped.lines += 1;
         self.dropped.why = e.to_string();
@@ -214,7 +214,7 @@ mod tests {
         fs::remove_file(folder.0.join("agent.log")).expect("removed");
         log.write(b"3\n");
         assert_eq!(folder.read("agent.log"), "3\n");
-        // As logrotate's `copytruncate` does.
+        // Like logrotate's `copytruncate`.
         fs::write(folder.0.join("agent.log"), "").expect("truncated");
         log.write(b"4\n");
         assert_eq!(folder.read("agent.log"), "4\n");

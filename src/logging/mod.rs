@@ -1,6 +1,6 @@
-//! The log, on stderr or in a file; each line has a date and the name of the thread that logged it.
+//! The log, on stderr or in a file. Each line has a date and the name of the thread that logged it.
 //!
-//! Invariant: logging never blocks the caller. Lines are queued and written by a thread that exists only while there are any. If
+//! Invariant: logging never blocks the caller. Lines are queued, and written by a thread that exists only while lines are queued. If
 //! nobody reads stderr, or the disk hangs, the queue fills, and further lines are dropped and counted. The reader of the socket, the
 //! drain and the signal handler all log, and a full pipe must not stop them.
 
@@ -23,7 +23,7 @@ use crate::sys::threads;
 
 /// Maximum number of queued lines.
 const QUEUE_LINES_MAX: usize = 1024;
-/// Maximum length of a line, in bytes; longer ones are cut. The queue takes at most 4 MiB.
+/// Maximum length of a line, in bytes; longer lines are truncated. The queue takes at most 4 MiB.
 const LINE_BYTES_MAX: usize = 4 << 10;
 /// How long the log thread waits for the next line before it ends.
 const IDLE_TIMEOUT: Duration = Duration::from_millis(200);
@@ -53,7 +53,7 @@ pub fn start(level: LevelFilter, file: Option<PathBuf>) {
     for name in QUIET {
         config.add_filter_ignore_str(name);
     }
-    // Fails only if a logger is installed already; that one is kept.
+    // Fails only if a logger is already installed, which is then kept.
     let _ = WriteLogger::init(level, config.build(), Lines::default());
     // A panic's message may quote the data that caused it, so only the location is logged.
     std::panic::set_hook(Box::new(|panic| match panic.location() {
@@ -84,7 +84,7 @@ pub fn sanitize_for_log(text: &str) -> String {
     sanitized
 }
 
-/// The ends of a secret: enough to recognize it, too little to use it.
+/// The first and last characters of a secret: enough to recognize it, too few to use it.
 pub fn redact(secret: &str) -> String {
     let chars: Vec<char> = secret.chars().collect();
     if chars.len() < 4 * VISIBLE_ENDS {
@@ -99,7 +99,7 @@ pub fn log_debug(args: Arguments<'_>) {
     log::logger().log(&Record::builder().level(Level::Debug).target("usepod").args(args).build());
 }
 
-/// Writes a debug line. Release builds compile `log::debug!` out, for the sake of other crates' lines (Cargo.toml).
+/// Writes a debug line. Release builds omit `log::debug!`, so that the debug lines of other crates are not compiled (Cargo.toml).
 #[macro_export]
 macro_rules! debug {
     ($($arg:tt)+) => {
@@ -109,7 +109,7 @@ macro_rules! debug {
     };
 }
 
-/// Assembles the pieces that the logger writes into whole lines, and queues them.
+/// Assembles whole lines from the pieces that the logger writes, and queues them.
 #[derive(Default)]
 struct Lines(Vec<u8>);
 
@@ -143,7 +143,7 @@ struct Queue {
 
 struct State {
     lines: VecDeque<Vec<u8>>,
-    /// Written instead of stderr. The log thread owns it while it runs, so that no caller waits for the disk.
+    /// The file to write to instead of stderr. The log thread owns it while it runs, so that no caller waits for the disk.
     file: Option<LogFile>,
     dropped: u64,
     has_thread: bool,

@@ -8,11 +8,10 @@ use std::time::{Duration, Instant};
 const ADDRESS_TIME_MIN: Duration = Duration::from_millis(10);
 
 /// Tries the addresses in order until one accepts. The remaining time is divided among the remaining addresses, so that an
-/// address that drops packets uses up its share only. `None` means no time limit.
+/// address that drops packets uses up only its share. `None` means no time limit.
 ///
 /// # Errors
-/// The error of the first address, which is the preferred one; `TimedOut` if there was no time left; `NotFound` if there is no
-/// address.
+/// The error of the first (preferred) address; `TimedOut` if no time was left; `NotFound` if there is no address.
 pub fn connect_any(addresses: &[SocketAddr], until: Option<Instant>) -> io::Result<TcpStream> {
     let mut failure = None;
     for (tried, address) in addresses.iter().enumerate() {

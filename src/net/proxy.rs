@@ -1,8 +1,8 @@
-//! The HTTP proxy that is configured in the environment.
+//! The HTTP proxy from the environment.
 
 use ureq::Proxy;
 
-/// Reads `HTTPS_PROXY`, and its exceptions from `NO_PROXY`. Applies to hosted backends and the coordinator.
+/// Reads the proxy from `HTTPS_PROXY` and its exceptions from `NO_PROXY`. Used for hosted backends and the coordinator.
 pub fn from_env() -> Option<Proxy> {
     let read = |names: [&str; 2]| names.iter().find_map(|n| std::env::var(n).ok().filter(|v| !v.trim().is_empty()));
     let address = read(["HTTPS_PROXY", "https_proxy"])?;

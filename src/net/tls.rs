@@ -1,4 +1,4 @@
-//! TLS configuration for the coordinator and the hosted backends: ring's algorithms, the roots of the web, and the operator's own
+//! TLS configuration for the coordinator and the hosted backends: ring's algorithms, the public web roots, and the operator's own
 //! roots. The agent has no client certificate: it authenticates with its identity, inside the connection.
 
 use std::path::Path;
@@ -11,15 +11,15 @@ use rustls::{ClientConfig, RootCertStore};
 
 use crate::sys::files;
 
-/// Size limit of a file of extra roots, in bytes; the bundle of a Linux distribution has a quarter of that.
+/// Size limit of a file of extra roots, in bytes; the bundle of a Linux distribution has a quarter of this size.
 const PEM_BYTES_MAX: u64 = 1 << 20;
 
-/// The provider for every TLS configuration; none is installed as the default.
+/// The crypto provider for every TLS configuration; no default provider is installed.
 pub fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
-/// Certificates to trust in addition to those of the web, such as the operator's own authority.
+/// Certificates to trust in addition to the public web roots, such as the operator's own authority.
 #[derive(Debug, Clone, Default)]
 pub struct ExtraRoots(Vec<CertificateDer<'static>>);
 
@@ -27,7 +27,7 @@ impl ExtraRoots {
     /// Reads a PEM file.
     ///
     /// # Errors
-    /// What is wrong with the file.
+    /// The reason why the file cannot be used.
     pub fn from_file(path: &Path) -> Result<ExtraRoots, String> {
         let pem = files::read_bounded(path, PEM_BYTES_MAX).map_err(|e| format!("failed to read it: {e}"))?;
         let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
@@ -49,10 +49,10 @@ impl From<CertificateDer<'static>> for ExtraRoots {
     }
 }
 
-/// A configuration for TLS 1.2 and 1.3 that trusts the roots of the web and `extra`.
+/// A configuration for TLS 1.2 and 1.3 that trusts the public web roots and `extra`.
 ///
 /// # Errors
-/// A certificate in `extra` cannot be a root.
+/// A certificate in `extra` cannot be used as a root.
 pub fn client_config(extra: &ExtraRoots) -> Result<Arc<ClientConfig>, rustls::Error> {
     let mut roots = RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
     for certificate in &extra.0 {
