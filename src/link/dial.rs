@@ -2,7 +2,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
@@ -21,8 +21,7 @@ use super::transport::{
 };
 use crate::logging::sanitize_for_log;
 use crate::net::connect;
-use crate::net::tls;
-use crate::net::tls::ExtraRoots;
+use crate::net::tls::{ExtraRoots, LazyClientConfig};
 use crate::sys::threads;
 
 /// Time limit for all steps together.
@@ -103,8 +102,7 @@ pub struct Dialer {
     port: u16,
     secure: bool,
     proxy: Option<Proxy>,
-    roots: ExtraRoots,
-    tls: OnceLock<Arc<ClientConfig>>,
+    tls: LazyClientConfig,
 }
 
 impl Dialer {
@@ -114,7 +112,7 @@ impl Dialer {
         let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
         let port = uri.port_u16().unwrap_or(if secure { 443 } else { 80 });
         let proxy = proxy.filter(|p| !p.is_no_proxy(&uri));
-        Dialer { uri, host, port, secure, proxy, roots, tls: OnceLock::new() }
+        Dialer { uri, host, port, secure, proxy, tls: LazyClientConfig::new(roots) }
     }
 
     /// Host and port of the TCP connection: the proxy's if one is used.
@@ -249,7 +247,11 @@ impl Dialer {
     /// Creates a link from the socket, with TLS if the address is `wss`.
     fn link(&self, tcp: TcpStream, deadline: Instant, observer: &mut dyn DialObserver) -> Result<Arc<Link>, DialError> {
         self.connect_proxy(&tcp, deadline, observer)?;
-        let tls = if self.secure { Some(self.tls_handshake(&tcp, self.tls_config()?, deadline)?) } else { None };
+        let tls = if self.secure {
+            Some(self.tls_handshake(&tcp, self.tls.get().map_err(tls_error)?, deadline)?)
+        } else {
+            None
+        };
         if let Some(tls) = &tls {
             let certificate = tls.peer_certificates().and_then(|chain| chain.first());
             observer.secured(tls.protocol_version(), certificate.map_or(&[], |certificate| certificate));
@@ -274,14 +276,6 @@ impl Dialer {
             200..=299 => Ok(()),
             _ => Err(DialError::Proxy(sanitize_for_log(&head.status_line))),
         }
-    }
-
-    fn tls_config(&self) -> Result<Arc<ClientConfig>, DialError> {
-        if let Some(config) = self.tls.get() {
-            return Ok(config.clone());
-        }
-        let config = tls::client_config(&self.roots).map_err(tls_error)?;
-        Ok(self.tls.get_or_init(|| config).clone())
     }
 
     fn tls_handshake(

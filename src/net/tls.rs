@@ -2,7 +2,7 @@
 //! roots. The agent has no client certificate: it authenticates with its identity, inside the connection.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::CertificateDer;
@@ -49,11 +49,34 @@ impl From<CertificateDer<'static>> for ExtraRoots {
     }
 }
 
+/// A configuration that is built when it is first used, and shared from then on.
+#[derive(Debug)]
+pub struct LazyClientConfig {
+    roots: ExtraRoots,
+    config: OnceLock<Arc<ClientConfig>>,
+}
+
+impl LazyClientConfig {
+    /// Trusts `roots` as well as the public web roots.
+    pub fn new(roots: ExtraRoots) -> LazyClientConfig {
+        LazyClientConfig { roots, config: OnceLock::new() }
+    }
+
+    /// The configuration.
+    ///
+    /// # Errors
+    /// A certificate in the extra roots cannot be used as a root.
+    pub fn get(&self) -> Result<Arc<ClientConfig>, rustls::Error> {
+        if let Some(config) = self.config.get() {
+            return Ok(config.clone());
+        }
+        let config = client_config(&self.roots)?;
+        Ok(self.config.get_or_init(|| config).clone())
+    }
+}
+
 /// A configuration for TLS 1.2 and 1.3 that trusts the public web roots and `extra`.
-///
-/// # Errors
-/// A certificate in `extra` cannot be used as a root.
-pub fn client_config(extra: &ExtraRoots) -> Result<Arc<ClientConfig>, rustls::Error> {
+fn client_config(extra: &ExtraRoots) -> Result<Arc<ClientConfig>, rustls::Error> {
     let mut roots = RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
     for certificate in &extra.0 {
         roots.add(certificate.clone())?;

@@ -1,6 +1,5 @@
 //! Wraps `ureq`'s transport to record the events of a connection, and to limit reads.
 
-use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,7 +14,7 @@ use super::tls::TlsConnector;
 use crate::net::tls::ExtraRoots;
 
 /// The events on an agent's connection since the agent was leased.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct ConnectionMonitor {
     opened: AtomicBool,
     received: AtomicBool,
@@ -52,12 +51,6 @@ impl ConnectionMonitor {
 
     fn limit(&self) -> MutexGuard<'_, Option<Instant>> {
         self.limit.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl fmt::Debug for ConnectionMonitor {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("ConnectionMonitor")
     }
 }
 

@@ -5,37 +5,26 @@
 
 use std::fmt;
 use std::io::{Read, Write};
-use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use rustls::pki_types::ServerName;
-use rustls::{ClientConfig, ClientConnection, StreamOwned};
+use rustls::{ClientConnection, StreamOwned};
 use ureq::Error;
 use ureq::unversioned::transport::time::Instant;
 use ureq::unversioned::transport::{
     Buffers, ConnectionDetails, Connector, LazyBuffers, NextTimeout, Transport, TransportAdapter,
 };
 
-use crate::net::tls::{self, ExtraRoots};
+use crate::net::tls::{ExtraRoots, LazyClientConfig};
 
 /// Adds TLS to the connection for `https` URLs.
-pub struct TlsConnector {
-    roots: ExtraRoots,
-    config: OnceLock<Arc<ClientConfig>>,
-}
+#[derive(Debug)]
+pub struct TlsConnector(LazyClientConfig);
 
 impl TlsConnector {
     /// Trusts `roots` as well as the public web roots.
     pub fn new(roots: ExtraRoots) -> TlsConnector {
-        TlsConnector { roots, config: OnceLock::new() }
-    }
-
-    fn config(&self) -> Result<Arc<ClientConfig>, rustls::Error> {
-        if let Some(config) = self.config.get() {
-            return Ok(config.clone());
-        }
-        let config = tls::client_config(&self.roots)?;
-        Ok(self.config.get_or_init(|| config).clone())
+        TlsConnector(LazyClientConfig::new(roots))
     }
 
     fn wrap(&self, details: &ConnectionDetails, below: Box<dyn Transport>) -> Result<Tls, Error> {
@@ -43,7 +32,7 @@ impl TlsConnector {
         let name = ServerName::try_from(host.to_owned())
             .map_err(|_| Error::Tls("the host is not a name that a certificate can have"))?;
         let mut conn =
-            self.config().and_then(|config| ClientConnection::new(config, name)).map_err(std::io::Error::other)?;
+            self.0.get().and_then(|config| ClientConnection::new(config, name)).map_err(std::io::Error::other)?;
         let mut sock = TransportAdapter::new(below, details.current_time.clone());
         // The connect timeout started before the TCP connect.
         let spent = match details.now {
@@ -58,12 +47,6 @@ impl TlsConnector {
         conn.complete_io(&mut sock)?;
         let buffers = LazyBuffers::new(details.config.input_buffer_size(), details.config.output_buffer_size());
         Ok(Tls { buffers, stream: StreamOwned { conn, sock } })
-    }
-}
-
-impl fmt::Debug for TlsConnector {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("TlsConnector")
     }
 }
 
