@@ -1,10 +1,14 @@
-//! The issuer and the validity period of a certificate: as much of X.509 as the doctor prints.
+//! What the doctor says about the coordinator's certificate: why it is invalid, how to fix that, its issuer and its validity
+//! period. Parses only as much of X.509 as is printed.
 //!
 //! Nothing is decided here: rustls decides whether a certificate is valid. Whatever the bytes are, every read is within them.
 
+use std::fmt;
 use std::ops::Range;
 
-use crate::sys::datetime::parse_rfc3339;
+use rustls::CertificateError;
+
+use crate::sys::datetime::{format_date, parse_rfc3339};
 
 const SEQUENCE: u8 = 0x30;
 const SET: u8 = 0x31;
@@ -29,6 +33,42 @@ pub struct Certificate {
     pub not_before: i64,
     /// Not valid after, likewise.
     pub not_after: i64,
+}
+
+impl Certificate {
+    /// The issuer in quotes, or words that say that it has no name.
+    pub fn issuer_text(&self) -> String {
+        if self.issuer.is_empty() { "without a name".into() } else { format!("\"{}\"", self.issuer) }
+    }
+}
+
+impl fmt::Display for Certificate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (from, to) = (format_date(self.not_before), format_date(self.not_after));
+        write!(f, "issuer {}, valid from {from} to {to}", self.issuer_text())
+    }
+}
+
+/// Returns what is wrong with a rejected certificate, and the fix.
+pub fn explain(fault: &CertificateError) -> (&'static str, &'static str) {
+    match fault {
+        CertificateError::Expired
+        | CertificateError::ExpiredContext { .. }
+        | CertificateError::NotValidYet
+        | CertificateError::NotValidYetContext { .. } => (
+            "not valid today",
+            "if the date here is correct, the operator of the coordinator must renew the certificate; otherwise: \
+             `timedatectl set-ntp true`",
+        ),
+        CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
+            ("issued for another name", "check the host in `[coordinator] url`")
+        }
+        CertificateError::UnknownIssuer => (
+            "issued by an unknown authority",
+            "if that authority is yours, set `[coordinator] ca_file = \"/path/to/its.pem\"`",
+        ),
+        _ => ("invalid", "the operator of the coordinator must correct it"),
+    }
 }
 
 /// Parses a certificate in DER; `None` if it is invalid.

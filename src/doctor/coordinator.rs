@@ -111,7 +111,7 @@ impl DialObserver for DialReport<'_, '_> {
         let version = if version == Some(ProtocolVersion::TLSv1_2) { "TLS 1.2" } else { "TLS 1.3" };
         let Some(certificate) = certificate::parse(certificate) else { return self.pass(version) };
         let days = certificate.not_after.saturating_sub(datetime::now()) / 86400;
-        let (issuer, until) = (issuer(&certificate), datetime::format_date(certificate.not_after));
+        let (issuer, until) = (certificate.issuer_text(), datetime::format_date(certificate.not_after));
         let what = format_args!("{version}, issuer {issuer}, expires in {days} day(s), on {until}");
         if days < EXPIRY_DAYS_MIN {
             self.report.warn(
@@ -204,40 +204,12 @@ impl DialReport<'_, '_> {
 
     fn report_certificate(&mut self, e: &DialError, fault: &CertificateError) {
         let certificate = self.dialer.fetch_peer_certificate(RETRY_TIMEOUT).and_then(|der| certificate::parse(&der));
-        let shown = certificate.map_or_else(String::new, |c| {
-            format!(
-                "; issuer {}, valid from {} to {}",
-                issuer(&c),
-                datetime::format_date(c.not_before),
-                datetime::format_date(c.not_after)
-            )
-        });
-        let (what, fix) = match fault {
-            CertificateError::Expired
-            | CertificateError::ExpiredContext { .. }
-            | CertificateError::NotValidYet
-            | CertificateError::NotValidYetContext { .. } => (
-                "not valid today",
-                "if the date here is correct, the operator of the coordinator must renew the certificate; otherwise: \
-                 `timedatectl set-ntp true`",
-            ),
-            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
-                ("issued for another name", "check the host in `[coordinator] url`")
-            }
-            CertificateError::UnknownIssuer => (
-                "issued by an unknown authority",
-                "if that authority is yours, set `[coordinator] ca_file = \"/path/to/its.pem\"`",
-            ),
-            _ => ("invalid", "the operator of the coordinator must correct it"),
-        };
+        let shown = certificate.map_or_else(String::new, |certificate| format!("; {certificate}"));
+        let (what, fix) = certificate::explain(fault);
         let today = datetime::format_date(datetime::now());
         self.fail(
             format_args!("the certificate for `{}`: {what} ({today}){shown}; {e}", self.dialer.host()),
             format_args!("{fix}; or something on the network answers in place of the coordinator"),
         );
     }
-}
-
-fn issuer(certificate: &certificate::Certificate) -> String {
-    if certificate.issuer.is_empty() { "without a name".into() } else { format!("\"{}\"", certificate.issuer) }
 }
