@@ -1,7 +1,7 @@
-//! The command line: what may be typed, parsed by argh.
+//! The syntax of the command line, parsed by argh.
 //!
-//! argh knows an option only in the command whose struct has it, and neither `--option=value` nor `-cVALUE`; so the words are
-//! brought into the one order that it accepts before it sees them.
+//! argh accepts an option only in the command whose struct has it, and neither `--option=value` nor `-cVALUE`. The words are
+//! therefore rearranged into the order that argh accepts before it parses them.
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
@@ -43,7 +43,7 @@ pub struct Args {
     command: Option<Command>,
 }
 
-/// The options that every command takes.
+/// The options that every command accepts.
 #[derive(Debug, Clone)]
 pub struct Globals {
     pub config: Option<PathBuf>,
@@ -52,7 +52,7 @@ pub struct Globals {
 }
 
 impl Args {
-    /// The options of every command, and the command: `run` if none was typed.
+    /// The options of every command, and the command: `run` if none was given.
     pub fn split(self) -> (Globals, Command) {
         let Args { config, log_level, allow_insecure, command } = self;
         (Globals { config, log_level, allow_insecure }, command.unwrap_or(Command::Run(Run { cron: false })))
@@ -189,7 +189,7 @@ pub struct Service {
     pub lines: Option<usize>,
 }
 
-/// What `service` is to do.
+/// The action of `service`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
     Install,
@@ -235,7 +235,7 @@ fn lines(number: &str) -> Result<usize, String> {
     number.parse().map_err(|_| "use a number of lines; the default is 100".to_owned())
 }
 
-/// What a command line asks for.
+/// A parsed command line.
 pub enum Parsed {
     /// A command to run.
     Command(Args),
@@ -247,11 +247,11 @@ pub enum Parsed {
 const GLOBAL_OPTIONS: [&str; 3] = ["--config", "-c", "--log-level"];
 /// Options of every command, without a value.
 const GLOBAL_SWITCHES: [&str; 1] = ["--allow-insecure"];
-/// Options of one command, with a value, which may look like an option.
+/// Options of one command, with a value that may look like an option.
 const COMMAND_OPTIONS: [&str; 5] = ["--port", "--prompt", "--lines", "--listen", "--coordinator"];
 
-/// Parses the arguments of the process, of which the first is the program's name. Returns the name of the command, if one was
-/// typed, and what to do or why the arguments make no sense.
+/// Parses the arguments of the process, the first of which is the program's name. Returns the name of the command, if one was
+/// given, and the parsed command line or the reason why it is invalid.
 pub fn parse(args: impl Iterator<Item = OsString>) -> (Option<&'static str>, Result<Parsed, String>) {
     let typed = args.skip(1).map(|word| {
         word.into_string().map_err(|word| format!("`{}` is not UTF-8 text", word.to_string_lossy().escape_debug()))
@@ -273,14 +273,14 @@ pub fn parse(args: impl Iterator<Item = OsString>) -> (Option<&'static str>, Res
     (command, parsed)
 }
 
-/// The command line in the order that argh accepts, each value as a word of its own.
+/// The command line in the order that argh accepts, each value as a separate word.
 #[derive(Default)]
 struct Normalized {
     /// Options of every command, with their values.
     globals: Vec<String>,
     /// The command and its own options.
     rest: Vec<String>,
-    /// The last word, if it is an option that needs a value.
+    /// The last word, if it is an option that lacks its value.
     without_value: Option<String>,
 }
 
@@ -304,7 +304,7 @@ impl From<Vec<String>> for Normalized {
                 let target = if is_global { &mut globals } else { &mut rest };
                 target.extend([option.to_owned(), value]);
             } else if GLOBAL_SWITCHES.contains(&word.as_str()) {
-                // argh refuses a switch that is given twice.
+                // argh rejects a repeated switch.
                 if !globals.contains(&word) {
                     globals.push(word);
                 }
@@ -339,7 +339,7 @@ fn split_value(word: &str) -> (&str, Option<&str>) {
     }
 }
 
-/// What argh complains about, with a suggestion where one is likely.
+/// The error message of argh, with a suggestion if a similar word exists.
 fn explain(output: &str, command: Option<&str>) -> String {
     let message = output.split("\n\nRun ").next().unwrap_or_default().trim();
     if let Some(word) = message.strip_prefix("Unrecognized argument: ") {

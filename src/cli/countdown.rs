@@ -1,4 +1,4 @@
-//! The time left to enter a code: redrawn in place on a terminal, one line a minute elsewhere.
+//! The time left to enter a code: redrawn in place on a terminal, otherwise printed as one line per minute.
 //!
 //! Invariant: [`Countdown::clear`] leaves a clean line on a terminal; other outputs get no escape codes.
 
@@ -8,7 +8,7 @@ use super::print;
 use crate::sys::terminal::{Terminal, wrap};
 
 const SECOND: Duration = Duration::from_secs(1);
-/// The time between two lines if stdout is not a terminal.
+/// The time between two printed lines if stdout is not a terminal.
 const MINUTE: Duration = Duration::from_secs(60);
 /// Clears the line.
 const CLEAR: &str = "\r\x1b[K";
@@ -18,17 +18,17 @@ pub struct Countdown {
     deadline: Instant,
     terminal: Terminal,
     is_drawn: bool,
-    /// The steps that were left when it was last shown.
+    /// The steps that were left when the countdown was last shown.
     shown: Option<u64>,
 }
 
 impl Countdown {
-    /// Starts now.
+    /// Starts a countdown now.
     pub fn new(lifetime: Duration, terminal: Terminal) -> Countdown {
         Countdown { deadline: Instant::now() + lifetime, terminal, is_drawn: false, shown: None }
     }
 
-    /// Prints the time left, if it has changed; returns the time until it changes next.
+    /// Prints the time left if it has changed. Returns the time until it changes next.
     pub fn show(&mut self) -> Duration {
         let left = self.deadline.saturating_duration_since(Instant::now());
         let step = if self.terminal.is_live { SECOND } else { MINUTE };
@@ -43,7 +43,7 @@ impl Countdown {
             }
             (self.is_drawn, self.shown) = (true, Some(steps));
         }
-        // One millisecond later, the next step has begun.
+        // One millisecond later, the next step begins.
         let holds = match steps {
             0 => step,
             _ => left - (steps - 1) * step + 1,
@@ -51,7 +51,7 @@ impl Countdown {
         Duration::from_millis(holds)
     }
 
-    /// Removes it from the terminal; it is shown again below what is printed next.
+    /// Removes the countdown from the terminal. It is shown again below the next output.
     pub fn clear(&mut self) {
         if self.terminal.is_live && self.is_drawn {
             print(CLEAR);

@@ -1,4 +1,4 @@
-//! `demo`: the agent at work on this machine alone. The exit code is the result of [`crate::demo::run`].
+//! `demo`: runs the agent on this machine alone. The exit code is the result of [`crate::demo::run`].
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::demo;
 use crate::logging;
 
-/// Runs the demo. Its result is on stdout, so the log has warnings only, unless --log-level asks for more.
+/// Runs the demo. The result is printed on stdout, so the log has warnings only, unless --log-level requests more.
 pub fn run(globals: &Globals, options: &Demo) -> Result<(), CliError> {
     let listen = listen_address(globals, options)?;
     logging::start(globals.log_level.unwrap_or(LevelFilter::Warn), None);
@@ -54,10 +54,10 @@ fn listen_address(globals: &Globals, options: &Demo) -> Result<Option<SocketAddr
     Ok(Some(listen))
 }
 
-/// Reads a configuration that was named. A file that happens to be there must not decide which servers a demo queries.
+/// Reads the configuration named by --config. A file at a default path must not decide which servers a demo queries.
 fn named_config(globals: &Globals) -> Result<Option<Config>, CliError> {
     let Some(named) = &globals.config else { return Ok(None) };
     let path = Config::find(Some(named))?;
-    // Its coordinator is not dialled, so ws:// is no risk.
+    // The demo does not connect to the configured coordinator, so ws:// is no risk.
     Ok(Some(Config::load(&path, true)?))
 }

@@ -1,4 +1,4 @@
-//! `doctor`: why no jobs arrive, layer by layer.
+//! `doctor`: finds out why no jobs arrive, layer by layer.
 
 use super::CliError;
 use super::args::{Doctor, Globals};
@@ -9,9 +9,9 @@ use crate::sys::terminal::Terminal;
 /// The exit code if a check failed.
 const FAILED: u8 = 1;
 
-/// Runs the checks; an error if one failed.
+/// Runs the checks. Returns an error if a check failed.
 pub fn run(globals: &Globals, options: &Doctor) -> Result<(), CliError> {
-    // The report says what the log would say, so the log is off unless --log-level asks for it.
+    // The report contains what the log would contain, so the log is off unless --log-level requests it.
     if let Some(level) = globals.log_level {
         logging::start(level, None);
     }

@@ -1,4 +1,4 @@
-//! `enroll`: the identity of this agent, for the person who enrolls it.
+//! `enroll`: prints the identity of this agent, for its enrollment.
 
 use super::args::Globals;
 use super::{CliError, load_config};

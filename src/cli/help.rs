@@ -1,4 +1,5 @@
-//! `--help`, from what argh knows of the commands; argh's own help has neither the options of every command nor another width.
+//! `--help`, rendered from argh's description of the commands. argh's own help omits the options of every command and has a
+//! fixed width.
 
 use argh::{ArgsInfo, CommandInfoWithArgs, FlagInfo, FlagInfoKind};
 

@@ -1,7 +1,7 @@
-//! The command line: a file for each command, and here what they share.
+//! The command line: one file per command, and here the code that the commands share.
 //!
-//! stdout is for the result of a command, stderr for logs and errors. [`CliError`] is the complete list of what can go wrong, and
-//! [`CliError::exit_code`] of the exit codes.
+//! stdout is for the result of a command, stderr for logs and errors. [`CliError`] is the complete list of errors, and
+//! [`CliError::exit_code`] of exit codes.
 
 /// `print!` for results: a closed stdout is not an error.
 macro_rules! out {
@@ -43,22 +43,22 @@ use crate::sys::terminal::{self, Terminal};
 /// Why a command failed.
 #[derive(Debug)]
 pub enum CliError {
-    /// The command line makes no sense.
+    /// The command line is invalid.
     Usage(String),
     /// `agent.toml` is missing or invalid.
     Config(ConfigError),
-    /// The identity cannot be used.
+    /// The identity file cannot be used.
     Identity(IdentityError),
     /// `run --cron` can neither leave the running agent alone nor replace it.
     Takeover(TakeoverError),
     /// Another agent is running with this identity.
     AlreadyRunning {
-        /// Its pid, if it could be read.
+        /// The agent's pid, if it could be read.
         pid: Option<u32>,
     },
-    /// Anything else.
+    /// Any other error.
     Runtime(String),
-    /// The command has printed the reason; only this exit code is left to return.
+    /// The command has already printed the reason, and exits with this code.
     AlreadyReported(u8),
 }
 
@@ -120,7 +120,7 @@ impl From<TakeoverError> for CliError {
     }
 }
 
-/// Runs the command that the process was started with.
+/// Runs the command given on the command line.
 pub fn main(args: impl Iterator<Item = std::ffi::OsString>) -> ExitCode {
     let (command, parsed) = args::parse(args);
     let outcome = match parsed {
@@ -148,7 +148,7 @@ pub fn main(args: impl Iterator<Item = std::ffi::OsString>) -> ExitCode {
 
 fn print_error(failure: &CliError) {
     let text = format!("error: {failure}");
-    // A log or another program reads lines as they are.
+    // Logs and other programs need unwrapped lines.
     if !std::io::stderr().is_terminal() {
         return print_to_stderr(&format!("{text}\n"));
     }
@@ -156,7 +156,7 @@ fn print_error(failure: &CliError) {
     print_to_stderr(&text.lines().map(|line| terminal::wrap("", line, width)).collect::<String>());
 }
 
-/// A closed stderr does not change the exit code.
+/// Writes to stderr. A closed stderr does not change the exit code.
 fn print_to_stderr(text: &str) {
     let _ = std::io::stderr().write_all(text.as_bytes());
 }
@@ -181,7 +181,7 @@ fn dispatch(args: Args) -> Result<(), CliError> {
     }
 }
 
-/// Writes to stdout. A closed stdout is not an error: the reader wants no more.
+/// Writes to stdout. A closed stdout is not an error: the reader needs no more output.
 fn print(text: &str) {
     let _ = try_print(text);
 }
@@ -189,7 +189,7 @@ fn print(text: &str) {
 /// Writes to stdout.
 ///
 /// # Errors
-/// It is closed.
+/// stdout is closed.
 fn try_print(text: &str) -> std::io::Result<()> {
     let mut stdout = std::io::stdout().lock();
     stdout.write_all(text.as_bytes())?;
@@ -203,7 +203,7 @@ fn format_usdc(micro_units: u64) -> String {
     format!("{}.{fraction:0<2}", micro_units / 1_000_000)
 }
 
-/// The files beside the identity. They can be found even if anything else in the configuration is wrong.
+/// The paths of the files beside the identity. Only `key_path` has to be valid in the configuration.
 fn agent_paths(globals: &args::Globals) -> Result<AgentPaths, CliError> {
     let path = Config::find(globals.config.as_deref())?;
     Ok(AgentPaths::beside(&Config::key_path_in(&path)?))
@@ -221,7 +221,7 @@ fn read_config(globals: &args::Globals) -> Result<Config, ConfigError> {
     Config::load(&Config::find(globals.config.as_deref())?, globals.allow_insecure)
 }
 
-/// The log level of the command line, else of the file.
+/// The log level of the command line, else of the configuration.
 fn level_of(globals: &args::Globals, config: &Config) -> LevelFilter {
     globals.log_level.or(config.log_level).unwrap_or(LevelFilter::Info)
 }
@@ -233,7 +233,7 @@ fn log_reading(config: &Config) {
     }
 }
 
-/// The backends of a configuration, ready to be queried.
+/// The backends of a configuration, ready for probes.
 fn backends_of(config: &Config) -> Vec<BackendOffer> {
     config.backends.iter().map(BackendOffer::configured).collect()
 }

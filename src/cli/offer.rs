@@ -1,4 +1,4 @@
-//! One row of an offer: a model, its prices and its limits.
+//! The table of an offer; each row is a model with its prices and its limits.
 
 use super::format_usdc;
 use crate::sys::terminal::wrap;
@@ -6,8 +6,9 @@ use crate::sys::terminal::wrap;
 /// A model on offer, as `status`, `validate` and `setup` print it.
 pub struct OfferRow<'a> {
     pub model_id: &'a str,
-    /// USDC micro-units per million tokens, as are those below.
+    /// USDC micro-units per million input tokens.
     pub input_per_1m: u64,
+    /// USDC micro-units per million output tokens.
     pub output_per_1m: u64,
     pub context_window: Option<u64>,
     pub max_concurrent: u64,

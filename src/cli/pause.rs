@@ -1,5 +1,5 @@
-//! `pause` and `resume`: whether anything is offered. The request is a marker file beside the identity, so that it outlives the
-//! agent.
+//! `pause` and `resume`: withdraw and restore the offer. The request is a marker file beside the identity, so that it outlives
+//! the agent.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,11 +11,11 @@ use crate::instance::{AgentPaths, LockOwner};
 use crate::observe::State;
 use crate::sys::files;
 
-/// How long to wait for an agent that can be woken; it takes milliseconds.
+/// How long to wait for an agent that can be woken, which takes milliseconds.
 const APPLY_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long to wait for an agent without a wake socket, which sees the request at its next heartbeat.
+/// How long to wait for an agent without a wake socket, which notices the request at its next heartbeat.
 const APPLY_TIMEOUT_NO_SOCKET: Duration = Duration::from_secs(20);
-/// The time between two looks at the state file meanwhile.
+/// The time between two reads of the state file while waiting.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Withdraws the offer, now and at every start, until [`resume`].
@@ -47,7 +47,7 @@ pub fn resume(globals: &Globals) -> Result<(), CliError> {
     Ok(())
 }
 
-/// Waits until the running agent, if there is one, has applied the request; returns its jobs in flight.
+/// Waits until the running agent, if there is one, has applied the request. Returns its jobs in flight.
 fn wait_applied(paths: &AgentPaths, paused: bool) -> Result<Option<u32>, CliError> {
     let has_socket = wake_socket::wake_process(&paths.wake());
     let timeout = if has_socket { APPLY_TIMEOUT } else { APPLY_TIMEOUT_NO_SOCKET };

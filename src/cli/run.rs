@@ -1,4 +1,4 @@
-//! `run`: serve until a signal. `run --cron`: only if no agent is running.
+//! `run`: serves until a signal. `run --cron`: serves only if no agent is running.
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -48,7 +48,7 @@ fn run_by_hand(globals: &Globals) -> Result<(), CliError> {
     serve(config, lock)
 }
 
-/// Runs every minute. Nobody sees the output of cron's children, so errors go to the log file too.
+/// Runs `run --cron`, which cron starts every minute. Nobody sees the output under cron, so errors are also written to the log file.
 fn run_by_cron(globals: &Globals) -> Result<(), CliError> {
     match acquire(globals) {
         Ok(Some((config, lock))) => serve(config, lock),
@@ -58,7 +58,7 @@ fn run_by_cron(globals: &Globals) -> Result<(), CliError> {
     .inspect_err(|failure| log::error!("{failure}"))
 }
 
-/// Acquires the lock and returns it with the configuration; `None` if the operator stopped the agent, or one is running.
+/// Acquires the lock and returns it with the configuration; `None` if the operator stopped the agent or an agent is running.
 fn acquire(globals: &Globals) -> Result<Option<(Config, InstanceLock)>, CliError> {
     let config = read_config(globals).inspect_err(|_| {
         let log = Config::default_key_path().map(|key| AgentPaths::beside(&key).log());
@@ -72,7 +72,7 @@ fn acquire(globals: &Globals) -> Result<Option<(Config, InstanceLock)>, CliError
     }
     create_folder(&config.key_path)?;
     let Some(lock) = takeover::acquire_or_take_over(&paths)? else { return Ok(None) };
-    // The operator may have stopped the agent that had the lock. From here on, a stop reaches this process.
+    // The operator may have stopped the agent that held the lock. From here on, a stop reaches this process.
     if paths.stopped().exists() {
         return Ok(None);
     }
@@ -89,7 +89,7 @@ pub(super) fn create_folder(key_path: &Path) -> Result<(), IdentityError> {
     })
 }
 
-/// For an operator who started the agent in a terminal and would wait for log lines there.
+/// Prints the log's path, for an operator who started the agent in a terminal and expects log lines there.
 fn print_log_path(log: &Path) {
     let mut stderr = std::io::stderr();
     if stderr.is_terminal() {

@@ -1,7 +1,7 @@
-//! `setup`: pairs this machine, with a code that a person enters on a page, and writes `agent.toml`.
+//! `setup`: pairs this machine by a code that a person enters on a web page, and writes `agent.toml`.
 //!
-//! Invariant: `agent.toml` is unchanged until the pairing has succeeded. Then it is replaced atomically by a text that was parsed
-//! first; the previous text is kept beside it.
+//! Invariant: `agent.toml` is unchanged until the pairing has succeeded. The file is then replaced atomically by a text that was
+//! parsed first, and the previous text is kept beside it.
 
 use std::fs;
 use std::io;
@@ -31,14 +31,14 @@ use crate::sys::files;
 use crate::sys::shell_quote;
 use crate::sys::terminal::{Terminal, wrap};
 
-/// How long to wait for an event before there is a countdown to redraw.
+/// How long to wait for an event while there is no countdown to redraw.
 const NO_REDRAW: Duration = Duration::from_secs(3600);
 const BOLD: &str = "1";
 
-/// The file to write, and its present content.
+/// The file to write, and its current content.
 struct ConfigTarget {
     path: PathBuf,
-    /// Whether it was named by `--config`, so that the next commands must name it too.
+    /// Whether `--config` named the file, so that the next commands must name it too.
     is_named: bool,
     old: Option<(String, Config)>,
 }
@@ -52,7 +52,7 @@ pub fn run(globals: &Globals, options: &Setup) -> Result<(), CliError> {
         Some((_, config)) => config.key_path.clone(),
         None => Config::default_key_path().ok_or_else(no_home)?,
     };
-    // Before a person enters a code in vain.
+    // Checked before a person enters a code in vain.
     files::create_folder_of(&target.path)
         .and_then(|()| files::check_writable(&target.path))
         .map_err(|e| cannot_write(&target.path, &e))?;
@@ -72,7 +72,7 @@ pub fn run(globals: &Globals, options: &Setup) -> Result<(), CliError> {
         .map_err(|e| CliError::Runtime(format!("failed to start a thread: {e}")))?;
     let paired = await_pairing(&pairing, &stop, &urls)?;
 
-    // Read again: the file may have been edited in the meantime.
+    // Read again, because the file may have been edited in the meantime.
     let target = config_target(globals)?;
     let named = target.old.as_ref().map_or(&[][..], |(_, config)| &config.backends);
     found.retain(|found| !named.iter().any(|named| is_same_server(named, found)));
@@ -101,12 +101,12 @@ fn config_target(globals: &Globals) -> Result<ConfigTarget, CliError> {
         None => usual.clone().ok_or_else(no_home)?,
     };
     let is_named = usual.as_ref() != Some(&path);
-    // A file that exists but cannot be read is an error; it is not replaced.
+    // A file that exists but cannot be read is an error, and is not replaced.
     let old = match fs::metadata(&path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => None,
         _ => {
             let text = Config::read(&path)?;
-            // Its coordinator is not dialled, so ws:// is no risk.
+            // `setup` does not connect to the configured coordinator, so ws:// is no risk.
             let config = Config::parse(&text, &path, true)?;
             Some((text, config))
         }
@@ -186,7 +186,7 @@ fn usual_addresses() -> String {
     Kind::ALL.into_iter().flat_map(of).collect()
 }
 
-/// Whether both are the same server, of whatever kind, and whichever name of this machine the URL has.
+/// Whether both are the same server, regardless of the kind and of the name for this machine in the URL.
 fn is_same_server(one: &BackendConfig, other: &BackendConfig) -> bool {
     let place = |config: &BackendConfig| {
         let root = config.url.as_ref()?.root().to_ascii_lowercase();
@@ -264,7 +264,7 @@ fn print_code(code: &str, urls: &CoordinatorUrls, terminal: Terminal) {
     );
 }
 
-/// Replaces the file and keeps its previous content.
+/// Replaces the file, and keeps its previous content as `.bak`.
 fn write(
     target: &ConfigTarget,
     urls: &CoordinatorUrls,
@@ -301,7 +301,7 @@ fn write(
     Ok(config)
 }
 
-/// Keeps the old text as `.bak`. An earlier `.bak`, which may be the only copy of a file made by hand, is renamed to `.bak.1`, and
+/// Keeps the old text as `.bak`. An earlier `.bak`, which may be the only copy of a handwritten file, is renamed to `.bak.1`, and
 /// so on.
 fn back_up(path: &Path, old: &str) -> Result<PathBuf, CliError> {
     let copy = files::with_suffix(path, ".bak");
@@ -352,7 +352,7 @@ fn print_next(target: &ConfigTarget, urls: &CoordinatorUrls, key_path: &Path) {
         let what = format!("The agent that is running, pid {}, has not read the new file: stop it first.", running.pid);
         print(&wrap("  ", &what, width()));
     }
-    // The installed service knows its file. The lines are commands, so they are not wrapped.
+    // The installed service names its file. The lines are commands, so they are not wrapped.
     out!("  usepod-agent service install{named}{insecure}\n");
     out!("  usepod-agent service start\n");
     out!("  usepod-agent status --watch{named}\n");

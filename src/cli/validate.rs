@@ -1,4 +1,4 @@
-//! `validate`: what would be offered at which prices.
+//! `validate`: prints the models that would be offered, and their prices.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! What the operator can do about a backend, by error and by kind.
+//! The fixes for the errors of backends, by error and by kind.
 
 use crate::backend::{BackendError, Kind};
 

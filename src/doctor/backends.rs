@@ -1,5 +1,5 @@
-//! The layers of a backend: its key, its health, its models and which of them are offered, their context windows, what is not
-//! loaded.
+//! Checks the layers of a backend: its API key, its health, its models and which of them are offered, their context windows, and the
+//! models that are not loaded.
 
 use std::fmt;
 use std::sync::Arc;
@@ -14,10 +14,10 @@ use crate::discovery::{BackendOffer, OfferTerms, ResolvedModel};
 use crate::sys::edit_distance::nearest;
 use crate::sys::threads;
 
-/// The number of names that are listed; the others are counted.
+/// The maximum number of listed names; the others are counted.
 const NAMES_MAX: usize = 6;
 
-/// The check of a backend, which runs on a thread of its own while other layers are checked.
+/// The check of a backend, which runs on a separate thread while other layers are checked.
 pub struct BackendCheck<'a> {
     config: &'a BackendConfig,
     server: Arc<HttpBackend>,
@@ -60,7 +60,7 @@ impl<'a> BackendCheck<'a> {
                 (offered, unloaded)
             }
         };
-        // Without its key no job can succeed, so nothing is offered.
+        // Without its API key no job can succeed, so no model is offered.
         let offered = if key.is_ok() { offered } else { Vec::new() };
         if offered.is_empty() {
             report.skip("completion", "skipped: no model to test");
@@ -133,7 +133,7 @@ impl<'a> BackendCheck<'a> {
             if is_offered(id) {
                 waiting.add(id);
             } else if kind == Kind::LlamaCpp && is_allowed(id) {
-                // LM Studio and Ollama list models that are not loaded, so those are offered.
+                // LM Studio and Ollama list models that are not loaded, so these models are offered.
                 excluded.add(id);
             }
         }
@@ -170,7 +170,7 @@ fn window(model: &ResolvedModel) -> String {
     }
 }
 
-/// Reports a model that the configuration allows and the server does not list.
+/// Reports a model that the configuration allows but the server does not list.
 fn report_unknown(report: &mut Report<'_>, wanted: &str, listed: &[String], unloaded: &[String]) {
     let fix = match nearest(wanted, listed.iter().chain(unloaded).map(String::as_str)) {
         Some(nearest) => format!("did you mean \"{nearest}\"? Correct `models` of this backend"),

@@ -1,7 +1,7 @@
 //! What the doctor says about the coordinator's certificate: why it is invalid, how to fix that, its issuer and its validity
 //! period. Parses only as much of X.509 as is printed.
 //!
-//! Nothing is decided here: rustls decides whether a certificate is valid. Whatever the bytes are, every read is within them.
+//! The parser makes no decisions: rustls decides whether a certificate is valid. Every read is bounds-checked, whatever the bytes.
 
 use std::fmt;
 use std::ops::Range;
@@ -18,7 +18,7 @@ const UTC_TIME: u8 = 0x17;
 const GENERALIZED_TIME: u8 = 0x18;
 /// `[0]`, the tag of the version of a certificate.
 const VERSION: u8 = 0xa0;
-/// UTF8String, PrintableString, TeletexString, IA5String: close enough to UTF-8 to be printed.
+/// The tags of UTF8String, PrintableString, TeletexString and IA5String, which are close enough to UTF-8 to be printed.
 const TEXTS: [u8; 4] = [0x0c, 0x13, 0x14, 0x16];
 
 const COMMON_NAME: &[u8] = &[0x55, 0x04, 0x03];
@@ -27,11 +27,11 @@ const ORGANIZATION: &[u8] = &[0x55, 0x04, 0x0a];
 /// The printed fields of a certificate.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Certificate {
-    /// The issuer's common name, organization, or both; empty if it has neither.
+    /// The issuer's common name, organization, or both; empty if the certificate has neither.
     pub issuer: String,
-    /// Not valid before, in seconds since 1970.
+    /// The start of the validity period, in seconds since 1970.
     pub not_before: i64,
-    /// Not valid after, likewise.
+    /// The end of the validity period, in seconds since 1970.
     pub not_after: i64,
 }
 
@@ -86,7 +86,7 @@ pub fn parse(der: &[u8]) -> Option<Certificate> {
     Some(Certificate { issuer, not_before: time(&mut validity)?, not_after: time(&mut validity)? })
 }
 
-/// The name from a sequence of sets of pairs; unknown values are skipped.
+/// Reads the name from a sequence of sets of pairs; unknown values are skipped.
 fn issuer(mut name: Der<'_>) -> String {
     let (mut common_name, mut organization) = (None, None);
     while let Some(set) = name.value(SET) {
@@ -112,7 +112,7 @@ fn issuer(mut name: Der<'_>) -> String {
 fn time(fields: &mut Der<'_>) -> Option<i64> {
     let (tag, text) = fields.next()?;
     let digits = str::from_utf8(text.strip_suffix(b"Z")?).ok()?;
-    // X.509 has a window for years of two digits.
+    // X.509 maps two-digit years to 1950 to 2049.
     let century = match (tag, digits.len()) {
         (UTC_TIME, 12) if digits < "50" => "20",
         (UTC_TIME, 12) => "19",
@@ -181,7 +181,7 @@ mod tests {
         assert_eq!(certificate.issuer, "Röot 1 (Ours)");
         assert_eq!(certificate.not_before, midnight(2020, 2, 3));
         assert_eq!(certificate.not_after, midnight(2049, 12, 31));
-        // Dates from 2050 on have another form.
+        // Dates from 2050 on have a different format.
         let certificate = parse(&made(&both[1..2], (1999, 2051))).expect("a certificate");
         assert_eq!(certificate.issuer, "Ours");
         assert_eq!((certificate.not_before, certificate.not_after), (midnight(1999, 2, 3), midnight(2051, 12, 31)));

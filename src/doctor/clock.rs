@@ -1,11 +1,11 @@
-//! The offset of this machine's clock from the coordinator's.
+//! Checks the offset of this machine's clock from the coordinator's.
 
 use super::report::Report;
 use crate::sys::datetime;
 
-/// The largest offset at which certificates and signatures of others are still accepted.
+/// The maximum offset, in seconds, at which certificates and signatures of others are still accepted.
 const OFF_MAX_SECONDS: i64 = 5 * 60;
-/// Smaller offsets are within the precision of the header and the delay of the network.
+/// The minimum offset that is reported, in seconds; smaller offsets are within the precision of the header and the network delay.
 const OFF_IGNORED_SECONDS: i64 = 30;
 
 const FIX: &str = "timedatectl set-ntp true (as root), or synchronize the clock in another way";

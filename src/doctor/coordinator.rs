@@ -1,4 +1,4 @@
-//! The connection to the coordinator, made by the agent's own dialer: DNS, TCP, proxy, TLS, WebSocket, challenge; and its clock.
+//! Checks the connection to the coordinator with the agent's own dialer: DNS, TCP, proxy, TLS, WebSocket, challenge; and the clock.
 //!
 //! Invariant: the challenge is not answered, because that could displace the session of a running agent.
 
@@ -18,9 +18,9 @@ use crate::link::{DialError, DialObserver, Dialer};
 use crate::net::proxy;
 use crate::sys::datetime;
 
-/// The timeout of a second connection: to fetch a certificate that was refused, or a date that the upgrade response lacks.
+/// The timeout of a second connection, which fetches a certificate that was rejected, or a date that the upgrade response lacks.
 const RETRY_TIMEOUT: Duration = Duration::from_secs(3);
-/// The least number of days left; a certificate that is not renewed by then may not be renewed at all.
+/// The minimum number of days left; a certificate that is not renewed by then may not be renewed at all.
 const EXPIRY_DAYS_MIN: i64 = 14;
 
 const DROPPED: &str = "packets are dropped: let the firewall allow outgoing TCP to that port";
@@ -66,12 +66,12 @@ pub fn examine(report: &mut Report<'_>, config: &CoordinatorConfig) {
     }
 }
 
-/// The coordinator's time, and ours when it arrived.
+/// The coordinator's time, and this machine's time when it arrived.
 fn fetch_date(dialer: &Dialer) -> Option<(i64, i64)> {
     date_in(&dialer.fetch_headers(RETRY_TIMEOUT).ok()?)
 }
 
-/// The time in the headers of a response, and ours when it arrived.
+/// The time in the headers of a response, and this machine's time when the headers arrived.
 fn date_in(headers: &HeaderMap) -> Option<(i64, i64)> {
     Some((datetime::parse_http(headers.get("date")?.to_str().ok()?)?, datetime::now()))
 }
@@ -81,7 +81,7 @@ struct DialReport<'r, 'o> {
     report: &'r mut Report<'o>,
     dialer: &'r Dialer,
     secure: bool,
-    /// The layer that is being tried.
+    /// The layer in progress.
     layer: usize,
     since: Instant,
     date: Option<(i64, i64)>,
@@ -143,7 +143,7 @@ impl DialReport<'_, '_> {
         self.reach(if self.secure { TLS } else { WEBSOCKET });
     }
 
-    /// Moves on to this layer; the layers below it have passed.
+    /// Proceeds to this layer; the layers below it have passed.
     fn reach(&mut self, layer: usize) {
         self.layer = layer;
         self.since = Instant::now();

@@ -1,4 +1,4 @@
-//! A test completion and a test cancel, by the same code as real jobs.
+//! A test completion and a test cancel, run by the same code as real jobs.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use crate::backend::{Backend, BackendError, BackendResult, Job, JobResult, JobSi
 use crate::discovery::ResolvedModel;
 use crate::link::protocol::DEADLINE_DEFAULT_MS;
 
-/// The length of the job to be cancelled: enough for the server to be still generating.
+/// The length of the cancelled job, in tokens: long enough that the server is still generating.
 const CANCELLED_TOKENS: u32 = 64;
 
 /// Picks the model to test: preferably one that is loaded and is not for embeddings.
@@ -23,7 +23,7 @@ pub fn pick<'a>(offered: &'a [ResolvedModel], unloaded: &[String]) -> &'a str {
     offered.iter().min_by_key(penalty).map_or("", |model| &model.model_id)
 }
 
-/// Has the backend complete one token, then cancels a second completion at its first byte.
+/// Requests a completion of one token, then cancels a second completion at its first byte.
 pub fn run(report: &mut Report<'_>, backend: &dyn Backend, model: &str, kind: Kind) {
     report.pending("completion");
     let (outcome, first_byte) = execute(backend, model, 1, false);
@@ -90,7 +90,7 @@ fn execute(
     (outcome, sink.first_byte)
 }
 
-/// Measures an answer and discards it.
+/// A sink that measures an answer and discards it.
 struct Stopwatch {
     began: Instant,
     first_byte: Option<Duration>,

@@ -1,4 +1,4 @@
-//! The layers of this machine: the configuration, the identity, the lock, the disk.
+//! Checks the layers of this machine: the configuration, the identity, the lock, the disk.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -12,9 +12,9 @@ use crate::instance::identity::{Identity, IdentityError};
 use crate::instance::{AgentPaths, LockOwner};
 use crate::sys::files;
 
-/// More than identity, lock, state and log need.
+/// The minimum of free disk space, in bytes: more than identity, lock, state and log need.
 const FREE_BYTES_MIN: u64 = 16 << 20;
-/// The size of the file that is written as a test.
+/// The size of the test file, in bytes.
 const TEST_FILE_BYTES: usize = 4 << 10;
 
 /// Finds and reads `agent.toml`.
@@ -39,7 +39,7 @@ pub fn config(report: &mut Report<'_>, named: Option<&Path>, allow_insecure: boo
     Some(config)
 }
 
-/// Checks that the key exists, is readable by its owner alone, and is known to the coordinator.
+/// Checks that the key exists, is readable only by its owner, and is known to the coordinator.
 pub fn identity(report: &mut Report<'_>, config: &Config) {
     let path = &config.key_path;
     let shown_path = path.display();
@@ -133,7 +133,7 @@ pub fn disk(report: &mut Report<'_>, config: &Config) {
         let what = format_args!("{} MiB free at `{path}`, too little for the state file and the log", free >> 20);
         report.fail("disk", what, FULL_FIX);
     } else {
-        // Unknown only if the system does not report it.
+        // `None` only if the system does not report the free space.
         let free = free.unwrap_or(0) >> 20;
         report.pass("disk", format_args!("`{path}` is writable, {free} MiB free"));
     }

@@ -1,8 +1,8 @@
 //! `doctor`: checks everything the agent needs, layer by layer, and says how to fix what is broken.
 //!
-//! Invariants: the doctor changes nothing, except for a file that it writes and removes; it creates no identity, does not answer
-//! the challenge and takes no lock, so that it can run beside the agent. Every wait is bounded: without inference all of them
-//! together take about 30 s. A layer above a broken one is skipped, not failed. No secret and no model output is printed.
+//! Invariants: the doctor changes nothing, except for a test file that it writes and removes; it creates no identity, does not
+//! answer the challenge and takes no lock, so that it can run beside the agent. Every wait is bounded: without inference, all
+//! waits together take about 30 s. A layer above a broken layer is skipped, not failed. No secret and no model output is printed.
 
 mod backend_fixes;
 mod backends;
@@ -25,10 +25,10 @@ use crate::instance::AgentPaths;
 use crate::link::protocol::AGENT_VERSION;
 use crate::sys::terminal::Terminal;
 
-/// What to check.
+/// The options of the doctor.
 #[derive(Debug)]
 pub struct Options<'a> {
-    /// The `agent.toml` that was named, if any.
+    /// The `agent.toml` named by `--config`, if any.
     pub config: Option<&'a Path>,
     /// Whether a `ws://` coordinator is allowed.
     pub allow_insecure: bool,
@@ -36,7 +36,7 @@ pub struct Options<'a> {
     pub inference: bool,
 }
 
-/// Runs the checks and prints each result as it comes to `out`, which is `terminal`. Returns whether no check failed.
+/// Runs the checks and prints each result to `out`, whose properties `terminal` describes. Returns whether no check failed.
 pub fn examine(options: &Options<'_>, out: &mut dyn Write, terminal: Terminal) -> bool {
     let _ = writeln!(out, "usepod-agent {AGENT_VERSION} doctor");
     let mut report = Report::new(out, terminal);

@@ -1,21 +1,21 @@
-//! The output of the doctor: one entry for each check as it is done, the fix below it, and the verdict.
+//! The output of the doctor: one entry per check, printed when the check is done, with the fix below it; and the verdict.
 //!
-//! Invariant: whatever a text contains and wherever it comes from, it is bounded and printable.
+//! Invariant: every printed text is bounded and printable, regardless of its content and origin.
 
 use std::fmt::Display;
 use std::io::Write;
 
 use crate::sys::terminal::{Terminal, wrap};
 
-/// The longest text of an entry, in characters; a server's error message may be longer.
+/// The maximum length of an entry's text, in characters; a server's error message may be longer.
 const TEXT_MAX: usize = 600;
-/// The width of the column of names; the widest name is shorter.
+/// The width of the column of names, in characters; every name is shorter.
 const NAME_WIDTH: usize = 12;
 
-/// Clears the line that says what is being waited for.
+/// Clears the line that shows the pending check.
 const CLEAR_LINE: &str = "\r\x1b[K";
 
-/// Prints to `out` line by line; a broken `out` loses the lines and nothing else.
+/// Prints to `out` line by line. If `out` is broken, only the lines are lost.
 pub struct Report<'a> {
     out: &'a mut dyn Write,
     terminal: Terminal,
@@ -35,7 +35,7 @@ enum Mark {
 }
 
 impl Mark {
-    /// The mark in UTF-8 and in ASCII, and its color as an SGR code.
+    /// The mark in UTF-8, the mark in ASCII, and the color as an SGR code.
     fn looks(self) -> (&'static str, &'static str, &'static str) {
         match self {
             Mark::Pass => ("✓", "ok  ", "32"),
@@ -47,7 +47,7 @@ impl Mark {
 }
 
 impl<'a> Report<'a> {
-    /// An empty report to `out`, which is `terminal`.
+    /// Creates an empty report to `out`, whose properties `terminal` describes.
     pub fn new(out: &'a mut dyn Write, terminal: Terminal) -> Report<'a> {
         Report { out, terminal, checks: 0, warnings: 0, failures: 0, first_failure: String::new() }
     }
@@ -57,7 +57,7 @@ impl<'a> Report<'a> {
         self.print(&format!("\n{}", wrap("", &one_line(text), self.terminal.width)));
     }
 
-    /// Shows which check is being waited for, until its result is printed.
+    /// Shows the pending check until its result is printed.
     pub fn pending(&mut self, name: &str) {
         if self.terminal.is_live {
             let ellipsis = self.terminal.ellipsis();
@@ -65,13 +65,13 @@ impl<'a> Report<'a> {
         }
     }
 
-    /// The check passed.
+    /// Reports that the check passed.
     pub fn pass(&mut self, name: &str, what: impl Display) {
         self.checks += 1;
         self.entry(Mark::Pass, name, what);
     }
 
-    /// The check found something that does not keep the agent from serving.
+    /// Reports that the check found a problem that does not prevent the agent from serving.
     pub fn warn(&mut self, name: &str, what: impl Display, fix: impl Display) {
         self.checks += 1;
         self.warnings += 1;
@@ -79,7 +79,7 @@ impl<'a> Report<'a> {
         self.fix(fix);
     }
 
-    /// The check failed.
+    /// Reports that the check failed.
     pub fn fail(&mut self, name: &str, what: impl Display, fix: impl Display) {
         self.checks += 1;
         self.failures += 1;
@@ -91,12 +91,12 @@ impl<'a> Report<'a> {
         self.fix(fix);
     }
 
-    /// The check was not done.
+    /// Reports that the check was skipped.
     pub fn skip(&mut self, name: &str, why: impl Display) {
         self.entry(Mark::Skipped, name, why);
     }
 
-    /// Prints the verdict, with `summary` if no check failed. Returns whether none did.
+    /// Prints the verdict, with `summary` if no check failed. Returns whether no check failed.
     pub fn verdict(mut self, summary: impl Display) -> bool {
         let Report { checks, failures, warnings, .. } = self;
         let first = std::mem::take(&mut self.first_failure);
@@ -114,7 +114,7 @@ impl<'a> Report<'a> {
         let (utf8, ascii, color) = mark.looks();
         let mark = if self.terminal.is_utf8 { utf8 } else { ascii };
         let text = wrap(&format!("  {mark} {name:NAME_WIDTH$}"), &one_line(what), self.terminal.width);
-        // Colored only now, since escape codes have no width.
+        // Colored after wrapping, because escape codes have no width.
         let colored = text.replacen(mark, &self.terminal.styled(color, mark), 1);
         self.print(&colored);
     }

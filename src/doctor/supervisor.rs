@@ -1,4 +1,4 @@
-//! The supervisor of the agent: a crontab or a systemd unit, and whether it works.
+//! Checks the supervisor of the agent: a crontab or a systemd unit.
 
 use std::time::Duration;
 

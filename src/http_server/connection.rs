@@ -18,7 +18,7 @@ pub(crate) const BODY_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Limit of a request head, and of a chunk's size line, in bytes.
 const HEAD_BYTES_MAX: u64 = 64 * 1024;
 
-/// Limit of headers in a request.
+/// Limit of the number of headers in a request.
 const HEADERS_MAX: usize = 128;
 
 /// Time limit for checking whether the client is still connected.
@@ -140,7 +140,7 @@ impl Exchange<'_> {
         &self.head.path
     }
 
-    /// For a WebSocket upgrade: its key, and the connection, which no other request follows. `None` for other requests.
+    /// For a WebSocket upgrade, the key and the connection, which serves no further request; `None` for other requests.
     pub(crate) fn upgrade(&mut self) -> Option<(String, &BufReader<TcpStream>)> {
         let key = self.head.websocket_key.take()?;
         self.head.close = true;
@@ -205,7 +205,7 @@ impl Exchange<'_> {
         }
     }
 
-    /// Responds with a JSON document. Ignores that the client may have disconnected.
+    /// Responds with a JSON document. Ignores write errors, because the client may have disconnected.
     pub(crate) fn respond_json(&mut self, status: u16, document: &Value) {
         self.respond(status, "application/json", &document.to_string());
     }
@@ -231,7 +231,7 @@ impl Exchange<'_> {
     }
 
     fn response_head(&mut self, status: u16, content: &str) -> String {
-        // An unread body would be taken for the next request.
+        // An unread body would be parsed as the next request.
         self.head.close |= !matches!(self.body_left, Body::Read);
         let connection = if self.head.close { "close" } else { "keep-alive" };
         let reason =
@@ -242,7 +242,7 @@ impl Exchange<'_> {
         )
     }
 
-    /// Whether the client has closed the connection, or its half of it.
+    /// Whether the client has closed the connection or its half of it.
     pub(crate) fn client_has_disconnected(&self) -> bool {
         client_has_disconnected(self.input.get_ref())
     }
@@ -277,7 +277,7 @@ impl StreamedBody<'_> {
         self.out.write_all(&self.frame)
     }
 
-    /// Whether the client has closed the connection, or its half of it.
+    /// Whether the client has closed the connection or its half of it.
     pub(crate) fn client_has_disconnected(&self) -> bool {
         client_has_disconnected(self.out)
     }

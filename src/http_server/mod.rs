@@ -1,4 +1,4 @@
-//! A small HTTP server on loopback with one thread per connection. The demo's servers are built on it.
+//! A small HTTP server on loopback with one thread per connection, used by the demo's servers.
 //!
 //! Not `tiny_http`: its fixed thread pool lets a burst of kept-alive connections block all others, and it does not report that a
 //! client has disconnected before the first byte of its response, which is when a cancel saves most.
@@ -19,7 +19,7 @@ use crate::sys::datetime;
 use crate::sys::threads::spawn;
 use connection::Exchange;
 
-/// Limit of concurrent connections; each takes a thread. Further ones get a 503.
+/// Limit of concurrent connections; each takes a thread. Further connections receive a 503.
 const CONNECTIONS_MAX: usize = 256;
 
 /// Time limit for receiving data, between requests and within one.
@@ -28,11 +28,11 @@ const READ_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time limit for sending data; a client that does not read for longer counts as disconnected.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Limits for what is read from a client before its connection is closed: time for each read, and bytes in total.
+/// Limits for reading from a client before its connection is closed: time per read, and bytes in total.
 const LINGER_TIMEOUT: Duration = Duration::from_millis(200);
 const LINGER_BYTES_MAX: u64 = 1024 * 1024;
 
-/// Binds `127.0.0.1:port`; 0 is any free port.
+/// Binds `127.0.0.1:port`; 0 means any free port.
 pub(crate) fn bind(port: u16) -> io::Result<TcpListener> {
     TcpListener::bind((Ipv4Addr::LOCALHOST, port))
 }

@@ -75,7 +75,7 @@ pub fn flush() {
     }
 }
 
-/// Untrusted text as part of one line: escaped, and cut after `SANITIZED_MAX` characters.
+/// Untrusted text as part of one line: escaped, and truncated to `SANITIZED_MAX` characters.
 pub fn sanitize_for_log(text: &str) -> String {
     let mut sanitized: String = text.chars().take(SANITIZED_MAX).flat_map(char::escape_debug).collect();
     if text.chars().nth(SANITIZED_MAX).is_some() {

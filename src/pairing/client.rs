@@ -17,9 +17,9 @@ use crate::sys::datetime;
 pub const LIFETIME: Duration = Duration::from_secs(600);
 /// The timeout of one request and its response.
 const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(10);
-/// The longest response that is read, in bytes: the terms of several thousand models.
+/// The maximum size of a response, in bytes: the terms of several thousand models.
 const RESPONSE_BYTES_MAX: usize = 1 << 20;
-/// Unix times above this are in milliseconds.
+/// The largest Unix time that is in seconds; larger ones are in milliseconds.
 const SECONDS_MAX: i64 = 100_000_000_000;
 
 /// Why a request failed.
@@ -32,7 +32,7 @@ pub enum PairingError {
 }
 
 impl PairingError {
-    /// The same error, without this secret, which the server may have quoted.
+    /// Removes this secret from the error, because the server may have quoted it.
     pub fn without(self, secret: &str) -> PairingError {
         match self {
             PairingError::Permanent(why) => PairingError::Permanent(why.replace(secret, "…")),
@@ -43,11 +43,11 @@ impl PairingError {
 
 /// The state of a code.
 pub enum PollStatus {
-    /// Nobody has entered it yet.
+    /// The code has not been entered yet.
     Pending,
-    /// It has expired.
+    /// The code has expired.
     Expired,
-    /// It was entered.
+    /// The code was entered.
     Active(Paired),
 }
 
@@ -58,7 +58,7 @@ pub struct PairingClient {
 }
 
 impl PairingClient {
-    /// Trusts `roots` too, and uses the proxy of the environment, as the agent's connection does.
+    /// Creates a client that also trusts `roots` and uses the proxy from the environment, like the agent's connection.
     pub fn new(urls: CoordinatorUrls, roots: &ExtraRoots) -> PairingClient {
         PairingClient { urls, client: Client::trusting(roots) }
     }
@@ -66,7 +66,7 @@ impl PairingClient {
     /// Requests a code.
     ///
     /// # Errors
-    /// The server issued none.
+    /// The server issued no code.
     pub fn issue(&self, public_key_base64: &str) -> Result<Issued, PairingError> {
         let request = json!({"agent_pubkey": public_key_base64});
         let (answer, date) = self.post(&self.urls.issue(), &request)?;
@@ -83,7 +83,7 @@ impl PairingClient {
     /// Requests the state of a code.
     ///
     /// # Errors
-    /// The server did not return it.
+    /// The server did not return the state.
     pub fn poll(&self, poll_token: &str, backends: &[Advertised]) -> Result<PollStatus, PairingError> {
         let url = self.urls.poll();
         let (answer, _) = self.post(&url, &poll_request(poll_token, backends))?;
@@ -148,7 +148,7 @@ fn text_of(response: &Response<Body>, name: header::HeaderName) -> Option<String
     Some(response.headers().get(name)?.to_str().ok()?.to_owned())
 }
 
-/// The message of an error response, in any of the usual forms.
+/// The message of an error response, in any of the usual formats.
 fn message_in(body: &[u8]) -> String {
     let document: Value = serde_json::from_slice(body).unwrap_or_default();
     let places = [&document["error"]["message"], &document["error"], &document["message"], &document["detail"]];
@@ -158,8 +158,8 @@ fn message_in(body: &[u8]) -> String {
     if message.is_empty() { String::new() } else { format!(": {}", sanitize_for_log(message)) }
 }
 
-/// The lifetime of a code that expires at `expires_at`, as of `now`, Unix seconds of the server's clock if known. Ten minutes, as
-/// the protocol says, if that makes no sense, for example because a clock is wrong.
+/// The lifetime of a code that expires at `expires_at`, as of `now`, Unix seconds of the server's clock if known. [`LIFETIME`], as
+/// in the protocol, if the result is implausible, for example because a clock is wrong.
 fn lifetime(expires_at: &Value, now: i64) -> Duration {
     let at = match expires_at {
         Value::String(text) => datetime::parse_rfc3339(text).or_else(|| text.trim().parse().ok()),

@@ -1,11 +1,11 @@
 //! The pairing of `setup`: the coordinator issues a code, a person enters it on a page, and the coordinator returns the provider
 //! id and the terms of the models.
 //!
-//! Who runs here: one thread, `pairing`, polls the coordinator, queues the events and signals that there are some; the caller
-//! prints them. The thread ends when the pairing does, at the latest when the code expires.
+//! Threads: `pairing` polls the coordinator, queues the events and signals them; the caller prints them. The thread ends with the
+//! pairing, at the latest when the code expires.
 //!
-//! Invariants: every wait is bounded, and so is the whole, by the lifetime of the code; transient errors are retried until then.
-//! A host token is never printed or stored.
+//! Invariants: every wait is bounded, and the whole pairing is bounded by the lifetime of the code; transient errors are retried
+//! until then. A host token is never printed or stored.
 
 pub mod agent_toml;
 mod client;
@@ -26,7 +26,7 @@ use crate::sys::threads;
 
 /// The time between two polls.
 const POLL_INTERVAL: Duration = Duration::from_millis(800);
-/// The number of requests for a code before giving up.
+/// The maximum number of requests for a code.
 const ISSUES_MAX: u32 = 5;
 /// The delay before the second request for a code; it doubles, so all five take 15 s.
 const ISSUE_DELAY: Duration = Duration::from_secs(1);
@@ -36,9 +36,9 @@ const ISSUE_DELAY: Duration = Duration::from_secs(1);
 pub struct Issued {
     /// The code that a person enters.
     pub code: String,
-    /// The token that polls carry; a secret.
+    /// The token sent with each poll; a secret.
     poll_token: String,
-    /// How long the code is valid after its arrival.
+    /// How long the code is valid after it arrives.
     pub lifetime: Duration,
 }
 
@@ -79,9 +79,9 @@ pub struct Advertised {
 
 /// What happens during a pairing.
 pub enum Event {
-    /// The coordinator issued a code. Comes once, before `Paired` and `Expired`.
+    /// The coordinator issued a code. Sent once, before `Paired` and `Expired`.
     Issued(Issued),
-    /// Requests fail for this reason and are retried. Comes once for a run of failures.
+    /// Requests fail for this reason and are retried. Sent once for a series of failures.
     Retrying(String),
     /// Requests succeed again.
     Recovered,
@@ -100,7 +100,7 @@ pub struct PairingHandle {
 }
 
 impl PairingHandle {
-    /// Receives when there are new events; disconnected after the last one.
+    /// Receives a signal when there are new events; disconnects after the last event.
     pub fn ready(&self) -> &Receiver<()> {
         &self.ready
     }
@@ -126,7 +126,7 @@ pub fn start(client: PairingClient, public_key_base64: String, backends: Vec<Adv
     Ok(PairingHandle { events, ready })
 }
 
-/// The sending end; reports a run of failures once.
+/// The sending end. Reports a series of failures once.
 struct EventQueue {
     events: Arc<Mutex<Vec<Event>>>,
     signal: Sender<()>,
@@ -136,7 +136,7 @@ struct EventQueue {
 impl EventQueue {
     fn push(&self, event: Event) {
         self.events.lock().unwrap_or_else(PoisonError::into_inner).push(event);
-        // Full: the signal is pending already. Disconnected: nobody is waiting.
+        // Full: a signal is already pending. Disconnected: nobody is waiting.
         let _ = self.signal.try_send(());
     }
 
@@ -153,7 +153,7 @@ impl EventQueue {
     }
 }
 
-/// Runs the pairing; returns its last event.
+/// Runs the pairing and returns its last event.
 fn pair(client: &PairingClient, public_key_base64: &str, backends: &[Advertised], queue: &mut EventQueue) -> Event {
     let mut delay = ISSUE_DELAY;
     let mut issues = 1;

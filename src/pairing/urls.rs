@@ -21,7 +21,7 @@ impl CoordinatorUrls {
     /// Parses a base URL, or the URL that agents connect to, as in `agent.toml`.
     ///
     /// # Errors
-    /// The URL is invalid, for the reason returned.
+    /// The reason why the URL is invalid.
     pub fn parse(text: &str) -> Result<CoordinatorUrls, &'static str> {
         let text = text.trim();
         let uri: Uri = text.parse().map_err(|_| "it is not a URL")?;
@@ -54,7 +54,7 @@ impl CoordinatorUrls {
         self.base.starts_with("https:")
     }
 
-    /// Whether nobody else can read the connection: it is encrypted or stays on this machine.
+    /// Whether nobody else can read the connection, because it is encrypted or stays on this machine.
     pub fn is_private(&self) -> bool {
         let host = self.base.parse::<Uri>().ok().and_then(|uri| Some(uri.host()?.trim_matches(['[', ']']).to_owned()));
         let is_here = |host: String| host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());

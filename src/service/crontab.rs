@@ -1,7 +1,8 @@
 //! The agent's block in the user's crontab, between two marker lines.
 //!
 //! Invariants: no byte outside the block changes, and [`Crontab::without_block`] removes exactly what [`Crontab::with_block`] adds. A
-//! crontab whose markers, or the lines between them, are not as this module writes them is refused: the operator may have edited it.
+//! crontab is rejected if its markers or the lines between them differ from those that this module writes: the operator may have
+//! edited them.
 
 use std::io::{self, ErrorKind, Write};
 use std::ops::Range;
@@ -32,7 +33,7 @@ impl Crontab {
     /// The crontab of this user; `None` if no cron is installed.
     ///
     /// # Errors
-    /// `crontab` fails, or the block was edited.
+    /// `crontab` failed, or the block was edited.
     pub fn read() -> Result<Option<Crontab>, String> {
         let output = match command("crontab").arg("-l").output() {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
@@ -42,7 +43,7 @@ impl Crontab {
             return Crontab::parse(output.stdout).map(Some);
         }
         let said = error_text(&output);
-        // The words of cron, cronie and dcron; those of busybox.
+        // The messages of cron, cronie and dcron; then that of busybox.
         let is_none = said.contains("no crontab for") || (said.contains("can't open") && said.contains("No such file"));
         match is_none && output.stdout.is_empty() {
             true => Crontab::parse(Vec::new()).map(Some),
@@ -105,7 +106,7 @@ impl Crontab {
             None => (&self.text[..], &[][..]),
         };
         let mut text = before.to_vec();
-        // If the last line of the crontab has no line end, neither has the block; `without_block` recognizes the case by that.
+        // If the last line of the crontab has no line end, the block has none either, by which `without_block` recognizes the case.
         let was_open = match &self.block {
             Some(block) => !self.text[block.clone()].ends_with(b"\n"),
             None => !before.is_empty() && !before.ends_with(b"\n"),
@@ -130,7 +131,7 @@ impl Crontab {
         [before, &self.text[block.end..]].concat()
     }
 
-    /// The shell command that cron runs every minute, or at boot if only that line is left; `None` without a block.
+    /// The shell command that cron runs every minute, or at boot if only that line remains; `None` without a block.
     pub fn command(&self) -> Option<String> {
         let block = String::from_utf8_lossy(&self.text[self.block.clone()?]);
         let command = TIMES.iter().rev().find_map(|times| block.lines().find_map(|line| line.strip_prefix(times)))?;
@@ -183,7 +184,7 @@ impl Crontab {
 fn output_with_input(command: &mut Command, input: &[u8]) -> io::Result<Output> {
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     if let Some(mut stdin) = child.stdin.take() {
-        // A program that stops reading explains itself on stderr.
+        // A program that stops reading reports the reason on stderr.
         let _ = stdin.write_all(input);
     }
     child.wait_with_output()
@@ -200,7 +201,7 @@ fn command_line(command: &ServiceCommand) -> String {
     line
 }
 
-/// Quotes for the shell, and for cron, which reads a bare `%` as a line end.
+/// Quotes for the shell and for cron, which treats an unescaped `%` as a line end.
 fn cron_quote(text: &str) -> String {
     format!("'{}'", text.replace('\'', "'\\''").replace('%', "\\%"))
 }
@@ -211,7 +212,7 @@ fn is_ours(line: &[u8]) -> bool {
     command.is_some_and(|command| command.starts_with("exec '") && command.contains(RUN))
 }
 
-/// `NAME = value`, by cron's rules.
+/// Parses `NAME = value` by cron's rules.
 fn assignment(line: &str) -> Option<(String, String)> {
     let (name, value) = line.split_once('=')?;
     let (name, value) = (unquoted(name.trim()), unquoted(value.trim()));

@@ -8,10 +8,10 @@ use std::time::Duration;
 
 /// How often a followed file is checked for new text.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
-/// How much is read at a time, backwards from the end, in bytes.
+/// Number of bytes per read, backwards from the end.
 const STEP_BYTES: u64 = 64 << 10;
 
-/// The last lines of `log`, continued in `older` if `log` has too few. A missing file counts as empty.
+/// The last lines of `log`, preceded by lines of `older` if `log` has too few. A missing file counts as empty.
 ///
 /// # Errors
 /// A file cannot be read.
@@ -32,7 +32,7 @@ fn last_lines(path: &Path, lines: usize) -> io::Result<(Vec<u8>, usize)> {
     };
     let mut start = file.seek(SeekFrom::End(0))?;
     let mut text: Vec<u8> = Vec::new();
-    // The line end of the last line does not start another line.
+    // The line end of the last line does not begin another line.
     let count =
         |text: &[u8]| text.iter().rev().skip(1).filter(|b| **b == b'\n').count() + usize::from(!text.is_empty());
     while start > 0 && count(&text) <= lines {
@@ -51,12 +51,12 @@ fn last_lines(path: &Path, lines: usize) -> io::Result<(Vec<u8>, usize)> {
     Ok((text, count))
 }
 
-/// Prints the last lines, then everything that is written from now on, also after a rotation, until `out` is closed.
+/// Prints the last lines, then all lines that are written later, also after a rotation, until `out` is closed.
 ///
 /// # Errors
 /// A file cannot be read.
 pub fn follow(log: &Path, older: &Path, lines: usize, out: &mut impl Write) -> io::Result<()> {
-    // Opened before the tail is read: text that is written meanwhile may be printed twice, but is not missed.
+    // Opened before the tail is read: text written in between may be printed twice, but is not missed.
     let mut file = File::open(log).ok();
     if let Some(file) = &mut file {
         file.seek(SeekFrom::End(0))?;
@@ -71,7 +71,7 @@ pub fn follow(log: &Path, older: &Path, lines: usize, out: &mut impl Write) -> i
         if let Some(open) = &mut file {
             let is_replaced = current.as_ref().is_some_and(|now| open.metadata().is_ok_and(|it| it.ino() != now.ino()));
             if current.is_some_and(|now| !is_replaced && now.len() < open.stream_position().unwrap_or(0)) {
-                // The file was truncated, as by logrotate's `copytruncate`.
+                // The file was truncated, for example by logrotate's `copytruncate`.
                 open.rewind()?;
             }
             open.read_to_end(&mut text)?;

@@ -1,7 +1,7 @@
-//! The supervisor that starts the agent and restarts it: cron, or systemd if the operator prefers it.
+//! The supervisor that starts and restarts the agent: cron, or systemd if the operator prefers it.
 //!
 //! Invariants: at most one supervisor is installed. An agent that the operator has stopped stays stopped under both, because of the
-//! marker file [`AgentPaths::stopped`](crate::instance::AgentPaths::stopped). Only the owner of the lock is ever signalled.
+//! marker file [`AgentPaths::stopped`](crate::instance::AgentPaths::stopped). Only the owner of the lock is ever signaled.
 
 pub mod crontab;
 pub mod logs;
@@ -47,10 +47,10 @@ impl ServiceCommand {
     /// Checks that both supervisors can represent a path.
     ///
     /// # Errors
-    /// It contains characters that they cannot represent.
+    /// The path contains characters that they cannot represent.
     pub fn path(path: &Path) -> Result<String, String> {
         match path.to_str() {
-            // Implementations of cron differ in how they read a backslash before `%`.
+            // Implementations of cron differ in how they interpret a backslash before `%`.
             Some(text) if !text.contains(|c: char| c.is_control() || c == '\\') => Ok(text.to_owned()),
             _ => Err(format!(
                 "`{}`: the path of a supervised agent must be UTF-8 without control characters and backslashes; rename it",
@@ -86,7 +86,7 @@ impl Supervisor {
         Ok(Crontab::read()?.filter(|table| table.command().is_some()).map(Supervisor::Cron))
     }
 
-    /// The configuration file that it was installed with.
+    /// The configuration file that the supervisor was installed with.
     pub fn config(&self) -> Option<String> {
         match self {
             Supervisor::Cron(table) => table.config(),
@@ -94,7 +94,7 @@ impl Supervisor {
         }
     }
 
-    /// Which one it is and where it is installed, for the operator.
+    /// The name of the supervisor and where it is installed, for the operator.
     pub fn description(&self) -> String {
         match self {
             Supervisor::Cron(_) => "cron, in your crontab".into(),
@@ -103,14 +103,14 @@ impl Supervisor {
     }
 }
 
-/// A program on the PATH, run with English messages, because some of them are parsed.
+/// A command that runs a program on the PATH with English messages, because some of them are parsed.
 pub fn command(program: &str) -> Command {
     let mut command = Command::new(program);
     command.env("LC_ALL", "C");
     command
 }
 
-/// Why a program failed: its error messages, or its exit status if it wrote none.
+/// The reason why a program failed: its error messages, or its exit status if it wrote none.
 pub fn error_text(output: &Output) -> String {
     match String::from_utf8_lossy(&output.stderr).trim() {
         "" => exit_text(output.status),
@@ -176,14 +176,14 @@ pub fn is_cron_running() -> Option<bool> {
 /// Terminates the agent: SIGTERM, then SIGKILL once `grace` has passed. Returns whether SIGKILL was needed.
 ///
 /// # Errors
-/// A signal was refused, or the process outlived SIGKILL.
+/// A signal was refused, or the process survived SIGKILL.
 pub fn terminate(owner: &LockOwner, grace: Duration) -> Result<bool, String> {
     let before_signal = || if owner.is_running() { ControlFlow::Continue(()) } else { ControlFlow::Break(false) };
     let has_ended = |signal| Ok((!owner.is_running()).then_some(signal == Signal::SIGKILL));
     terminate::terminate(owner, grace, before_signal, has_ended).map_err(|e: TerminateError| e.to_string())
 }
 
-/// Waits until `condition` is true; false if it is not within `timeout`.
+/// Waits until `condition` is true. Returns false if `timeout` passes first.
 pub fn wait_until(timeout: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let began = Instant::now();
     loop {

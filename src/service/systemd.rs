@@ -53,17 +53,17 @@ ProtectSystem=strict
 /// A systemd unit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unit {
-    /// Its file.
+    /// The unit's file.
     pub path: PathBuf,
-    /// Whether it is a user unit, managed by `systemctl --user`.
+    /// Whether this is a user unit, managed by `systemctl --user`.
     pub is_users: bool,
 }
 
-/// What goes into the unit's file.
+/// The content of the unit's file.
 pub struct Content<'a> {
-    /// The command that is started.
+    /// The command that the unit starts.
     pub command: &'a ServiceCommand,
-    /// The user it runs as; only in system units.
+    /// The user that the command runs as; only in system units.
     pub uid: Option<u32>,
     /// The marker that keeps the unit from starting.
     pub stopped: &'a Path,
@@ -96,7 +96,7 @@ impl Unit {
         })
     }
 
-    /// The configuration file in it.
+    /// The configuration file that the unit names.
     pub fn config(&self) -> Option<String> {
         let value = self.value_of(CONFIG_KEY)?;
         Some(value.strip_prefix('"')?.strip_suffix('"')?.to_owned())
@@ -177,7 +177,7 @@ impl Unit {
     /// Runs `systemctl`.
     ///
     /// # Errors
-    /// Its error message, or there is no `systemctl`.
+    /// The error message of `systemctl`, or the reason why it could not be run.
     pub fn systemctl(&self, arguments: &[&str]) -> Result<(), String> {
         let arguments = [self.scope(), arguments].concat();
         let shown = format!("systemctl {}", arguments.join(" "));
@@ -204,7 +204,7 @@ fn systemd_quote(text: &str) -> String {
     format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\"").replace('%', "%%"))
 }
 
-/// Quotes one argument of a command, in which `$` would begin a variable.
+/// Quotes one argument of a command, in which `$` would otherwise begin a variable.
 fn quote_argument(text: &str) -> String {
     systemd_quote(text).replace('$', "$$")
 }

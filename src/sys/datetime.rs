@@ -1,13 +1,13 @@
-//! Points in time as protocols and people write them. `time` and `httpdate` do the calendar; only durations for people are ours.
+//! Formats and parses points in time, with the crates `time` and `httpdate`, and formats durations for people.
 //!
-//! A point in time is a [`SystemTime`] or Unix seconds, always UTC. Text that is no date is `None`.
+//! A point in time is a [`SystemTime`] or Unix seconds, always UTC. Parsing returns `None` if the text is not a date.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-/// The last second of the year 9999, beyond which no format here goes.
+/// The last second of the year 9999, the latest that the formats support.
 const UNIX_SECONDS_MAX: u64 = 253_402_300_799;
 
 /// Unix seconds of a system time, within the years 1970 to 9999.
@@ -16,38 +16,38 @@ pub fn to_unix(at: SystemTime) -> i64 {
     seconds.min(UNIX_SECONDS_MAX).cast_signed()
 }
 
-/// The present Unix seconds, by the clock of this machine.
+/// The current Unix seconds, by the clock of this machine.
 pub fn now() -> i64 {
     to_unix(SystemTime::now())
 }
 
-/// In RFC 3339: `1994-11-06T08:49:37Z`.
+/// Formats as RFC 3339: `1994-11-06T08:49:37Z`.
 pub fn rfc3339(at: SystemTime) -> String {
     date_time(to_unix(at)).format(&Rfc3339).unwrap_or_default()
 }
 
-/// The day alone: `1994-11-06`.
+/// Formats the date only: `1994-11-06`.
 pub fn format_date(unix_seconds: i64) -> String {
     date_time(unix_seconds).date().to_string()
 }
 
-/// As in HTTP's `Date`: `Sun, 06 Nov 1994 08:49:37 GMT`.
+/// Formats as HTTP's `Date`: `Sun, 06 Nov 1994 08:49:37 GMT`.
 pub fn format_http(at: SystemTime) -> String {
     // `httpdate` panics outside the years 1970 to 9999.
     httpdate::fmt_http_date(UNIX_EPOCH + Duration::from_secs(to_unix(at).unsigned_abs()))
 }
 
-/// Reads RFC 3339, in any time zone; fractions of a second are dropped.
+/// Parses RFC 3339 in any time zone. Fractions of a second are dropped.
 pub fn parse_rfc3339(text: &str) -> Option<i64> {
     OffsetDateTime::parse(text.trim(), &Rfc3339).ok().map(OffsetDateTime::unix_timestamp)
 }
 
-/// Reads what HTTP's `Date` may hold.
+/// Parses any valid format of HTTP's `Date`.
 pub fn parse_http(text: &str) -> Option<i64> {
     httpdate::parse_http_date(text.trim()).ok().map(to_unix)
 }
 
-/// A duration, in its two largest units: `2 h 1 min`.
+/// Formats a duration in its two largest units: `2 h 1 min`.
 pub fn format_duration(seconds: u64) -> String {
     let (large, large_unit, small, small_unit) = match seconds {
         0..60 => return format!("{seconds} s"),
@@ -58,7 +58,7 @@ pub fn format_duration(seconds: u64) -> String {
     format!("{large} {large_unit} {small} {small_unit}")
 }
 
-/// The epoch for what `time` has no year for.
+/// Converts to `time`'s type; returns the epoch for years that `time` does not support.
 fn date_time(unix_seconds: i64) -> OffsetDateTime {
     OffsetDateTime::from_unix_timestamp(unix_seconds).unwrap_or(OffsetDateTime::UNIX_EPOCH)
 }

@@ -1,11 +1,11 @@
-//! The name that a misspelt one was probably meant to be.
+//! Suggests the name that a misspelled name was probably meant to be.
 
-/// Two names of which more than one letter in this many differs are not similar.
+/// Two names are similar if at most one letter in this many differs.
 const LETTERS_PER_EDIT: usize = 3;
-/// Bytes of each name that are compared.
+/// Maximum number of bytes compared per name.
 const COMPARED_MAX: usize = 80;
 
-/// Returns the most similar of `names`, if one is similar enough; the first of several.
+/// Returns the most similar of `names`, if one is similar enough; if several are equally similar, the first.
 pub fn nearest<'a>(wanted: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let mut nearest: Option<(usize, &str)> = None;
     for name in names {
@@ -18,7 +18,7 @@ pub fn nearest<'a>(wanted: &str, names: impl IntoIterator<Item = &'a str>) -> Op
     nearest.map(|(_, name)| name)
 }
 
-/// The Levenshtein distance in bytes, ignoring case; 0 where one name is a prefix of the other.
+/// Returns the Levenshtein distance in bytes, ignoring case; 0 if one name is a prefix of the other.
 fn distance(a: &str, b: &str) -> usize {
     let letters = |text: &str| -> Vec<u8> { text.bytes().take(COMPARED_MAX).map(|b| b.to_ascii_lowercase()).collect() };
     let (a, b) = (letters(a), letters(b));

@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use nix::sys::signal::{SigSet, Signal};
 
-/// Age from which a temporary file counts as left behind by a crash; writing one takes milliseconds.
+/// Minimum age of a temporary file that counts as left behind by a crash; writing one takes milliseconds.
 const LEFTOVER_AGE: Duration = Duration::from_secs(60);
 
 /// Reads a file of at most `bytes_max` bytes.
 ///
 /// # Errors
-/// The file cannot be read, or is larger (`FileTooLarge`).
+/// The file cannot be read, or is too large (`FileTooLarge`).
 pub fn read_bounded(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
     let mut content = Vec::new();
     File::open(path)?.take(bytes_max + 1).read_to_end(&mut content)?;
@@ -53,7 +53,7 @@ pub fn replace_without_fsync(path: &Path, content: &[u8]) -> io::Result<()> {
 pub fn create_atomic(path: &Path, content: &[u8]) -> io::Result<()> {
     write_via_temporary(path, content, |temporary, target| match fs::hard_link(temporary, target) {
         Ok(()) => {
-            // The file is there; a temporary name that stays is removed by `remove_leftovers`.
+            // The file exists; if the temporary name remains, `remove_leftovers` removes it.
             let _ = fs::remove_file(temporary);
             Ok(())
         }
@@ -107,7 +107,7 @@ fn write_via_temporary(
         let _ = fs::remove_file(&temporary);
         return written;
     }
-    // The rename is durable only once the folder is synced. Some file systems cannot sync folders; the content is synced.
+    // The rename is durable only once the folder is synced. Some file systems cannot sync folders; the content is synced anyway.
     if let Some(folder) = target.parent().and_then(|folder| File::open(folder).ok()) {
         let _ = folder.sync_all();
     }
@@ -117,7 +117,7 @@ fn write_via_temporary(
 /// Checks whether [`write_atomic`] would succeed.
 ///
 /// # Errors
-/// Why it would not.
+/// The reason why it would fail.
 pub fn check_writable(path: &Path) -> io::Result<()> {
     write_via_temporary(path, b"", |temporary, _| fs::remove_file(temporary))
 }
@@ -149,7 +149,7 @@ fn write_new(path: &Path, content: &[u8]) -> io::Result<()> {
     file.sync_all()
 }
 
-/// Has files that are created with these options get mode 0600.
+/// Sets mode 0600 for files that are created with these options.
 pub fn owner_only(options: &mut OpenOptions) -> &mut OpenOptions {
     options.mode(0o600)
 }
@@ -160,7 +160,7 @@ pub fn open_to_others(metadata: &Metadata) -> Option<u32> {
     (mode & 0o077 != 0).then_some(mode)
 }
 
-/// Blocks SIGXFSZ in this thread and in those that it starts from now on: a write beyond the limit on file sizes (`ulimit -f`) then
+/// Blocks SIGXFSZ in this thread and in the threads that it starts later: a write beyond the file size limit (`ulimit -f`) then
 /// fails instead of killing the process.
 pub fn block_sigxfsz() {
     let mut signals = SigSet::empty();

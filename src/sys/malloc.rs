@@ -1,7 +1,7 @@
 //! Returns freed memory to the system.
 //!
-//! glibc keeps freed memory for the next allocation: about 20 MB after 256 concurrent streams, for the lifetime of the process. An
-//! agent runs for months and is mostly idle. A thread that frees much requests a trim; the housekeeping thread performs it.
+//! glibc keeps freed memory for later allocations: about 20 MB after 256 concurrent streams, for the lifetime of the process. An
+//! agent runs for months and is mostly idle. A thread that frees much memory requests a trim, which the housekeeping thread performs.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -14,12 +14,12 @@ pub fn configure() {
     allocator::configure();
 }
 
-/// Requests a trim: much memory was freed, or will be soon.
+/// Requests a trim, because much memory was freed or will soon be freed.
 pub fn request_trim() {
     TRIM_REQUESTED.store(true, Ordering::Relaxed);
 }
 
-/// Trims the heap if that was requested since the last call; takes about a millisecond.
+/// Trims the heap if a trim was requested since the last call. Takes about a millisecond.
 pub fn trim_if_requested() {
     if TRIM_REQUESTED.swap(false, Ordering::Relaxed) {
         allocator::trim();
@@ -34,7 +34,7 @@ mod allocator {
     /// Number of arenas; glibc's default is eight per core.
     const ARENAS_MAX: c_int = 2;
 
-    /// Size from which buffers are mapped individually, in bytes; glibc's initial value.
+    /// Minimum size of buffers that are mapped individually, in bytes; glibc's initial value.
     const MMAP_THRESHOLD_BYTES: c_int = 128 << 10;
 
     pub fn configure() {
@@ -53,7 +53,7 @@ mod allocator {
     }
 }
 
-/// Other allocators return memory by themselves, or not at all.
+/// Other allocators return memory automatically, or not at all.
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
 mod allocator {
     pub fn configure() {}

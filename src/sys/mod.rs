@@ -1,4 +1,4 @@
-//! What the operating system offers, in the form that the agent needs: files, threads, memory, dates, the terminal, shell quoting.
+//! Wrappers around the operating system: files, threads, memory, dates, the terminal, shell quoting.
 
 pub mod datetime;
 pub mod edit_distance;

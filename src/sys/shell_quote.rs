@@ -1,4 +1,4 @@
-//! Quoting for a POSIX shell, in command lines that the operator is shown.
+//! Quotes words for a POSIX shell, in command lines that are shown to the operator.
 
 /// `text` as one word of a POSIX shell, quoted if necessary.
 pub fn shell_quote(text: &str) -> String {

@@ -1,13 +1,13 @@
-//! How text is printed on stdout: the line width, the characters of the locale, color, and the one function that wraps lines.
+//! The properties of the terminal on stdout (line width, character set, color), and line wrapping.
 
 use std::io::{IsTerminal, stdout};
 
-/// The line width in characters where neither `COLUMNS` nor the terminal says.
+/// The line width in characters if neither `COLUMNS` nor the terminal provides one.
 const WIDTH_DEFAULT: usize = 80;
-/// The least width that is used, in characters: a column of labels and one word beside it.
+/// The minimum line width, in characters: a column of labels and one word beside it.
 const WIDTH_MIN: usize = 40;
 
-/// What stdout can show.
+/// The capabilities of stdout.
 #[derive(Debug, Clone, Copy)]
 pub struct Terminal {
     /// Characters per line.
@@ -16,12 +16,12 @@ pub struct Terminal {
     pub is_utf8: bool,
     /// Whether lines can be redrawn in place.
     pub is_live: bool,
-    /// Whether color and bold are wanted.
+    /// Whether color and bold are used.
     pub has_color: bool,
 }
 
 impl Terminal {
-    /// stdout, as the environment describes it.
+    /// The capabilities of stdout, from the environment.
     pub fn of_stdout() -> Terminal {
         Terminal::of(|name| std::env::var(name).ok(), stdout().is_terminal())
     }
@@ -40,12 +40,12 @@ impl Terminal {
         }
     }
 
-    /// The mark of an omission.
+    /// The mark for omitted text.
     pub fn ellipsis(&self) -> &'static str {
         if self.is_utf8 { "…" } else { "..." }
     }
 
-    /// `text` in this color or weight, an SGR code such as `32`; plain where color is not wanted.
+    /// `text` in this color or weight, an SGR code such as `32`; unchanged without color.
     pub fn styled(&self, sgr: &str, text: &str) -> String {
         if self.has_color { format!("\x1b[{sgr}m{text}\x1b[0m") } else { text.to_owned() }
     }
@@ -87,7 +87,7 @@ pub fn wrap(label: &str, text: &str, width: usize) -> String {
             out.push_str(&format!("\n{:indent$}", ""));
             (column, is_first) = (indent, true);
         }
-        // The second space of two that the line was broken at.
+        // The second of two spaces at a line break.
         if word.is_empty() && is_first {
             continue;
         }

@@ -1,4 +1,4 @@
-//! Threads with a name, for logs and debuggers, and a small stack.
+//! Starts threads with a name, for logs and debuggers, and a small stack.
 
 use std::io;
 use std::thread::{Builder, JoinHandle};
@@ -18,10 +18,10 @@ pub fn spawn<T: Send + 'static>(
     Builder::new().name(name.into()).stack_size(STACK_BYTES).spawn(body)
 }
 
-/// Puts the calling thread under `SCHED_BATCH`, so that waking it does not preempt the thread that woke it. Meant for a thread to
-/// which others hand work just before they sleep: on an idle machine, an event then takes a third less wall-clock and CPU time. On a
-/// machine whose cores are all busy, an event waits 1 to 4 ms for the end of another thread's time slice, which inference gains. If
-/// the system refuses, nothing changes.
+/// Puts the calling thread under `SCHED_BATCH`, so that waking it does not preempt the thread that woke it. Meant for a thread that
+/// receives work from others just before they sleep: on an idle machine, an event then takes a third less wall-clock and CPU time.
+/// If all cores are busy, an event waits 1 to 4 ms for the end of another thread's time slice, which benefits inference. If the
+/// system refuses, nothing changes.
 pub fn set_batch_scheduling() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     #[expect(unsafe_code, reason = "neither std nor nix offers this call")]

@@ -11,7 +11,7 @@ use crate::service::systemd::{self, Content, UNIT, Unit};
 use crate::service::{ServiceCommand, Supervisor, is_cron_running, this_user};
 use crate::sys::files;
 
-/// Environment variables that the agent uses and a supervisor does not pass on.
+/// Environment variables that the agent uses and that a supervisor does not pass on.
 const PROXY_VARIABLES: [&str; 4] = ["HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"];
 
 /// Installs the agent under cron or systemd.
@@ -19,7 +19,7 @@ pub fn run(globals: &Globals, systemd: bool) -> Result<(), CliError> {
     let unit = if systemd { Some(Unit::of_this_user()?) } else { None };
     let target = ServiceTarget::load(&Config::find(globals.config.as_deref())?, globals.allow_insecure, unit.as_ref())?;
     let command = service_command(&target, globals)?;
-    // A user who may not use cron has no crontab.
+    // A user who is not allowed to use cron has no crontab.
     let has_no_crontab = |e: &String| systemd && e.contains("not allowed");
     let installed = Supervisor::installed().or_else(|e| if has_no_crontab(&e) { Ok(None) } else { Err(e) })?;
     if let Some(installed) = &installed {
@@ -41,7 +41,7 @@ pub fn run(globals: &Globals, systemd: bool) -> Result<(), CliError> {
         None => install_block(&command)?,
     };
     for line in report.lines() {
-        // A command is not wrapped.
+        // Commands are not wrapped.
         if line.starts_with("  ") { out!("{line}\n") } else { print_wrapped(line) }
     }
     for note in notes(&command, &target, systemd, &set_by_cron) {
@@ -135,7 +135,7 @@ fn install_unit(unit: &Unit, command: &ServiceCommand, target: &ServiceTarget) -
     Ok(report)
 }
 
-/// What the operator must know or do for the agent to start and to serve. `variables` are those that cron sets.
+/// Notes on what the operator must know or do so that the agent starts and serves. `variables` are the variables that cron sets.
 fn notes(command: &ServiceCommand, target: &ServiceTarget, systemd: bool, variables: &[String]) -> Vec<String> {
     let mut notes = Vec::new();
     let is_in = |folders: &[&str]| folders.iter().any(|folder| command.binary.contains(folder));

@@ -1,6 +1,6 @@
 //! `service`: installs, starts, stops and shows the agent under a supervisor.
 //!
-//! The configuration is the one that the installed supervisor names, unless `--config` names another.
+//! The configuration is the file that the installed supervisor names, unless `--config` names another.
 
 mod install;
 
@@ -25,13 +25,13 @@ use crate::service::{
 use crate::sys::files;
 use crate::sys::terminal::{Terminal, wrap};
 
-/// The exit code of `status` if no agent is running, and of the others if no supervisor is installed.
+/// The exit code of `status` if no agent is running, and of the other actions if no supervisor is installed.
 const NOT_RUNNING: u8 = 3;
 /// The time an agent may take to acquire its lock.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
-/// The time in which an agent that cannot serve exits.
+/// The time within which an agent that cannot serve exits.
 const SETTLE_TIME: Duration = Duration::from_millis(500);
-/// The number of log lines that are printed after a failed start.
+/// The number of log lines printed after a failed start.
 const FAILURE_LINES: usize = 10;
 
 /// Runs the action.
@@ -56,16 +56,16 @@ pub fn run(globals: &Globals, options: &Service) -> Result<(), CliError> {
     }
 }
 
-/// The agent that the action is about.
+/// The agent that an action applies to.
 struct ServiceTarget {
     path: PathBuf,
     key_path: PathBuf,
     paths: AgentPaths,
     log: PathBuf,
-    /// Whether the configuration names the log; otherwise systemd keeps it.
+    /// Whether the configuration names a log file; otherwise the log is in systemd's journal.
     is_log_named: bool,
     drain: Duration,
-    /// The environment variables that hold its API keys.
+    /// The environment variables that contain the agent's API keys.
     keys: Vec<String>,
 }
 
@@ -77,7 +77,7 @@ impl ServiceTarget {
         let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
         let _ = std::env::set_current_dir(&home);
         let config = Config::load(&path, allow_insecure)?;
-        // A system unit runs as the owner of the file, whose home is not root's.
+        // A system unit runs as the owner of the file, whose home folder is not root's.
         let owner = supervisor.filter(|unit| !unit.is_users).and_then(|_| systemd::owner_of(&path));
         let owners_home = owner.map_or_else(|| home.clone(), |(_, home)| home);
         let in_owners_home = |file: &Path| {
@@ -120,7 +120,7 @@ fn target_of(globals: &Globals, supervisor: Option<&Supervisor>) -> Result<Servi
         Some(Supervisor::Systemd(unit)) => Some(unit),
         _ => None,
     };
-    // None of these actions dials, so ws:// is no risk.
+    // None of these actions connects to the coordinator, so ws:// is no risk.
     ServiceTarget::load(&path, true, unit)
 }
 
@@ -142,7 +142,7 @@ fn uninstall(globals: &Globals) -> Result<(), CliError> {
     print_wrapped(&format!("removed: {}", supervisor.description()));
     let target = target?;
     let ended = stop_running(&target);
-    // The marker is for the supervisor, which is gone.
+    // The marker is meant for the supervisor, which is now removed.
     let _ = files::remove_marker(&target.paths.stopped());
     ended
 }
@@ -175,7 +175,7 @@ fn stop_running(target: &ServiceTarget) -> Result<(), CliError> {
         print("no agent is running\n");
         return Ok(());
     };
-    // The owner of the lock file decides which pid it contains, and must not make root kill the process of another user.
+    // The owner of the lock file controls the pid in it, and must not make root kill the process of another user.
     let user_of = |path: &Path| std::fs::metadata(path).map(|found| found.uid()).ok();
     let process = PathBuf::from(format!("/proc/{}", owner.pid));
     if Uid::effective().is_root() && user_of(&process) != user_of(&target.paths.lock()) {
@@ -203,7 +203,7 @@ fn start(globals: &Globals) -> Result<(), CliError> {
 fn restart(globals: &Globals) -> Result<(), CliError> {
     let (supervisor, target) = installed(globals)?;
     let supervisor = supervisor.ok_or_else(|| not_installed(globals))?;
-    // Under cron, this process or cron starts the agent again, with the same line; the lock decides which.
+    // Under cron, either this process or cron starts the agent, with the same command; the lock decides which.
     if matches!(supervisor, Supervisor::Cron(_)) {
         stop_running(&target)?;
     }
@@ -226,7 +226,7 @@ fn start_by(supervisor: &Supervisor, target: &ServiceTarget, verb: &str) -> Resu
     let mut exit = None;
     let mut has_failed = || {
         exit = child.as_mut().and_then(|child| child.try_wait().ok().flatten());
-        // An agent that exits with 0 has found one that cron started at the same time.
+        // An agent that exits with 0 has found an agent that cron started at the same time.
         exit.is_some_and(|status| !status.success())
     };
     let runs = || LockOwner::running(&target.paths).is_some();

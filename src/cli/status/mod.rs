@@ -1,5 +1,5 @@
-//! `status`: whether the agent is serving, and if not, why. Exit codes for health checks: 0 serving, 1 running but not serving, 3
-//! not running.
+//! `status`: prints whether the agent is serving, and if not, why. Exit codes, for health checks: 0 serving, 1 running but not
+//! serving, 3 not running.
 
 mod render;
 
@@ -21,9 +21,9 @@ const NOT_SERVING: u8 = 1;
 /// The exit code if no agent is running.
 const NOT_RUNNING: u8 = 3;
 
-/// How long a running agent has to rewrite its state file; it takes a millisecond.
+/// How long a running agent may take to rewrite its state file, which takes a millisecond.
 const REFRESH_TIMEOUT: Duration = Duration::from_millis(500);
-/// The time between two looks at the file meanwhile.
+/// The time between two reads of the state file while waiting.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// The time between two pages of `--watch`.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
@@ -50,7 +50,7 @@ pub fn run(globals: &Globals, options: &Status) -> Result<(), CliError> {
     }
     loop {
         let text = text(&Report::new(&paths));
-        // Each line is cleared behind its end, and the screen below the page.
+        // The rest of each line is cleared, and the screen below the page.
         let redraws = terminal.is_live && !options.json;
         let page = if redraws { format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")) } else { text };
         if try_print(&page).is_err() {
@@ -60,20 +60,20 @@ pub fn run(globals: &Globals, options: &Status) -> Result<(), CliError> {
     }
 }
 
-/// What `status` reports: the state file, corrected by what the lock says about the agent.
+/// The report of `status`: the state file, corrected by the lock file.
 struct Report {
     state: State,
     /// Whether there is a state file. Without one, only a few keys of `state` are known.
     has_file: bool,
     is_running: bool,
-    /// The state in the file, where it no longer holds.
+    /// The state in the file, if it no longer applies.
     last_state: Option<String>,
     /// Time since the last sign of life of a running agent.
     silence: Option<Duration>,
 }
 
 impl Report {
-    /// Has a running agent refresh its state file, and reads it.
+    /// Makes a running agent refresh its state file, and reads it.
     fn new(paths: &AgentPaths) -> Report {
         match LockOwner::running(paths) {
             Some(owner) => Report::running(paths, &owner),
@@ -110,7 +110,7 @@ impl Report {
             silence: Some(silence),
             state: State { pid: owner.pid, ..file.unwrap_or_else(starting) },
         };
-        // A state that a working agent has not rewritten for long no longer says whether it serves.
+        // A state that a working agent has not rewritten for a long time no longer shows whether the agent serves.
         if let Some(age) = file_age(paths).filter(|age| report.has_file && *age >= LIVENESS_TIMEOUT) {
             let what = "it has not been able to write its state file for";
             report.last_state = Some(report.state.state.clone());
@@ -123,7 +123,7 @@ impl Report {
         report
     }
 
-    /// Replaces what the state file says by `state`, in which the agent is not serving.
+    /// Replaces the state from the file with `state`, in which the agent is not serving.
     fn replace(&mut self, state: &str, reason: String) {
         self.state.state = state.to_owned();
         self.state.serving = false;
@@ -158,7 +158,8 @@ impl Report {
     }
 }
 
-/// Has the agent rewrite its state file and waits for that; if it does not respond, the last one. `None` while it has written none.
+/// Makes the agent rewrite its state file, and returns the new state; the last state if the agent does not respond; `None` if it has
+/// not written one yet.
 fn refreshed(paths: &AgentPaths, owner: &LockOwner) -> Option<State> {
     let read = || State::read_own(paths, owner);
     let before = read();

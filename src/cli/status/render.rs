@@ -1,4 +1,4 @@
-//! The page of `status`. Its texts come from a file, so none is printed without being sanitized.
+//! The page of `status`. The texts come from a file, so each is sanitized before it is printed.
 
 use crate::cli::offer::{OfferRow, table};
 use crate::logging::sanitize_for_log as text;
@@ -6,11 +6,11 @@ use crate::observe::{Jobs, LastError, LastJob, State, Tokens};
 use crate::sys::datetime;
 use crate::sys::terminal::{Terminal, wrap};
 
-/// Models that are listed by name; an agent may have hundreds.
+/// Maximum number of models listed by name; an agent may have hundreds.
 const MODELS_SHOWN: usize = 20;
-/// Characters before the text of a line.
+/// Width of the labels, in characters.
 const LABEL_WIDTH: usize = 15;
-/// In the place of a figure that does not exist yet.
+/// Printed instead of a figure that does not exist yet.
 const NONE_YET: &str = "none yet";
 
 const GREEN: &str = "32";
@@ -20,7 +20,7 @@ const YELLOW: &str = "33";
 pub fn page(state: &State, is_running: bool, terminal: Terminal) -> String {
     let mut page = Page { text: String::new(), terminal };
     headline(&mut page, state);
-    // What the last agent saw of its backends and did says nothing about now.
+    // Backends and figures of an agent that has ended say nothing about the present.
     if is_running {
         agent(&mut page, state);
         backends(&mut page, state);
@@ -45,7 +45,7 @@ impl Page {
     }
 }
 
-/// What the agent does, and what the operator can do about it.
+/// Prints the state of the agent, and what the operator can do about it.
 fn headline(page: &mut Page, state: &State) {
     let name = text(&state.state);
     let since = state.since.as_deref().and_then(ago).map_or_else(String::new, |ago| format!(" for {ago}"));
@@ -191,7 +191,7 @@ fn jobs(page: &mut Page, state: &State) {
     }
 }
 
-/// The time since a date, with no-break spaces; `None` if it is no date.
+/// The time since a date, with no-break spaces; `None` if `date` is not a date.
 fn ago(date: &str) -> Option<String> {
     let passed = datetime::now() - datetime::parse_rfc3339(date)?;
     Some(datetime::format_duration(u64::try_from(passed).unwrap_or(0)).replace(' ', "\u{a0}"))

@@ -1,9 +1,9 @@
-//! The `agent.toml` that a pairing leaves behind: a complete, commented file if there was none, otherwise the operator's file
-//! with only those values changed that the pairing decides.
+//! The text of `agent.toml` after a pairing: a complete, commented file if there was none, otherwise the operator's file
+//! with only the values changed that the pairing decides.
 //!
 //! Invariants: an existing file keeps its comments, key order, spelling, line ends and unknown keys. One exception: dotted keys
 //! of the same table that are not adjacent are grouped, because `toml_edit` writes them so. A host token is only shown redacted.
-//! Pure functions; the caller parses the text again before writing it.
+//! The functions are pure; the caller parses the text again before writing it.
 
 use toml_edit::{
     ArrayOfTables, DocumentMut, InlineTable, Item, RawString, Table, TableLike, TomlError, Value, table, value,
@@ -13,10 +13,10 @@ use super::{CoordinatorUrls, ModelTerms, Paired};
 use crate::config::{BackendConfig, KEY_PATH_DEFAULT, MAX_CONCURRENT_RANGE, without_bom};
 use crate::logging::{redact, sanitize_for_log};
 
-/// Prices of a new file when the pairing names none, USDC micro-units per million tokens.
+/// Prices of a new file if the pairing names none, in USDC micro-units per million tokens.
 const INPUT_DEFAULT: u64 = 500_000;
 const OUTPUT_DEFAULT: u64 = 750_000;
-/// Jobs at a time, likewise.
+/// Limit of concurrent jobs of a new file if the pairing names none.
 const MAX_CONCURRENT_DEFAULT: u32 = 4;
 
 /// Start of the comment lines that record the pairing.
@@ -24,8 +24,8 @@ const PAIRED_WITH: &str = "# paired with:  ";
 const PROVIDER_ID: &str = "# provider_id:  ";
 const HOST_TOKEN: &str = "# host token:   ";
 
-/// Returns the new text of the file. `old` is the present text, empty if there is no file; `found` lists discovered backends
-/// that it does not name.
+/// Returns the new text of the file. `old` is the current text, empty if there is no file; `found` lists discovered backends
+/// that `old` does not name.
 ///
 /// # Errors
 /// `old` is not TOML, or has a value where a table belongs.
@@ -125,7 +125,7 @@ fn edit(old: &str, urls: &CoordinatorUrls, paired: &Paired, found: &[BackendConf
     Ok(document.to_string())
 }
 
-/// Records the pairing in the comment at the top, in place of an earlier one.
+/// Records the pairing in the comment at the top, replacing the record of an earlier pairing.
 fn with_head(text: &str, urls: &CoordinatorUrls, paired: &Paired) -> String {
     let known = |text: &Option<String>, show: fn(&str) -> String| {
         text.as_deref().map_or_else(|| "none was given".to_owned(), show)
@@ -186,7 +186,7 @@ fn backend_table(backend: &BackendConfig) -> Table {
     [("kind", value(backend.kind.name()))].into_iter().chain(url).collect()
 }
 
-/// Sets the prices that the pairing names; a price that it does not name stays.
+/// Sets the prices that the pairing names, and keeps the others.
 fn edit_prices(pricing: &mut Item, models: &[ModelTerms]) -> Result<(), String> {
     for ModelTerms { model_id, input_per_1m, output_per_1m, .. } in models {
         for (key, price) in [("input_per_1m", input_per_1m), ("output_per_1m", output_per_1m)] {
@@ -213,7 +213,7 @@ fn set(table: &mut Item, key: &str, mut new: Value) -> Result<(), String> {
     if let Item::Value(Value::InlineTable(table)) = table
         && !table.contains_key(key)
     {
-        // `toml_edit` counts the space before the closing brace to the last value.
+        // `toml_edit` stores the space before the closing brace with the last value.
         if let Some((_, last)) = table.iter_mut().last() {
             let decor = last.decor_mut();
             if decor.suffix().and_then(RawString::as_str).is_some_and(|suffix| suffix.trim().is_empty()) {

@@ -45,7 +45,7 @@ fn without_models_there_are_defaults() {
     assert_eq!(config.limits.max_concurrent, 256);
 }
 
-/// Every way to spell a table, and keys that nobody knows.
+/// Every way to write a table, and unknown keys.
 const OLD: &str = r#"
 odd.dotted = 1
 list = [
@@ -90,7 +90,7 @@ name = "y"
 # The end.
 "#;
 
-/// The lines that are only in `old`, and those only in `new`; what both have is in the same order.
+/// The lines that are only in `old`, and the lines that are only in `new`; common lines must be in the same order.
 fn changed<'a>(old: &'a str, new: &'a str) -> [Vec<&'a str>; 2] {
     let (of_old, of_new): (Vec<&str>, Vec<&str>) = (old.lines().collect(), new.lines().collect());
     let (kept, gone) = of_old.iter().filter(|line| !line.is_empty()).partition::<Vec<&str>, _>(|l| of_new.contains(l));
@@ -128,14 +128,14 @@ fn an_old_file_keeps_everything_but_what_the_pairing_decides() {
     );
     assert_eq!((config.limits.max_concurrent, config.limits.drain.as_secs()), (5, 7));
     assert_eq!(config.key_path, Path::new("/keys/\u{e9}.key"));
-    // The same pairing over it changes nothing, and another one nothing but its own lines.
+    // The same pairing again changes nothing, and another pairing changes only its own lines.
     assert_eq!(written(&text, &paired(vec![model("paired", 3, 4, 5)]), &[]).0, text);
     let other = Paired { provider_id: Some("prov_2".to_owned()), ..paired(vec![model("paired", 3, 8, 5)]) };
     let (repaired, _) = written(&text, &other, &[]);
     let [gone, new] = changed(&text, &repaired);
     assert_eq!(gone, [HEAD[1], "paired.output_per_1m = 4"]);
     assert_eq!(new, ["# provider_id:  prov_2", "paired.output_per_1m = 8"]);
-    // Without models the pairing decides no limit.
+    // Without models, the pairing sets no limit.
     assert_eq!(written(OLD, &Paired::default(), &[]).1.limits.max_concurrent, 200);
 }
 
@@ -167,7 +167,7 @@ fn every_spelling_of_a_table_takes_what_is_new() {
                  m = {{ input_per_1m = 3, output_per_1m = 4 }}\n\n{backends}\n[limits]\nmax_concurrent = 5\n# the end\n"
             ),
         ),
-        // In braces, with and without room.
+        // Inline tables, with and without spaces.
         (
             "backends = [\n  { kind = \"vllm\", url = \"http://h:1\" }, # mine\n]\n\
              coordinator = { url = \"wss://c\", enrollment_code = \"C\" }\nlimits = {}\n\
@@ -178,7 +178,7 @@ fn every_spelling_of_a_table_takes_what_is_new() {
              pricing = { default_input_per_1m = 1, default_output_per_1m = 2, models = {m={input_per_1m=3, output_per_1m = 4 }} }\n"
                 .to_owned(),
         ),
-        // Dotted.
+        // Dotted keys.
         (
             "coordinator.url = \"wss://c\"\npricing.default_input_per_1m = 1\npricing.default_output_per_1m = 2\n\
              limits.drain_seconds = 1\n[[backends]]\nkind = \"vllm\"\nurl = \"http://h:1\"\n# the end\n"
@@ -190,7 +190,7 @@ fn every_spelling_of_a_table_takes_what_is_new() {
                  [[backends]]\nkind = \"vllm\"\nurl = \"http://h:1\"\n\n{backends}# the end\n"
             ),
         ),
-        // A table of its own for each model, and a comment that the code leaves behind.
+        // A separate table for each model, and a comment that remains when the code is removed.
         (
             format!(
                 "[pricing]\n{PRICES}[pricing.models.\"x\"] # dear\ninput_per_1m = 9\n[pricing.models.m]\n\
@@ -202,7 +202,7 @@ fn every_spelling_of_a_table_takes_what_is_new() {
                  url = \"wss://c.example/provider/connect\"\n\n{backends}"
             ),
         ),
-        // The same, of other models.
+        // The same, with other models.
         (
             format!(
                 "[limits]\n[pricing]\n{PRICES}[pricing.models.\"x\"] # dear\ninput_per_1m = 9\n[coordinator]\nurl = 'wss://c'\n"
