@@ -1,7 +1,7 @@
 //! The state file: its schema, shared by the writer and the readers, and the writer.
 //!
-//! [`State`] is the whole schema. A missing key, as in the file of an older version, reads as its default; unknown keys are
-//! ignored. Timestamps are RFC 3339.
+//! [`State`] is the whole schema. A key that is missing or has another type, as in the file of another version, reads as its
+//! default; unknown keys are ignored. Timestamps are RFC 3339.
 //!
 //! Invariant: the state file contains no data that must not be logged.
 
@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
 
 use super::condition::{self, Condition};
 use super::{Connection, LiveState};
@@ -191,8 +192,14 @@ impl State {
     /// # Errors
     /// The file does not exist, or is not a state file.
     pub fn read(paths: &AgentPaths) -> io::Result<State> {
-        let content = files::read_bounded(&paths.state(), STATE_BYTES_MAX)?;
-        Ok(serde_json::from_slice(&content)?)
+        Ok(State::parse(&files::read_bounded(&paths.state(), STATE_BYTES_MAX)?)?)
+    }
+
+    /// Parses a state. A value of another type, as in the file of a newer version, reads as the key's default.
+    fn parse(content: &[u8]) -> serde_json::Result<State> {
+        let mut keys: Map<String, Value> = serde_json::from_slice(content)?;
+        keys.retain(|key, value| State::deserialize(json!({ key: value })).is_ok());
+        State::deserialize(Value::Object(keys))
     }
 
     /// Reads the state file that `owner` has written; `None` if `owner` has not written one yet.
@@ -361,6 +368,18 @@ mod tests {
         let state: State = serde_json::from_str(text).expect("a state");
         assert_eq!((state.state.as_str(), state.jobs.done, state.backends[0].id.as_str()), ("serving", 7, "b"));
         assert_eq!((state.pid, state.provider_id, state.last_job), (0, None, None));
+    }
+
+    #[test]
+    fn state_with_a_value_of_another_type_is_read_without_it() {
+        let text = r#"{"pid": 7, "state": "serving", "serving": true, "p50_latency_ms": null, "p95_latency_ms": 1.5,
+            "models": [{"model_id": null}], "tokens_per_sec_p50": 2.5}"#;
+        let state = State::parse(text.as_bytes()).expect("a state");
+        assert_eq!((state.pid, state.state.as_str(), state.serving), (7, "serving", true));
+        assert_eq!((state.p95_latency_ms, state.models.len(), state.tokens_per_sec_p50), (0, 0, 2.5));
+        for other in ["[]", "null", "7", ""] {
+            assert!(State::parse(other.as_bytes()).is_err(), "{other}");
+        }
     }
 
     #[test]

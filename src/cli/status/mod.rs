@@ -101,7 +101,7 @@ impl Report {
 
     fn running(paths: &AgentPaths, owner: &LockOwner) -> Report {
         let silence = owner.since_last_liveness();
-        let file = refreshed(paths, owner);
+        let (file, is_fresh) = refreshed(paths, owner);
         let starting = || State { state: "starting".to_owned(), paused: paths.paused().exists(), ..State::default() };
         let mut report = Report {
             has_file: file.is_some(),
@@ -110,8 +110,10 @@ impl Report {
             silence: Some(silence),
             state: State { pid: owner.pid, ..file.unwrap_or_else(starting) },
         };
-        // A state that a working agent has not rewritten for a long time no longer shows whether the agent serves.
-        if let Some(age) = file_age(paths).filter(|age| report.has_file && *age >= LIVENESS_TIMEOUT) {
+        // A state that a working agent has not rewritten for a long time no longer shows whether the agent serves. A state that
+        // was just rewritten does, whatever the clock of its file system shows.
+        let is_old = |age: &Duration| report.has_file && !is_fresh && *age >= LIVENESS_TIMEOUT;
+        if let Some(age) = file_age(paths).filter(is_old) {
             let what = "it has not been able to write its state file for";
             report.last_state = Some(report.state.state.clone());
             report.state.since = None;
@@ -158,9 +160,9 @@ impl Report {
     }
 }
 
-/// Makes the agent rewrite its state file, and returns the new state; the last state if the agent does not respond; `None` if it has
-/// not written one yet.
-fn refreshed(paths: &AgentPaths, owner: &LockOwner) -> Option<State> {
+/// Makes the agent rewrite its state file. Returns the new state and true, or, if the agent does not respond, the last state, if
+/// any, and false.
+fn refreshed(paths: &AgentPaths, owner: &LockOwner) -> (Option<State>, bool) {
     let read = || State::read_own(paths, owner);
     let before = read();
     let is_woken = wake_socket::wake_process(&paths.wake());
@@ -169,11 +171,11 @@ fn refreshed(paths: &AgentPaths, owner: &LockOwner) -> Option<State> {
     while is_woken && Instant::now() < deadline {
         let now = read();
         if count(&now) > count(&before) {
-            return now;
+            return (now, true);
         }
         thread::sleep(POLL_INTERVAL);
     }
-    read().or(before)
+    (read().or(before), false)
 }
 
 /// Time since the state file was written.
