@@ -1,6 +1,6 @@
-//! The coordinator's side of the protocol: its handshake with an agent, and the agent's frames.
+//! The coordinator's side of the protocol: the handshake with an agent, and the agent's frames.
 //!
-//! Shares no code with the agent's side, so that the demo finds mistakes there.
+//! The module shares no code with the agent's side, so that the demo detects mistakes there.
 
 use std::time::Duration;
 
@@ -107,9 +107,9 @@ pub(super) fn cancel_frame(job_id: Uuid) -> String {
 /// A model that an agent offers.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OfferedModel {
-    /// The id that jobs ask for.
+    /// The id that jobs request.
     pub model_id: String,
-    /// The kind of its backend.
+    /// The kind of the model's backend.
     pub backend: String,
     /// The context window in tokens, if known.
     pub context_window: Option<u64>,

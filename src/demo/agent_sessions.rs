@@ -131,7 +131,7 @@ impl Sessions {
         }
     }
 
-    /// Takes the offer of the current connection.
+    /// Stores the offer of the current connection.
     pub(super) fn offered(&self, connection: u64, mut offer: Offer) {
         if let Some(agent) = self.lock().agent(connection) {
             if let Some(earlier) = &agent.offer {
@@ -142,7 +142,7 @@ impl Sessions {
         }
     }
 
-    /// Ends a connection: its jobs are lost, its offer is withdrawn.
+    /// Ends a connection: its jobs are lost, and its offer is withdrawn.
     pub(super) fn leave(&self, connection: u64, end: &str) {
         let mut state = self.lock();
         end.clone_into(&mut state.last_seen);
@@ -158,7 +158,7 @@ impl Sessions {
         }
     }
 
-    /// Registers a job with the current agent, and returns the way to it; `None` without an agent.
+    /// Registers a job with the current agent, and returns the agent's sender; `None` without an agent.
     pub(super) fn add_job(&self, job_id: Uuid, events: job_events::Sender) -> Option<Sender> {
         let mut state = self.lock();
         let agent = state.agent.as_mut()?;

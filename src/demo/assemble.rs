@@ -1,13 +1,13 @@
 //! Assembles a complete stream into the single document that a non-streaming client expects.
 //!
-//! The agent always streams, so requests with `"stream": false` are served this way. Unknown fields are kept.
+//! The agent always streams, so responses to requests with `"stream": false` are assembled here. Unknown fields are kept.
 
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 
 use super::sse;
 
-/// Largest index of a tool call or content block. The lists are padded up to an index, so it has to be bounded.
+/// Largest index of a tool call or content block. Lists are padded up to an index, so indexes must be bounded.
 const INDEX_MAX: usize = 1023;
 
 /// Why a stream could not be assembled.
@@ -87,7 +87,7 @@ pub(super) fn delta_text(event: &Value) -> String {
     pieces.into_iter().filter_map(Value::as_str).collect()
 }
 
-/// A proxy in front of a backend may have responded with a single JSON document, which is the result.
+/// The result if a proxy in front of the backend responded with a single JSON document instead of a stream.
 fn plain_document(stream: &[u8]) -> Result<Option<Value>, AssembleError> {
     if stream.trim_ascii_start().first() != Some(&b'{') {
         return Ok(None);

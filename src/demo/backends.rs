@@ -37,7 +37,7 @@ pub(super) fn choose(config: Option<&Config>) -> io::Result<Chosen> {
     Ok(Chosen { backends, record, echo })
 }
 
-/// Whether this model is that of the built-in echo.
+/// Whether this is the model of the built-in echo.
 pub(super) fn is_echo(chosen: &Chosen, model_id: &str) -> bool {
     chosen.echo.is_some() && model_id == echo::MODEL
 }

@@ -12,7 +12,7 @@ use super::timed_response::{Timed, percentile};
 use super::{DemoError, sample_request};
 use crate::backend::Backend;
 
-/// The prompt. A real model continues it; for the echo it has as many words as the token limit allows.
+/// The prompt. A real model continues the text; for the echo, it has as many words as the token limit allows.
 const PROMPT: &str = "Count on in words, as far as you get: one, two, three, four, five, six, seven, eight, \
      nine, ten, eleven, twelve, thirteen, fourteen, fifteen, sixteen, seventeen, eighteen, nineteen, twenty, \
      twenty-one, twenty-two, twenty-three, twenty-four";
@@ -46,7 +46,7 @@ pub(super) struct Figures {
     pub(super) direct: Column,
     pub(super) through: Column,
     added: Column,
-    /// Largest number of responses that the backend sent at the same time.
+    /// Largest number of responses that the backend sent concurrently.
     most_concurrent: usize,
     /// Number of responses through the agent.
     responses: usize,
@@ -106,7 +106,7 @@ pub(super) fn pairs(
     meter.directly(backend, request)?; // fills the backend's prompt cache
     let started = Instant::now();
     for turn in 0..2 * pairs_max {
-        // The second of a pair may find another state of backend and machine, so the order is d, t, t, d, d, t, t, d.
+        // The first request of a pair may change the state of backend and machine, so the order is d, t, t, d, d, t, t, d.
         if matches!(turn % 4, 0 | 3) {
             figures.direct.add(&meter.directly(backend, request)?);
         } else {

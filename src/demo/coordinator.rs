@@ -1,4 +1,4 @@
-//! A local coordinator: it does for one agent on loopback what the market's coordinator does.
+//! A local coordinator: implements the market's coordinator for one agent on loopback.
 //!
 //! Each connection has a thread, which handles pairing requests or runs an agent's session (see `session`). A job is sent from the
 //! thread that submits it, which receives the job's events from a queue. One agent is current: a newer one replaces it, and the jobs
@@ -60,7 +60,7 @@ pub enum CoordinatorError {
     /// The socket or a thread could not be created.
     #[error("failed to start the local coordinator: {0}")]
     Start(#[from] io::Error),
-    /// The agent made no offer in time. The text is the last thing seen of it.
+    /// The agent made no offer in time. The text is the last thing seen of the agent.
     #[error("no agent has made an offer within {limit} s ({1})", limit = .0.as_secs())]
     NoOffer(Duration, String),
     /// A job was submitted without an agent.
@@ -78,7 +78,7 @@ pub struct Coordinator {
 }
 
 impl Coordinator {
-    /// Listens on a free loopback port.
+    /// Starts a coordinator on a free loopback port.
     pub fn start() -> Result<Self, CoordinatorError> {
         Ok(Self::serve(http_server::bind(0)?)?)
     }
@@ -110,7 +110,7 @@ impl Coordinator {
         self.sessions.last_seen()
     }
 
-    /// Starts the clock of the connect stage: an agent is about to start.
+    /// Starts the clock of the connect stage, just before an agent starts.
     pub fn expect_agent(&self) {
         self.sessions.expect_agent();
     }

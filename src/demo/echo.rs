@@ -11,7 +11,7 @@ use super::coordinator::Format;
 use crate::http_server::connection::{Exchange, error_document};
 use crate::http_server::{self, HttpServer};
 
-/// Id of the only model that it lists.
+/// Id of the only listed model.
 pub(super) const MODEL: &str = "echo";
 
 /// Pause between words, so that the stream is visible.
@@ -60,7 +60,7 @@ fn stream(exchange: &mut Exchange<'_>, pieces: &[String]) {
     }
 }
 
-/// The response, in pieces between which the echo pauses.
+/// The response, in pieces with a pause after each.
 fn response_pieces(request: &Value, format: Format) -> Vec<String> {
     let text = last_user_text(request);
     let words: Vec<&str> = text.split_inclusive(char::is_whitespace).collect();

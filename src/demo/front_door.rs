@@ -21,7 +21,7 @@ use crate::http_server::connection::{Exchange, percent_decoded};
 /// Time limit of a request; a model that has to be loaded may take minutes.
 const JOB_DEADLINE: Duration = Duration::from_secs(600);
 
-/// Interval at which the client of a silent job is checked.
+/// Interval of checks whether the client of a silent job is still connected.
 const CLIENT_POLL: Duration = Duration::from_millis(100);
 
 /// Limit of a response that is assembled for a non-streaming client, in bytes.
@@ -145,7 +145,7 @@ fn complete(coordinator: &Coordinator, exchange: &mut Exchange<'_>, format: Form
         return Err(invalid(400, "the body has no string `model`; GET /v1/models lists them"));
     };
     let streaming = request["stream"] == true;
-    // Jobs for models that are not offered are sent anyway, to show that the agent rejects them.
+    // Jobs for models that are not offered are also sent, to show that the agent rejects them.
     let order = JobOrder { job_id: Uuid::new_v4(), model_id, request, format, deadline: JOB_DEADLINE };
     let mut job = coordinator.submit(order)?;
     let served = if streaming { stream(exchange, &mut job, format) } else { whole(exchange, &mut job, format) };
@@ -200,7 +200,7 @@ fn stream(exchange: &mut Exchange<'_>, job: &mut Job, format: Format) -> io::Res
     body.finish()
 }
 
-/// An error event that clients recognize even if the stream was truncated within a line.
+/// An error event, which clients recognize even if the stream was truncated within a line.
 fn failure_event(error: &ErrorResponse, format: Format, ended_clean: bool) -> Vec<u8> {
     let separator = if ended_clean { "" } else { "\n\n" };
     let name = match format {

@@ -1,6 +1,6 @@
 //! The events of a job, in a channel that is bounded in bytes instead of events.
 //!
-//! Threads: the connection's thread sends without waiting; the thread that submitted the job receives.
+//! Threads: the connection's thread sends without blocking; the thread that submitted the job receives.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

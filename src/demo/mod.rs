@@ -3,8 +3,8 @@
 //! Threads: the caller's thread controls the demo and prints; `agent` runs the same [`Agent`] as `usepod-agent run`; the coordinator,
 //! the front door and the echo backend have threads of their own.
 //!
-//! Invariant: [`run`] returns `Ok` only if the bytes that reached the coordinator are those that the backend sent and, for the
-//! built-in echo backend, those that it must send.
+//! Invariant: [`run`] returns `Ok` only if the coordinator received exactly the bytes that the backend sent and, for the built-in
+//! echo backend, exactly the expected bytes.
 
 mod sample_request;
 mod assemble;
@@ -57,16 +57,16 @@ use timed_response::{Timed, percentile};
 pub use agent_protocol::{HandshakeError, OfferedModel};
 pub use job_events::JobEnd;
 
-/// Default port of the front door; if it is taken, any free port.
+/// Default port of the front door; if it is in use, any free port.
 pub const DEFAULT_PORT: u16 = 8788;
 
-/// Time limit for the agent's first offer: its handshake and its probes, and a margin.
+/// Time limit for the agent's first offer: the handshake, the probes and a margin.
 const OFFER_WAIT: Duration = Duration::from_secs(20);
 
 /// Time limit for a backend that is loading its model.
 const LOADING_WAIT: Duration = Duration::from_secs(300);
 
-/// Interval at which waits check whether the demo is to stop.
+/// Interval at which waits check for a stop of the demo.
 const STOP_POLL: Duration = Duration::from_millis(50);
 
 /// The default prompt for a real model.
@@ -78,7 +78,7 @@ const ECHO_PROMPT: &str = "Every word of this went from the coordinator through 
 /// Number of request pairs for the overhead figure.
 const OVERHEAD_PAIRS: usize = 5;
 
-/// Price per million tokens without a config, in USDC micro-units. Nobody is charged.
+/// Price per million tokens without a config, in USDC micro-units. Nothing is charged.
 const DEMO_PRICE_PER_1M: u64 = 100_000;
 
 /// Drain time after Ctrl-C without a config.
@@ -87,7 +87,7 @@ const DRAIN: Duration = Duration::from_secs(5);
 /// The options of the demo.
 #[derive(Default)]
 pub struct Options {
-    /// The front door's port; `None` for [`DEFAULT_PORT`], or any free port if that is taken.
+    /// The front door's port; `None` for [`DEFAULT_PORT`], or any free port if that is in use.
     pub port: Option<u16>,
     /// The prompt.
     pub prompt: Option<String>,
@@ -95,7 +95,7 @@ pub struct Options {
     pub once: bool,
     /// Whether to measure the agent's overhead after the first response, and then exit.
     pub bench: bool,
-    /// Backends, prices and limits. Its coordinator and identity are not used.
+    /// Backends, prices and limits. The coordinator and identity of the config are not used.
     pub config: Option<Config>,
 }
 
@@ -118,7 +118,7 @@ pub enum DemoError {
     /// A thread or socket could not be created.
     #[error("failed to start the demo: {0}")]
     Start(#[from] io::Error),
-    /// The agent ended by itself.
+    /// The agent ended unexpectedly.
     #[error("the agent ended unexpectedly; see its log on stderr")]
     AgentEnded,
     /// The agent's key could not be created.
@@ -274,7 +274,7 @@ fn wait_for_offer(
     }
 }
 
-/// The model that is likely to respond soonest: a chat model, judging by its id, with a known context window, as loaded models have.
+/// The model that is likely to respond first: a chat model, judging by its id, with a known context window, as loaded models have.
 fn model_to_ask(offer: &Offer) -> Option<&OfferedModel> {
     let chats =
         |id: &str| !["embed", "rerank", "whisper", "tts"].iter().any(|other| id.to_ascii_lowercase().contains(other));
@@ -317,7 +317,7 @@ fn show_overhead(meter: &OverheadMeter<'_>, backend: &dyn Backend, output: &mut 
     }
 }
 
-/// Compares the bytes that arrived with those that the backend sent, and with those that it must send.
+/// Compares the bytes that arrived with the bytes that the backend sent, and with the expected bytes.
 fn compare(arrived: &[u8], given: &[u8], expected: Option<&[u8]>) -> Result<(), DemoError> {
     let differ = |other: &[u8], what: &str| {
         let position = arrived.iter().zip(other).position(|(a, b)| a != b).unwrap_or(arrived.len().min(other.len()));
@@ -382,7 +382,7 @@ fn wait_until_stopped(agent: &JoinHandle<()>, stop: &Stop) -> Result<(), DemoErr
     Ok(())
 }
 
-/// Drains the agent, like a signal.
+/// Drains the agent, as a signal would.
 fn stop_agent(agent: JoinHandle<()>, stop: &Arc<Stop>) {
     if !stop.is_requested() {
         stop.request(); // a second request would abort the drain

@@ -49,7 +49,7 @@ pub(super) fn ms(duration: Duration) -> String {
     format!("{} ms", millis(duration, digits))
 }
 
-/// A duration in milliseconds, with this many decimals.
+/// A duration in milliseconds, with the given number of decimals.
 pub(super) fn millis(duration: Duration, decimals: usize) -> String {
     format!("{:.decimals$}", duration.as_secs_f64() * 1e3)
 }

@@ -1,4 +1,4 @@
-//! Sends the same request directly and through the agent, and records when its bytes arrive.
+//! Sends the same request directly and through the agent, and records when the bytes of each response arrive.
 //!
 //! Both ways use the same HTTP client and backend object, so they differ by the agent and its WebSocket only. The latency added
 //! within one request is measured without a second one: the recording backend has the times at which the request arrived and the
@@ -45,8 +45,8 @@ pub(super) struct Through {
 }
 
 impl OverheadMeter<'_> {
-    /// Whether a request may cost the operator money: a job may go to any backend that lists its model. A hosted backend whose
-    /// listing fails may list it.
+    /// Whether a request may cost the operator money: a job may be routed to any backend that lists its model, and a hosted backend
+    /// whose listing failed may also have the model.
     pub(super) fn may_cost(&self) -> bool {
         let is_hosted = |backend: &dyn Backend| Kind::ALL.iter().any(|k| k.is_hosted() && k.name() == backend.kind());
         let may_list = |backend: &dyn Backend| {

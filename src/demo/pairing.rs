@@ -1,6 +1,6 @@
 //! The coordinator's side of pairing: it issues codes, serves the page where a person enters one, and returns the terms of the agent.
 //!
-//! Shares no code with the agent's side, so that the demo finds mistakes there.
+//! The module shares no code with the agent's side, so that the demo detects mistakes there.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -36,7 +36,7 @@ struct Pairing {
     poll_token: String,
     key: Vec<u8>,
     issued_at: Instant,
-    /// Set once the code is entered. The same for every poll, because a response may be lost.
+    /// Set once the code is entered. Every poll returns the same token, because a response may be lost.
     host_token: Option<String>,
 }
 
@@ -44,7 +44,7 @@ struct Pairing {
 type Response = (u16, Value);
 
 impl Pairings {
-    /// Responses one request.
+    /// Responds to one request.
     pub(super) fn handle(&self, exchange: &mut Exchange<'_>) {
         match (exchange.method(), exchange.path()) {
             ("POST", "/v1/host/pair/issue") => respond(exchange, |body| self.issue(body)),
@@ -110,7 +110,7 @@ impl Pairings {
         (200, json!({"status": "active", "host_token": host_token, "provider_id": id, "model_config": terms}))
     }
 
-    /// Approves the pairing with this code. Returns whether there is one.
+    /// Approves the pairing with this code. Returns whether there is such a pairing.
     fn approve(&self, code: &str) -> bool {
         let mut open = self.open();
         let Some(pairing) = open.iter_mut().find(|pairing| plain(&pairing.code) == plain(code)) else { return false };
@@ -158,7 +158,7 @@ fn code_in(form: &[u8]) -> String {
     codes.next().unwrap_or_default()
 }
 
-/// Normalizes a code as people may type it: any case, with or without its hyphen.
+/// Normalizes a code as entered: any case, with or without the hyphen.
 fn plain(code: &str) -> String {
     code.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_uppercase()).collect()
 }

@@ -1,5 +1,5 @@
-//! Wraps a backend to record what it sends for selected jobs, and when, so that the demo can compare that with what reached the
-//! coordinator.
+//! Wraps a backend to record the bytes that it sends for selected jobs, and when, so that the demo can compare them with the bytes
+//! that reached the coordinator.
 //!
 //! Threads: the agent's workers record; the demo's thread selects the jobs and takes the recordings.
 
@@ -19,7 +19,7 @@ pub(super) struct RecordingBackend {
     record: Arc<Recording>,
 }
 
-/// The selected jobs, and the recordings of those that have ended. Shared by all backends of a demo, because any may get a job.
+/// The selected jobs, and the recordings of ended jobs. Shared by all backends of a demo, because any of them may get a job.
 #[derive(Default)]
 pub(super) struct Recording(Mutex<HashMap<Uuid, Option<Recorded>>>);
 

@@ -1,4 +1,4 @@
-//! Splits a `text/event-stream` into events, independent of chunk boundaries.
+//! Splits a `text/event-stream` into events, regardless of chunk boundaries.
 
 /// Splits a stream into the `data` of its events. Buffers the current event only; the caller bounds the stream.
 #[derive(Default)]

@@ -1,5 +1,5 @@
-//! The demo through real sockets: a scripted agent at the coordinator, HTTP clients at the front door, and the real agent
-//! in between for the whole of it.
+//! Tests the demo through real sockets: a scripted agent at the coordinator, HTTP clients at the front door, and the real agent
+//! for the whole path.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -20,10 +20,10 @@ use super::job_events::JobEvent;
 use super::*;
 use crate::http_server::{self, HttpServer};
 
-/// No wait of a test is longer.
+/// Time limit of every wait.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// An agent whose every frame the test sends and reads itself.
+/// An agent whose frames the test sends and reads itself.
 struct ScriptedAgent(WebSocket<TcpStream>);
 
 impl ScriptedAgent {
@@ -74,7 +74,7 @@ impl ScriptedAgent {
         self.send(&json!({"type": "job_error", "job_id": job["job_id"], "error_code": code, "message": "why"}));
     }
 
-    /// The next frame, which has to be of this type.
+    /// The next frame, which must be of this type.
     fn frame(&mut self, kind: &str) -> Value {
         loop {
             if let Message::Text(text) = self.0.read().unwrap() {
@@ -168,7 +168,7 @@ fn offer_is_replaced_by_a_newer_one() {
     coordinator.wait_for_offer(LIMIT, |offer| offer.models.is_empty()).unwrap();
 }
 
-/// A front door, and what is behind it.
+/// A front door, with its coordinator and agent.
 fn door() -> (HttpServer, Arc<Coordinator>, ScriptedAgent) {
     let coordinator = Arc::new(Coordinator::start().unwrap());
     let agent = ScriptedAgent::connected(&coordinator);

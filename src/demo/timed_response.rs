@@ -13,7 +13,7 @@ pub(super) struct Timed {
 }
 
 impl Timed {
-    /// A response to a request that is sent now.
+    /// Starts the response to a request that is sent now.
     pub(super) fn starting_now() -> Self {
         Self { started: Instant::now(), bytes: Vec::new(), pieces: Vec::new() }
     }
@@ -45,21 +45,21 @@ impl Timed {
         (self.started + self.first_byte()..=self.started + self.total()).contains(&other_started)
     }
 
-    /// Appends to `to` how much later than in `before` each event was complete. The bytes must be the same, the pieces need not be.
+    /// Appends to `to` the delay of each event relative to `before`. The bytes must be the same; the pieces may differ.
     pub(super) fn delays(&self, before: &Self, to: &mut Vec<Duration>) {
         for end in (1..=self.bytes.len()).filter(|end| ends_an_event(&self.bytes[..*end])) {
             to.push(self.complete_at(end).saturating_duration_since(before.complete_at(end)));
         }
     }
 
-    /// When the first `count` bytes had arrived.
+    /// The time at which the first `count` bytes had arrived.
     fn complete_at(&self, count: usize) -> Instant {
         let piece = self.pieces.partition_point(|(_, bytes)| *bytes < count);
         self.pieces.get(piece).map_or(self.started, |(at, _)| *at)
     }
 }
 
-/// Records a direct request.
+/// Records the response to a direct request.
 impl JobSink for Timed {
     fn send_chunk(&mut self, bytes: &[u8]) -> BackendResult<()> {
         self.push(Instant::now(), bytes);

@@ -1,4 +1,4 @@
-//! The server's side of one WebSocket: the upgrade, text messages, pings and the close.
+//! The server side of one WebSocket: the upgrade, text messages, pings and the close.
 //!
 //! Threads: the connection's thread reads. Any thread can send; a lock keeps frames whole, including those that the reader sends in
 //! reply.
@@ -34,7 +34,7 @@ struct Shared {
     turn: Mutex<()>,
 }
 
-/// Accepts the upgrade request with this `Sec-WebSocket-Key`, whatever its path.
+/// Accepts the upgrade request with this `Sec-WebSocket-Key`, regardless of its path.
 pub(super) fn accept(key: &str, input: &BufReader<TcpStream>) -> io::Result<(Reader, Sender)> {
     let tcp = input.get_ref().try_clone()?;
     let mut sender = Sender(Arc::new(Shared { tcp, turn: Mutex::new(()) }));
@@ -101,7 +101,7 @@ impl Sender {
         self.clone().write_all(&bytes_of(Frame::message(text.to_owned(), OpCode::Data(Data::Text), true))?)
     }
 
-    /// Sends a close frame, if possible, and shuts the connection down: both halves fail from now on.
+    /// Sends a close frame, if possible, and shuts the connection down; both halves then fail.
     pub(super) fn close(&self) {
         // No close frame if a send is blocked: waiting for it would take too long.
         if let Ok(turn) = self.0.turn.try_lock() {
