@@ -29,8 +29,8 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Maximum length of the head of an HTTP response, in bytes.
 const HEAD_BYTES_MAX: usize = 8 << 10;
-/// Maximum number of headers in a response.
-const HEADERS_MAX: usize = 128;
+/// Maximum number of headers in a response: as many as fit, since the shortest, `a:` and a line feed, takes 3 bytes.
+const HEADERS_MAX: usize = HEAD_BYTES_MAX / 3;
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -356,10 +356,16 @@ fn read_head(stream: &mut impl Read) -> io::Result<Option<Head>> {
     Ok(parse_head(&head))
 }
 
+/// Only the status line must be valid: some proxies send malformed headers. Those are left out.
 fn parse_head(head: &[u8]) -> Option<Head> {
-    let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
+    let mut headers = vec![httparse::EMPTY_HEADER; HEADERS_MAX];
     let mut response = httparse::Response::new(&mut headers);
-    response.parse(head).ok()?;
+    // After an error, `response` has the status if that was valid, and `headers` are those before the error.
+    let _ = httparse::ParserConfig::default()
+        .allow_spaces_after_header_name_in_responses(true)
+        .allow_obsolete_multiline_headers_in_responses(true)
+        .ignore_invalid_headers_in_responses(true)
+        .parse_response(&mut response, head);
     let header = |header: &httparse::Header<'_>| {
         Some((HeaderName::from_bytes(header.name.as_bytes()).ok()?, HeaderValue::from_bytes(header.value).ok()?))
     };
@@ -419,5 +425,56 @@ impl Write for DeadlineStream<'_> {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn head_of(text: &[u8]) -> Option<Head> {
+        read_head(&mut &*text).expect("a slice can be read")
+    }
+
+    #[test]
+    fn read_head_needs_a_valid_status_line_only() {
+        let many = b"a:b\r\n".repeat(1000);
+        let headers: [&[u8]; 8] = [
+            b"",
+            b"Proxy-Agent : x\r\n",
+            b"Via: a\r\n\tb\r\n",
+            b" folded\r\n",
+            b"no colon\r\n",
+            b"Pr\xe9sent: x\r\n",
+            b"X: \x01\r\n",
+            &many,
+        ];
+        for header in headers {
+            let text = [b"HTTP/1.1 200 OK\r\n", header, b"Date: today\r\n\r\n"].concat();
+            let head = head_of(&text).unwrap_or_else(|| panic!("refused: {}", header.escape_ascii()));
+            assert_eq!((head.status, head.status_line.as_str()), (200, "HTTP/1.1 200 OK"));
+            assert_eq!(head.headers.get("date").map(HeaderValue::as_bytes), Some(&b"today"[..]));
+        }
+        assert_eq!(head_of(b"HTTP/1.0 407 No\r\nDate: today\r\nX: \0\r\n\r\n").map(|head| head.status), Some(407));
+        assert!(head_of(b"SSH-2.0-OpenSSH_9.6\r\n\r\n").is_none());
+    }
+
+    #[test]
+    fn read_head_is_bounded() {
+        let of_length = |length: usize| {
+            let start = b"HTTP/1.1 200 OK\r\n".to_vec();
+            let filler = vec![b'a'; length - start.len() - 6];
+            head_of(&[start, b"a:".to_vec(), filler, b"\r\n\r\n".to_vec()].concat())
+        };
+        assert!(of_length(HEAD_BYTES_MAX).is_some());
+        assert!(of_length(HEAD_BYTES_MAX + 1).is_none());
+    }
+
+    #[test]
+    fn read_head_takes_as_many_headers_as_fit() {
+        let start = b"HTTP/1.1 200 OK\n";
+        let headers = b"a:\n".repeat((HEAD_BYTES_MAX - start.len() - 20) / 3);
+        let head = head_of(&[&start[..], &headers, b"Date: now\r\n\r\n"].concat()).expect("HTTP");
+        assert!(head.headers.contains_key("date"));
     }
 }
