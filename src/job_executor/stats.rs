@@ -135,7 +135,16 @@ impl JobStats {
 
     /// The current figures of the window.
     pub fn heartbeat(&self, queue_depth: u32) -> Heartbeat {
-        self.lock().window.heartbeat(Instant::now(), queue_depth)
+        let now = Instant::now();
+        // The link's reader waits for the lock in `record`, so the figures are computed from a copy.
+        let window = self.current_window(now);
+        window.heartbeat(now, queue_depth)
+    }
+
+    fn current_window(&self, now: Instant) -> Window {
+        let window = &mut self.lock().window;
+        window.drop_expired(now);
+        window.clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -173,7 +182,7 @@ impl Totals {
 }
 
 /// The jobs that ended within [`WINDOW`].
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Window {
     /// The jobs, ordered by the time of their end.
     jobs: VecDeque<WindowJob>,
@@ -187,6 +196,12 @@ struct WindowJob {
     /// Speed in thousandths; `None` for jobs that emitted no tokens.
     tokens_per_sec: Option<u32>,
     failed: bool,
+}
+
+impl WindowJob {
+    fn age(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.ended)
+    }
 }
 
 impl Window {
@@ -211,16 +226,19 @@ impl Window {
         self.jobs.push_back(WindowJob { ended, latency_ms, tokens_per_sec, failed });
     }
 
-    fn heartbeat(&mut self, now: Instant, queue_depth: u32) -> Heartbeat {
-        let age = |job: &WindowJob| now.saturating_duration_since(job.ended);
-        while self.jobs.front().is_some_and(|job| age(job) > WINDOW) {
+    /// Drops the jobs that are older than [`WINDOW`].
+    fn drop_expired(&mut self, now: Instant) {
+        while self.jobs.front().is_some_and(|job| job.age(now) > WINDOW) {
             self.jobs.pop_front();
         }
+    }
+
+    fn heartbeat(&self, now: Instant, queue_depth: u32) -> Heartbeat {
         let mut latencies: Vec<u32> = self.jobs.iter().map(|job| job.latency_ms).collect();
         latencies.sort_unstable();
         let mut speeds: Vec<u32> = self.jobs.iter().filter_map(|job| job.tokens_per_sec).collect();
         speeds.sort_unstable();
-        let recent = || self.jobs.iter().filter(|job| age(job) <= ERROR_WINDOW);
+        let recent = || self.jobs.iter().filter(|job| job.age(now) <= ERROR_WINDOW);
         let (ended, failed) = (recent().count(), recent().filter(|job| job.failed).count());
         Heartbeat {
             queue_depth,
@@ -278,15 +296,26 @@ mod tests {
 
     #[test]
     fn window_forgets_jobs_that_ended_before_it() {
-        let mut window = Window::default();
+        let stats = JobStats::default();
         let start = Instant::now();
-        window.record(&failed(MS * 10, 1, false), start);
-        window.record(&done(MS * 20, 1), start + ERROR_WINDOW);
-        assert_eq!(window.heartbeat(start + ERROR_WINDOW, 0).error_rate_60s, 0.5);
-        let later = window.heartbeat(start + ERROR_WINDOW + MS, 0);
+        let heartbeat_at = |now| stats.current_window(now).heartbeat(now, 0);
+        stats.lock().window.record(&failed(MS * 10, 1, false), start);
+        stats.lock().window.record(&done(MS * 20, 1), start + ERROR_WINDOW);
+        assert_eq!(heartbeat_at(start + ERROR_WINDOW).error_rate_60s, 0.5);
+        let later = heartbeat_at(start + ERROR_WINDOW + MS);
         assert_eq!((later.error_rate_60s, later.p50_latency_ms), (0.0, 10));
-        assert_eq!(window.heartbeat(start + WINDOW + MS, 0).p50_latency_ms, 20);
-        assert_eq!(window.heartbeat(start + WINDOW * 2, 0).p50_latency_ms, 0);
+        assert_eq!(heartbeat_at(start + WINDOW + MS).p50_latency_ms, 20);
+        assert_eq!(heartbeat_at(start + WINDOW * 2).p50_latency_ms, 0);
+    }
+
+    #[test]
+    fn heartbeat_figures_are_computed_without_the_lock() {
+        let stats = JobStats::default();
+        stats.record(done(MS * 10, 1));
+        let now = Instant::now();
+        let window = stats.current_window(now);
+        let _recording = stats.lock();
+        assert_eq!(window.heartbeat(now, 0).p50_latency_ms, 10);
     }
 
     #[test]
