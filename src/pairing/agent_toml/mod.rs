@@ -1,8 +1,9 @@
 //! The text of `agent.toml` after a pairing: a complete, commented file if there was none, otherwise the operator's file
 //! with only the values changed that the pairing decides.
 //!
-//! Invariants: an existing file keeps its comments, key order, spelling, line ends and unknown keys. One exception: dotted keys
-//! of the same table that are not adjacent are grouped, because `toml_edit` writes them so. A host token is only shown redacted.
+//! Invariants: an existing file keeps its comments, key order, spelling, line ends and unknown keys. Two exceptions, because
+//! `toml_edit` writes them so: dotted keys of the same table that are not adjacent are grouped, and if only some lines end in
+//! CRLF, all end in LF, those within a string too. A host token is only shown redacted.
 //! The functions are pure; the caller parses the text again before writing it.
 
 use toml_edit::{
@@ -40,10 +41,16 @@ pub fn text(old: &str, urls: &CoordinatorUrls, paired: &Paired, found: &[Backend
     if !body.ends_with('\n') {
         new.truncate(new.trim_end_matches('\n').len());
     }
-    if body.contains("\r\n") {
+    if has_crlf_only(body) {
         new = new.replace('\n', "\r\n");
     }
     Ok(format!("{mark}{new}"))
+}
+
+/// Whether there are line ends, and all of them are CRLF.
+fn has_crlf_only(text: &str) -> bool {
+    let crlf = text.matches("\r\n").count();
+    crlf > 0 && crlf == text.matches('\n').count()
 }
 
 /// Returns a complete, commented file, for [`edit`] to fill in what the pairing decides.

@@ -154,6 +154,20 @@ fn line_ends_a_byte_order_mark_and_a_last_line_without_an_end_stay() {
 }
 
 #[test]
+fn mixed_line_ends_become_lf() {
+    let plain = written(OLD, &paired(vec![model("paired", 3, 4, 5)]), &[]).0;
+    // One line of the text in CRLF; all lines but those of a string in CRLF; a string's alone in CRLF.
+    let crlf = OLD.replace('\n', "\r\n");
+    for old in [
+        OLD.replacen('\n', "\r\n", 1),
+        crlf.replace("\"\"\"\r\ntwo\r\nlines", "\"\"\"\ntwo\nlines"),
+        OLD.replace("\"\"\"\ntwo\nlines", "\"\"\"\r\ntwo\r\nlines"),
+    ] {
+        assert_eq!(written(&old, &paired(vec![model("paired", 3, 4, 5)]), &[]).0, plain);
+    }
+}
+
+#[test]
 fn every_spelling_of_a_table_takes_what_is_new() {
     const PRICES: &str = "default_input_per_1m = 1\ndefault_output_per_1m = 2\n";
     let backends = "[[backends]]\nkind = \"llamacpp\"\nurl = \"http://localhost:8080\"\n";
