@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::logging::sanitize_for_log;
+
 /// Maximum part of a backend's error body that is passed on, in bytes.
 pub const ERROR_BODY_MAX: usize = 512;
 
@@ -157,6 +159,11 @@ impl BackendError {
         }
     }
 
+    /// The cause as one line without control characters, with the text from the backend. For the operator; not to be logged.
+    pub fn for_operator(&self) -> String {
+        sanitize_for_log(&self.to_string())
+    }
+
     /// The cause that an unsuccessful HTTP status indicates, based on the responses of actual servers.
     pub fn from_status(status: u16, body: &[u8]) -> BackendError {
         let response = HttpStatus { status, body: truncated_body(body) };
@@ -196,6 +203,15 @@ mod tests {
         assert_eq!(truncated_body(&[b'x'; 2000]).len(), ERROR_BODY_MAX);
         assert!(truncated_body(&[0xff; 2000]).len() <= ERROR_BODY_MAX);
         assert!(truncated_body("é".repeat(300).as_bytes()).len() <= ERROR_BODY_MAX);
+    }
+
+    #[test]
+    fn for_operator_is_one_printable_line() {
+        let body = "\u{1b}[2J\r\n\u{9b}31m\u{202e}no memory".as_bytes();
+        for status in [400, 401, 404, 429, 500, 502, 503] {
+            let text = BackendError::from_status(status, body).for_operator();
+            assert!(text.ends_with("\\u{1b}[2J\\r\\n\\u{9b}31m\\u{202e}no memory"), "{text}");
+        }
     }
 
     #[test]

@@ -141,7 +141,7 @@ fn discover_backends(config: Option<&Config>) -> (Vec<BackendConfig>, Vec<Advert
                 advertised.push(self::advertised(config, models.into_iter().filter(allowed).collect()));
                 print_backend(id, advertised.last());
             }
-            Err(e) => print_line("backend", &format!("{id}: kept, but not serving now: {e}")),
+            Err(e) => print_line("backend", &format!("{id}: kept, but not serving now: {}", e.for_operator())),
         }
     }
     let is_new = |found: &LocalBackend| !named.iter().any(|named| is_same_server(named, &found.config));

@@ -36,7 +36,7 @@ pub(super) fn offer(config: &Config) -> (String, Vec<ResolvedModel>) {
                 serving.push(Listing::of(discovered, offered.slots_max(&terms)));
                 format!("lists {count} model(s), {to_offer} to offer")
             }
-            Err(e) => format!("would not be offered: {e}"),
+            Err(e) => format!("would not be offered: {}", e.for_operator()),
         };
         report += &wrap("", &format!("{}: {condition}", offered.backend.id()), width);
     }
@@ -64,4 +64,31 @@ fn offer_table(offer: &[ResolvedModel], width: usize) -> String {
         .collect();
     let heading = format!("would offer {} model(s), prices in USDC per million tokens:", offer.len());
     wrap("", &heading, width) + &table(&rows, 2, width)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::http_server::{self, HttpServer};
+
+    #[test]
+    fn offer_escapes_the_error_of_a_backend() {
+        let error = json!("\u{9b}31m\u{202e}no memory");
+        let handler = Arc::new(move |exchange: &mut http_server::connection::Exchange<'_>| {
+            exchange.respond_json(500, &error);
+        });
+        let server = HttpServer::start(http_server::bind(0).unwrap(), "failing", handler).unwrap();
+        let text = format!(
+            "[coordinator]\nurl = \"wss://c.example/\"\n[[backends]]\nkind = \"openai\"\nurl = \"http://{}\"\n\
+             [pricing]\ndefault_input_per_1m = 1\ndefault_output_per_1m = 1\n",
+            server.address
+        );
+        let (report, _) = offer(&Config::parse(&text, Path::new("agent.toml"), false).unwrap());
+        assert!(report.contains("\\u{9b}31m\\u{202e}no"), "{report}");
+        assert!(!report.contains(['\u{9b}', '\u{202e}']), "{report}");
+    }
 }

@@ -10,6 +10,7 @@ use crate::backend::{BackendError, BackendModel, BaseUrl, Kind};
 use crate::config::{BackendConfig, Config};
 use crate::discovery::{BackendOffer, configured_backend, find_local};
 use crate::http_server::HttpServer;
+use crate::logging::sanitize_for_log;
 
 /// The chosen backends.
 pub(super) struct Chosen {
@@ -63,7 +64,7 @@ pub(super) fn diagnose(backends: &[BackendOffer]) -> Vec<String> {
         .map(|offer| {
             let backend = &offer.backend;
             let why = match backend.ready().and_then(|()| backend.probe()) {
-                Err(error) => error.to_string(),
+                Err(error) => error.for_operator(),
                 Ok(models) if models.is_empty() => "it lists no models".to_owned(),
                 Ok(models) => not_offered(&models, offer.allowed_models.as_deref()),
             };
@@ -76,7 +77,7 @@ fn not_offered(models: &[BackendModel], allowed: Option<&[String]>) -> String {
     let Some(allowed) = allowed else {
         return format!("it lists {} now; check their prices in [pricing], or try again", counted(models.len()));
     };
-    let listed: Vec<&str> = models.iter().map(|model| model.model_id.as_str()).collect();
+    let listed: Vec<String> = models.iter().map(|model| sanitize_for_log(&model.model_id)).collect();
     format!("it lists {}, but `models` in the config allows only {}", listed.join(", "), allowed.join(", "))
 }
 

@@ -18,6 +18,7 @@ use super::{DemoError, STOP_POLL, compare, echo};
 use crate::agent::shutdown::Stop;
 use crate::backend::{self, Backend, Kind, WireFormat};
 use crate::discovery::BackendOffer;
+use crate::logging::sanitize_for_log;
 
 /// Time limit of a request; a model that has to be loaded may take minutes.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(300);
@@ -68,7 +69,7 @@ impl OverheadMeter<'_> {
             deadline_ms: u32::try_from(REQUEST_DEADLINE.as_millis()).unwrap_or(u32::MAX),
         };
         let mut response = Timed::starting_now();
-        backend.execute(&job, &mut response).map_err(|error| DemoError::Direct(error.to_string()))?;
+        backend.execute(&job, &mut response).map_err(|error| DemoError::Direct(error.for_operator()))?;
         Ok(response)
     }
 
@@ -112,7 +113,9 @@ impl OverheadMeter<'_> {
                 Some(JobEvent::Done(end)) => return Ok(end),
                 // An agent that is stopping rejects new jobs, which is not a failure.
                 _ if self.stop.is_requested() => return Err(DemoError::Stopped),
-                Some(JobEvent::Failed { code, message }) => return Err(DemoError::JobFailed { code, message }),
+                Some(JobEvent::Failed { code, message }) => {
+                    return Err(DemoError::JobFailed { code, message: sanitize_for_log(&message) });
+                }
                 None => meanwhile(&[]),
             }
         }

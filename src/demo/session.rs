@@ -9,6 +9,7 @@ use std::time::Instant;
 use super::agent_protocol::{self, Frame, HandshakeError, OfferedModel, cancel_frame};
 use super::agent_sessions::{Offer, Sessions, Stages};
 use super::websocket::{self, Reader, Sender};
+use crate::logging::sanitize_for_log;
 
 /// Accepts the upgrade with this `Sec-WebSocket-Key`, and serves the connection to its end.
 pub(super) fn run(key: &str, input: &BufReader<TcpStream>, sessions: &Sessions) {
@@ -61,7 +62,7 @@ fn read_frames(
                 }
             }
             Ok(Frame::Capabilities(models)) => sessions.offered(connection, offer(models)),
-            Ok(Frame::Other(kind)) => crate::debug!("`{kind}` frame of the agent"),
+            Ok(Frame::Other(kind)) => crate::debug!("`{}` frame of the agent", sanitize_for_log(&kind)),
             Err(error) => log::warn!("the agent sent an invalid frame: {error}"),
         }
     }

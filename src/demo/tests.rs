@@ -18,6 +18,7 @@ use uuid::Uuid;
 use super::coordinator::{Coordinator, CoordinatorError, Format, Job, JobOrder};
 use super::job_events::JobEvent;
 use super::*;
+use crate::discovery::BackendOffer;
 use crate::http_server::{self, HttpServer};
 
 /// Time limit of every wait.
@@ -317,6 +318,18 @@ fn demo_without_a_model_names_each_backend_that_failed() {
     let error = run(options, &Arc::new(Stop::default()), &mut Vec::new()).unwrap_err();
     assert!(matches!(&error, DemoError::NoModels(why) if why.len() == 1), "{error}");
     assert!(error.to_string().contains(&unused.to_string()), "{error}");
+}
+
+#[test]
+fn demo_escapes_the_error_of_a_backend() {
+    let handler = Arc::new(|exchange: &mut http_server::connection::Exchange<'_>| {
+        exchange.respond_json(500, &json!("\u{9b}31m\u{202e}no memory"));
+    });
+    let server = HttpServer::start(http_server::bind(0).unwrap(), "failing", handler).unwrap();
+    let why = backends::diagnose(&[BackendOffer::configured(
+        &config_for(&[format!("http://{}", server.address)]).backends[0],
+    )]);
+    assert!(why[0].contains("\\u{9b}31m\\u{202e}no memory"), "{why:?}");
 }
 
 #[test]

@@ -6,7 +6,6 @@ use std::time::{Instant, SystemTime};
 use super::backend_handle::FAILURES_MAX;
 use super::{BackendHandle, BackendOffer, Listing, OfferTerms, ResolvedModel};
 use crate::backend::{BackendError, BackendModel, BackendResult};
-use crate::logging::sanitize_for_log;
 
 /// The listed models, or why there are none.
 pub type ProbeResult = BackendResult<Vec<BackendModel>>;
@@ -156,6 +155,6 @@ impl BackendStatus {
 fn redacted_reason(e: &BackendError) -> String {
     match e {
         BackendError::AuthRejected(_) => format!("the backend rejected the API key: {}", e.for_log()),
-        _ => sanitize_for_log(&e.to_string()),
+        _ => e.for_operator(),
     }
 }

@@ -35,7 +35,7 @@ pub fn find_local() -> Vec<LocalBackend> {
         match result {
             Some(Ok(models)) if models.is_empty() => log::info!("no {id}: it lists no models"),
             Some(Ok(models)) => found.push(LocalBackend { config, models }),
-            Some(Err(error)) => crate::debug!("no {id}: {error}"),
+            Some(Err(error)) => crate::debug!("no {id}: {}", error.for_log()),
             None => crate::debug!("no {id}: no response in time"),
         }
     }
