@@ -119,7 +119,7 @@ impl Sessions {
         state.connections
     }
 
-    /// Makes the connection the current one, and closes the one before, whose jobs are lost.
+    /// Makes the connection the current one, and closes the previous one, whose jobs are lost.
     pub(super) fn enter(&self, connection: u64, sender: Sender) {
         let replaced = {
             let mut state = self.lock();

@@ -1,4 +1,4 @@
-//! The events of a job, in a channel that is bounded in bytes instead of events.
+//! The events of a job, in a channel that is bounded by bytes instead of events.
 //!
 //! Threads: the connection's thread sends without blocking; the thread that submitted the job receives.
 

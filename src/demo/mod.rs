@@ -343,7 +343,7 @@ fn curl(door: SocketAddr, model_id: &str) -> String {
     format!("curl -N http://{door}/v1/chat/completions -H 'Content-Type: application/json' -d {data}")
 }
 
-/// Starts the agent on a thread of its own.
+/// Starts the agent on a separate thread.
 fn start_agent(
     coordinator: &Coordinator,
     chosen: &Chosen,

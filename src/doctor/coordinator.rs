@@ -209,7 +209,7 @@ impl DialReport<'_, '_> {
         let today = datetime::format_date(datetime::now());
         self.fail(
             format_args!("the certificate for `{}`: {what} ({today}){shown}; {e}", self.dialer.host()),
-            format_args!("{fix}; or something on the network answers in place of the coordinator"),
+            format_args!("{fix}; or something on the network answers instead of the coordinator"),
         );
     }
 }

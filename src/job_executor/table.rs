@@ -22,9 +22,9 @@ pub struct JobTable {
     capacity: usize,
     state: Mutex<State>,
     memory: RequestMemory,
-    /// Signalled when the table becomes empty.
+    /// Signaled when the table becomes empty.
     idle: Condvar,
-    /// Signalled when the deadline thread has to recompute its next wake-up.
+    /// Signaled when the deadline thread has to recompute its next wake-up.
     deadlines: Condvar,
 }
 
@@ -34,7 +34,7 @@ struct State {
     is_closed: bool,
     /// Whether the deadline thread is running or about to start.
     has_watcher: bool,
-    /// When the deadline thread wakes up unless signalled.
+    /// When the deadline thread wakes up unless signaled.
     next_wakeup: Option<Instant>,
 }
 

@@ -1,4 +1,4 @@
-//! Reads the end of a log file and follows what is appended to it.
+//! Reads the end of a log file, and follows the lines appended to it.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};

@@ -1,4 +1,4 @@
-//! `service install`: installs the supervisor and prints what the operator must know.
+//! `service install`: installs the supervisor and prints the notes for the operator.
 
 use std::path::{Path, PathBuf};
 

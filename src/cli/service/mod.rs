@@ -169,7 +169,7 @@ fn stop(globals: &Globals) -> Result<(), CliError> {
     Ok(())
 }
 
-/// Stops the running agent, whoever started it.
+/// Stops the running agent, regardless of how it was started.
 fn stop_running(target: &ServiceTarget) -> Result<(), CliError> {
     let Some(owner) = LockOwner::running(&target.paths) else {
         print("no agent is running\n");

@@ -112,7 +112,7 @@ max_concurrent = {MAX_CONCURRENT_DEFAULT}                    # jobs at a time, 1
 
 [observability]
 # log_level = "info"                  # off, error, warn, info, debug or trace
-# log_file = "~/.usepod-agent/agent.log"    # in place of stderr; 8 MB, and one older of that size
+# log_file = "~/.usepod-agent/agent.log"    # instead of stderr; 8 MB, and one older file of that size
 "#
     )
 }
