@@ -40,7 +40,7 @@ pub fn raise_limit() {
 /// other's descriptors would wait in vain.
 pub fn reserve_descriptors(count: u64) -> Reserved {
     let (pool, limit) = (&*POOL, *LIMIT);
-    assert!(count <= pool.size, "this test needs {count} descriptors: {}", raise_it(limit));
+    assert!(count <= pool.size, "this test needs {count} of {} shared descriptors: {}", pool.size, raise_it(limit));
     let free = pool.free.lock().expect("the pool");
     // Longer than all other tests that reserve some, one after the other.
     let (mut free, waited) = pool.returned.wait_timeout_while(free, secs(600), |free| *free < count).expect("the pool");
