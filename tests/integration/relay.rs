@@ -321,7 +321,7 @@ fn slow_backpressure_reaches_the_backend_and_loses_nothing() {
         let id = rig.session.job("n", json!({}));
         (id, backend.next())
     };
-    let id = rig.session.job("m", json!({}));
+    let id = rig.session.job_within(secs(120), "m", json!({}));
     let mut held = backend.next();
     held.start_sse();
     held.chunk("data: 1\n\n");

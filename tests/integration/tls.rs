@@ -52,7 +52,7 @@ fn slow_request_of_20_mb_and_a_cancel_pass_over_tls() {
     let (session, _proxy, _agent, _coordinator) = session(&backend);
     let picture = "x".repeat(20 << 20);
     let id = session.job("m", json!({"picture": picture}));
-    let mut held = backend.next();
+    let mut held = backend.next_within(3 * SOON);
     assert_eq!(held.request.json()["picture"].as_str().map(str::len), Some(picture.len()));
     held.start_sse();
     session.cancel(&id);
