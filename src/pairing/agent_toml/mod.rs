@@ -75,40 +75,40 @@ fn new_file(Paired { models, .. }: &Paired, found: &[BackendConfig]) -> String {
         ""
     };
     format!(
-        r#"# Written by `usepod-agent setup`. Edit it as you like: a later setup keeps what is not its own to decide, and
-# leaves a copy of this file beside it. `usepod-agent validate` checks it.
+        r#"# Written by `usepod-agent setup`. You may edit this file: a later setup changes only what the pairing decides, and
+# keeps a copy of the previous file. `usepod-agent validate` checks the file.
 #
 {PAIRED_WITH}
 {PROVIDER_ID}
 {HOST_TOKEN}
 
-[operator]                            # who runs this; all of it may be left out
+[operator]                            # notes for yourself; optional
 # display_name = "BlueBoxRig-01"
 # wallet = "…"
 # contact_email = "…"
 
-[coordinator]                         # where the agent dials; no port is opened
+[coordinator]                         # the agent connects out; no port is opened
 url = ""
-# ca_file = "/etc/ssl/own-ca.pem"      # trusted beside the roots of the web
+# ca_file = "/etc/ssl/own-ca.pem"      # trusted in addition to the public authorities
 
-[identity]                            # keep a copy of that file: it is who you are
+[identity]                            # keep a copy of this file: it is your account
 # key_path = "{KEY_PATH_DEFAULT}"
 
-# The servers whose models are offered. Of two that list a model, the kind that comes first serves it: vllm,
+# The servers whose models are offered. If several list a model, the one whose kind comes first serves it: vllm,
 # llamacpp, lmstudio, ollama, openai, venice, openrouter.
-{backends}# models = ["only-this-one"]          # of a backend: offer nothing else of it
-# max_concurrent = 4                  # of a backend: jobs of it at a time
+{backends}# models = ["only-this-one"]          # of a backend: offer only these models
+# max_concurrent = 4                  # of a backend: limit of concurrent jobs
 
 [pricing]                             # USDC micro-units per million tokens: 500_000 is 0.50 USDC
 default_input_per_1m = {input}
 default_output_per_1m = {output}
 
-[pricing.models]                      # those of single models; one whose price is 0 is not offered
+[pricing.models]                      # prices of single models; a model whose price is 0 is not offered
 {model_hint}
 [limits]
-max_concurrent = {MAX_CONCURRENT_DEFAULT}                    # jobs at a time, 1 to 256
-# drain_seconds = 30                  # for jobs in flight when the agent is stopped
-# max_tokens_per_minute = 200_000     # prompts and answers of the last 60 s; beyond, jobs are refused
+max_concurrent = {MAX_CONCURRENT_DEFAULT}                    # concurrent jobs, 1 to 256
+# drain_seconds = 30                  # time for jobs in flight to finish when the agent stops
+# max_tokens_per_minute = 200_000     # prompts and answers over the last 60 s; beyond it jobs are rejected
 
 [observability]
 # log_level = "info"                  # off, error, warn, info, debug or trace
