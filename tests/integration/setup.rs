@@ -319,6 +319,24 @@ fn edit_during_the_pairing_is_not_lost() {
 }
 
 #[test]
+fn error_of_a_backend_is_escaped_before_it_is_printed() {
+    let backend = Backend::new(|_| Answer::Json(500, json!("\u{9b}31m\u{202e}gone")));
+    let server = coordinator(|_| active());
+    let home = Scratch::new();
+    let old = format!(
+        "[coordinator]\nurl = \"wss://h/\"\n[[backends]]\n{}\n\
+         [pricing]\ndefault_input_per_1m = 1\ndefault_output_per_1m = 2\n",
+        backend.toml()
+    );
+    home.write(USUAL, &old);
+    let ran = set_up(&home, &server.url(), &[]);
+    assert_done(&ran);
+    // Before the pairing, and with the offer after it.
+    assert_eq!(ran.stdout.matches("\\u{9b}31m\\u{202e}gone").count(), 2, "{}", ran.stdout);
+    assert!(!(ran.stdout + &ran.stderr).contains(['\u{9b}', '\u{202e}']));
+}
+
+#[test]
 fn setup_changes_only_what_the_pairing_decides_however_the_file_is_spelled() {
     let server = coordinator(|_| active());
     let url = server.url().replace("http", "ws") + "/provider/connect";
