@@ -212,9 +212,9 @@ impl JobExecutor {
         self.shared.table.close();
     }
 
-    /// Waits until no job is in flight. Returns false at `until`, or as soon as `hurry` returns true.
-    pub fn wait_idle(&self, until: Instant, hurry: impl Fn() -> bool) -> bool {
-        self.shared.table.wait_until_empty(until, hurry)
+    /// Waits until no job is in flight. Returns false at `until`, or as soon as `is_forced` returns true.
+    pub fn wait_idle(&self, until: Instant, is_forced: impl Fn() -> bool) -> bool {
+        self.shared.table.wait_until_empty(until, is_forced)
     }
 
     /// Ends each job in flight with a `job_error`.

@@ -191,14 +191,14 @@ impl JobTable {
         self.lock().jobs.len()
     }
 
-    /// Waits until the table is empty. Returns false at `until`, or as soon as `hurry` returns true.
-    pub fn wait_until_empty(&self, until: Instant, hurry: impl Fn() -> bool) -> bool {
-        /// How often `hurry` is checked. Only a stopping agent waits here.
+    /// Waits until the table is empty. Returns false at `until`, or as soon as `is_forced` returns true.
+    pub fn wait_until_empty(&self, until: Instant, is_forced: impl Fn() -> bool) -> bool {
+        /// How often `is_forced` is checked. Only a stopping agent waits here.
         const POLL_INTERVAL: Duration = Duration::from_millis(20);
         let mut state = self.lock();
         while !state.jobs.is_empty() {
             let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() || hurry() {
+            if left.is_zero() || is_forced() {
                 return false;
             }
             state = self.idle.wait_timeout(state, left.min(POLL_INTERVAL)).unwrap_or_else(PoisonError::into_inner).0;
