@@ -152,7 +152,7 @@ fn print_error(failure: &CliError) {
     if !std::io::stderr().is_terminal() {
         return print_to_stderr(&format!("{text}\n"));
     }
-    let width = Terminal::of_stdout().width;
+    let width = Terminal::of_stderr().width;
     print_to_stderr(&text.lines().map(|line| terminal::wrap("", line, width)).collect::<String>());
 }
 

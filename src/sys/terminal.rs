@@ -1,13 +1,14 @@
-//! The properties of the terminal on stdout (line width, character set, color), and line wrapping.
+//! The properties of the terminal on stdout or stderr (line width, character set, color), and line wrapping.
 
-use std::io::{IsTerminal, stdout};
+use std::io::{IsTerminal, stderr, stdout};
+use std::os::fd::{AsRawFd, RawFd};
 
 /// The line width in characters if neither `COLUMNS` nor the terminal provides one.
 const WIDTH_DEFAULT: usize = 80;
 /// The minimum line width, in characters: a column of labels and one word beside it.
 const WIDTH_MIN: usize = 40;
 
-/// The capabilities of stdout.
+/// The capabilities of an output stream.
 #[derive(Debug, Clone, Copy)]
 pub struct Terminal {
     /// Characters per line.
@@ -21,15 +22,24 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// The capabilities of stdout, from the environment.
+    /// The capabilities of stdout.
     pub fn of_stdout() -> Terminal {
-        Terminal::of(|name| std::env::var(name).ok(), stdout().is_terminal())
+        Terminal::of_stream(&stdout())
     }
 
-    fn of(variable: impl Fn(&str) -> Option<String>, is_terminal: bool) -> Terminal {
+    /// The capabilities of stderr.
+    pub fn of_stderr() -> Terminal {
+        Terminal::of_stream(&stderr())
+    }
+
+    fn of_stream(stream: &(impl IsTerminal + AsRawFd)) -> Terminal {
+        Terminal::of(|name| std::env::var(name).ok(), stream.is_terminal(), window_width(stream.as_raw_fd()))
+    }
+
+    fn of(variable: impl Fn(&str) -> Option<String>, is_terminal: bool, window_width: Option<usize>) -> Terminal {
         let set = |name| variable(name).filter(|value| !value.is_empty());
         let columns = set("COLUMNS").and_then(|columns| columns.trim().parse().ok());
-        let width = columns.or_else(|| window_width().filter(|_| is_terminal)).unwrap_or(WIDTH_DEFAULT);
+        let width = columns.or(window_width).unwrap_or(WIDTH_DEFAULT);
         let locale = ["LC_ALL", "LC_CTYPE", "LANG"].into_iter().find_map(set).unwrap_or_default().to_ascii_lowercase();
         let is_live = is_terminal && set("TERM").is_none_or(|term| term != "dumb");
         Terminal {
@@ -51,12 +61,12 @@ impl Terminal {
     }
 }
 
-/// Returns the width of the terminal that stdout is, in characters; shells do not export `COLUMNS`.
-fn window_width() -> Option<usize> {
+/// Returns the width of a terminal, in characters, and `None` for other files. Shells do not export `COLUMNS`.
+fn window_width(file: RawFd) -> Option<usize> {
     let mut size = nix::libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
     #[expect(unsafe_code, reason = "neither std nor nix has a safe form of it")]
-    // SAFETY: the descriptor is only read; TIOCGWINSZ writes one `winsize`, which `size` is.
-    unsafe { request::window_size(nix::libc::STDOUT_FILENO, &mut size) }.ok()?;
+    // SAFETY: the call changes nothing about the file; TIOCGWINSZ writes one `winsize`, which `size` is.
+    unsafe { request::window_size(file, &mut size) }.ok()?;
     Some(usize::from(size.ws_col)).filter(|columns| *columns > 0)
 }
 
@@ -132,7 +142,7 @@ mod tests {
     fn terminal(variables: &[(&str, &str)], is_terminal: bool) -> Terminal {
         let value =
             |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned());
-        Terminal::of(value, is_terminal)
+        Terminal::of(value, is_terminal, None)
     }
 
     #[test]

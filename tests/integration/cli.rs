@@ -1,5 +1,11 @@
 //! Commands, options, exit codes, stdout and stderr.
 
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::process::{Command, Stdio};
+
+use nix::pty::{Winsize, openpty};
 use serde_json::json;
 
 use crate::support::*;
@@ -64,22 +70,39 @@ fn help_of_every_command_has_the_global_options_and_fits_the_terminal() {
     }
 }
 
-/// Shells do not export `COLUMNS`.
-#[test]
-fn help_takes_the_width_from_the_terminal_itself() {
-    let size = nix::pty::Winsize { ws_row: 24, ws_col: 57, ws_xpixel: 0, ws_ypixel: 0 };
-    let terminal = nix::pty::openpty(&size, None).expect("a pseudo-terminal");
-    let mut command = std::process::Command::new(binary());
-    command.arg("--help").env_clear().stdout(terminal.slave);
-    let status = command.status().expect("the agent");
+/// Runs the binary with a terminal of 57 columns as one of its streams; returns what the terminal shows. Shells do not export
+/// `COLUMNS`.
+fn shown_on_a_terminal(argument: &str, attach: impl Fn(&mut Command, OwnedFd)) -> String {
+    let size = Winsize { ws_row: 24, ws_col: 57, ws_xpixel: 0, ws_ypixel: 0 };
+    let terminal = openpty(&size, None).expect("a pseudo-terminal");
+    let mut command = Command::new(binary());
+    command.arg(argument).env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    attach(&mut command, terminal.slave);
+    command.status().expect("the agent");
     // Its copy of the terminal's end; reading the other end after the last copy is closed is an error.
     drop(command);
     let mut shown = Vec::new();
-    let _ = std::io::Read::read_to_end(&mut std::fs::File::from(terminal.master), &mut shown);
-    let help = String::from_utf8_lossy(&shown).replace('\r', "");
-    assert!(status.success() && help.contains("service"), "{help}");
-    assert!(help.lines().all(|line| line.chars().count() <= 57), "{help}");
+    let _ = File::from(terminal.master).read_to_end(&mut shown);
+    String::from_utf8_lossy(&shown).replace('\r', "")
+}
+
+#[test]
+fn help_takes_the_width_from_the_terminal_itself() {
+    let help = shown_on_a_terminal("--help", |command, terminal| {
+        command.stdout(terminal);
+    });
+    assert!(help.contains("service") && help.lines().all(|line| line.chars().count() <= 57), "{help}");
     assert!(help.lines().any(|line| line.chars().count() > 50), "{help}");
+}
+
+/// stdout may be a pipe while an error is shown on the terminal.
+#[test]
+fn error_takes_the_width_from_the_terminal_on_stderr() {
+    let error = shown_on_a_terminal("validate", |command, terminal| {
+        command.stderr(terminal);
+    });
+    assert!(error.contains("usepod-agent setup") && error.lines().all(|line| line.chars().count() <= 57), "{error}");
+    assert!(error.lines().any(|line| line.chars().count() > 50), "{error}");
 }
 
 #[test]
