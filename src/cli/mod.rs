@@ -24,7 +24,6 @@ mod setup;
 mod status;
 mod validate;
 
-use std::fmt;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
@@ -41,24 +40,31 @@ use crate::logging;
 use crate::sys::terminal::{self, Terminal};
 
 /// Why a command failed.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 pub enum CliError {
     /// The command line is invalid.
+    #[error("{0}")]
     Usage(String),
     /// `agent.toml` is missing or invalid.
-    Config(ConfigError),
+    #[error("{}", config_text(.0))]
+    Config(#[from] ConfigError),
     /// The identity file cannot be used.
-    Identity(IdentityError),
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
     /// `run --cron` can neither leave the running agent alone nor replace it.
-    Takeover(TakeoverError),
+    #[error(transparent)]
+    Takeover(#[from] TakeoverError),
     /// Another agent is running with this identity.
+    #[error("an agent with this identity is already running{}; stop that one first", .pid.map_or_else(String::new, |pid| format!(" as pid {pid}")))]
     AlreadyRunning {
         /// The agent's pid, if it could be read.
         pid: Option<u32>,
     },
     /// Any other error.
+    #[error("{0}")]
     Runtime(String),
     /// The command has already printed the reason, and exits with this code.
+    #[error("")]
     AlreadyReported(u8),
 }
 
@@ -74,49 +80,21 @@ impl CliError {
     }
 }
 
-impl fmt::Display for CliError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            CliError::Usage(what) | CliError::Runtime(what) => f.write_str(what),
-            CliError::Config(e) if e.is_not_found() => {
-                write!(f, "run `usepod-agent setup` first: {}; to use another file, add --config FILE; ", e.fault())?;
-                f.write_str("to see the agent work without one, run `usepod-agent demo`")
-            }
-            CliError::Config(e) => e.fmt(f),
-            CliError::Identity(e) => e.fmt(f),
-            CliError::Takeover(e) => e.fmt(f),
-            CliError::AlreadyRunning { pid: Some(pid) } => {
-                write!(f, "an agent with this identity is already running as pid {pid}; stop that one first")
-            }
-            CliError::AlreadyRunning { pid: None } => {
-                f.write_str("an agent with this identity is already running; stop that one first")
-            }
-            CliError::AlreadyReported(_) => Ok(()),
-        }
+/// The text of a configuration error; without a file, it begins with the command that creates one.
+fn config_text(e: &ConfigError) -> String {
+    if !e.is_not_found() {
+        return e.to_string();
     }
-}
-
-impl From<ConfigError> for CliError {
-    fn from(e: ConfigError) -> CliError {
-        CliError::Config(e)
-    }
-}
-
-impl From<IdentityError> for CliError {
-    fn from(e: IdentityError) -> CliError {
-        CliError::Identity(e)
-    }
+    format!(
+        "run `usepod-agent setup` first: {}; to use another file, add --config FILE; \
+         to see the agent work without one, run `usepod-agent demo`",
+        e.fault()
+    )
 }
 
 impl From<String> for CliError {
     fn from(what: String) -> CliError {
         CliError::Runtime(what)
-    }
-}
-
-impl From<TakeoverError> for CliError {
-    fn from(e: TakeoverError) -> CliError {
-        CliError::Takeover(e)
     }
 }
 
