@@ -13,6 +13,7 @@ mod failover; // several backends for one model
 mod faults_backend; // faults of a backend: the job ends once, nothing leaks
 mod faults_box; // faults of disks, clocks, descriptors and threads
 mod faults_coordinator; // faults of the coordinator and the link
+mod field; // what real servers, networks and machines were seen to send
 mod footprint; // threads, memory and wake-ups
 mod handshake; // from the dial to the first `capabilities`
 mod health; // how failed jobs affect the offer

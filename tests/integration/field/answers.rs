@@ -1,0 +1,1 @@
+//! Responses of real servers to a job.

@@ -1,0 +1,1 @@
+//! Which failures count against which backend, and for how long.

@@ -1,0 +1,1 @@
+//! The clock, the disk, locks, cron and systemd, as they are on real machines.

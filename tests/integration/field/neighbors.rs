@@ -1,0 +1,1 @@
+//! Other users of the machine, and other clients of the demo.

@@ -1,0 +1,1 @@
+//! Proxies, addresses, and coordinators that respond otherwise than expected.

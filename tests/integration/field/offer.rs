@@ -1,0 +1,1 @@
+//! Listings and probes of real servers.

@@ -1,0 +1,1 @@
+//! Large requests and listings: what they cost in memory.
