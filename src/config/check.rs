@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use log::LevelFilter;
-use toml::de::DeTable;
+use toml_edit::Document;
 use tungstenite::http::Uri;
 
 use super::error::ConfigError;
@@ -25,8 +25,8 @@ const PRICE_FIX: &str = "write a price in USDC micro-units per million tokens: 5
 /// Validates a whole file.
 pub fn config(text: &str, path: &Path, allow_insecure: bool) -> Result<Config, ConfigError> {
     let source = Source { text, path };
-    let table = DeTable::parse(text).map_err(|e| source.syntax_fault(&e))?;
-    let root = Section::root(source, table.get_ref());
+    let document = Document::parse(text).map_err(|e| source.syntax_fault(&e))?;
+    let root = Section::root(source, document.as_table());
     let mut warnings = Vec::new();
     let coordinator = coordinator(&root.section("coordinator")?, allow_insecure)?;
     let key_path = key_path(&root.section("identity")?)?;
@@ -47,8 +47,8 @@ pub fn config(text: &str, path: &Path, allow_insecure: bool) -> Result<Config, C
 /// Validates `key_path` only.
 pub fn key_path_in(text: &str, path: &Path) -> Result<PathBuf, ConfigError> {
     let source = Source { text, path };
-    let table = DeTable::parse(text).map_err(|e| source.syntax_fault(&e))?;
-    key_path(&Section::root(source, table.get_ref()).section("identity")?)
+    let document = Document::parse(text).map_err(|e| source.syntax_fault(&e))?;
+    key_path(&Section::root(source, document.as_table()).section("identity")?)
 }
 
 fn coordinator(section: &Section<'_>, allow_insecure: bool) -> Result<CoordinatorConfig, ConfigError> {

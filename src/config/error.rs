@@ -75,7 +75,7 @@ impl Source<'_> {
     }
 
     /// A syntax error. The parser's own message is not used as it is, because it shows the line, which may contain a secret.
-    pub fn syntax_fault(&self, e: &toml::de::Error) -> ConfigError {
+    pub fn syntax_fault(&self, e: &toml_edit::TomlError) -> ConfigError {
         let at = e.span().map_or(0, |s| s.start);
         let line = self.text.lines().nth(self.line_of(at) - 1).unwrap_or_default();
         let is_plain = |key: &str| key.chars().all(|c| c.is_ascii_alphanumeric() || "-_.\"".contains(c));

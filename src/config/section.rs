@@ -2,8 +2,7 @@
 
 use std::ops::Range;
 
-use toml::Spanned;
-use toml::de::{DeTable, DeValue};
+use toml_edit::{Item, TableLike, Value};
 
 use super::error::{ConfigError, Source, value_text};
 
@@ -12,7 +11,7 @@ pub struct Section<'a> {
     source: Source<'a>,
     /// The name in error messages, such as `[limits]`.
     name: String,
-    table: Option<&'a DeTable<'a>>,
+    table: Option<&'a dyn TableLike>,
     at: Option<usize>,
 }
 
@@ -33,43 +32,49 @@ impl<T> Field<'_, T> {
 
 impl<'a> Section<'a> {
     /// The root table of the file.
-    pub fn root(source: Source<'a>, table: &'a DeTable<'a>) -> Section<'a> {
+    pub fn root(source: Source<'a>, table: &'a dyn TableLike) -> Section<'a> {
         Section { source, name: String::new(), table: Some(table), at: None }
     }
 
     /// The table `[key]`; empty if missing.
     pub fn section(&self, key: &str) -> Result<Section<'a>, ConfigError> {
         let name = self.nested_name(key);
-        let Some(value) = self.get(key) else {
+        let Some(item) = self.get(key) else {
             return Ok(Section { source: self.source, name, table: None, at: None });
         };
-        match value.get_ref() {
-            DeValue::Table(table) => {
-                Ok(Section { source: self.source, name, table: Some(table), at: Some(value.span().start) })
+        match item.as_table_like() {
+            Some(table) => {
+                Ok(Section { source: self.source, name, table: Some(table), at: item.span().map(|s| s.start) })
             }
-            other => Err(self.wrong_type(key, value, other, "a table")),
+            None => Err(self.wrong_type(key, span(item), item.type_name(), "a table")),
         }
     }
 
     /// The array of tables `[[key]]`.
     pub fn sections(&self, key: &str) -> Result<Vec<Section<'a>>, ConfigError> {
-        let Some(value) = self.get(key) else { return Ok(Vec::new()) };
-        let DeValue::Array(entries) = value.get_ref() else {
-            return Err(self.wrong_type(key, value, value.get_ref(), "a list of tables"));
+        let section = |table: &'a dyn TableLike, span: Option<Range<usize>>| Section {
+            source: self.source,
+            name: format!("[[{key}]]"),
+            table: Some(table),
+            at: span.map(|span| span.start),
         };
-        let section = |entry: &'a Spanned<DeValue<'a>>| match entry.get_ref() {
-            DeValue::Table(table) => {
-                let name = format!("[[{key}]]");
-                Ok(Section { source: self.source, name, table: Some(table), at: Some(entry.span().start) })
+        match self.get(key) {
+            None => Ok(Vec::new()),
+            Some(Item::ArrayOfTables(tables)) => Ok(tables.iter().map(|table| section(table, table.span())).collect()),
+            Some(Item::Value(Value::Array(entries))) => {
+                let inline = |entry: &'a Value| match entry.as_inline_table() {
+                    Some(table) => Ok(section(table, table.span())),
+                    None => Err(self.wrong_type(key, entry.span().unwrap_or_default(), entry.type_name(), "a table")),
+                };
+                entries.iter().map(inline).collect()
             }
-            other => Err(self.wrong_type(key, entry, other, "a table")),
-        };
-        entries.iter().map(section).collect()
+            Some(other) => Err(self.wrong_type(key, span(other), other.type_name(), "a list of tables")),
+        }
     }
 
     /// The names of all keys.
     pub fn keys(&self) -> impl Iterator<Item = &'a str> + use<'a> {
-        self.table.into_iter().flat_map(|table| table.keys().map(|key| key.get_ref().as_ref()))
+        self.table.into_iter().flat_map(|table| table.iter().map(|(key, _)| key))
     }
 
     /// Reads a string.
@@ -79,16 +84,13 @@ impl<'a> Section<'a> {
 
     /// Reads an integer.
     pub fn integer(&self, key: &str, fix: &str) -> Result<Option<Field<'a, i64>>, ConfigError> {
-        self.typed(key, fix, "a whole number", |value| {
-            let number = value.as_integer()?;
-            i64::from_str_radix(number.as_str(), number.radix()).ok()
-        })
+        self.typed(key, fix, "a whole number", |value| value.as_integer())
     }
 
     /// Reads a list of strings.
     pub fn strings(&self, key: &str, fix: &str) -> Result<Option<Vec<String>>, ConfigError> {
         let found = self.typed(key, fix, "a list of strings", |value| {
-            let strings = value.as_array()?.iter().map(|item| item.get_ref().as_str().map(str::to_owned));
+            let strings = value.as_array()?.iter().map(|item| item.as_str().map(str::to_owned));
             strings.collect::<Option<Vec<String>>>()
         })?;
         Ok(found.map(|f| f.value))
@@ -96,12 +98,12 @@ impl<'a> Section<'a> {
 
     /// Fails on the first key that is not in `known`.
     pub fn refuse_unknown(&self, known: &[&str]) -> Result<(), ConfigError> {
-        let unknown = self.table.and_then(|t| t.iter().find(|(key, _)| !known.contains(&key.get_ref().as_ref())));
-        let Some((key, value)) = unknown else { return Ok(()) };
-        let key = format!("{} {}", self.name, value_text(key.get_ref()));
+        let unknown = self.table.and_then(|t| t.iter().find(|(key, _)| !known.contains(key)));
+        let Some((key, item)) = unknown else { return Ok(()) };
+        let key = format!("{} {}", self.name, value_text(key));
         let fix = format!("remove it; known keys are: {}", known.join(", "));
         // The value is not shown: it may be an API key.
-        Err(self.source.hidden_fault(&key, value.span(), "unknown key", &fix))
+        Err(self.source.hidden_fault(&key, span(item), "unknown key", &fix))
     }
 
     /// An error about the missing `key`.
@@ -112,7 +114,7 @@ impl<'a> Section<'a> {
     /// An error about the value of `key`, or about its absence.
     pub fn fault(&self, key: &str, what: &str, fix: &str) -> ConfigError {
         match self.get(key) {
-            Some(value) => self.source.fault(&self.full_name(key), value.span(), what, fix),
+            Some(item) => self.source.fault(&self.full_name(key), span(item), what, fix),
             None => self.source.missing(&self.full_name(key), self.at, fix),
         }
     }
@@ -122,26 +124,24 @@ impl<'a> Section<'a> {
         key: &str,
         fix: &str,
         wanted: &str,
-        read: impl Fn(&'a DeValue<'a>) -> Option<T>,
+        read: impl Fn(&'a Item) -> Option<T>,
     ) -> Result<Option<Field<'a, T>>, ConfigError> {
-        let Some(spanned) = self.get(key) else { return Ok(None) };
-        match read(spanned.get_ref()) {
-            Some(value) => {
-                Ok(Some(Field { value, source: self.source, key: self.full_name(key), span: spanned.span() }))
-            }
+        let Some(item) = self.get(key) else { return Ok(None) };
+        match read(item) {
+            Some(value) => Ok(Some(Field { value, source: self.source, key: self.full_name(key), span: span(item) })),
             None => {
                 let what = format!("it is not {wanted}");
-                Err(self.source.fault(&self.full_name(key), spanned.span(), &what, fix))
+                Err(self.source.fault(&self.full_name(key), span(item), &what, fix))
             }
         }
     }
 
-    fn wrong_type(&self, key: &str, at: &Spanned<DeValue<'_>>, is: &DeValue<'_>, wanted: &str) -> ConfigError {
-        let what = format!("it is of type {}, not {wanted}", is.type_str());
-        self.source.fault(&self.full_name(key), at.span(), &what, "see `Configure` in the README")
+    fn wrong_type(&self, key: &str, at: Range<usize>, is: &str, wanted: &str) -> ConfigError {
+        let what = format!("it is of type {is}, not {wanted}");
+        self.source.fault(&self.full_name(key), at, &what, "see `Configure` in the README")
     }
 
-    fn get(&self, key: &str) -> Option<&'a Spanned<DeValue<'a>>> {
+    fn get(&self, key: &str) -> Option<&'a Item> {
         self.table.and_then(|table| table.get(key))
     }
 
@@ -156,4 +156,9 @@ impl<'a> Section<'a> {
             _ => format!("[{key}]"),
         }
     }
+}
+
+/// The position of a value; the start of the file for a table that exists only through its subtables.
+fn span(item: &Item) -> Range<usize> {
+    item.span().unwrap_or_default()
 }
