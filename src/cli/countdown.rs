@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::print;
+use super::{print, print_raw};
 use crate::sys::terminal::{Terminal, wrap};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -38,7 +38,7 @@ impl Countdown {
         if !self.is_drawn || self.shown != Some(steps) {
             let text = format!("waiting for the code to be entered; it expires in {}", clock(left.div_ceil(1000)));
             match self.terminal.is_live {
-                true => out!("{CLEAR}  {text}"),
+                true => print_raw(&format!("{CLEAR}  {text}")),
                 false => print(&wrap("  ", &text, self.terminal.width)),
             }
             (self.is_drawn, self.shown) = (true, Some(steps));
@@ -54,7 +54,7 @@ impl Countdown {
     /// Removes the countdown from the terminal. It is shown again below the next output.
     pub fn clear(&mut self) {
         if self.terminal.is_live && self.is_drawn {
-            print(CLEAR);
+            print_raw(CLEAR);
             self.is_drawn = false;
         }
     }

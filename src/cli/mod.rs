@@ -1,6 +1,7 @@
 //! The command line: one file per command, and here the code that the commands share.
 //!
-//! stdout is for the result of a command, stderr for logs and errors. [`CliError`] is the complete list of errors, and
+//! stdout is for the result of a command, stderr for logs and errors. Both get printable text only: [`print`] and
+//! [`print_to_stderr`] escape the rest, wherever it comes from. [`CliError`] is the complete list of errors, and
 //! [`CliError::exit_code`] of exit codes.
 
 /// `print!` for results: a closed stdout is not an error.
@@ -37,6 +38,7 @@ use crate::instance::identity::IdentityError;
 use crate::instance::takeover::TakeoverError;
 use crate::link::protocol::AGENT_VERSION;
 use crate::logging;
+use crate::sys::printable::printable;
 use crate::sys::terminal::{self, Terminal};
 
 /// Why a command failed.
@@ -134,9 +136,9 @@ fn print_error(failure: &CliError) {
     print_to_stderr(&text.lines().map(|line| terminal::wrap("", line, width)).collect::<String>());
 }
 
-/// Writes to stderr. A closed stderr does not change the exit code.
+/// Writes to stderr, printable. A closed stderr does not change the exit code.
 fn print_to_stderr(text: &str) {
-    let _ = std::io::stderr().write_all(text.as_bytes());
+    let _ = std::io::stderr().write_all(printable(text).as_bytes());
 }
 
 fn dispatch(args: Args) -> Result<(), CliError> {
@@ -159,16 +161,22 @@ fn dispatch(args: Args) -> Result<(), CliError> {
     }
 }
 
-/// Writes to stdout. A closed stdout is not an error: the reader needs no more output.
+/// Writes to stdout, printable: whatever the text quotes, the terminal obeys none of it. A closed stdout is not an error: the
+/// reader needs no more output.
 fn print(text: &str) {
-    let _ = try_print(text);
+    let _ = try_print_raw(&printable(text));
 }
 
-/// Writes to stdout.
+/// Likewise, for text with control sequences of this program. Everything in it that comes from outside must be printable already.
+fn print_raw(text: &str) {
+    let _ = try_print_raw(text);
+}
+
+/// Writes to stdout what is printable already.
 ///
 /// # Errors
 /// stdout is closed.
-fn try_print(text: &str) -> std::io::Result<()> {
+fn try_print_raw(text: &str) -> std::io::Result<()> {
     let mut stdout = std::io::stdout().lock();
     stdout.write_all(text.as_bytes())?;
     stdout.flush()

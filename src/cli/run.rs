@@ -1,6 +1,6 @@
 //! `run`: serves until a signal. `run --cron`: serves only if no agent is running.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use log::LevelFilter;
 
 use super::args::{Globals, Run};
-use super::{CliError, backends_of, level_of, log_reading, read_config, terms_of};
+use super::{CliError, backends_of, level_of, log_reading, print_to_stderr, read_config, terms_of};
 use crate::agent::shutdown::Stop;
 use crate::agent::{Agent, InstanceHandle};
 use crate::config::Config;
@@ -91,9 +91,8 @@ pub(super) fn create_folder(key_path: &Path) -> Result<(), IdentityError> {
 
 /// Prints the log's path, for an operator who started the agent in a terminal and expects log lines there.
 fn print_log_path(log: &Path) {
-    let mut stderr = std::io::stderr();
-    if stderr.is_terminal() {
-        let _ = writeln!(stderr, "logging to `{}`", log.display());
+    if std::io::stderr().is_terminal() {
+        print_to_stderr(&format!("logging to `{}`\n", log.display()));
     }
 }
 

@@ -15,7 +15,7 @@ use log::LevelFilter;
 use super::args::{Globals, Setup};
 use super::countdown::Countdown;
 use super::run::{create_folder, install_signal_handler};
-use super::{CliError, backends_of, print, validate};
+use super::{CliError, backends_of, print, print_raw, validate};
 use crate::agent::shutdown::Stop;
 use crate::backend::{BackendModel, BaseUrl, Kind};
 use crate::config::{BackendConfig, Config, FILE_BYTES_MAX};
@@ -259,9 +259,9 @@ fn print_code(code: &str, urls: &CoordinatorUrls, terminal: Terminal) {
     let rule = line.repeat(code.chars().count() + 4);
     let bold = terminal.styled(BOLD, &code);
     out!("\n  Open   {}\n  and enter this code:\n\n", urls.page());
-    out!(
+    print_raw(&format!(
         "      {top_left}{rule}{top_right}\n      {side}  {bold}  {side}\n      {bottom_left}{rule}{bottom_right}\n\n"
-    );
+    ));
 }
 
 /// Replaces the file, and keeps its previous content as `.bak`.

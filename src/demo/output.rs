@@ -4,6 +4,8 @@ use std::fmt;
 use std::io::Write;
 use std::time::Duration;
 
+use crate::sys::printable::{is_hidden, printable};
+
 /// Writes to stdout. A closed stdout (`demo | head -1`) does not end the demo: its result is the exit code.
 pub(super) struct Output<'a> {
     out: &'a mut dyn Write,
@@ -22,7 +24,7 @@ impl<'a> Output<'a> {
 
     /// Writes a part of the response at once, without control characters.
     pub(super) fn response_text(&mut self, text: &str) {
-        let harmless: String = text.chars().filter(|c| !c.is_control() || matches!(c, '\n' | '\t')).collect();
+        let harmless: String = text.chars().filter(|c| !is_hidden(*c) || matches!(c, '\n' | '\t')).collect();
         self.write(format_args!("{harmless}"));
     }
 
@@ -35,7 +37,7 @@ impl<'a> Output<'a> {
         if self.broken {
             return;
         }
-        let written = self.out.write_fmt(text).and_then(|()| self.out.flush());
+        let written = self.out.write_all(printable(&text.to_string()).as_bytes()).and_then(|()| self.out.flush());
         if let Err(error) = written {
             self.broken = true;
             log::warn!("stdout is closed; the demo continues without it: {error}");

@@ -5,6 +5,7 @@
 use std::fmt::Display;
 use std::io::Write;
 
+use crate::sys::printable;
 use crate::sys::terminal::{Terminal, wrap};
 
 /// The maximum length of an entry's text, in characters; a server's error message may be longer.
@@ -131,16 +132,10 @@ impl<'a> Report<'a> {
     }
 }
 
-/// Escapes everything but printable characters. Quotes and backslashes are kept.
+/// The text on one printable line, and bounded.
 fn one_line(text: impl Display) -> String {
-    let mut line = String::new();
-    for c in text.to_string().chars().take(TEXT_MAX) {
-        match c {
-            '"' | '\'' | '\\' => line.push(c),
-            _ => line.extend(c.escape_debug()),
-        }
-    }
-    line
+    let text: String = text.to_string().chars().take(TEXT_MAX).collect();
+    printable::one_line(&text).into_owned()
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::sys::files;
+use crate::sys::printable::one_line;
 
 /// Maximum size of a log file, in bytes; with its predecessor, 16 MB.
 pub const FILE_BYTES_MAX: u64 = 8_000_000;
@@ -60,7 +61,8 @@ impl LogFile {
         self.dropped.lines += 1;
         self.dropped.why = e.to_string();
         if !std::mem::replace(&mut self.dropped.warned, true) {
-            let path = self.path.display();
+            let path = self.path.display().to_string();
+            let path = one_line(&path);
             let _ = writeln!(io::stderr(), "warning: log lines are lost: `{path}` cannot be written: {e}");
         }
     }

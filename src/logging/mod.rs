@@ -19,6 +19,7 @@ use simplelog::{ConfigBuilder, WriteLogger};
 use file::LogFile;
 pub use file::rotated_path;
 
+use crate::sys::printable::{one_line, printable};
 use crate::sys::threads;
 
 /// Maximum number of queued lines.
@@ -75,13 +76,12 @@ pub fn flush() {
     }
 }
 
-/// Untrusted text as part of one line: escaped, and truncated to `SANITIZED_MAX` characters.
+/// Untrusted text as part of one line: escaped for display, and truncated to `SANITIZED_MAX` characters.
 pub fn sanitize_for_log(text: &str) -> String {
-    let mut sanitized: String = text.chars().take(SANITIZED_MAX).flat_map(char::escape_debug).collect();
-    if text.chars().nth(SANITIZED_MAX).is_some() {
-        sanitized.push('…');
+    match text.char_indices().nth(SANITIZED_MAX) {
+        Some((end, _)) => format!("{}…", one_line(&text[..end])),
+        None => one_line(text).into_owned(),
     }
-    sanitized
 }
 
 /// The first and last characters of a secret: enough to recognize it, too few to use it.
@@ -124,7 +124,7 @@ impl Write for Lines {
                 if !line.ends_with(b"\n") {
                     line.push(b'\n');
                 }
-                QUEUE.push(line);
+                QUEUE.push(printable(&String::from_utf8_lossy(&line)).into_owned().into_bytes());
             }
         }
         Ok(bytes.len())

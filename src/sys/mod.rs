@@ -1,10 +1,11 @@
-//! Wrappers around the operating system: files, threads, memory, dates, the terminal, shell quoting.
+//! Wrappers around the operating system: files, threads, memory, dates, the terminal, printable text, shell quoting.
 
 pub mod datetime;
 pub mod edit_distance;
 pub mod files;
 pub mod jitter;
 pub mod malloc;
+pub mod printable;
 pub mod shell_quote;
 pub mod terminal;
 pub mod threads;

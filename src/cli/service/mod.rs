@@ -23,6 +23,7 @@ use crate::service::{
     STOP_MARGIN, Supervisor, command, exit_text, is_cron_running, logs, start_like_cron, terminate, wait_until,
 };
 use crate::sys::files;
+use crate::sys::printable::PrintableWriter;
 use crate::sys::terminal::{Terminal, wrap};
 
 /// The exit code of `status` if no agent is running, and of the other actions if no supervisor is installed.
@@ -303,7 +304,7 @@ fn print_logs(globals: &Globals, options: &Service) -> Result<(), CliError> {
         };
     }
     let log = &target.log;
-    let mut stdout = std::io::stdout().lock();
+    let mut stdout = PrintableWriter(std::io::stdout().lock());
     let printed = if options.follow {
         logs::follow(log, &rotated_path(log), lines, &mut stdout)
     } else {

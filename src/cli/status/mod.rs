@@ -10,10 +10,11 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::args::{Globals, Status};
-use super::{CliError, agent_paths, print, print_error, try_print};
+use super::{CliError, agent_paths, print_error, print_raw, try_print_raw};
 use crate::instance::wake_socket;
 use crate::instance::{AgentPaths, LIVENESS_TIMEOUT, LockOwner};
 use crate::observe::State;
+use crate::sys::printable::printable_json;
 use crate::sys::terminal::Terminal;
 
 /// The exit code for an agent that is running but not serving.
@@ -40,12 +41,12 @@ pub fn run(globals: &Globals, options: &Status) -> Result<(), CliError> {
     };
     let terminal = Terminal::of_stdout();
     let text = |report: &Report| match options.json {
-        true => format!("{}\n", report.to_json()),
+        true => format!("{}\n", printable_json(&report.to_json().to_string())),
         false => render::page(&report.state, report.is_running, terminal),
     };
     if !options.watch {
         let report = Report::new(&paths);
-        print(&text(&report));
+        print_raw(&text(&report));
         return report.exit();
     }
     loop {
@@ -53,7 +54,7 @@ pub fn run(globals: &Globals, options: &Status) -> Result<(), CliError> {
         // The rest of each line is cleared, and the screen below the page.
         let redraws = terminal.is_live && !options.json;
         let page = if redraws { format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")) } else { text };
-        if try_print(&page).is_err() {
+        if try_print_raw(&page).is_err() {
             return Ok(());
         }
         thread::sleep(WATCH_INTERVAL);
