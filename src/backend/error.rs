@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::WireFormat;
 use crate::logging::sanitize_for_log;
 
 /// Maximum part of a backend's error body that is passed on, in bytes.
@@ -53,16 +54,25 @@ pub enum BackendError {
     /// The response is not HTTP.
     #[error("the backend does not speak HTTP: {0}")]
     NotHttp(String),
-    /// 502 or 504: a gateway in front of the backend cannot reach it.
+    /// A gateway in front of the backend cannot reach it.
     #[error("the gateway cannot reach the backend: {0}")]
     BadGateway(HttpStatus),
-    /// 503 while the model is loading.
+    /// The model is still loading.
     #[error("the backend is still loading its model: {0}")]
     Loading(HttpStatus),
     /// The backend does not have the model.
     #[error("the backend does not have the model: {0}")]
     ModelNotFound(HttpStatus),
-    /// 429, 402, or a 503 without a loading model.
+    /// The backend lists the model, and cannot load it.
+    #[error("the backend cannot load the model: {0}")]
+    LoadFailed(HttpStatus),
+    /// The backend does not know the path of the request.
+    #[error("the backend does not have this route: {0}")]
+    RouteNotFound(HttpStatus),
+    /// The backend does not have the route of this format.
+    #[error("the backend does not serve {0} requests: {1}")]
+    FormatNotServed(WireFormat, HttpStatus),
+    /// The backend has no capacity for another request, or its account no credit.
     #[error("the backend is at capacity: {0}")]
     Overloaded(HttpStatus),
     /// The environment variable for the API key contains no usable key.
@@ -74,7 +84,7 @@ pub enum BackendError {
     /// 400, 413 or 422: the request itself is invalid.
     #[error("the backend rejected the request: {0}")]
     BadRequest(HttpStatus),
-    /// Any other unsuccessful status, including redirects.
+    /// Any other unsuccessful response, including redirects.
     #[error("the backend failed: {0}")]
     Status(HttpStatus),
     /// The connection broke after the first byte of the response.
@@ -109,15 +119,19 @@ impl BackendError {
             BackendError::Unreachable(_) | BackendError::NotHttp(_) | BackendError::Broken(_) => true,
             BackendError::BadGateway(s)
             | BackendError::Loading(s)
+            | BackendError::LoadFailed(s)
             | BackendError::Overloaded(s)
             | BackendError::Status(s) => s.status >= 500,
             _ => false,
         }
     }
 
-    /// Whether the job can fail over to another backend: this one is missing, not ready or at capacity, and has sent nothing.
+    /// Whether the job can fail over to another backend: this one is missing, not ready or at capacity, or lacks the model or the
+    /// format, and has sent nothing.
     pub fn may_fail_over(&self) -> bool {
-        self.is_absent() || matches!(self, BackendError::Overloaded(_))
+        use BackendError::{FormatNotServed, LoadFailed, ModelNotFound, Overloaded, RouteNotFound};
+        let lacks = matches!(self, ModelNotFound(_) | LoadFailed(_) | RouteNotFound(_) | FormatNotServed(..));
+        lacks || self.is_absent() || matches!(self, Overloaded(_))
     }
 
     /// Whether the offer may be out of date: the backend or the model is missing.
@@ -137,10 +151,15 @@ impl BackendError {
             BackendError::BadGateway(s)
             | BackendError::Loading(s)
             | BackendError::ModelNotFound(s)
+            | BackendError::LoadFailed(s)
+            | BackendError::RouteNotFound(s)
             | BackendError::Overloaded(s)
             | BackendError::AuthRejected(s)
             | BackendError::BadRequest(s)
             | BackendError::Status(s) => format!("HTTP {}", s.status),
+            BackendError::FormatNotServed(format, s) => {
+                format!("the backend does not serve {format} requests: HTTP {}", s.status)
+            }
             BackendError::StreamError(_) => "the backend reported an error in the stream".into(),
             BackendError::Cancelled
             | BackendError::SessionGone
@@ -162,24 +181,6 @@ impl BackendError {
     /// The cause as one line without control characters, with the text from the backend. For the operator; not to be logged.
     pub fn for_operator(&self) -> String {
         sanitize_for_log(&self.to_string())
-    }
-
-    /// The cause that an unsuccessful HTTP status indicates, based on the responses of actual servers.
-    pub fn from_status(status: u16, body: &[u8]) -> BackendError {
-        let response = HttpStatus { status, body: truncated_body(body) };
-        let text = response.body.to_ascii_lowercase();
-        let no_such_model = text.contains("no models loaded") || (text.contains("model") && text.contains("not found"));
-        match status {
-            400 if no_such_model => BackendError::ModelNotFound(response),
-            400 | 413 | 422 => BackendError::BadRequest(response),
-            401 | 403 => BackendError::AuthRejected(response),
-            402 | 429 => BackendError::Overloaded(response),
-            404 => BackendError::ModelNotFound(response),
-            502 | 504 => BackendError::BadGateway(response),
-            503 if text.contains("loading") => BackendError::Loading(response),
-            503 => BackendError::Overloaded(response),
-            _ => BackendError::Status(response),
-        }
     }
 }
 

@@ -44,7 +44,15 @@ impl BackendError {
             | BackendError::ProbeTimeout(_)
             | BackendError::NotHttp(_)
             | BackendError::BadGateway(_) => Some(ErrorCode::BackendUnreachable),
-            BackendError::Loading(_) | BackendError::ModelNotFound(_) => Some(ErrorCode::ModelNotLoaded),
+            // The response to a route that LM Studio does not know. A success without an answer is always `internal`.
+            BackendError::RouteNotFound(s) | BackendError::FormatNotServed(_, s) if s.status < 300 => {
+                Some(ErrorCode::Internal)
+            }
+            BackendError::Loading(_)
+            | BackendError::ModelNotFound(_)
+            | BackendError::LoadFailed(_)
+            | BackendError::RouteNotFound(_)
+            | BackendError::FormatNotServed(..) => Some(ErrorCode::ModelNotLoaded),
             BackendError::Overloaded(_) | BackendError::Exhausted(_) => Some(ErrorCode::OutOfCapacity),
             BackendError::MissingKey(_) | BackendError::AuthRejected(_) => Some(ErrorCode::AuthRejectedByBackend),
             BackendError::BadRequest(_)

@@ -11,6 +11,7 @@ use super::kind::{BaseUrl, Kind};
 use super::listing;
 use super::probe::Probe;
 use super::request::body_of;
+use super::server_support::ServerSupport;
 use super::stream::relay;
 use super::{Backend, BackendHealth, BackendModel, Job, JobResult, JobSink, WireFormat};
 
@@ -23,6 +24,7 @@ pub struct HttpBackend {
     /// Root of the OpenAI and Anthropic routes.
     api: String,
     client: Client,
+    support: ServerSupport,
     /// Context windows by model, from the last probe.
     windows: Mutex<HashMap<String, u32>>,
 }
@@ -36,7 +38,15 @@ impl HttpBackend {
             (Some(url), None) => (url.root().to_owned(), format!("{}/v1", url.root())),
         };
         let client = Client::new(&root, kind.is_hosted(), ApiKey::from_env(api_key_env));
-        HttpBackend { kind, id: format!("{kind} at {root}"), root, api, client, windows: Mutex::default() }
+        HttpBackend {
+            kind,
+            id: format!("{kind} at {root}"),
+            root,
+            api,
+            client,
+            support: ServerSupport::default(),
+            windows: Mutex::default(),
+        }
     }
 
     /// Fills in context windows from the previous probe if a request of this probe failed, so that a slow response does not
@@ -60,12 +70,14 @@ impl HttpBackend {
         sink: &mut dyn JobSink,
     ) -> BackendResult<JobResult> {
         self.client.ready()?;
+        self.support.check(format)?;
         let route = match format {
             WireFormat::Openai => "chat/completions",
             WireFormat::Anthropic => "messages",
         };
         let url = format!("{}/{route}", self.api);
-        relay(&self.client, &url, body, Duration::from_millis(u64::from(deadline_ms)), sink)
+        let outcome = relay(&self.client, &url, body, Duration::from_millis(u64::from(deadline_ms)), sink);
+        self.support.learn(format, outcome, &self.id)
     }
 
     /// The kind.
@@ -117,12 +129,16 @@ impl Backend for HttpBackend {
 
     fn probe(&self) -> BackendResult<Vec<BackendModel>> {
         let probe = self.start_probe();
-        probe.health()?;
-        self.models(&probe)
+        let listed = probe.health().and_then(|()| self.models(&probe));
+        listed.inspect_err(|e| self.support.learn_from_probe(e))
     }
 
     fn ready(&self) -> BackendResult<()> {
         self.client.ready()
+    }
+
+    fn serves(&self, format: WireFormat) -> bool {
+        self.support.check(format).is_ok()
     }
 
     fn execute(&self, job: &Job, sink: &mut dyn JobSink) -> BackendResult<JobResult> {

@@ -10,10 +10,14 @@ mod listing;
 mod context_window;
 mod diagnosis;
 mod request;
+mod server_support;
 mod stream;
 mod http;
 mod error;
 mod error_code;
+mod error_response;
+
+use std::fmt;
 
 use uuid::Uuid;
 
@@ -48,6 +52,15 @@ pub enum WireFormat {
     Openai,
     /// `/v1/messages`.
     Anthropic,
+}
+
+impl fmt::Display for WireFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            WireFormat::Openai => "OpenAI",
+            WireFormat::Anthropic => "Anthropic",
+        })
+    }
 }
 
 /// The result of a successful job.
@@ -160,5 +173,10 @@ pub trait Backend: Send + Sync {
     /// The reason.
     fn ready(&self) -> BackendResult<()> {
         Ok(())
+    }
+
+    /// Whether the backend serves jobs in this format, as far as its responses have shown.
+    fn serves(&self, _format: WireFormat) -> bool {
+        true
     }
 }

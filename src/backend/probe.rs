@@ -43,7 +43,11 @@ impl<'a> Probe<'a> {
         let Some(path) = self.kind.health_path() else { return Ok(()) };
         match self.get_below_root(path) {
             Ok(_) => Ok(()),
-            Err(BackendError::ModelNotFound(response)) if response.status == 404 => Ok(()),
+            Err(BackendError::ModelNotFound(response) | BackendError::RouteNotFound(response))
+                if response.status == 404 =>
+            {
+                Ok(())
+            }
             Err(e) => Err(e),
         }
     }

@@ -16,8 +16,14 @@ pub fn fix_of(e: &BackendError, kind: Kind) -> String {
             "the server needs a valid API key: put it into an environment variable, and set `api_key_env` to its name"
         }
         BackendError::MissingKey(_) => "set that variable in the environment of the agent",
-        BackendError::ModelNotFound(_) | BackendError::BadAnswer(_) => {
+        BackendError::ModelNotFound(_)
+        | BackendError::RouteNotFound(_)
+        | BackendError::FormatNotServed(..)
+        | BackendError::BadAnswer(_) => {
             "check that `url` of this backend is the address of the server, and `kind` its kind"
+        }
+        BackendError::LoadFailed(_) => {
+            "look at the server's log: it may lack memory; or exclude the model with `models` of this backend"
         }
         BackendError::Overloaded(_) => "the server is at capacity, or your account is out of credit: try again later",
         BackendError::DeadlinePassed => {

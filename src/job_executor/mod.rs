@@ -139,6 +139,10 @@ impl JobExecutor {
             let message = format!("the {limit} tokens that max_tokens_per_minute allows are used up");
             return Err(self.reject_admitted(&in_flight, RejectReason::TokenLimit, message));
         }
+        // If no backend serves the format, the first one reports so.
+        let (serving, others): (Vec<_>, Vec<_>) =
+            route.into_iter().partition(|candidate| candidate.backend.serves(job.format));
+        route = if serving.is_empty() { others } else { serving };
         let slot = route.iter().enumerate().find_map(|(at, backend)| Some((at, backend.try_acquire_slot()?)));
         let Some((at, slot)) = slot else {
             let message = "every backend of this model already runs its max_concurrent jobs";

@@ -1,0 +1,149 @@
+//! The cause that an unsuccessful HTTP response indicates, based on the responses of real servers and gateways.
+//!
+//! Some statuses suffice. For the others the text decides, because servers agree on words more than on statuses: Ollama and a
+//! llama.cpp router answer 500 if they cannot load a model, LM Studio 400, vLLM 404.
+
+use serde_json::Value;
+
+use super::error::{BackendError, HttpStatus, truncated_body};
+
+/// The statuses from 520 are those of Cloudflare: it cannot reach the server, or not in time. 408 is a gateway's timeout.
+const GATEWAY_STATUSES: [u16; 14] = [408, 502, 504, 520, 521, 522, 523, 524, 525, 526, 527, 530, 598, 599];
+
+/// 402: the account of a hosted server is out of credit. 529: Anthropic, NVIDIA.
+const OVERLOADED_STATUSES: [u16; 4] = [402, 429, 509, 529];
+
+/// Texts, in lower case. Each entry lists words that must all occur.
+type Texts = &'static [&'static [&'static str]];
+
+/// The model cannot be loaded, or was unloaded.
+const LOAD_FAILED: Texts = &[
+    &["failed to load model"],
+    &["failed to load the model"],
+    &["model failed to load"],
+    &["model name=", "failed to load"],
+    &["error loading model"],
+    &["error loading the model"],
+    &["unable to load model"],
+    &["unable to load the model"],
+    &["could not load model"],
+    &["could not load the model"],
+    &["cannot load model"],
+    &["model is unloaded"],
+    &["model unloaded"],
+    &["model was unloaded"],
+    &["model has crashed"],
+    &["insufficient system resources"],
+    &["requires more system memory"],
+    &["llama runner process"],
+];
+
+/// The model is being loaded.
+const LOADING: Texts =
+    &[&["loading model"], &["loading the model"], &["model is loading"], &["currently loading"], &["still loading"]];
+
+/// The server does not have the model.
+const MODEL_MISSING: Texts = &[
+    &["no models loaded"],
+    &["no model loaded"],
+    &["no model is loaded"],
+    &["model is not loaded"],
+    &["model_not_found"],
+    &["model", "not found"],
+    &["model", "does not exist"],
+];
+
+/// The server has no capacity for another request.
+const OVERLOADED: Texts = &[
+    &["overloaded"],
+    &["server busy"],
+    &["server is busy"],
+    &["at capacity"],
+    &["too many requests"],
+    &["too many concurrent"],
+    &["queue is full"],
+    &["no slot available"],
+];
+
+/// A gateway has no server to pass the request to, or cannot reach it.
+const UNREACHABLE: Texts =
+    &[&["connection refused"], &["econnrefused"], &["no healthy upstream"], &["upstream connect error"]];
+
+/// The server does not know the path of the request.
+const ROUTE_MISSING: Texts = &[
+    &["unexpected endpoint or method"],
+    &["unknown endpoint"],
+    &["invalid url ("],
+    &["unknown request url"],
+    &["unrecognized request url"],
+    &["cannot post /"],
+    &["route post", "not found"],
+    &["no route matched"],
+];
+
+/// What a message consists of if it says only that the path or the method is unknown.
+const BARE_WORDS: [&str; 17] = [
+    "404",
+    "405",
+    "501",
+    "the",
+    "requested",
+    "page",
+    "file",
+    "resource",
+    "endpoint",
+    "route",
+    "path",
+    "url",
+    "method",
+    "not",
+    "found",
+    "allowed",
+    "implemented",
+];
+
+impl BackendError {
+    /// The cause that an unsuccessful HTTP response indicates.
+    pub fn from_status(status: u16, body: &[u8]) -> BackendError {
+        let response = HttpStatus { status, body: truncated_body(body) };
+        let text = response.body.to_ascii_lowercase();
+        let says = |texts| contains_any(&text, texts);
+        match status {
+            401 | 403 => BackendError::AuthRejected(response),
+            413 => BackendError::BadRequest(response),
+            _ if OVERLOADED_STATUSES.contains(&status) => BackendError::Overloaded(response),
+            _ if GATEWAY_STATUSES.contains(&status) => BackendError::BadGateway(response),
+            // Only these: the text of a 400 may quote the request.
+            404 | 405 | 501 if says(ROUTE_MISSING) => BackendError::RouteNotFound(response),
+            _ if says(LOAD_FAILED) => BackendError::LoadFailed(response),
+            503 if text.contains("loading") => BackendError::Loading(response),
+            _ if says(LOADING) => BackendError::Loading(response),
+            400..500 if says(MODEL_MISSING) => BackendError::ModelNotFound(response),
+            404 | 405 | 501 if is_bare(&response.body) => BackendError::RouteNotFound(response),
+            404 | 410 => BackendError::ModelNotFound(response),
+            400 | 422 => BackendError::BadRequest(response),
+            500.. if says(UNREACHABLE) => BackendError::BadGateway(response),
+            500.. if status == 503 || says(OVERLOADED) => BackendError::Overloaded(response),
+            _ => BackendError::Status(response),
+        }
+    }
+}
+
+fn contains_any(text: &str, texts: Texts) -> bool {
+    texts.iter().any(|words| words.iter().all(|word| text.contains(word)))
+}
+
+/// Whether an error body says no more than that the path or the method is unknown. A text about a missing model or file names it.
+fn is_bare(body: &str) -> bool {
+    // The page of a web server, which does not know models.
+    if body.starts_with('<') {
+        return true;
+    }
+    let json: Option<Value> = serde_json::from_str(body).ok();
+    let message = json.as_ref().map_or(Some(body), |json| {
+        let messages = [&json["detail"], &json["error"]["message"], &json["message"], &json["error"]];
+        messages.into_iter().find_map(Value::as_str)
+    });
+    let message = message.unwrap_or_default().to_ascii_lowercase();
+    message.split(|c: char| !c.is_ascii_alphanumeric()).all(|word| word.is_empty() || BARE_WORDS.contains(&word))
+}
