@@ -6,7 +6,7 @@
 use std::io;
 use std::net::TcpListener;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -21,7 +21,7 @@ use crate::http_server::connection::{Exchange, percent_decoded};
 /// Time limit of a request; a model that has to be loaded may take minutes.
 const JOB_DEADLINE: Duration = Duration::from_secs(600);
 
-/// Interval of checks whether the client of a silent job is still connected.
+/// Interval of checks whether the client is still connected.
 const CLIENT_POLL: Duration = Duration::from_millis(100);
 
 /// Limit of a response that is assembled for a non-streaming client, in bytes.
@@ -46,7 +46,8 @@ impl ErrorResponse {
     }
 
     fn from_job(code: String, message: String) -> Self {
-        Self { status: status_of(&code), code, message }
+        let status = backend_status(&code, &message).unwrap_or_else(|| status_of(&code));
+        Self { status, code, message }
     }
 
     /// One body for both formats: OpenAI's clients read `error`, Anthropic's read `type` as well.
@@ -77,6 +78,14 @@ fn status_of(code: &str) -> u16 {
         "backend_timeout" => 504,
         _ => 500, // `internal`, and codes of newer agents
     }
+}
+
+/// The status with which the backend rejected the request, as the agent's message quotes it: clients retry a 500, but not a 400.
+fn backend_status(code: &str, message: &str) -> Option<u16> {
+    const QUOTES: [&str; 2] = ["the backend rejected the request: HTTP ", "the backend failed: HTTP "];
+    let quoted = QUOTES.iter().find_map(|quote| message.strip_prefix(quote)).filter(|_| code == "internal")?;
+    let digits = quoted.split(|c: char| !c.is_ascii_digit()).next()?;
+    digits.parse().ok().filter(|status| (400..600).contains(status))
 }
 
 fn handle(coordinator: &Coordinator, exchange: &mut Exchange<'_>) {
@@ -156,21 +165,39 @@ fn complete(coordinator: &Coordinator, exchange: &mut Exchange<'_>, format: Form
     Ok(())
 }
 
-/// Waits for the job's next event while the client is connected. `None` after the end.
-fn next_event(job: &mut Job, client_has_disconnected: impl Fn() -> bool) -> io::Result<Option<JobEvent>> {
-    while !job.has_ended() {
-        match job.wait(CLIENT_POLL) {
-            Some(event) => return Ok(Some(event)),
-            None if client_has_disconnected() => return Err(io::ErrorKind::ConnectionAborted.into()),
-            None => {}
-        }
+/// The events of a job, as long as its client is connected, which is checked every [`CLIENT_POLL`], however fast events come.
+struct Events<'a> {
+    job: &'a mut Job,
+    checked_at: Instant,
+}
+
+impl<'a> Events<'a> {
+    fn of(job: &'a mut Job) -> Self {
+        Self { job, checked_at: Instant::now() }
     }
-    Ok(None)
+
+    /// Waits for the next event; `None` after the end. Fails if the client has disconnected.
+    fn next(&mut self, client_has_disconnected: impl Fn() -> bool) -> io::Result<Option<JobEvent>> {
+        while !self.job.has_ended() {
+            let event = self.job.wait(CLIENT_POLL);
+            if self.checked_at.elapsed() >= CLIENT_POLL {
+                if client_has_disconnected() {
+                    return Err(io::ErrorKind::ConnectionAborted.into());
+                }
+                self.checked_at = Instant::now();
+            }
+            if event.is_some() {
+                return Ok(event);
+            }
+        }
+        Ok(None)
+    }
 }
 
 /// Relays the chunks as they arrive. Fails if the client has disconnected.
 fn stream(exchange: &mut Exchange<'_>, job: &mut Job, format: Format) -> io::Result<()> {
-    let first = match next_event(job, || exchange.client_has_disconnected())? {
+    let mut events = Events::of(job);
+    let first = match events.next(|| exchange.client_has_disconnected())? {
         Some(JobEvent::Chunk(bytes)) => bytes,
         Some(JobEvent::Failed { code, message }) => {
             respond_error(exchange, &ErrorResponse::from_job(code, message));
@@ -185,7 +212,7 @@ fn stream(exchange: &mut Exchange<'_>, job: &mut Job, format: Format) -> io::Res
     let mut body = exchange.stream(content_type)?;
     body.send(&first)?;
     let mut ended_clean = first.is_empty() || first.ends_with(b"\n\n");
-    while let Some(event) = next_event(job, || body.client_has_disconnected())? {
+    while let Some(event) = events.next(|| body.client_has_disconnected())? {
         match event {
             JobEvent::Chunk(bytes) => {
                 body.send(&bytes)?;
@@ -221,10 +248,11 @@ fn whole(exchange: &mut Exchange<'_>, job: &mut Job, format: Format) -> io::Resu
 
 fn collected(exchange: &Exchange<'_>, job: &mut Job) -> io::Result<Result<Vec<u8>, ErrorResponse>> {
     let mut bytes = Vec::new();
-    while let Some(event) = next_event(job, || exchange.client_has_disconnected())? {
+    let mut events = Events::of(job);
+    while let Some(event) = events.next(|| exchange.client_has_disconnected())? {
         match event {
             JobEvent::Chunk(chunk) if bytes.len() + chunk.len() > RESPONSE_BYTES_MAX => {
-                job.cancel();
+                events.job.cancel();
                 let message = "the response is too long for one document; request it with `stream`";
                 return Ok(Err(ErrorResponse::new(502, "answer_too_long", message)));
             }
@@ -261,6 +289,19 @@ mod tests {
         ];
         for (code, status) in expected {
             assert_eq!(status_of(code), status, "{code}");
+        }
+    }
+
+    #[test]
+    fn backend_status_is_that_of_a_rejected_request_only() {
+        for (code, message, status) in [
+            ("internal", "the backend rejected the request: HTTP 422: too long", Some(422)),
+            ("internal", "the backend failed: HTTP 529", Some(529)),
+            ("internal", "the backend rejected the request: HTTP 4000", None),
+            ("internal", "the stream was truncated: HTTP 400", None),
+            ("auth_rejected_by_backend", "the backend rejected the request: HTTP 401", None),
+        ] {
+            assert_eq!(backend_status(code, message), status, "{message}");
         }
     }
 

@@ -2,15 +2,15 @@
 //!
 //! Invariant: a connection is reused only if the request was read and the response written completely.
 
-use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::TcpStream;
-use std::time::{Duration, SystemTime};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{IpAddr, TcpStream};
+use std::time::SystemTime;
 
 use httparse::Status;
 use serde_json::{Value, json};
 use tungstenite::http::StatusCode;
 
-use crate::sys::datetime;
+use crate::sys::{datetime, sockets};
 
 /// Limit of a request body, in bytes. Requests may contain images; the agent accepts messages of the same size.
 pub(crate) const BODY_BYTES_MAX: u64 = 64 * 1024 * 1024;
@@ -20,9 +20,6 @@ const HEAD_BYTES_MAX: u64 = 64 * 1024;
 
 /// Limit of the number of headers in a request.
 const HEADERS_MAX: usize = 128;
-
-/// Time limit for checking whether the client is still connected.
-const PEEK_TIMEOUT: Duration = Duration::from_millis(1);
 
 /// A request whose head has been read, and its response.
 pub(crate) struct Exchange<'a> {
@@ -107,6 +104,7 @@ fn parse_head(text: &[u8]) -> Result<(Head, Body), BadRequest> {
     let mut head = Head { path: path.to_owned(), http_1_0, close: http_1_0, ..Head::default() };
     head.method = request.method.unwrap_or_default().to_owned();
     let mut body = Body::Read;
+    let (mut host, mut origin) = (None, None);
     for header in request.headers.iter() {
         let exact = String::from_utf8_lossy(header.value);
         let value = exact.to_ascii_lowercase();
@@ -118,15 +116,44 @@ fn parse_head(text: &[u8]) -> Result<(Head, Body), BadRequest> {
             "transfer-encoding" if value == "chunked" => body = Body::Chunked,
             "transfer-encoding" => return Err(bad(501, "only the chunked transfer encoding is supported")),
             "connection" => head.close |= value.contains("close"),
+            "host" if host.is_some() => return Err(bad(400, "the request has two Host headers")),
+            "host" => host = Some(value),
+            "origin" => origin = Some(value),
             "sec-websocket-key" => head.websocket_key = Some(exact.into_owned()),
             "expect" => head.expects_continue = value == "100-continue",
             _ => {}
         }
     }
+    refuse_foreign_pages(host.as_deref(), origin.as_deref())?;
     match body {
         Body::Length(BODY_BYTES_MAX..) => Err(bad(413, format!("the body exceeds {BODY_BYTES_MAX} bytes"))),
         body => Ok((head, body)),
     }
+}
+
+/// Refuses requests that a web page of another site makes a browser send to this machine: across origins, or by a name of its own
+/// that it resolves to a loopback address.
+fn refuse_foreign_pages(host: Option<&str>, origin: Option<&str>) -> Result<(), BadRequest> {
+    if host.is_some_and(|host| !is_loopback(host)) {
+        return Err(bad(403, "this server serves its own machine alone; address it as 127.0.0.1 or localhost"));
+    }
+    let is_own_page = |origin: &str| host.is_some_and(|host| origin.strip_prefix("http://") == Some(host));
+    match origin {
+        Some(origin) if !is_own_page(origin) => Err(bad(403, "this server does not serve web pages of other origins")),
+        _ => Ok(()),
+    }
+}
+
+/// Whether a Host header, in lower case, names this machine.
+fn is_loopback(host: &str) -> bool {
+    let bracketed = host.strip_prefix('[').and_then(|rest| rest.split_once(']'));
+    let (name, port) = bracketed.or_else(|| host.split_once(':')).unwrap_or((host, ""));
+    let port = port.strip_prefix(':').unwrap_or(port);
+    let is_this_machine = match name.parse::<IpAddr>() {
+        Ok(address) => address.to_canonical().is_loopback() && address.is_ipv6() == bracketed.is_some(),
+        Err(_) => name == "localhost" && bracketed.is_none(),
+    };
+    is_this_machine && port.bytes().all(|b| b.is_ascii_digit())
 }
 
 impl Exchange<'_> {
@@ -244,7 +271,7 @@ impl Exchange<'_> {
 
     /// Whether the client has closed the connection or its half of it.
     pub(crate) fn client_has_disconnected(&self) -> bool {
-        client_has_disconnected(self.input.get_ref())
+        sockets::peer_has_closed(self.input.get_ref())
     }
 
     /// Whether another request may follow on this connection.
@@ -279,7 +306,7 @@ impl StreamedBody<'_> {
 
     /// Whether the client has closed the connection or its half of it.
     pub(crate) fn client_has_disconnected(&self) -> bool {
-        client_has_disconnected(self.out)
+        sockets::peer_has_closed(self.out)
     }
 
     /// Ends the body. If dropped without this call, the connection closes, and the client sees a truncated body.
@@ -289,19 +316,6 @@ impl StreamedBody<'_> {
         }
         *self.answered = true;
         Ok(())
-    }
-}
-
-fn client_has_disconnected(tcp: &TcpStream) -> bool {
-    let Ok(timeout) = tcp.read_timeout() else { return true };
-    if tcp.set_read_timeout(Some(PEEK_TIMEOUT)).is_err() {
-        return true;
-    }
-    let peeked = tcp.peek(&mut [0]);
-    let restored = tcp.set_read_timeout(timeout);
-    match peeked {
-        Ok(read) => read == 0 || restored.is_err(),
-        Err(error) => !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted),
     }
 }
 
@@ -318,6 +332,30 @@ pub(crate) fn percent_decoded(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn is_loopback_takes_this_machine_alone() {
+        for host in ["127.0.0.1", "127.0.0.1:8788", "127.9.9.9", "localhost", "localhost:1", "[::1]", "[::1]:8788"] {
+            assert!(is_loopback(host), "{host}");
+        }
+        for host in [
+            "evil.example",
+            "evil.example:8788",
+            "localhost.evil.example",
+            "127.0.0.1.evil.example",
+            "0.0.0.0",
+            "::1",
+            "",
+            "[127.0.0.1]",
+            "[::2]",
+            "192.0.2.1",
+            "localhost:80@evil.example",
+            "127.0.0.1:x",
+            "[::1]evil",
+        ] {
+            assert!(!is_loopback(host), "{host}");
+        }
+    }
 
     #[test]
     fn percent_decoded_keeps_invalid_escapes() {

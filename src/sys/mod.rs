@@ -1,4 +1,4 @@
-//! Wrappers around the operating system: files, threads, memory, dates, the terminal, printable text, shell quoting.
+//! Wrappers around the operating system: files, threads, memory, dates, the terminal, printable text, shell quoting, sockets.
 
 pub mod datetime;
 pub mod edit_distance;
@@ -7,5 +7,6 @@ pub mod jitter;
 pub mod malloc;
 pub mod printable;
 pub mod shell_quote;
+pub mod sockets;
 pub mod terminal;
 pub mod threads;

@@ -1,7 +1,11 @@
 //! Other users of the machine, and other clients of the demo.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::Instant;
 
+use crossbeam_channel::{Receiver, unbounded};
 use serde_json::{Value, json};
 
 use crate::support::*;
@@ -116,4 +120,166 @@ fn coordinator_text_that_controls_a_terminal_is_shown_escaped_by_setup_and_statu
     assert_eq!(state["models"][0]["model_id"], hostile("m"), "programs get the name as it is");
     assert_harmless("the log", &agent.stderr.text());
     drop(session);
+}
+
+/// A demo with its front door, until a signal.
+struct Demo {
+    _demo: Agent,
+    /// `127.0.0.1:PORT`
+    door: String,
+    _setup: Setup,
+}
+
+impl Demo {
+    fn new(backend: &Backend) -> Self {
+        let setup = Setup::new("wss://never-dialled.example/").backend(backend.toml());
+        let config = setup.write();
+        let demo = Agent::run(setup.scratch.path(), &["demo", "--port", "0", "-c", config.to_str().expect("UTF-8")]);
+        // The last line, after the demo's own request.
+        let line = demo.stdout.wait_line(&["curl", "http://"]);
+        let door = line.split("http://").nth(1).and_then(|rest| rest.split('/').next()).expect("an address").to_owned();
+        Self { _demo: demo, door, _setup: setup }
+    }
+}
+
+/// Sends a request head and body, and returns the connection.
+fn send(address: &str, head: &str, body: &str) -> TcpStream {
+    let mut tcp = TcpStream::connect(address).expect("connected");
+    tcp.set_read_timeout(Some(SOON)).expect("a read timeout");
+    let length = body.len();
+    tcp.write_all(format!("{head}Content-Length: {length}\r\n\r\n{body}").as_bytes()).expect("sent");
+    tcp
+}
+
+/// The response to a request whose connection the server closes.
+fn answer(address: &str, head: &str, body: &str) -> String {
+    let mut text = String::new();
+    let _ = send(address, &format!("{head}Connection: close\r\n"), body).read_to_string(&mut text);
+    text
+}
+
+/// A backend that sends an event every 5 ms to requests without a message until their connection ends, which it reports.
+fn backend_without_end() -> (Backend, Receiver<()>) {
+    let (ended, ends) = unbounded();
+    let backend = Backend::vllm_with(&["m"], move |request| {
+        if request.json()["messages"] != json!([]) {
+            return Answer::Raw(response(200, "text/event-stream", sse(7, 13)));
+        }
+        let ended = ended.clone();
+        Answer::Play(Box::new(move |mut tcp: &TcpStream| {
+            let head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n";
+            let mut written = tcp.write_all(head.as_bytes());
+            let began = Instant::now();
+            while written.is_ok() && began.elapsed() < 3 * SOON {
+                written = tcp.write_all(b"data: {\"choices\":[{\"delta\":{\"content\":\"x\"}}]}\n\n");
+                std::thread::sleep(ms(5));
+            }
+            let _ = ended.send(());
+            Ok(false)
+        }))
+    });
+    (backend, ends)
+}
+
+#[test]
+fn client_that_leaves_the_front_door_while_tokens_come_fast_frees_its_slot_within_a_second() {
+    let (backend, ends) = backend_without_end();
+    let demo = Demo::new(&backend);
+    let ask = |stream: bool, more: &str| {
+        let body = json!({"model": "m", "stream": stream, "messages": []}).to_string();
+        let seen = backend.posts();
+        let head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n";
+        let mut tcp = send(&demo.door, head, &body);
+        wait_until("the job is at the backend", || backend.posts() > seen);
+        tcp.write_all(more.as_bytes()).expect("sent");
+        // Time for some events.
+        std::thread::sleep(ms(150));
+        tcp
+    };
+    // A client may have sent a line end, or its next request, behind the body.
+    for (stream, more) in [(false, ""), (false, "\r\n"), (true, ""), (true, "GET /health HTTP/1.1\r\n\r\n")] {
+        let tcp = ask(stream, more);
+        assert!(ends.try_recv().is_err(), "the client is still there");
+        drop(tcp);
+        assert!(ends.recv_timeout(secs(1)).is_ok(), "stream {stream}, more {more:?}: the job outlives its client");
+    }
+}
+
+#[test]
+fn request_that_the_backend_rejects_keeps_its_status_at_the_front_door() {
+    let backend = Backend::vllm_with(&["m"], |request| {
+        let status = request.json()["status"].as_u64().unwrap_or(200) as u16;
+        match status {
+            200 => Answer::Raw(response(200, "text/event-stream", sse(7, 13))),
+            status => Answer::Json(status, json!({"error": {"message": "HTTP 200: `n` is not supported"}})),
+        }
+    });
+    let demo = Demo::new(&backend);
+    for (path, stream, status) in [
+        ("/v1/chat/completions", false, 400),
+        ("/v1/chat/completions", true, 422),
+        ("/v1/messages", false, 413),
+        ("/v1/messages", true, 400),
+        ("/v1/chat/completions", true, 500),
+        ("/v1/chat/completions", false, 451),
+        // The operator's key, not the client's.
+        ("/v1/chat/completions", false, 401),
+    ] {
+        let body = json!({"model": "m", "stream": stream, "status": status, "messages": []}).to_string();
+        let answer = answer(&demo.door, &format!("POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n"), &body);
+        let expected = if status == 401 { 502 } else { status };
+        assert!(answer.starts_with(&format!("HTTP/1.1 {expected} ")), "{path} {status}: {answer}");
+        assert!(status == 500 || answer.contains("`n` is not supported"), "{answer}");
+    }
+}
+
+#[test]
+fn web_page_of_another_site_gets_nothing_from_the_demo() {
+    let backend = Backend::vllm_with(&["m"], |_| Answer::Raw(response(200, "text/event-stream", sse(7, 13))));
+    let demo = Demo::new(&backend);
+    let home = Scratch::new();
+    let awaiting = Agent::run(home.path(), &["demo", "--await-agent", "--port", "0"]);
+    let coordinator = awaiting.stdout.wait_line(&["http://"]);
+    let coordinator = coordinator.split("http://").nth(1).expect("an address");
+    let coordinator = coordinator.split(|c: char| c != '.' && c != ':' && !c.is_ascii_digit()).next().expect("one");
+    let ask = |address: &str, line: &str, headers: &str| answer(address, &format!("{line} HTTP/1.1\r\n{headers}"), "");
+
+    let asked = backend.posts();
+    for (address, line) in [
+        (&*demo.door, "GET /v1/models"),
+        (&demo.door, "POST /v1/chat/completions"),
+        (&demo.door, "OPTIONS /v1/chat/completions"),
+        (coordinator, "GET /host/pair"),
+        (coordinator, "POST /v1/host/pair/issue"),
+        (coordinator, "GET /provider/connect"),
+    ] {
+        for headers in [
+            "Host: evil.example\r\n".to_owned(),
+            "Host: 127.0.0.1.evil.example:8788\r\n".to_owned(),
+            "Host: 0.0.0.0\r\n".to_owned(),
+            format!("Host: {address}\r\nOrigin: http://evil.example\r\n"),
+            format!("Host: {address}\r\nOrigin: null\r\n"),
+            format!("Host: {address}\r\nOrigin: http://{address}.evil.example\r\n"),
+            format!("Host: {address}\r\nOrigin: http://localhost:1\r\n"),
+            format!(
+                "Host: {address}\r\nOrigin: https://x\r\nUpgrade: websocket\r\nSec-WebSocket-Key: eDEyMzQ1Njc4OTAxMjM0NQ==\r\n"
+            ),
+        ] {
+            let answer = ask(address, line, &headers);
+            assert!(answer.starts_with("HTTP/1.1 403 "), "{line}, {headers}: {answer}");
+            assert!(!answer.to_lowercase().contains("access-control-"), "{answer}");
+        }
+        let answer = ask(address, line, &format!("Host: {address}\r\nHost: {address}\r\n"));
+        assert!(answer.starts_with("HTTP/1.1 400 "), "{line}: {answer}");
+    }
+    assert_eq!(backend.posts(), asked);
+    // This machine, by each of its names, and the page of the pairing itself.
+    let port = demo.door.rsplit(':').next().expect("a port");
+    for host in [demo.door.clone(), format!("LocalHost:{port}"), "localhost".into(), format!("[::1]:{port}")] {
+        let answer = ask(&demo.door, "GET /v1/models", &format!("Host: {host}\r\n"));
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{host}: {answer}");
+    }
+    let own = format!("Host: {coordinator}\r\nOrigin: http://{coordinator}\r\n");
+    let answer = ask(coordinator, "POST /host/pair", &own);
+    assert!(answer.starts_with("HTTP/1.1 404 ") && answer.contains("unknown or has expired"), "{answer}");
 }
