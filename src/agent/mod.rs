@@ -26,7 +26,6 @@ use crate::link::Dialer;
 use crate::link::handshake::{self, HandshakeError};
 use crate::link::protocol::OfferLimits;
 use crate::logging::sanitize_for_log;
-use crate::net::proxy;
 use crate::observe::{Connection, LiveState, Sources, StateFileWriter};
 use crate::sys::jitter;
 
@@ -34,8 +33,6 @@ use crate::sys::jitter;
 pub struct Agent {
     /// The coordinator to connect to.
     pub coordinator: CoordinatorConfig,
-    /// Whether to connect through `HTTPS_PROXY`.
-    pub use_proxy: bool,
     /// The key and the provider id.
     pub identity: Identity,
     /// The backends to offer.
@@ -99,8 +96,7 @@ impl Agent {
         let waker = wake_socket.waker();
         let (prober, rounds) = Prober::new(backends, self.terms.clone(), offers.clone(), move || waker.wake());
         housekeeping::spawn(wake_socket, rounds, files)?;
-        let proxy = if self.use_proxy { proxy::from_env() } else { None };
-        let dialer = Dialer::new(self.coordinator.url.clone(), self.coordinator.roots.clone(), proxy);
+        let dialer = Dialer::new(self.coordinator.url.clone(), self.coordinator.roots.clone());
         let limits = OfferLimits {
             max_concurrent_total: self.terms.max_concurrent,
             max_tokens_per_minute: self.max_tokens_per_minute,
@@ -256,7 +252,6 @@ mod tests {
                 enrollment_code: None,
                 roots: ExtraRoots::default(),
             },
-            use_proxy: false,
             identity: Identity::load_or_create(&folder.join("identity.key")).expect("an identity"),
             backends: vec![BackendOffer { backend: backend.clone(), allowed_models: None, max_concurrent: None }],
             terms: OfferTerms { pricing: Pricing { default: price, models: Default::default() }, max_concurrent: 1 },

@@ -119,7 +119,6 @@ fn serve(config: Config, lock: InstanceLock) -> Result<(), CliError> {
         max_tokens_per_minute: config.limits.max_tokens_per_minute,
         drain: config.limits.drain,
         coordinator: config.coordinator,
-        use_proxy: true,
         identity,
         instance: Some(InstanceHandle { paths, lock }),
     };

@@ -354,7 +354,6 @@ fn start_agent(
     let url = coordinator.url().parse().map_err(io::Error::other)?;
     let agent = Agent {
         coordinator: CoordinatorConfig { url, enrollment_code: None, roots: Default::default() },
-        use_proxy: false, // the coordinator is on this machine
         identity: Identity::ephemeral()?,
         backends: chosen.backends.clone(),
         terms: OfferTerms { pricing, max_concurrent: limits.max_concurrent },

@@ -15,7 +15,6 @@ use super::{certificate, clock};
 use crate::config::CoordinatorConfig;
 use crate::link::handshake;
 use crate::link::{DialError, DialObserver, Dialer};
-use crate::net::proxy;
 use crate::sys::datetime;
 
 /// The timeout of a second connection, which fetches a certificate that was rejected, or a date that the upgrade response lacks.
@@ -35,7 +34,7 @@ const WEBSOCKET: usize = 4;
 
 /// Dials the coordinator and reports each layer.
 pub fn examine(report: &mut Report<'_>, config: &CoordinatorConfig) {
-    let dialer = Dialer::new(config.url.clone(), config.roots.clone(), proxy::from_env());
+    let dialer = Dialer::new(config.url.clone(), config.roots.clone());
     let secure = config.url.scheme_str() == Some("wss");
     let mut dial = DialReport { report, dialer: &dialer, secure, layer: DNS, since: Instant::now(), date: None };
     dial.report.pending(LAYERS[DNS]);

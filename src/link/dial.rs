@@ -1,7 +1,7 @@
 //! Opens a WebSocket to a URL within [`CONNECT_TIMEOUT`]: name resolution, TCP, proxy, TLS, upgrade.
 
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -20,8 +20,9 @@ use super::transport::{
     Link, LinkReader, MESSAGE_BYTES_MAX, READ_BUFFER_BYTES, ReadHalf, STALL_TIMEOUT, uninterrupted,
 };
 use crate::logging::sanitize_for_log;
-use crate::net::connect;
+use crate::net::resolve::{ResolveError, resolve};
 use crate::net::tls::{ExtraRoots, LazyClientConfig};
+use crate::net::{connect, proxy};
 use crate::sys::threads;
 
 /// Time limit for all steps together.
@@ -47,7 +48,7 @@ pub enum DialError {
         /// The host name.
         host: String,
         /// The resolver's error.
-        error: io::Error,
+        error: ResolveError,
     },
     /// No address accepted the connection.
     #[error("failed to connect to `{host}:{port}`: {error}")]
@@ -106,12 +107,12 @@ pub struct Dialer {
 }
 
 impl Dialer {
-    /// Creates a dialer for `uri`, a valid `ws` or `wss` address. Uses `proxy` unless its exceptions include the host.
-    pub fn new(uri: Uri, roots: ExtraRoots, proxy: Option<Proxy>) -> Dialer {
+    /// Creates a dialer for `uri`, a valid `ws` or `wss` address. Uses the proxy from the environment, if that applies to the host.
+    pub fn new(uri: Uri, roots: ExtraRoots) -> Dialer {
         let secure = uri.scheme_str() == Some("wss");
         let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
         let port = uri.port_u16().unwrap_or(if secure { 443 } else { 80 });
-        let proxy = proxy.filter(|p| !p.is_no_proxy(&uri));
+        let proxy = proxy::from_env(&host, port);
         Dialer { uri, host, port, secure, proxy, tls: LazyClientConfig::new(roots) }
     }
 
@@ -185,8 +186,8 @@ impl Dialer {
         Some(verifier.captured()).filter(|der| !der.is_empty())
     }
 
-    /// Opens the TCP connection. Name resolution has no timeout and cannot be interrupted, so it runs in a separate thread,
-    /// which may outlive this call.
+    /// Opens the TCP connection. Name resolution and connecting cannot be interrupted, so they run on a separate thread, which may
+    /// outlive this call.
     fn connect(
         &self,
         deadline: Instant,
@@ -198,13 +199,13 @@ impl Dialer {
         // Never full: the thread sends two messages at most.
         let (sender, progress) = bounded(2);
         threads::spawn("dial", move || {
-            let opened = match (host.as_str(), port).to_socket_addrs() {
+            let opened = match resolve(&host, port, Some(deadline)) {
                 Ok(addresses) => {
-                    let addresses: Vec<SocketAddr> = addresses.collect();
                     let _ = sender.send(Progress::Resolved(addresses.clone()));
                     let connected = connect::connect_any(&addresses, Some(deadline));
                     connected.map_err(|error| DialError::Connect { host, port, error })
                 }
+                Err(ResolveError::TimedOut) => Err(DialError::TimedOut),
                 Err(error) => Err(DialError::Resolve { host, error }),
             };
             let _ = sender.send(Progress::Ended(opened));

@@ -224,7 +224,7 @@ mod tests {
             let mut socket = tungstenite::accept(listener.accept().expect("the agent").0).expect("a handshake");
             (0..frames).for_each(|_| assert_eq!(socket.read().expect("a frame").len(), length));
         });
-        let dialer = Dialer::new(url.parse().expect("a URL"), ExtraRoots::default(), None);
+        let dialer = Dialer::new(url.parse().expect("a URL"), ExtraRoots::default());
         let mut half = dialer.dial(&crossbeam_channel::never(), |_| ()).expect("a session");
         let (link, lanes) = (half.link(), Lanes::default());
         for _ in 0..frames {

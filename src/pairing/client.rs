@@ -60,7 +60,8 @@ pub struct PairingClient {
 impl PairingClient {
     /// Creates a client that also trusts `roots` and uses the proxy from the environment, like the agent's connection.
     pub fn new(urls: CoordinatorUrls, roots: &ExtraRoots) -> PairingClient {
-        PairingClient { urls, client: Client::trusting(roots) }
+        let client = Client::trusting(urls.base(), roots);
+        PairingClient { urls, client }
     }
 
     /// Requests a code.

@@ -1,8 +1,8 @@
 //! The URLs of one coordinator, derived from the base URL that the operator gives.
 
-use std::net::IpAddr;
-
 use tungstenite::http::Uri;
+
+use crate::net::is_loopback;
 
 /// The base URL of the market.
 pub const BASE_DEFAULT: &str = "https://api.usepod.ai";
@@ -56,9 +56,7 @@ impl CoordinatorUrls {
 
     /// Whether nobody else can read the connection, because it is encrypted or stays on this machine.
     pub fn is_private(&self) -> bool {
-        let host = self.base.parse::<Uri>().ok().and_then(|uri| Some(uri.host()?.trim_matches(['[', ']']).to_owned()));
-        let is_here = |host: String| host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
-        self.is_encrypted() || host.is_some_and(is_here)
+        self.is_encrypted() || self.base.parse::<Uri>().is_ok_and(|uri| uri.host().is_some_and(is_loopback))
     }
 
     /// The page on which a person enters the code.

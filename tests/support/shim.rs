@@ -1,4 +1,4 @@
-//! Faults of the clock and of thread creation, injected by a library that is preloaded into the agent.
+//! Faults of the clock, of thread creation and of name lookups, injected by a library that is preloaded into the agent.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -30,7 +30,12 @@ impl Shim {
     /// Configures the agent to load the library.
     pub fn load(setup: Setup) -> Setup {
         let shim = Self::of(&setup);
-        let variables = [("LD_PRELOAD", &*LIBRARY), ("FAULT_CLOCK", &shim.clock()), ("FAULT_THREADS", &shim.threads())];
+        let variables = [
+            ("LD_PRELOAD", &*LIBRARY),
+            ("FAULT_CLOCK", &shim.clock()),
+            ("FAULT_THREADS", &shim.threads()),
+            ("FAULT_LOOKUPS", &shim.lookups()),
+        ];
         variables.into_iter().fold(setup, |setup, (name, path)| setup.env(name, path.to_str().expect("UTF-8")))
     }
 
@@ -45,6 +50,25 @@ impl Shim {
 
     fn threads(&self) -> PathBuf {
         self.0.join("fault-threads")
+    }
+
+    fn lookups(&self) -> PathBuf {
+        self.0.join("fault-lookups")
+    }
+
+    /// Makes every further lookup of a name hang.
+    pub fn hang_lookups(&self) {
+        self.0.write("fault-lookups", "");
+    }
+
+    /// The number of lookups that hang.
+    pub fn hanging_lookups(&self) -> u64 {
+        fs::metadata(self.lookups()).expect("the lookups' file").len()
+    }
+
+    /// Lets lookups end.
+    pub fn end_lookups(&self) {
+        fs::remove_file(self.lookups()).expect("the lookups' file");
     }
 
     /// Shifts the wall clock by this many seconds from now on.

@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 use ureq::config::Config;
 use ureq::http::uri::Scheme;
 use ureq::http::{HeaderMap, HeaderValue, Method, Request, Response, Uri, header};
-use ureq::{Agent, AsSendBody, Body};
+use ureq::{Agent, AsSendBody, Body, Proxy};
 
 use super::api_key::ApiKey;
 use super::monitor::{ConnectionMonitor, MonitoredConnector, SharedConnector, connector, plain_connector};
-use super::resolver::LocalFirstResolver;
+use super::resolver::SharedResolver;
 use crate::backend::{BackendError, BackendResult};
 use crate::net::proxy;
 use crate::net::tls::ExtraRoots;
@@ -90,20 +90,20 @@ impl Client {
     pub fn new(url: &str, hosted: bool, key: ApiKey) -> Client {
         let is_plain = !hosted && Uri::try_from(url).is_ok_and(|url| url.scheme() == Some(&Scheme::HTTP));
         let connector = if is_plain { plain_connector() } else { connector(ExtraRoots::default()) };
-        Client::over(connector, hosted, key)
+        Client::over(connector, url, hosted, key)
     }
 
-    /// A client for a hosted server that needs no API key; trusts these authorities as well.
-    pub fn trusting(roots: &ExtraRoots) -> Client {
-        Client::over(connector(roots.clone()), true, ApiKey::NotNeeded)
+    /// A client for the hosted server at `url`, which needs no API key; trusts these authorities as well.
+    pub fn trusting(url: &str, roots: &ExtraRoots) -> Client {
+        Client::over(connector(roots.clone()), url, true, ApiKey::NotNeeded)
     }
 
-    fn over(connector: SharedConnector, hosted: bool, key: ApiKey) -> Client {
+    fn over(connector: SharedConnector, url: &str, hosted: bool, key: ApiKey) -> Client {
         let config = Agent::config_builder()
             .http_status_as_error(false)
             // A redirect would send the prompt to an address that the operator did not configure.
             .max_redirects(0)
-            .proxy(if hosted { proxy::from_env() } else { None })
+            .proxy(if hosted { proxy_for(url) } else { None })
             .timeout_connect(Some(if hosted { CONNECT_TIMEOUT_HOSTED } else { CONNECT_TIMEOUT_LOCAL }))
             .input_buffer_size(BUFFER_BYTES)
             .output_buffer_size(BUFFER_BYTES)
@@ -160,7 +160,7 @@ impl Client {
             None => {
                 let monitor = Arc::new(ConnectionMonitor::default());
                 let connector = MonitoredConnector::new(self.connector.clone(), monitor.clone());
-                let agent = Agent::with_parts(self.config.clone(), connector, LocalFirstResolver);
+                let agent = Agent::with_parts(self.config.clone(), connector, SharedResolver);
                 AgentLease::new(self, agent, monitor)
             }
         }
@@ -251,6 +251,12 @@ impl<'a> AgentLease<'a> {
             idle.push(Idle { agent, monitor: self.monitor, since: Instant::now() });
         }
     }
+}
+
+fn proxy_for(url: &str) -> Option<Proxy> {
+    let uri = Uri::try_from(url).ok()?;
+    let port = uri.port_u16().unwrap_or(if uri.scheme() == Some(&Scheme::HTTPS) { 443 } else { 80 });
+    proxy::from_env(uri.host()?, port)
 }
 
 /// Removes the key from a body, and a partial key from its end, where reading may have stopped.

@@ -153,7 +153,7 @@ mod tests {
     use rustls::{HandshakeKind, ServerConfig, ServerConnection, StreamOwned, SupportedProtocolVersion};
     use ureq::Agent;
 
-    use super::super::resolver::LocalFirstResolver;
+    use super::super::resolver::SharedResolver;
     use super::*;
 
     /// Echoes the body of each request, in chunks of `chunk` bytes, until the client closes the connection.
@@ -359,6 +359,6 @@ mod tests {
     }
 
     fn agent(connector: MonitoredConnector) -> Agent {
-        Agent::with_parts(Agent::config_builder().build(), connector, LocalFirstResolver)
+        Agent::with_parts(Agent::config_builder().build(), connector, SharedResolver)
     }
 }

@@ -1,56 +1,36 @@
-//! Resolves a backend's host name, in bounded time.
+//! Resolves a backend's host name for `ureq`.
 
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Instant;
 
-use crossbeam_channel::{RecvTimeoutError, bounded};
 use ureq::config::Config;
 use ureq::http::Uri;
 use ureq::http::uri::Scheme;
-use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
+use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::NextTimeout;
-use ureq::unversioned::transport::time::Duration as UreqDuration;
 
-use crate::sys::threads;
+use crate::net::resolve::{ResolveError, resolve};
 
-/// Resolves IP addresses and `localhost` directly. Looks up other names on a separate thread, because the system's lookup
-/// has no time limit.
+/// Resolves with [`resolve`], so that concurrent requests share one lookup.
 #[derive(Debug)]
-pub struct LocalFirstResolver;
+pub struct SharedResolver;
 
 /// The thread for a lookup could not be started.
 #[derive(Debug, thiserror::Error)]
-#[error("failed to start a thread: {0}")]
-pub struct NoThread(std::io::Error);
+#[error(transparent)]
+pub struct NoThread(ResolveError);
 
-impl Resolver for LocalFirstResolver {
-    fn resolve(&self, uri: &Uri, config: &Config, timeout: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
+impl Resolver for SharedResolver {
+    fn resolve(&self, uri: &Uri, _: &Config, timeout: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
         let host = uri.host().unwrap_or_default();
         let port = uri.port_u16().unwrap_or(if uri.scheme() == Some(&Scheme::HTTPS) { 443 } else { 80 });
-        let mut addresses = self.empty();
-        if let Ok(address) = host.trim_matches(['[', ']']).parse() {
-            addresses.push(SocketAddr::new(address, port));
-        } else if host.eq_ignore_ascii_case("localhost") {
-            // Most servers listen on IPv4 by default.
-            addresses.push(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port));
-            addresses.push(SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port));
-        } else {
-            return look_up(uri, config, timeout);
+        let mut resolved = self.empty();
+        for address in resolve(host, port, Instant::now().checked_add(*timeout.after)).map_err(|e| match e {
+            ResolveError::TimedOut => ureq::Error::Timeout(timeout.reason),
+            ResolveError::NoThread(_) => ureq::Error::Other(Box::new(NoThread(e))),
+            ResolveError::Failed(e) => std::io::Error::new(e.kind(), e).into(),
+        })? {
+            resolved.push(address);
         }
-        Ok(addresses)
+        Ok(resolved)
     }
-}
-
-// Not inlined: its frame would be on the stack of every stream.
-#[inline(never)]
-fn look_up(uri: &Uri, config: &Config, timeout: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
-    let (result, results) = bounded(1);
-    let (uri, config) = (uri.clone(), config.clone());
-    let unbounded = NextTimeout { after: UreqDuration::NotHappening, ..timeout };
-    let lookup = move || drop(result.send(DefaultResolver::default().resolve(&uri, &config, unbounded)));
-    threads::spawn("resolve", lookup).map_err(|e| ureq::Error::Other(Box::new(NoThread(e))))?;
-    // The sender is dropped without a result if the lookup panics.
-    let lookup_error = |e| {
-        if e == RecvTimeoutError::Timeout { ureq::Error::Timeout(timeout.reason) } else { ureq::Error::HostNotFound }
-    };
-    results.recv_timeout(*timeout.after).map_err(lookup_error)?
 }
