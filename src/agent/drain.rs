@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
+use super::early_jobs::EarlyJobs;
 use super::shutdown::GracefulStop;
 use crate::job_executor::JobExecutor;
 use crate::link::Link;
@@ -25,6 +26,8 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 pub struct SessionHandle {
     /// Runs the jobs of the session.
     pub executor: Arc<JobExecutor>,
+    /// The jobs that wait for the first offer; rejected when the drain begins.
+    pub early_jobs: Arc<EarlyJobs>,
     /// The writer's control lane.
     pub control: ControlSender,
     /// The connection.
@@ -46,6 +49,7 @@ impl GracefulStop for SessionHandle {
     /// timeout has passed, the remaining jobs are answered with an error.
     fn drain(&self, is_forced: &dyn Fn() -> bool) {
         self.executor.close_admission();
+        self.early_jobs.release();
         self.live.draining();
         let _ = self.control.send(Control::Withdraw(protocol::capabilities(&[], self.limits)));
         let in_flight = self.executor.queue_depth();

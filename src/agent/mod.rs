@@ -4,6 +4,7 @@
 
 pub mod backoff;
 mod drain;
+mod early_jobs;
 mod housekeeping;
 pub mod session;
 pub mod shutdown;

@@ -1,19 +1,21 @@
-//! A session: one authenticated connection, from the first offer to its end. A session runs in the caller's thread, which reads
-//! the socket.
+//! A session: one authenticated connection, from `auth_ok` to its end. A session runs in the caller's thread, which reads the
+//! socket. The first offer is sent when the backends have been probed; until then, jobs wait in [`EarlyJobs`].
 //!
 //! Invariants: the reading thread blocks only on its socket; everything it sends is queued for the writer. When a session
 //! ends, its jobs end: no backend computes answers that cannot be delivered.
 
 use std::io;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, select};
+use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError, bounded, select};
 use tungstenite::protocol::CloseFrame;
 use tungstenite::protocol::frame::coding::CloseCode;
 use tungstenite::{Error as WsError, Message};
 
 use super::drain::{SessionHandle, WRITER_TIMEOUT};
+use super::early_jobs::EarlyJobs;
 use super::shutdown::{ActiveState, Stop};
 use crate::discovery::{OfferFeed, Prober};
 use crate::job_executor::stats::JobStats;
@@ -25,7 +27,7 @@ use crate::link::writer::Writer;
 use crate::link::{Link, MESSAGE_BYTES_MAX, ReadHalf, STALL_TIMEOUT, close};
 use crate::logging::sanitize_for_log;
 use crate::observe::LiveState;
-use crate::sys::malloc;
+use crate::sys::{malloc, threads};
 
 /// How long the first offer waits for the probes; their own timeouts are shorter.
 const FIRST_OFFER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -70,11 +72,6 @@ pub struct Context<'a> {
 pub fn serve(mut half: ReadHalf, first_offer: &Receiver<()>, context: &Context<'_>) -> SessionEnd {
     // From now on, a stop must close the connection gracefully instead of shutting the socket down.
     context.stop.set_active(ActiveState::Nothing);
-    select! {
-        recv(first_offer) -> _ => {}
-        recv(context.stop.signal()) -> _ => {}
-        default(FIRST_OFFER_TIMEOUT) => {}
-    }
     if let Err(e) = half.set_deadline(None) {
         return SessionEnd::Unexpected(e.to_string());
     }
@@ -102,8 +99,16 @@ pub fn serve(mut half: ReadHalf, first_offer: &Receiver<()>, context: &Context<'
         Err(e) => return SessionEnd::Unexpected(format!("failed to start the writer thread: {e}")),
     };
     let (ended_sender, ended) = bounded(0);
+    let early_jobs = Arc::new(EarlyJobs::new(executor.clone(), context.limits.max_concurrent_total));
+    let announcement = Announcement {
+        offers: context.offers.clone(),
+        control: writer.control.clone(),
+        limits: context.limits,
+        early_jobs: early_jobs.clone(),
+    };
     let handle = SessionHandle {
         executor: executor.clone(),
+        early_jobs: early_jobs.clone(),
         control: writer.control.clone(),
         link: link.clone(),
         limits: context.limits,
@@ -112,9 +117,13 @@ pub fn serve(mut half: ReadHalf, first_offer: &Receiver<()>, context: &Context<'
         session_ended: ended,
         live: context.live.clone(),
     };
-    announce(context, &writer.control);
     context.stop.set_active(ActiveState::Session(Arc::new(handle)));
-    let end = read_loop(&mut half, &executor);
+    let (reading, reading_ended) = bounded(0);
+    let announcing = announcement.when_ready(first_offer.clone(), reading_ended);
+    let end = read_loop(&mut half, &executor, &early_jobs);
+    drop(reading);
+    // Joined, so that it does not announce to this session during the next one.
+    announcing.map(JoinHandle::join);
     context.offers.stop_listening();
     executor.cancel_all();
     let _ = writer.control.send(Control::Finish);
@@ -132,13 +141,44 @@ fn queue_raw(control: ControlSender) -> impl Fn(Vec<u8>) -> io::Result<()> + Sen
     move |bytes| control.send(Control::Raw(bytes)).map_err(io::Error::other)
 }
 
-/// Sends the offer now and whenever it changes.
-fn announce(context: &Context<'_>, control: &ControlSender) {
-    let (control, limits) = (control.clone(), context.limits);
-    context.offers.listen(move |offer| {
-        log::info!("offering {} model(s)", offer.len());
-        let _ = control.send(Control::Offer(protocol::capabilities(offer, limits)));
-    });
+/// The first offer, and those that follow.
+struct Announcement {
+    offers: Arc<OfferFeed>,
+    control: ControlSender,
+    limits: OfferLimits,
+    early_jobs: Arc<EarlyJobs>,
+}
+
+impl Announcement {
+    /// Announces the offer once `first_offer` disconnects, or after [`FIRST_OFFER_TIMEOUT`]. Waits on a thread of its own, which ends
+    /// early when `session_ended` disconnects.
+    fn when_ready(self, first_offer: Receiver<()>, session_ended: Receiver<()>) -> Option<JoinHandle<()>> {
+        if first_offer.try_recv() == Err(TryRecvError::Disconnected) {
+            self.announce();
+            return None;
+        }
+        let announcement = Arc::new(self);
+        let waiting = announcement.clone();
+        let wait = move || {
+            select! {
+                recv(first_offer) -> _ => waiting.announce(),
+                recv(session_ended) -> _ => {}
+                default(FIRST_OFFER_TIMEOUT) => waiting.announce(),
+            }
+        };
+        let thread = threads::spawn("first-offer", wait);
+        thread.inspect_err(|_| announcement.announce()).ok()
+    }
+
+    /// Sends the offer now and whenever it changes, and releases the jobs that wait for it.
+    fn announce(&self) {
+        let (control, limits) = (self.control.clone(), self.limits);
+        self.offers.listen(move |offer| {
+            log::info!("offering {} model(s)", offer.len());
+            let _ = control.send(Control::Offer(protocol::capabilities(offer, limits)));
+        });
+        self.early_jobs.release();
+    }
 }
 
 /// Builds the heartbeats. A heartbeat is a sign of life if data has arrived since the previous one: both the reader and the writer
@@ -163,11 +203,11 @@ fn heartbeat_source(
     }
 }
 
-fn read_loop(half: &mut ReadHalf, executor: &JobExecutor) -> SessionEnd {
+fn read_loop(half: &mut ReadHalf, executor: &JobExecutor, early_jobs: &EarlyJobs) -> SessionEnd {
     loop {
         match half.read() {
             Ok(Message::Text(text)) => {
-                if let Err(e) = handle_frame(&text, executor) {
+                if let Err(e) = handle_frame(&text, executor, early_jobs) {
                     return SessionEnd::Unexpected(e.to_string());
                 }
             }
@@ -186,21 +226,21 @@ fn read_loop(half: &mut ReadHalf, executor: &JobExecutor) -> SessionEnd {
     }
 }
 
-fn handle_frame(text: &str, executor: &JobExecutor) -> Result<(), LaneError> {
+fn handle_frame(text: &str, executor: &JobExecutor, early_jobs: &EarlyJobs) -> Result<(), LaneError> {
     if text.len() >= LARGE_FRAME_BYTES {
         malloc::request_trim();
     }
     match protocol::parse(text) {
         Ok(Inbound::Job(job)) => {
             crate::debug!("job {} for model `{}`", job.job_id, sanitize_for_log(&job.model_id));
-            executor.try_dispatch(*job, text.len())
+            early_jobs.dispatch(*job, text.len())
         }
         Ok(Inbound::UnreadableJob(job_id, why)) => {
             log::warn!("rejected job {job_id}: {why}");
             executor.reject(job_id, RejectReason::Unreadable, why)
         }
         Ok(Inbound::JobCancel(job_id)) => {
-            executor.cancel(job_id);
+            early_jobs.cancel(job_id);
             Ok(())
         }
         Ok(Inbound::Other(kind)) => {

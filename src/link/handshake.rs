@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use tungstenite::{Error as WsError, Message};
 
 use super::close;
-use super::protocol::{self, Inbound};
+use super::protocol::{self, FrameError, Inbound};
 use super::transport::ReadHalf;
 use crate::instance::identity::Identity;
 use crate::logging::sanitize_for_log;
@@ -22,6 +22,17 @@ pub enum HandshakeError {
     /// This frame did not arrive in time.
     #[error("no `{0}` from the coordinator within {limit} s", limit = AUTH_FRAME_TIMEOUT.as_secs())]
     TimedOut(&'static str),
+    /// The coordinator sent a frame that cannot be read instead of this one.
+    #[error("the coordinator sent something unreadable instead of `{0}`: {1}")]
+    Unreadable(&'static str, FrameError),
+    /// The coordinator sent a frame of the handshake that is not due.
+    #[error("the coordinator sent `{sent}` instead of `{expected}`")]
+    NotDue {
+        /// The frame that arrived.
+        sent: &'static str,
+        /// The frame that was due.
+        expected: &'static str,
+    },
     /// The coordinator sent a binary message.
     #[error("the coordinator sent a binary message during the handshake")]
     Binary,
@@ -36,7 +47,7 @@ pub enum HandshakeError {
 /// No valid challenge arrived.
 pub fn challenge(half: &mut ReadHalf) -> Result<Vec<u8>, HandshakeError> {
     expect(half, "auth_challenge", |frame| match frame {
-        Inbound::AuthChallenge(nonce) => Some(nonce),
+        Inbound::AuthChallenge(nonce) => Some(nonce.clone()),
         _ => None,
     })
 }
@@ -56,30 +67,37 @@ pub fn authenticate(
     let response = protocol::auth_response(identity.public_key(), &identity.sign(&nonce), code);
     half.send(response).map_err(|e| HandshakeError::Connection(e.to_string()))?;
     expect(half, "auth_ok", |frame| match frame {
-        Inbound::AuthOk(provider_id) => Some(Ok(provider_id)),
-        Inbound::AuthFailed(reason) => Some(Err(HandshakeError::Rejected(sanitize_for_log(&reason)))),
+        Inbound::AuthOk(provider_id) => Some(provider_id.clone()),
         _ => None,
-    })?
+    })
 }
 
-/// Reads frames until `wanted` returns a value; other frames are ignored, as in a session.
+/// Reads frames until `wanted` returns a value. Frames that are not part of the handshake are ignored, as in a session. What can
+/// never become a handshake ends the attempt at once.
 fn expect<T>(
     half: &mut ReadHalf,
     name: &'static str,
-    wanted: impl Fn(Inbound) -> Option<T>,
+    wanted: impl Fn(&Inbound) -> Option<T>,
 ) -> Result<T, HandshakeError> {
     let connection = |e: &dyn std::fmt::Display| HandshakeError::Connection(e.to_string());
     half.set_deadline(Some(Instant::now() + AUTH_FRAME_TIMEOUT)).map_err(|e| connection(&e))?;
     loop {
         match half.read() {
             Ok(Message::Text(text)) => match protocol::parse(&text) {
-                Ok(frame) => {
-                    if let Some(found) = wanted(frame) {
-                        return Ok(found);
+                Ok(frame) => match (wanted(&frame), frame) {
+                    (Some(found), _) => return Ok(found),
+                    (None, Inbound::AuthFailed(reason)) => {
+                        return Err(HandshakeError::Rejected(sanitize_for_log(&reason)));
                     }
-                    crate::debug!("ignored a frame during the handshake: not `{name}`");
-                }
-                Err(e) => log::warn!("ignored an unreadable frame during the handshake: {e}"),
+                    (None, Inbound::AuthChallenge(_)) => {
+                        return Err(HandshakeError::NotDue { sent: "auth_challenge", expected: name });
+                    }
+                    (None, Inbound::AuthOk(_)) => {
+                        return Err(HandshakeError::NotDue { sent: "auth_ok", expected: name });
+                    }
+                    (None, _) => crate::debug!("ignored a frame during the handshake: not `{name}`"),
+                },
+                Err(e) => return Err(HandshakeError::Unreadable(name, e)),
             },
             Ok(Message::Binary(_)) => return Err(HandshakeError::Binary),
             Ok(Message::Close(frame)) => {

@@ -17,7 +17,7 @@ use super::waking_channel::{Parker, WakingSender};
 use super::write_queues::{Control, ControlSender, DATA_LANE_MAX, Frame, Lanes};
 use crate::sys::threads;
 
-/// Time between heartbeats, and between `capabilities` and the first heartbeat.
+/// Time between heartbeats, and between the first `capabilities` and the first heartbeat.
 pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(15);
 /// Maximum number of frames per flush.
 const BATCH_FRAMES_MAX: usize = 64;
@@ -149,6 +149,9 @@ impl Actor {
             Control::Offer(offer) if self.is_withdrawn || offer == self.last_offer => {}
             Control::Offer(offer) => {
                 self.half.write(Message::text(offer.clone()))?;
+                if self.last_offer.is_empty() {
+                    self.next_heartbeat = Instant::now() + HEARTBEAT_INTERVAL;
+                }
                 self.last_offer = offer;
             }
             Control::Withdraw(empty) => {

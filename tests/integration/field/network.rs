@@ -1,6 +1,6 @@
 //! Proxies, addresses, and coordinators that respond otherwise than expected.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -33,7 +33,7 @@ fn loopback_is_reached_directly_although_https_proxy_is_set() {
             .start();
         let session = coordinator.session();
         assert_eq!(session.capabilities["models"][0]["model_id"], "hosted", "{host}");
-        proxy.assert_not_dialled(std::time::Duration::ZERO);
+        proxy.assert_not_dialled(Duration::ZERO);
     });
 }
 
@@ -58,7 +58,7 @@ fn no_proxy_may_be_a_range_an_ipv6_address_a_host_with_port_or_have_spaces() {
             .start();
         let (dialled, other) = if is_direct { (&coordinator, &proxy) } else { (&proxy, &coordinator) };
         assert!(dialled.try_dialled(SOON).is_some(), "NO_PROXY={no_proxy} for {host}");
-        other.assert_not_dialled(std::time::Duration::ZERO);
+        other.assert_not_dialled(Duration::ZERO);
     });
 }
 
@@ -128,4 +128,111 @@ fn jobs_for_a_name_that_resolves_slowly_share_one_lookup() {
     assert_eq!(held.request.json()["waiting"], true);
     held.finish();
     session.outcome(&waiting).done();
+}
+
+/// A session whose first offer waits for the backend's listing, and the held listing. Probes take at most 3 s.
+fn session_before_the_first_offer() -> (Coordinator, Backend, Agent, Session, Held) {
+    let coordinator = Coordinator::new();
+    let backend = Backend::new(|request| match request.line().as_str() {
+        "GET /health" => Answer::Json(200, json!({})),
+        _ => Answer::Hold,
+    });
+    let agent = Setup::new(&coordinator.url()).backend(backend.toml()).limits("max_concurrent = 2").start();
+    let session = coordinator.accept();
+    let listing = backend.next();
+    assert_eq!(listing.request.line(), "GET /v1/models");
+    session.challenge(b"nonce");
+    session.send(&json!({"type": "auth_ok"}));
+    (coordinator, backend, agent, session, listing)
+}
+
+fn finish_listing(mut listing: Held) {
+    listing.send(response(200, "application/json", json!({"data": [{"id": "m"}]}).to_string()));
+    listing.keep();
+}
+
+/// A coordinator that pings right after `auth_ok` gives up on whoever does not answer.
+#[test]
+fn ping_is_answered_and_jobs_wait_while_the_first_probe_hangs() {
+    let (_coordinator, backend, _agent, session, listing) = session_before_the_first_offer();
+    session.send_frame(PING, b"early");
+    session.wait("a pong", secs(1), |event| matches!(event, Event::Pong(payload) if payload == b"early").then_some(()));
+    let waiting = session.job("m", json!({"n": 1}));
+    let cancelled = session.job("m", json!({"n": 2}));
+    let refused = session.job("m", json!({"n": 3}));
+    assert_eq!(session.outcome_within(&refused, secs(1)).error(), "out_of_capacity");
+    session.cancel(&cancelled);
+    // The reply shows that the cancel was read.
+    session.send_frame(PING, b"read");
+    session.wait("a pong", secs(1), |event| matches!(event, Event::Pong(payload) if payload == b"read").then_some(()));
+    let hurried = session.job_within(ms(1), "m", json!({"n": 4}));
+    session.assert_no_frame("an offer without a listing", Duration::ZERO, is_offer);
+    finish_listing(listing);
+    assert_eq!(session.frame("capabilities", SOON)["models"][0]["model_id"], "m");
+    let job = backend.next();
+    assert_eq!(job.request.json()["n"], 1);
+    job.finish();
+    session.outcome(&waiting).done();
+    assert_eq!(session.outcome(&hurried).error(), "backend_timeout", "the wait counts towards the deadline");
+    backend.assert_none(QUIET);
+    session.assert_quiet(&cancelled);
+}
+
+#[test]
+fn stop_or_end_of_the_session_does_not_wait_for_the_first_probe() {
+    let (_coordinator, _backend, mut agent, session, _listing) = session_before_the_first_offer();
+    let waiting = session.job("m", json!({}));
+    session.send_frame(PING, b"read");
+    session.wait("a pong", secs(1), |event| matches!(event, Event::Pong(payload) if payload == b"read").then_some(()));
+    agent.signal("TERM");
+    assert_eq!(session.outcome_within(&waiting, secs(1)).end["type"], "job_error");
+    assert_eq!(agent.wait(secs(2)).code(), Some(0));
+
+    let (coordinator, backend, _agent, session, listing) = session_before_the_first_offer();
+    session.job("m", json!({"of": "the first session"}));
+    session.cut();
+    let session = coordinator.accept();
+    session.challenge(b"nonce");
+    session.send(&json!({"type": "auth_ok"}));
+    finish_listing(listing);
+    finish_listing(backend.next());
+    session.frame("capabilities", SOON);
+    backend.assert_none(QUIET);
+}
+
+/// What can never become a handshake must not be waited for: a portal or another service answers.
+#[test]
+fn garbage_instead_of_a_handshake_frame_ends_the_attempt_at_once_with_the_reason() {
+    let challenge = r#"{"type":"auth_challenge","nonce":"bm9uY2U="}"#;
+    let cases = [
+        (None, "hello", "not a JSON object"),
+        (None, "[]", "not a JSON object"),
+        (None, r#"{"nonce":"AAAA"}"#, "not a JSON object with a `type`"),
+        (None, r#"{"type":"auth_challenge"}"#, "without a valid `nonce`"),
+        (None, r#"{"type":"auth_challenge","nonce":"*"}"#, "without a valid `nonce`"),
+        (None, r#"{"type":"auth_challenge","nonce":["AAAA"]}"#, "without a valid `nonce`"),
+        (None, r#"{"type":"auth_ok"}"#, "`auth_ok` instead of `auth_challenge`"),
+        (None, r#"{"type":"auth_failed","reason":"banned"}"#, "rejected this agent: banned"),
+        (Some(challenge), "<html>", "not a JSON object"),
+        (Some(challenge), r#"{"type":7}"#, "not a JSON object"),
+        (Some(challenge), challenge, "`auth_challenge` instead of `auth_ok`"),
+    ];
+    side_by_side(cases, |(first, garbage, reason)| {
+        let coordinator = Coordinator::new();
+        let agent = Setup::new(&coordinator.url()).start();
+        let session = coordinator.accept();
+        if let Some(first) = first {
+            session.send_text(first);
+            session.frame("auth_response", SOON);
+        }
+        session.send_text(garbage);
+        session.ended(secs(2));
+        agent.stderr.wait_line(&["not connected", reason]);
+    });
+    // Frames of an unknown type are ignored.
+    let coordinator = Coordinator::new();
+    let _agent = Setup::new(&coordinator.url()).start();
+    let session = coordinator.accept();
+    session.send(&json!({"type": "welcome"}));
+    session.authenticate(None);
 }
