@@ -25,6 +25,9 @@ pub fn connect_any(addresses: &[SocketAddr], until: Option<Instant>) -> io::Resu
     loop {
         let now = Instant::now();
         if until.is_some_and(|until| until <= now) {
+            if let Some((rank, _)) = untried.peek() {
+                race.fail(*rank, io::ErrorKind::TimedOut.into());
+            }
             return Err(race.into_error());
         }
         if next_start <= now || race.pending.is_empty() {
