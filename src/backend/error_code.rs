@@ -44,8 +44,8 @@ impl BackendError {
             | BackendError::ProbeTimeout(_)
             | BackendError::NotHttp(_)
             | BackendError::BadGateway(_) => Some(ErrorCode::BackendUnreachable),
-            // The response to a route that LM Studio does not know. A success without an answer is always `internal`.
-            BackendError::RouteNotFound(s) | BackendError::FormatNotServed(_, s) if s.status < 300 => {
+            // 405 and 501, and the 200 of LM Studio.
+            BackendError::RouteNotFound(s) | BackendError::FormatNotServed(_, s) if s.status != 404 => {
                 Some(ErrorCode::Internal)
             }
             BackendError::Loading(_)

@@ -1,7 +1,9 @@
 //! What a server supports, learned from its responses to jobs.
 //!
 //! Invariants: a format that was served is not lost by one response, which a request may have provoked. What the server lacks is
-//! forgotten after [`FORGET_AFTER`], and when the server was unreachable: it may be another version when it is back.
+//! forgotten after [`FORGET_AFTER`], and when the server was unreachable or failed a probe: it may be another version when it is
+//! back. The OpenAI format is never known to be missing: every kind of server has it, and a gateway whose server restarts may
+//! respond as if it did not.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -19,12 +21,11 @@ pub struct ServerSupport(Mutex<Known>);
 
 #[derive(Debug, Default)]
 struct Known {
-    openai: Format,
-    anthropic: Format,
+    anthropic: Support,
 }
 
 #[derive(Debug, Default)]
-enum Format {
+enum Support {
     #[default]
     Unknown,
     Served,
@@ -38,8 +39,8 @@ impl ServerSupport {
     /// # Errors
     /// The format is not served.
     pub fn check(&self, format: WireFormat) -> BackendResult<()> {
-        match self.known().format(format) {
-            Format::Missing(response, since) if since.elapsed() < FORGET_AFTER => {
+        match &self.known().anthropic {
+            Support::Missing(response, since) if format == WireFormat::Anthropic && since.elapsed() < FORGET_AFTER => {
                 Err(BackendError::FormatNotServed(format, response.clone()))
             }
             _ => Ok(()),
@@ -52,46 +53,36 @@ impl ServerSupport {
         let mut known = self.known();
         match outcome {
             Ok(result) => {
-                *known.format(format) = Format::Served;
+                if format == WireFormat::Anthropic {
+                    known.anthropic = Support::Served;
+                }
                 Ok(result)
             }
-            Err(BackendError::RouteNotFound(response)) if matches!(known.format(format), Format::Served) => {
-                Err(BackendError::ModelNotFound(response))
-            }
             Err(BackendError::RouteNotFound(response)) => {
-                *known.format(format) = Format::Missing(response.clone(), Instant::now());
-                let e = BackendError::FormatNotServed(format, response);
-                log::warn!("{id}: not asked again for {} min: {}", FORGET_AFTER.as_secs() / 60, e.for_log());
+                let e = BackendError::FormatNotServed(format, response.clone());
+                if format == WireFormat::Anthropic && !matches!(known.anthropic, Support::Served) {
+                    known.anthropic = Support::Missing(response, Instant::now());
+                    log::warn!("{id}: gets no such jobs for {} min: {}", FORGET_AFTER.as_secs() / 60, e.for_log());
+                }
                 Err(e)
             }
             Err(e) => {
-                known.forget_if_unreachable(&e);
+                if matches!(e, BackendError::Unreachable(_)) {
+                    *known = Known::default();
+                }
                 Err(e)
             }
         }
     }
 
-    /// Learns from the error of a probe.
+    /// Learns from the error of a probe. A timeout, or a lack of local resources, says nothing about the server.
     pub fn learn_from_probe(&self, error: &BackendError) {
-        self.known().forget_if_unreachable(error);
+        if !matches!(error, BackendError::ProbeTimeout(_) | BackendError::Exhausted(_)) {
+            *self.known() = Known::default();
+        }
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Known {
-    fn format(&mut self, format: WireFormat) -> &mut Format {
-        match format {
-            WireFormat::Openai => &mut self.openai,
-            WireFormat::Anthropic => &mut self.anthropic,
-        }
-    }
-
-    fn forget_if_unreachable(&mut self, error: &BackendError) {
-        if matches!(error, BackendError::Unreachable(_)) {
-            *self = Known::default();
-        }
     }
 }

@@ -22,7 +22,8 @@ use crate::net::tls::ExtraRoots;
 
 /// Idle agents kept for later requests, each with at most one open connection and its buffers.
 const IDLE_AGENTS_MAX: usize = 8;
-/// Age limit of idle connections; local servers (llama.cpp, uvicorn) close them after 5 s.
+/// Age limit of idle connections. Below the 5 s after which local servers (llama.cpp, uvicorn) close them, so that hardly any
+/// request meets a connection that is being closed.
 const IDLE_AGE_LOCAL: Duration = Duration::from_secs(4);
 /// The same for hosted servers: they keep connections open longer, and a TLS handshake costs more.
 const IDLE_AGE_HOSTED: Duration = Duration::from_secs(15);
@@ -213,8 +214,8 @@ impl<'a> AgentLease<'a> {
         Ok(request)
     }
 
-    /// Sends a request. If the server had closed the kept-alive connection and so never received the request, sends it once
-    /// more: the agent then opens a new connection, which the same [`Interrupt`] ends.
+    /// Sends a request. Sends it once more if the kept-alive connection ended at once and without a byte: the server has closed it
+    /// as idle, and hardly received the request. The agent then opens a new connection, which the same [`Interrupt`] ends.
     fn exchange<B: AsSendBody>(
         &self,
         request: impl Fn() -> Result<Request<B>, ureq::http::Error>,
@@ -222,8 +223,8 @@ impl<'a> AgentLease<'a> {
     ) -> Result<Response<Body>, ureq::Error> {
         let started = Instant::now();
         let answer = self.run(request()?, time);
-        let never_arrived = matches!(answer, Err(ureq::Error::Io(_))) && self.monitor.reused_dead_connection();
-        if !never_arrived || self.interrupt.was_used() {
+        let was_closed = matches!(answer, Err(ureq::Error::Io(_))) && self.monitor.reused_dead_connection();
+        if !was_closed || self.interrupt.was_used() {
             return answer;
         }
         let left = time.saturating_sub(started.elapsed());

@@ -13,12 +13,18 @@ use super::tcp::TcpConnector;
 use super::tls::TlsConnector;
 use crate::net::tls::ExtraRoots;
 
+/// Time after a request within which the end of a kept-alive connection is that of the idle connection. If the server ends it
+/// later, it has received the request and may have run it; if earlier, it has run little of it.
+const CLOSE_RACE_MAX: Duration = Duration::from_secs(1);
+
 /// The events on an agent's connection since the agent was leased.
 #[derive(Debug, Default)]
 pub struct ConnectionMonitor {
     opened: AtomicBool,
     received: AtomicBool,
     broken: AtomicBool,
+    /// When the last part of the request was written.
+    sent: Mutex<Option<Instant>>,
     /// The time at which reads time out.
     limit: Mutex<Option<Instant>>,
 }
@@ -27,15 +33,19 @@ impl ConnectionMonitor {
     /// Clears the record, before the next exchange.
     pub fn reset(&self) {
         *self.limit() = None;
+        *self.sent() = None;
         for flag in [&self.opened, &self.received, &self.broken] {
             flag.store(false, Ordering::Relaxed);
         }
     }
 
-    /// Whether a failed exchange used a kept-alive connection and received no byte: the server had closed the connection
-    /// and never received the request.
+    /// Whether a failed exchange used a kept-alive connection that ended without a byte, at once: the server has closed the
+    /// connection before it received the request, or at the same moment. Called when the exchange fails.
     pub fn reused_dead_connection(&self) -> bool {
-        !self.opened.load(Ordering::Relaxed) && !self.received.load(Ordering::Relaxed)
+        let was_sent_before = |sent: Instant| sent.elapsed() >= CLOSE_RACE_MAX;
+        !self.opened.load(Ordering::Relaxed)
+            && !self.received.load(Ordering::Relaxed)
+            && !self.sent().is_some_and(was_sent_before)
     }
 
     /// Whether the connection broke, as opposed to being closed in order. `ureq` treats a reset as the end of a body that is
@@ -47,6 +57,10 @@ impl ConnectionMonitor {
     /// Limits the time for the rest of the response.
     pub fn limit_reads_to(&self, time: Duration) {
         *self.limit() = Instant::now().checked_add(time);
+    }
+
+    fn sent(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.sent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn limit(&self) -> MutexGuard<'_, Option<Instant>> {
@@ -117,7 +131,9 @@ impl Transport for MonitoredTransport {
     }
 
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), Error> {
-        self.inner.transmit_output(amount, timeout)
+        let result = self.inner.transmit_output(amount, timeout);
+        *self.monitor.sent() = Some(Instant::now());
+        result
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, Error> {

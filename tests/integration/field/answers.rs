@@ -232,3 +232,58 @@ fn missing_model_or_file_is_no_missing_route() {
         rig.session.outcome(&id).done();
     }
 }
+
+/// A job on the kept-alive connection of the probe.
+fn job_on_a_kept_alive_connection(rig: &Rig, backend: &Backend, request: serde_json::Value) -> (String, Held) {
+    let id = rig.session.job("m", request);
+    let held = backend.next();
+    assert_eq!(held.request.connection, 0, "the test needs the connection of the probe");
+    (id, held)
+}
+
+/// A server that closes an idle connection may receive a request at the same moment: it then resets the connection.
+#[test]
+fn request_that_meets_the_end_of_a_kept_alive_connection_is_repeated_once() {
+    let backend = Backend::vllm(&["m"]);
+    // Closing the connection with the last byte of the body in the socket resets it.
+    backend.leave_unread(1);
+    let rig = Rig::new(&backend);
+    let (id, held) = job_on_a_kept_alive_connection(&rig, &backend, json!({}));
+    backend.leave_unread(0);
+    drop(held);
+    backend.next().finish();
+    rig.session.outcome(&id).done();
+    assert_eq!(backend.posts(), 2);
+}
+
+/// A completion that runs twice costs twice.
+#[test]
+fn request_that_a_kept_alive_backend_has_worked_on_is_not_repeated() {
+    side_by_side([0, 1], |unread| {
+        let backend = Backend::vllm(&["m"]);
+        backend.leave_unread(unread);
+        let rig = Rig::new(&backend);
+        let (id, held) = job_on_a_kept_alive_connection(&rig, &backend, json!({}));
+        backend.assert_none(ms(1100));
+        drop(held);
+        assert_eq!(rig.session.outcome(&id).error(), "backend_unreachable");
+        backend.assert_none(QUIET);
+        assert_eq!(backend.posts(), 1);
+    });
+}
+
+/// The server closed the idle connection while a large request was on its way.
+#[test]
+fn request_that_a_kept_alive_backend_did_not_read_to_its_end_is_repeated() {
+    let backend = Backend::vllm(&["m"]);
+    backend.leave_unread(usize::MAX);
+    let rig = Rig::new(&backend);
+    // More than the buffers of both sockets hold.
+    let (id, held) = job_on_a_kept_alive_connection(&rig, &backend, json!({"text": "x".repeat(12 << 20)}));
+    backend.leave_unread(0);
+    // Sending goes on for as long as the server does not read.
+    backend.assert_none(ms(1100));
+    drop(held);
+    backend.next().finish();
+    rig.session.outcome(&id).done();
+}
