@@ -211,7 +211,9 @@ fn read_loop(half: &mut ReadHalf, executor: &JobExecutor, early_jobs: &EarlyJobs
                     return SessionEnd::Unexpected(e.to_string());
                 }
             }
-            Ok(Message::Binary(_)) => log::warn!("ignored a binary message from the coordinator"),
+            Ok(Message::Binary(_)) => {
+                crate::log_repeatable!(log::Level::Warn, "ignored a binary message from the coordinator")
+            }
             Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_)) => {}
             Ok(Message::Close(frame)) => {
                 half.flush();
@@ -236,7 +238,7 @@ fn handle_frame(text: &str, executor: &JobExecutor, early_jobs: &EarlyJobs) -> R
             early_jobs.dispatch(*job, text.len())
         }
         Ok(Inbound::UnreadableJob(job_id, why)) => {
-            log::warn!("rejected job {job_id}: {why}");
+            crate::log_repeatable!(log::Level::Warn, "rejected job {job_id}: {why}");
             executor.reject(job_id, RejectReason::Unreadable, why)
         }
         Ok(Inbound::JobCancel(job_id)) => {
@@ -252,7 +254,7 @@ fn handle_frame(text: &str, executor: &JobExecutor, early_jobs: &EarlyJobs) -> R
             Ok(())
         }
         Err(e) => {
-            log::warn!("ignored a frame from the coordinator: {e}");
+            crate::log_repeatable!(log::Level::Warn, "ignored a frame from the coordinator: {e}");
             Ok(())
         }
     }

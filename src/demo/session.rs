@@ -63,7 +63,7 @@ fn read_frames(
             }
             Ok(Frame::Capabilities(models)) => sessions.offered(connection, offer(models)),
             Ok(Frame::Other(kind)) => crate::debug!("`{}` frame of the agent", sanitize_for_log(&kind)),
-            Err(error) => log::warn!("the agent sent an invalid frame: {error}"),
+            Err(error) => crate::log_repeatable!(log::Level::Warn, "the agent sent an invalid frame: {error}"),
         }
     }
 }

@@ -104,7 +104,7 @@ fn accept_connections(listener: &TcpListener, shared: &Arc<Shared>, handle: &Han
             return;
         }
         if let Err(error) = tcp.and_then(|tcp| start_connection(tcp, shared, handle)) {
-            log::warn!("{}: failed to accept a connection: {error}", shared.name);
+            crate::log_repeatable!(log::Level::Warn, "{}: failed to accept a connection: {error}", shared.name);
             std::thread::sleep(Duration::from_millis(50)); // out of threads or file descriptors: do not spin
         }
     }

@@ -23,7 +23,7 @@ fn end(shared: &Shared, job: &Arc<InFlightJob>) {
         job.interrupt();
     } else if shared.table.abandon(job) {
         let error = BackendError::DeadlinePassed;
-        log::warn!("job {} failed in the queue: {error}", job.job_id);
+        crate::log_repeatable!(log::Level::Warn, "job {} failed in the queue: {error}", job.job_id);
         if let Some(code) = error.code() {
             shared.answer_abandoned(job, code, &error.to_string());
         }

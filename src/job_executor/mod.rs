@@ -97,7 +97,7 @@ impl JobExecutor {
         match self.admit(job, request_bytes).and_then(|job| self.start(job)) {
             Ok(()) | Err(NotAdmitted::AlreadyEnded) => Ok(()),
             Err(NotAdmitted::Duplicate) => {
-                log::warn!("job {job_id} ignored: a job with this id is in flight");
+                crate::log_repeatable!(log::Level::Warn, "job {job_id} ignored: a job with this id is in flight");
                 Ok(())
             }
             Err(NotAdmitted::Rejected(reason, message)) => {
@@ -158,7 +158,7 @@ impl JobExecutor {
     fn start(&self, job: Arc<InFlightJob>) -> Result<(), NotAdmitted> {
         let (shared, of_worker) = (self.shared.clone(), job.clone());
         if let Err(e) = self.pool.run(Box::new(move || worker::run(&shared, &of_worker))) {
-            log::error!("job {} rejected: {e}", job.job_id);
+            crate::log_repeatable!(log::Level::Error, "job {} rejected: {e}", job.job_id);
             return Err(self.reject_admitted(&job, RejectReason::NoThread, "the agent has no thread for it".into()));
         }
         // After the worker: if only one more thread can be started, the worker needs it more than the deadlines do.
@@ -171,7 +171,10 @@ impl JobExecutor {
             let shared = self.shared.clone();
             if let Err(e) = threads::spawn("deadlines", move || deadlines::watch(&shared)) {
                 // Workers check the deadline themselves whenever they do not block.
-                log::warn!("failed to start the deadline thread: {e}; jobs may end after their deadlines");
+                crate::log_repeatable!(
+                    log::Level::Warn,
+                    "failed to start the deadline thread: {e}; jobs may end after their deadlines"
+                );
                 self.shared.table.release_watcher();
             }
         }

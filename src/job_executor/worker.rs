@@ -47,7 +47,11 @@ pub fn run(shared: &Shared, in_flight: &Arc<InFlightJob>) {
             Err(e) if e.may_fail_over() && !relay.has_sent => {
                 let Some(slot) = fallback_route.find_map(|next| next.try_acquire_slot()) else { return };
                 let (from, why) = (backend.backend.id(), e.for_log());
-                log::info!("job {}: {from} cannot take it ({why}); trying the next backend", job.job_id);
+                crate::log_repeatable!(
+                    log::Level::Info,
+                    "job {}: {from} cannot take it ({why}); trying the next backend",
+                    job.job_id
+                );
                 backend = slot.backend().clone();
                 in_flight.attach_slot(slot);
             }
@@ -136,7 +140,7 @@ impl TerminalGuard<'_> {
             Err(e) => {
                 let frame = protocol::job_error(job_id, e.code()?, &e.to_string(), self.in_flight.tokens_emitted());
                 if !self.in_flight.is_cancelled() {
-                    log::warn!("job {job_id} failed: {}", e.for_log());
+                    crate::log_repeatable!(log::Level::Warn, "job {job_id} failed: {}", e.for_log());
                 }
                 Some(frame)
             }

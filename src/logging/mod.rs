@@ -5,6 +5,7 @@
 //! drain and the signal handler all log, and a full pipe must not stop them.
 
 mod file;
+mod repeats;
 
 use std::collections::VecDeque;
 use std::fmt::Arguments;
@@ -18,6 +19,7 @@ use simplelog::{ConfigBuilder, WriteLogger};
 
 use file::LogFile;
 pub use file::rotated_path;
+pub use repeats::Repeats;
 
 use crate::sys::printable::{one_line, printable};
 use crate::sys::threads;
@@ -66,6 +68,7 @@ pub fn start(level: LevelFilter, file: Option<PathBuf>) {
 /// Waits until the queued lines are written, for at most `FLUSH_TIMEOUT`.
 pub fn flush() {
     let deadline = Instant::now() + FLUSH_TIMEOUT;
+    repeats::log_counts(deadline + Duration::from_secs(3600));
     let mut state = QUEUE.lock();
     while !state.is_written() {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -172,14 +175,24 @@ impl Queue {
             return;
         }
         state.lines.push_back(line);
+        self.start_thread(&mut state);
+        self.changed.notify_all();
+    }
+
+    /// Starts the log thread if there are counts for it to log.
+    fn ensure_thread(&'static self) {
+        self.start_thread(&mut self.lock());
+        self.changed.notify_all();
+    }
+
+    fn start_thread(&'static self, state: &mut State) {
         if !state.has_thread {
             // If no thread can be started, the lines wait for the next attempt.
             state.has_thread = threads::spawn("log", || self.write_lines()).is_ok();
         }
-        self.changed.notify_all();
     }
 
-    /// Runs in the `log` thread: writes the queued lines until none has arrived for [`IDLE_TIMEOUT`].
+    /// Runs in the `log` thread: writes the queued lines until none has arrived for [`IDLE_TIMEOUT`] and nothing is counted.
     fn write_lines(&self) {
         let mut state = self.lock();
         let mut file = state.file.take();
@@ -198,10 +211,18 @@ impl Queue {
                 self.changed.notify_all();
                 continue;
             }
-            let (guard, waited) =
-                self.changed.wait_timeout(state, IDLE_TIMEOUT).unwrap_or_else(PoisonError::into_inner);
+            let now = Instant::now();
+            let counts_at = repeats::next_at();
+            if counts_at.is_some_and(|at| at <= now) {
+                drop(state);
+                repeats::log_counts(now);
+                state = self.lock();
+                continue;
+            }
+            let limit = counts_at.map_or(IDLE_TIMEOUT, |at| at - now);
+            let (guard, waited) = self.changed.wait_timeout(state, limit).unwrap_or_else(PoisonError::into_inner);
             state = guard;
-            if waited.timed_out() && state.lines.is_empty() {
+            if waited.timed_out() && state.lines.is_empty() && repeats::next_at().is_none() {
                 state.has_thread = false;
                 state.file = file;
                 return;

@@ -190,7 +190,10 @@ fn paired(answer: &Value) -> Paired {
                 max_concurrent: number(&entry["max_concurrent"]),
             }),
             Some(_) => {}
-            None => log::warn!("the coordinator's `model_config` has an entry without a `model_id`"),
+            None => crate::log_repeatable!(
+                log::Level::Warn,
+                "the coordinator's `model_config` has an entry without a `model_id`"
+            ),
         }
     }
     Paired { host_token: text("host_token"), provider_id: text("provider_id"), models }

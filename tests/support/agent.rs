@@ -263,6 +263,15 @@ impl Agent {
         self.stderr.text().lines().filter(|line| line.contains("WARN")).map(str::to_owned).collect()
     }
 
+    /// The number of warnings so far, those included that were only counted.
+    pub fn warning_count(&self) -> usize {
+        let count = |line: String| match line.rsplit_once(" more like this)") {
+            Some((line, _)) => line.rsplit_once('(').and_then(|(_, count)| count.parse().ok()).expect("a count"),
+            None => 1,
+        };
+        self.warnings().into_iter().map(count).sum()
+    }
+
     /// The names of its threads, the main one first.
     pub fn threads(&self) -> Vec<String> {
         let names = procfs::read_each_thread(self.pid(), "comm").expect("the agent's threads");
