@@ -28,8 +28,9 @@
 //! - When a session ends, its jobs end.
 //! - No lock is held across a blocking send, a join or I/O.
 //! - Job-serving threads never wait for the disk; the log and the state file are written by dedicated threads.
-//! - The lock file tells a working agent from a hung one, even on a full disk. Liveness is recorded only after a heartbeat was
-//!   written and data was received from the coordinator, or while the agent tries to connect.
+//! - The lock file tells a working agent from a hung one, even on a full disk; if it is out of date, the agent's answer over the wake
+//!   socket does. Liveness is recorded only after a heartbeat was written and data was received from the coordinator, or while the
+//!   agent tries to connect.
 //! - Prompts, completions, keys, seeds and enrollment codes are never logged, at any level.
 //!
 //! # Modules

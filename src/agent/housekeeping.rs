@@ -51,7 +51,8 @@ struct Housekeeping {
 impl Housekeeping {
     fn run(mut self) {
         loop {
-            let wakeup = self.wake_socket.wait(self.rounds.next_wakeup());
+            let answer = || self.files.as_ref().map_or_else(String::new, |files| files.lock.answer());
+            let wakeup = self.wake_socket.wait(self.rounds.next_wakeup(), answer);
             let Some(has_changed) = self.rounds.poll() else { return };
             if let Some(files) = &mut self.files {
                 files.update(has_changed || wakeup == Wakeup::External, self.rounds.backends());

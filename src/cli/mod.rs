@@ -33,9 +33,9 @@ use log::LevelFilter;
 
 use crate::config::{Config, ConfigError};
 use crate::discovery::{BackendOffer, OfferTerms};
-use crate::instance::AgentPaths;
 use crate::instance::identity::IdentityError;
 use crate::instance::takeover::TakeoverError;
+use crate::instance::{AgentPaths, LockError};
 use crate::link::protocol::AGENT_VERSION;
 use crate::logging;
 use crate::sys::printable::printable;
@@ -56,12 +56,9 @@ pub enum CliError {
     /// `run --cron` can neither leave the running agent alone nor replace it.
     #[error(transparent)]
     Takeover(#[from] TakeoverError),
-    /// Another agent is running with this identity.
-    #[error("an agent with this identity is already running{}; stop that one first", .pid.map_or_else(String::new, |pid| format!(" as pid {pid}")))]
-    AlreadyRunning {
-        /// The agent's pid, if it could be read.
-        pid: Option<u32>,
-    },
+    /// Another agent is running with this identity, or the lock does not show whether one is.
+    #[error(transparent)]
+    Lock(#[from] LockError),
     /// Any other error.
     #[error("{0}")]
     Runtime(String),
@@ -74,9 +71,9 @@ impl CliError {
     /// The exit code of the process; 0 is success.
     pub fn exit_code(&self) -> u8 {
         match self {
-            CliError::Identity(_) | CliError::Takeover(_) | CliError::Runtime(_) => 1,
+            CliError::Lock(LockError::Held(_) | LockError::HeldElsewhere(_)) => 4,
+            CliError::Identity(_) | CliError::Lock(_) | CliError::Takeover(_) | CliError::Runtime(_) => 1,
             CliError::Usage(_) | CliError::Config(_) => 2,
-            CliError::AlreadyRunning { .. } => 4,
             CliError::AlreadyReported(code) => *code,
         }
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::args::Globals;
 use super::{CliError, agent_paths};
 use crate::instance::wake_socket;
-use crate::instance::{AgentPaths, LockOwner};
+use crate::instance::{AgentPaths, LockError, running_agent};
 use crate::observe::State;
 use crate::sys::files;
 
@@ -25,9 +25,16 @@ pub fn pause(globals: &Globals) -> Result<(), CliError> {
         CliError::Runtime(format!("failed to create `{}`: {e}; nothing is paused", paths.paused().display()))
     })?;
     match wait_applied(&paths, true)? {
-        None => out!("paused: no agent is running; the next one will offer nothing until `usepod-agent resume`\n"),
-        Some(0) => out!("paused: nothing is offered until `usepod-agent resume`\n"),
-        Some(jobs) => {
+        Applied::Elsewhere => {
+            out!(
+                "paused: the agent, in another container or on another host, offers nothing from its next heartbeat on\n"
+            );
+        }
+        Applied::NoAgent => {
+            out!("paused: no agent is running; the next one will offer nothing until `usepod-agent resume`\n")
+        }
+        Applied::InFlight(0) => out!("paused: nothing is offered until `usepod-agent resume`\n"),
+        Applied::InFlight(jobs) => {
             out!("paused: nothing is offered until `usepod-agent resume`; {jobs} job(s) in flight will finish\n");
         }
     }
@@ -41,21 +48,42 @@ pub fn resume(globals: &Globals) -> Result<(), CliError> {
         CliError::Runtime(format!("failed to remove `{}`: {e}; still paused", paths.paused().display()))
     })?;
     match wait_applied(&paths, false)? {
-        None => out!("not paused; no agent is running\n"),
-        Some(_) => out!("not paused: the agent offers its models\n"),
+        Applied::Elsewhere => {
+            out!(
+                "not paused: the agent, in another container or on another host, offers its models from its next heartbeat on\n"
+            );
+        }
+        Applied::NoAgent => out!("not paused; no agent is running\n"),
+        Applied::InFlight(_) => out!("not paused: the agent offers its models\n"),
     }
     Ok(())
 }
 
-/// Waits until the running agent, if there is one, has applied the request. Returns its jobs in flight.
-fn wait_applied(paths: &AgentPaths, paused: bool) -> Result<Option<u32>, CliError> {
+/// Who has applied a request.
+enum Applied {
+    /// No agent is running; the next one will.
+    NoAgent,
+    /// The running agent, which has this many jobs in flight.
+    InFlight(u32),
+    /// An agent that cannot be seen from here will.
+    Elsewhere,
+}
+
+/// Waits until the running agent, if there is one, has applied the request.
+fn wait_applied(paths: &AgentPaths, paused: bool) -> Result<Applied, CliError> {
     let has_socket = wake_socket::wake_process(&paths.wake());
     let timeout = if has_socket { APPLY_TIMEOUT } else { APPLY_TIMEOUT_NO_SOCKET };
     let deadline = Instant::now() + timeout;
-    while let Some(owner) = LockOwner::running(paths) {
+    loop {
+        let owner = match running_agent(paths) {
+            Ok(Some(owner)) => owner,
+            Ok(None) => return Ok(Applied::NoAgent),
+            Err(LockError::HeldElsewhere(_)) => return Ok(Applied::Elsewhere),
+            Err(e) => return Err(CliError::Runtime(format!("the request is recorded; {e}"))),
+        };
         wake_socket::wake_process(&paths.wake());
         if let Some(state) = State::read_own(paths, &owner).filter(|state| state.paused == paused) {
-            return Ok(Some(state.jobs.in_flight));
+            return Ok(Applied::InFlight(state.jobs.in_flight));
         }
         if Instant::now() >= deadline {
             return Err(CliError::Runtime(format!(
@@ -67,5 +95,4 @@ fn wait_applied(paths: &AgentPaths, paused: bool) -> Result<Option<u32>, CliErro
         }
         thread::sleep(POLL_INTERVAL);
     }
-    Ok(None)
 }

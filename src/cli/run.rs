@@ -36,11 +36,11 @@ fn run_by_hand(globals: &Globals) -> Result<(), CliError> {
     create_folder(&config.key_path)?;
     let lock = match InstanceLock::acquire(&AgentPaths::beside(&config.key_path)) {
         Ok(lock) => lock,
-        Err(LockError::Held(pid)) => return Err(CliError::AlreadyRunning { pid }),
-        Err(LockError::Io(path, e)) => {
-            log::warn!("`{}` cannot be locked ({e}); make sure that only one agent runs", path.display());
+        Err(e @ LockError::Missing { .. }) => {
+            log::warn!("{e}; make sure that only one agent runs");
             InstanceLock::none()
         }
+        Err(e) => return Err(e.into()),
     };
     if let Some(path) = &config.log_file {
         print_log_path(path);

@@ -21,7 +21,7 @@ use crate::backend::{BackendModel, BaseUrl, Kind};
 use crate::config::{BackendConfig, Config, FILE_BYTES_MAX};
 use crate::discovery::{LocalBackend, find_local, probe_all};
 use crate::instance::identity::Identity;
-use crate::instance::{AgentPaths, LockOwner};
+use crate::instance::{AgentPaths, running_agent};
 use crate::logging;
 use crate::logging::{redact, sanitize_for_log};
 use crate::pairing::{
@@ -348,7 +348,7 @@ fn print_next(target: &ConfigTarget, urls: &CoordinatorUrls, key_path: &Path) {
     };
     let insecure = if urls.is_encrypted() { "" } else { " --allow-insecure" };
     out!("\nNext:\n");
-    if let Some(running) = LockOwner::running(&AgentPaths::beside(key_path)) {
+    if let Ok(Some(running)) = running_agent(&AgentPaths::beside(key_path)) {
         let what = format!("The agent that is running, pid {}, has not read the new file: stop it first.", running.pid);
         print(&wrap("  ", &what, width()));
     }

@@ -20,7 +20,7 @@ pub use error::ConfigError;
 
 use crate::backend::{BaseUrl, Kind};
 use crate::net::tls::ExtraRoots;
-use crate::sys::files;
+use crate::sys::{files, user};
 
 /// Allowed values of `max_concurrent`.
 pub const MAX_CONCURRENT_RANGE: RangeInclusive<u32> = 1..=256;
@@ -164,7 +164,7 @@ impl Config {
     /// # Errors
     /// The file cannot be read, or is not UTF-8.
     pub fn read(path: &Path) -> Result<String, ConfigError> {
-        let bytes = files::read_bounded(path, FILE_BYTES_MAX).map_err(|e| {
+        let bytes = files::read_bounded_or_pipe(path, FILE_BYTES_MAX).map_err(|e| {
             ConfigError::in_file(path, &format!("failed to read it: {e}"), "check the path and the permissions")
         })?;
         String::from_utf8(bytes).map_err(|_| ConfigError::in_file(path, "it is not UTF-8 text", "save it as UTF-8"))
@@ -217,18 +217,14 @@ pub fn without_bom(text: &str) -> &str {
 /// The directory for configuration files of this user; `None` without a home directory.
 pub fn user_config_dir() -> Option<PathBuf> {
     let configured = std::env::var_os("XDG_CONFIG_HOME").filter(|v| !v.is_empty()).map(PathBuf::from);
-    configured.or_else(|| home().map(|home| home.join(".config")))
-}
-
-fn home() -> Option<PathBuf> {
-    std::env::var_os("HOME").filter(|h| !h.is_empty()).map(PathBuf::from)
+    configured.or_else(|| user::home().map(|home| home.join(".config")))
 }
 
 /// Expands `~` and `~/…`. `None` for the home of another user, or without a home directory.
 fn expand_home(path: &str) -> Option<PathBuf> {
     match path.strip_prefix('~') {
-        Some("") => home(),
-        Some(rest) if rest.starts_with('/') => home().map(|h| h.join(rest.trim_start_matches('/'))),
+        Some("") => user::home(),
+        Some(rest) if rest.starts_with('/') => user::home().map(|h| h.join(rest.trim_start_matches('/'))),
         Some(_) => None,
         None => Some(PathBuf::from(path)),
     }

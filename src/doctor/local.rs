@@ -9,7 +9,7 @@ use nix::sys::statvfs::{FsFlags, statvfs};
 use super::report::Report;
 use crate::config::Config;
 use crate::instance::identity::{Identity, IdentityError};
-use crate::instance::{AgentPaths, LockOwner};
+use crate::instance::{AgentPaths, LockError, running_agent};
 use crate::sys::files;
 
 /// The minimum of free disk space, in bytes: more than identity, lock, state and log need.
@@ -98,17 +98,31 @@ fn enrollment(report: &mut Report<'_>, config: &Config, identity: Result<Identit
 
 /// Checks the agent that runs with this identity. Returns whether there is one.
 pub fn lock(report: &mut Report<'_>, paths: &AgentPaths) -> bool {
-    let Some(owner) = LockOwner::running(paths) else {
-        report.pass("lock", "free: no agent is running with this identity");
-        return false;
+    let owner = match running_agent(paths) {
+        Ok(Some(owner)) => owner,
+        Ok(None) => {
+            report.pass("lock", "free: no agent is running with this identity");
+            return false;
+        }
+        Err(e @ LockError::HeldElsewhere(_)) => {
+            report.warn("lock", e.fault(), e.fix());
+            return true;
+        }
+        Err(e) => {
+            report.fail("lock", e.fault(), e.fix());
+            return false;
+        }
     };
     let (pid, silence) = (owner.pid, owner.since_last_liveness());
+    let held = format!("held by the running agent (pid {pid}), last sign of life {} s ago", silence.as_secs());
     if owner.is_unresponsive() {
         let what = format_args!("the agent (pid {pid}) hangs: no sign of life for {} min", silence.as_secs() / 60);
         report.fail("lock", what, format_args!("kill -KILL {pid}; cron replaces it within a minute"));
+    } else if !owner.is_recorded {
+        let what = format!("{held}, which it cannot write to `{}`", paths.lock().display());
+        report.fail("lock", what, "see the check of the disk below, and dmesg; the agent serves meanwhile");
     } else {
-        let what = format_args!("held by the running agent (pid {pid}), last sign of life {} s ago", silence.as_secs());
-        report.pass("lock", what);
+        report.pass("lock", held);
     }
     true
 }

@@ -1,5 +1,8 @@
 //! The owner of the lock file: the process that holds the lock, and its last sign of life.
 //!
+//! Invariant: an agent that cannot write its lock file, for example because its disk has become read-only, is not unresponsive: if
+//! the file is out of date, the agent is asked over its wake socket, and answers from its own clock.
+//!
 //! The lock file contains the pid, the start time and the last sign of life of its owner. It is overwritten in place, always with
 //! the same number of bytes, so that a full disk does not make a working agent look dead. Times are from the system's monotonic
 //! clock, which is unaffected by clock corrections and stops while the machine is suspended.
@@ -14,7 +17,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 
-use super::AgentPaths;
+use super::{AgentPaths, wake_socket};
 use crate::sys::files;
 
 /// Time without a sign of life after which an agent is unresponsive. A working agent shows a sign of life at least every 45 s
@@ -35,17 +38,45 @@ pub struct LockOwner {
     started: u64,
     /// The last sign of life, on the monotonic clock.
     last_liveness: Duration,
+    /// Whether the lock file contains this sign of life; false if the agent cannot write its lock file.
+    pub is_recorded: bool,
 }
 
 impl LockOwner {
-    /// The agent that is running with this identity, if any.
-    pub fn running(paths: &AgentPaths) -> Option<LockOwner> {
+    /// The running process that the lock file identifies.
+    pub(super) fn running(paths: &AgentPaths) -> Option<LockOwner> {
         LockOwner::read(&paths.lock()).filter(LockOwner::is_running)
+    }
+
+    /// The running agent, as it describes itself over its wake socket.
+    pub(super) fn ask(paths: &AgentPaths) -> Option<LockOwner> {
+        let answer = wake_socket::ask_process(&paths.wake())?;
+        let mut owner = LockOwner::parse(&answer)?;
+        // An answer contains the age of the last sign of life.
+        owner.last_liveness = monotonic().saturating_sub(owner.last_liveness);
+        owner.is_recorded = false;
+        Some(owner).filter(LockOwner::is_running)
+    }
+
+    /// The same process with its last sign of life: if the one in the lock file is too old, the agent is asked.
+    pub(super) fn up_to_date(self, paths: &AgentPaths) -> LockOwner {
+        if !self.is_unresponsive() {
+            return self;
+        }
+        match LockOwner::ask(paths).filter(|answer| answer.is_same_process(&self)) {
+            Some(answer) => answer,
+            None => self,
+        }
     }
 
     /// Describes a process that shows a sign of life now.
     pub(super) fn alive_now(pid: u32, started: u64) -> LockOwner {
-        LockOwner { pid, started, last_liveness: monotonic() }
+        LockOwner { pid, started, last_liveness: monotonic(), is_recorded: true }
+    }
+
+    /// Moves the last sign of life to now.
+    pub(super) fn show_life(&mut self) {
+        self.last_liveness = monotonic();
     }
 
     /// Time since the last sign of life.
@@ -83,10 +114,19 @@ impl LockOwner {
 
     pub(super) fn read(lock: &Path) -> Option<LockOwner> {
         let content = files::read_bounded(lock, LOCK_BYTES_MAX).ok()?;
-        let mut words = std::str::from_utf8(&content).ok()?.split_whitespace();
+        LockOwner::parse(std::str::from_utf8(&content).ok()?)
+    }
+
+    fn parse(text: &str) -> Option<LockOwner> {
+        let mut words = text.split_whitespace();
         let pid = words.next()?.parse().ok()?;
         let (started, last_liveness) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
-        Some(LockOwner { pid, started, last_liveness: Duration::from_millis(last_liveness) })
+        Some(LockOwner { pid, started, last_liveness: Duration::from_millis(last_liveness), is_recorded: true })
+    }
+
+    /// The answer to [`LockOwner::ask`]: the pid, the start time and the age of the last sign of life in milliseconds.
+    pub(super) fn to_answer(&self) -> String {
+        format!("{} {} {}", self.pid, self.started, self.since_last_liveness().as_millis())
     }
 
     /// The pid, the start time and the last sign of life in milliseconds, one per line and padded to a fixed width.
@@ -115,8 +155,9 @@ mod tests {
 
     #[test]
     fn lock_owner_is_read_as_it_was_written_and_has_a_fixed_size() {
-        let short = LockOwner { pid: 7, started: 0, last_liveness: Duration::ZERO };
-        let long = LockOwner { pid: u32::MAX, started: u64::MAX, last_liveness: Duration::from_millis(u64::MAX) };
+        let short = LockOwner { pid: 7, started: 0, last_liveness: Duration::ZERO, is_recorded: true };
+        let last_liveness = Duration::from_millis(u64::MAX);
+        let long = LockOwner { pid: u32::MAX, started: u64::MAX, last_liveness, ..short };
         assert_eq!([&short, &long].map(|owner| owner.to_text().len() as u64), [TEXT_BYTES; 2]);
         let path = std::env::temp_dir().join(format!("usepod-lock-owner-{}", std::process::id()));
         for owner in [short, long] {
@@ -131,7 +172,7 @@ mod tests {
     #[test]
     fn is_running_is_false_when_the_pid_belongs_to_another_process() {
         let started = start_of("self").expect("a start");
-        let owner = LockOwner { pid: std::process::id(), started, last_liveness: monotonic() };
+        let owner = LockOwner::alive_now(std::process::id(), started);
         assert!(owner.is_running() && owner.since_last_liveness() < Duration::from_secs(60));
         assert!(!LockOwner { started: started + 1, ..owner }.is_running());
     }

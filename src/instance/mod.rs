@@ -9,5 +9,5 @@ pub mod terminate;
 pub mod wake_socket;
 
 pub use liveness::{LIVENESS_TIMEOUT, LockOwner};
-pub use lock::{InstanceLock, LockError};
+pub use lock::{InstanceLock, LockError, running_agent};
 pub use paths::AgentPaths;

@@ -2,11 +2,10 @@
 //!
 //! Invariants: the agent is the process that holds the lock, so of several concurrent calls at most one takes over. Only the
 //! process that the lock file identifies by pid and start time is ever signaled, and only while it is unresponsive. If the lock
-//! file does not identify its owner, no process is signaled: the held lock alone does not show which process to terminate.
+//! file does not identify its owner, no process is signaled: the held lock alone does not show which process to terminate. An
+//! agent that answers over its wake socket that it works is not signaled either, however old its lock file is.
 
-use std::io;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use super::terminate::{TerminateError, terminate};
@@ -22,13 +21,8 @@ const TERM_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug, thiserror::Error)]
 pub enum TakeoverError {
     /// The lock cannot be used, so every call would start another agent.
-    #[error("`{}` cannot be locked ({why}), so cron cannot tell whether an agent is running; fix the permissions, or set key_path to a file system that supports locking", path.display())]
-    NoLock {
-        /// The lock file.
-        path: PathBuf,
-        /// The system's reason.
-        why: io::Error,
-    },
+    #[error("{0}; cron starts no agent without the lock")]
+    NoLock(LockError),
     /// The agent is unresponsive and could not be terminated.
     #[error("the running agent is unresponsive and was not replaced: {0}")]
     Terminate(#[from] TerminateError),
@@ -42,10 +36,10 @@ pub fn acquire_or_take_over(paths: &AgentPaths) -> Result<Option<InstanceLock>, 
     if let Some(lock) = try_lock(paths)? {
         return Ok(Some(lock));
     }
-    let unresponsive = || LockOwner::running(paths).filter(LockOwner::is_unresponsive);
-    let Some(first) = unresponsive() else { return Ok(None) };
+    let recorded = || LockOwner::running(paths).filter(LockOwner::is_unresponsive);
+    let Some(first) = recorded() else { return Ok(None) };
     std::thread::sleep(RECHECK_DELAY);
-    match unresponsive() {
+    match recorded().map(|owner| owner.up_to_date(paths)).filter(LockOwner::is_unresponsive) {
         Some(second) if second.is_same_process(&first) => replace(&second, paths),
         // The agent has recovered or ended, or another agent has started.
         _ => try_lock(paths),
@@ -60,7 +54,7 @@ fn replace(owner: &LockOwner, paths: &AgentPaths) -> Result<Option<InstanceLock>
     terminate(
         owner,
         TERM_TIMEOUT,
-        || match LockOwner::running(paths) {
+        || match LockOwner::running(paths).map(|owner| owner.up_to_date(paths)) {
             Some(now) if !now.is_same_process(owner) => ControlFlow::Break(None),
             Some(now) if !now.is_unresponsive() => {
                 log::warn!(
@@ -83,9 +77,8 @@ fn replace(owner: &LockOwner, paths: &AgentPaths) -> Result<Option<InstanceLock>
 
 fn try_lock(paths: &AgentPaths) -> Result<Option<InstanceLock>, TakeoverError> {
     match InstanceLock::acquire(paths) {
-        Ok(lock) if lock.is_exclusive() => Ok(Some(lock)),
-        Ok(_) => Err(TakeoverError::NoLock { path: paths.lock(), why: io::ErrorKind::Unsupported.into() }),
-        Err(LockError::Held(_)) => Ok(None),
-        Err(LockError::Io(path, why)) => Err(TakeoverError::NoLock { path, why }),
+        Ok(lock) => Ok(Some(lock)),
+        Err(LockError::Held(_) | LockError::HeldElsewhere(_)) => Ok(None),
+        Err(e) => Err(TakeoverError::NoLock(e)),
     }
 }

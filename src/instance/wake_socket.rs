@@ -1,12 +1,14 @@
-//! A datagram socket that wakes the housekeeping thread, from any thread of this process and from other processes of this user. No
-//! second thread has to listen.
+//! A datagram socket that wakes the housekeeping thread, from any thread of this process and from other processes of this user, and
+//! answers one question: how the agent is. No second thread has to listen, and no file has to be written.
 //!
-//! Invariants: waking never blocks. Every wake-up is followed by a return from [`WakeSocket::wait`]; several wake-ups may share one
-//! return. A wake-up carries no request, so a process that can send one can do no harm.
+//! Invariants: waking never blocks, and an answer waits at most [`REPLY_TIMEOUT`]. Every wake-up is followed by a return from
+//! [`WakeSocket::wait`]; several wake-ups may share one return. A wake-up carries no request but the question, so a process that
+//! can send one can do no harm.
 
 use std::io;
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,6 +17,14 @@ use crate::sys::files;
 
 /// The datagram that another process sends; this process sends an empty one.
 const EXTERNAL_WAKE: &[u8] = b"!";
+/// The datagram with which another process asks for an answer.
+const QUESTION: &[u8] = b"?";
+/// How long [`ask_process`] waits for the answer, which takes milliseconds.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long the answer may wait for a process whose queue is full.
+const REPLY_TIMEOUT: Duration = Duration::from_millis(10);
+/// Maximum size of an answer, in bytes.
+const ANSWER_BYTES_MAX: usize = 256;
 
 /// The receiving end.
 pub struct WakeSocket {
@@ -32,7 +42,7 @@ pub struct Waker(Arc<UnixDatagram>);
 pub enum Wakeup {
     /// A [`Waker`] was used.
     Internal,
-    /// Another process called [`wake_process`].
+    /// Another process called [`wake_process`] or [`ask_process`].
     External,
     /// The deadline passed, or the wait was interrupted.
     Timeout,
@@ -64,6 +74,7 @@ impl WakeSocket {
 
     fn new(socket: UnixDatagram, waker: UnixDatagram, path: Option<PathBuf>) -> io::Result<WakeSocket> {
         waker.set_nonblocking(true)?;
+        socket.set_write_timeout(Some(REPLY_TIMEOUT))?;
         Ok(WakeSocket { socket, waker: Waker(Arc::new(waker)), path })
     }
 
@@ -72,16 +83,24 @@ impl WakeSocket {
         self.waker.clone()
     }
 
-    /// Blocks until the next wake-up or `deadline`. Returns at once if there was a wake-up since the last wait.
-    pub fn wait(&self, deadline: Option<Instant>) -> Wakeup {
+    /// Blocks until the next wake-up or `deadline`. Returns at once if there was a wake-up since the last wait. Another process that
+    /// asks gets the text that `answer` returns.
+    pub fn wait(&self, deadline: Option<Instant>, answer: impl FnOnce() -> String) -> Wakeup {
         // The system refuses a timeout of zero.
         let timeout = deadline.map(|at| at.saturating_duration_since(Instant::now()).max(Duration::from_millis(1)));
         if self.socket.set_read_timeout(timeout).is_err() {
             return Wakeup::Timeout;
         }
-        match self.socket.recv(&mut [0]) {
-            Ok(0) => Wakeup::Internal,
-            Ok(_) => Wakeup::External,
+        let mut datagram = [0];
+        match self.socket.recv_from(&mut datagram) {
+            Ok((0, _)) => Wakeup::Internal,
+            Ok((_, from)) => {
+                if datagram == QUESTION {
+                    // The asking process may have ended.
+                    let _ = self.socket.send_to_addr(answer().as_bytes(), &from);
+                }
+                Wakeup::External
+            }
             Err(_) => Wakeup::Timeout,
         }
     }
@@ -115,6 +134,25 @@ pub fn wake_process(path: &Path) -> bool {
     }
 }
 
+/// Asks another process how it is, and returns its answer; `None` if it has no socket or does not answer within a second. Works
+/// without a writable disk: the answer comes to an address that is not a file.
+pub fn ask_process(path: &Path) -> Option<String> {
+    let ask = || {
+        let name = format!("usepod-agent-{}", uuid::Uuid::new_v4().simple());
+        let socket = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(name)?)?;
+        socket.set_write_timeout(Some(ANSWER_TIMEOUT))?;
+        socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+        // A connected socket receives only from its peer.
+        socket.connect(path)?;
+        socket.send(QUESTION)?;
+        let mut answer = vec![0; ANSWER_BYTES_MAX];
+        let length = socket.recv(&mut answer)?;
+        answer.truncate(length);
+        Ok::<_, io::Error>(answer)
+    };
+    String::from_utf8(ask().ok()?).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,12 +164,12 @@ mod tests {
         std::fs::write(&path, "left behind").expect("a file");
         let wake_socket = WakeSocket::at(&path).expect("a socket");
         assert!(wake_process(&path));
-        assert_eq!(wake_socket.wait(None), Wakeup::External);
+        assert_eq!(wake_socket.wait(None, String::new), Wakeup::External);
         wake_socket.waker().wake();
-        assert_eq!(wake_socket.wait(None), Wakeup::Internal);
-        assert_eq!(wake_socket.wait(Some(Instant::now())), Wakeup::Timeout);
+        assert_eq!(wake_socket.wait(None, String::new), Wakeup::Internal);
+        assert_eq!(wake_socket.wait(Some(Instant::now()), String::new), Wakeup::Timeout);
         (0..5000).for_each(|_| wake_socket.waker().wake());
-        assert!(wake_process(&path) && wake_socket.wait(None) == Wakeup::Internal);
+        assert!(wake_process(&path) && wake_socket.wait(None, String::new) == Wakeup::Internal);
         drop(wake_socket);
         assert!(!path.exists() && !wake_process(&path));
     }
@@ -141,6 +179,18 @@ mod tests {
         assert!(WakeSocket::at(&std::env::temp_dir().join("x".repeat(200))).is_err());
         let wake_socket = WakeSocket::private().expect("sockets");
         wake_socket.waker().wake();
-        assert_eq!(wake_socket.wait(None), Wakeup::Internal);
+        assert_eq!(wake_socket.wait(None, String::new), Wakeup::Internal);
+    }
+
+    #[test]
+    fn question_is_answered_and_wakes_too() {
+        let path = std::env::temp_dir().join(format!("usepod-ask-{}", std::process::id()));
+        assert_eq!(ask_process(&path), None);
+        let wake_socket = WakeSocket::at(&path).expect("a socket");
+        std::thread::scope(|scope| {
+            let asking = scope.spawn(|| ask_process(&path));
+            assert_eq!(wake_socket.wait(None, || "well".to_owned()), Wakeup::External);
+            assert_eq!(asking.join().expect("no panic").as_deref(), Some("well"));
+        });
     }
 }

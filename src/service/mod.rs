@@ -16,12 +16,13 @@ use std::time::{Duration, Instant};
 
 use log::LevelFilter;
 use nix::sys::signal::Signal;
-use nix::unistd::{Uid, User};
 
 use crate::instance::LockOwner;
 use crate::instance::terminate::{self, TerminateError};
 use crontab::Crontab;
 use systemd::Unit;
+
+use crate::sys::user;
 
 /// How often [`wait_until`] checks its condition.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
@@ -137,8 +138,8 @@ pub fn start_like_cron(table: &Crontab) -> io::Result<Child> {
     let mut variables = table.environment();
     // Variables that the crontab sets take precedence.
     for (name, value) in [
-        ("HOME", std::env::var("HOME").unwrap_or_default()),
-        ("LOGNAME", this_user().map(|user| user.name).unwrap_or_default()),
+        ("HOME", user::home().unwrap_or_default().to_string_lossy().into_owned()),
+        ("LOGNAME", user::name()),
         ("SHELL", "/bin/sh".to_owned()),
         ("PATH", CRON_PATH.to_owned()),
     ] {
@@ -157,11 +158,6 @@ pub fn start_like_cron(table: &Crontab) -> io::Result<Child> {
         .stderr(Stdio::null())
         .process_group(0)
         .spawn()
-}
-
-/// The user who runs this process, from the system's user database.
-pub fn this_user() -> Option<User> {
-    User::from_uid(Uid::effective()).ok().flatten()
 }
 
 /// Whether a cron daemon is running; `None` if processes cannot be listed.

@@ -4,21 +4,61 @@ use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal};
 
+/// How long a pipe may take to be written and closed.
+const PIPE_TIMEOUT: Duration = Duration::from_secs(5);
+/// The time between two reads of a pipe that is empty.
+const PIPE_POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// Minimum age of a temporary file that counts as left behind by a crash; writing one takes milliseconds.
 const LEFTOVER_AGE: Duration = Duration::from_secs(60);
 
-/// Reads a file of at most `bytes_max` bytes.
+/// Opens a regular file for reading. Anything else that has the name, such as a FIFO without a writer, is refused instead of
+/// waited for.
 ///
 /// # Errors
-/// The file cannot be read, or is too large (`FileTooLarge`).
+/// The file cannot be opened, or is not a regular file.
+pub fn open_regular(path: &Path) -> io::Result<File> {
+    let file = open_nonblocking(path)?;
+    if file.metadata()?.is_file() {
+        return Ok(file);
+    }
+    Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"))
+}
+
+/// Reads a regular file of at most `bytes_max` bytes.
+///
+/// # Errors
+/// The file cannot be read, is not a regular file, or is too large (`FileTooLarge`).
 pub fn read_bounded(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
     let mut content = Vec::new();
-    File::open(path)?.take(bytes_max + 1).read_to_end(&mut content)?;
+    open_regular(path)?.take(bytes_max + 1).read_to_end(&mut content)?;
     if content.len() as u64 > bytes_max { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(content) }
+}
+
+/// Reads a file of at most `bytes_max` bytes that may also be a pipe, such as `/dev/stdin` or the `<(…)` of a shell.
+///
+/// # Errors
+/// The file cannot be read, is too large (`FileTooLarge`), or has not ended within [`PIPE_TIMEOUT`] (`TimedOut`).
+pub fn read_bounded_or_pipe(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
+    let (mut file, mut content) = (open_nonblocking(path)?, Vec::new());
+    let deadline = Instant::now() + PIPE_TIMEOUT;
+    loop {
+        let room = bytes_max + 1 - content.len() as u64;
+        match Read::by_ref(&mut file).take(room).read_to_end(&mut content) {
+            Ok(_) if content.len() as u64 > bytes_max => return Err(io::ErrorKind::FileTooLarge.into()),
+            Ok(_) => return Ok(content),
+            Err(e) if e.kind() != io::ErrorKind::WouldBlock => return Err(e),
+            Err(_) if Instant::now() >= deadline => return Err(io::ErrorKind::TimedOut.into()),
+            Err(_) => std::thread::sleep(PIPE_POLL_INTERVAL),
+        }
+    }
+}
+
+fn open_nonblocking(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)
 }
 
 /// Replaces the content of `path` atomically and durably: the content is synced to the disk. The file gets mode 0600; a symlink is

@@ -1,4 +1,5 @@
-//! Wrappers around the operating system: files, threads, memory, dates, the terminal, printable text, shell quoting, sockets.
+//! Wrappers around the operating system: files, threads, memory, dates, the terminal, printable text, the user, shell quoting,
+//! sockets.
 
 pub mod datetime;
 pub mod edit_distance;
@@ -10,3 +11,4 @@ pub mod shell_quote;
 pub mod sockets;
 pub mod terminal;
 pub mod threads;
+pub mod user;

@@ -5,8 +5,12 @@
 #include <fcntl.h>
 #include <netdb.h>
 #include <pthread.h>
+#include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -52,4 +56,71 @@ int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*
     ssize_t noted = write(file, ".", 1);
     close(file);
     return noted == 1 ? EAGAIN : ENOMEM;
+}
+
+// The errno in the file that the variable names; 0 without that file.
+static int fault(const char *variable) {
+    int (*real)(const char *, int, ...) = dlsym(RTLD_NEXT, "open64");
+    char number[16] = "";
+    int file = real(getenv(variable), O_RDONLY | O_CLOEXEC);
+    if (file < 0) {
+        return 0;
+    }
+    ssize_t length = read(file, number, sizeof number - 1);
+    close(file);
+    return length > 0 ? atoi(number) : 0;
+}
+
+// With FAULT_DISK, nothing beside the identity can be written or created, as on a disk that turned read-only or fails.
+static int fails(const char *path, int is_write) {
+    int number = is_write && path && strstr(path, "/identity.key") ? fault("FAULT_DISK") : 0;
+    errno = number ? number : errno;
+    return number;
+}
+
+static int descriptor_fails(int file) {
+    char link[64], path[4096] = "";
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+    ssize_t length = readlink(link, path, sizeof path - 1);
+    return length > 0 && fails(path, 1);
+}
+
+int open64(const char *path, int flags, ...) {
+    int (*real)(const char *, int, ...) = dlsym(RTLD_NEXT, "open64");
+    va_list more;
+    va_start(more, flags);
+    mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(more, mode_t) : 0;
+    va_end(more);
+    return fails(path, (flags & (O_WRONLY | O_RDWR | O_CREAT)) != 0) ? -1 : real(path, flags, mode);
+}
+
+ssize_t pwrite64(int file, const void *bytes, size_t length, off64_t at) {
+    ssize_t (*real)(int, const void *, size_t, off64_t) = dlsym(RTLD_NEXT, "pwrite64");
+    return descriptor_fails(file) ? -1 : real(file, bytes, length, at);
+}
+
+int ftruncate64(int file, off64_t length) {
+    int (*real)(int, off64_t) = dlsym(RTLD_NEXT, "ftruncate64");
+    return descriptor_fails(file) ? -1 : real(file, length);
+}
+
+int rename(const char *from, const char *to) {
+    int (*real)(const char *, const char *) = dlsym(RTLD_NEXT, "rename");
+    return fails(to, 1) ? -1 : real(from, to);
+}
+
+int unlink(const char *path) {
+    int (*real)(const char *) = dlsym(RTLD_NEXT, "unlink");
+    return fails(path, 1) ? -1 : real(path);
+}
+
+// With FAULT_LOCK, no file can be locked, as on NFS without a lock manager.
+int flock(int file, int operation) {
+    int (*real)(int, int) = dlsym(RTLD_NEXT, "flock");
+    int number = operation & LOCK_UN ? 0 : fault("FAULT_LOCK");
+    if (number) {
+        errno = number;
+        return -1;
+    }
+    return real(file, operation);
 }

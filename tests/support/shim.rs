@@ -1,4 +1,5 @@
-//! Faults of the clock, of thread creation and of name lookups, injected by a library that is preloaded into the agent.
+//! Faults of the clock, the disk, file locks, thread creation and name lookups, injected by a library that is preloaded into the
+//! agent.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -35,6 +36,8 @@ impl Shim {
             ("FAULT_CLOCK", &shim.clock()),
             ("FAULT_THREADS", &shim.threads()),
             ("FAULT_LOOKUPS", &shim.lookups()),
+            ("FAULT_DISK", &shim.disk()),
+            ("FAULT_LOCK", &shim.lock()),
         ];
         variables.into_iter().fold(setup, |setup, (name, path)| setup.env(name, path.to_str().expect("UTF-8")))
     }
@@ -69,6 +72,24 @@ impl Shim {
     /// Lets lookups end.
     pub fn end_lookups(&self) {
         fs::remove_file(self.lookups()).expect("the lookups' file");
+    }
+
+    fn disk(&self) -> PathBuf {
+        self.0.join("fault-disk")
+    }
+
+    fn lock(&self) -> PathBuf {
+        self.0.join("fault-lock")
+    }
+
+    /// Makes every write beside the identity fail with this errno from now on.
+    pub fn fail_writes(&self, errno: i32) {
+        self.0.write("fault-disk", errno.to_string());
+    }
+
+    /// Makes every lock of a file fail with this errno from now on.
+    pub fn fail_locks(&self, errno: i32) {
+        self.0.write("fault-lock", errno.to_string());
     }
 
     /// Shifts the wall clock by this many seconds from now on.

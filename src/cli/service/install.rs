@@ -1,6 +1,6 @@
 //! `service install`: installs the supervisor and prints the notes for the operator.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::{ServiceTarget, print_wrapped};
 use crate::cli::CliError;
@@ -8,8 +8,9 @@ use crate::cli::args::Globals;
 use crate::config::Config;
 use crate::service::crontab::Crontab;
 use crate::service::systemd::{self, Content, UNIT, Unit};
-use crate::service::{ServiceCommand, Supervisor, is_cron_running, this_user};
+use crate::service::{ServiceCommand, Supervisor, is_cron_running};
 use crate::sys::files;
+use crate::sys::user::{self, this_user};
 
 /// Environment variables that the agent uses and that a supervisor does not pass on.
 const PROXY_VARIABLES: [&str; 4] = ["HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"];
@@ -146,8 +147,7 @@ fn notes(command: &ServiceCommand, target: &ServiceTarget, systemd: bool, variab
             command.binary
         ));
     }
-    let home = std::env::var_os("HOME").map(PathBuf::from);
-    if let (Some(home), Some(user)) = (home, this_user())
+    if let (Some(home), Some(user)) = (user::home(), this_user())
         && home != user.dir
         && !variables.iter().any(|name| name == "HOME")
     {

@@ -15,19 +15,21 @@ use nix::unistd::Uid;
 use super::args::{Action, Globals, Service};
 use super::{CliError, print, print_error};
 use crate::config::Config;
-use crate::instance::{AgentPaths, LockOwner};
+use crate::instance::{AgentPaths, running_agent};
 use crate::logging::{self, rotated_path};
 use crate::service::crontab::Crontab;
 use crate::service::systemd::{self, UNIT, Unit};
 use crate::service::{
     STOP_MARGIN, Supervisor, command, exit_text, is_cron_running, logs, start_like_cron, terminate, wait_until,
 };
-use crate::sys::files;
 use crate::sys::printable::PrintableWriter;
 use crate::sys::terminal::{Terminal, wrap};
+use crate::sys::{files, user};
 
 /// The exit code of `status` if no agent is running, and of the other actions if no supervisor is installed.
 const NOT_RUNNING: u8 = 3;
+/// The exit code of `status` if the agent runs where it cannot be seen, or if it is unknown whether one is running.
+const UNKNOWN: u8 = 1;
 /// The time an agent may take to acquire its lock.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 /// The time within which an agent that cannot serve exits.
@@ -75,7 +77,7 @@ impl ServiceTarget {
     fn load(path: &Path, allow_insecure: bool, supervisor: Option<&Unit>) -> Result<ServiceTarget, CliError> {
         let path = std::path::absolute(path)
             .map_err(|e| CliError::Runtime(format!("the working folder does not exist: {e}")))?;
-        let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
+        let home = user::home().unwrap_or_default();
         let _ = std::env::set_current_dir(&home);
         let config = Config::load(&path, allow_insecure)?;
         // A system unit runs as the owner of the file, whose home folder is not root's.
@@ -172,7 +174,7 @@ fn stop(globals: &Globals) -> Result<(), CliError> {
 
 /// Stops the running agent, regardless of how it was started.
 fn stop_running(target: &ServiceTarget) -> Result<(), CliError> {
-    let Some(owner) = LockOwner::running(&target.paths) else {
+    let Some(owner) = running_agent(&target.paths).map_err(|e| e.to_string())? else {
         print("no agent is running\n");
         return Ok(());
     };
@@ -218,7 +220,7 @@ fn start_by(supervisor: &Supervisor, target: &ServiceTarget, verb: &str) -> Resu
     let mut child = None;
     match supervisor {
         Supervisor::Systemd(unit) => unit.systemctl(&[verb, UNIT])?,
-        Supervisor::Cron(_) if LockOwner::running(&target.paths).is_some() => {}
+        Supervisor::Cron(_) if running_agent(&target.paths).map_err(|e| e.to_string())?.is_some() => {}
         Supervisor::Cron(table) => {
             let started = start_like_cron(table);
             child = Some(started.map_err(|e| CliError::Runtime(format!("failed to start a shell: {e}")))?);
@@ -230,12 +232,13 @@ fn start_by(supervisor: &Supervisor, target: &ServiceTarget, verb: &str) -> Resu
         // An agent that exits with 0 has found an agent that cron started at the same time.
         exit.is_some_and(|status| !status.success())
     };
-    let runs = || LockOwner::running(&target.paths).is_some();
+    let running = || running_agent(&target.paths).ok().flatten();
+    let runs = || running().is_some();
     let is_up = wait_until(START_TIMEOUT, || has_failed() || runs()) && runs();
     // The agent acquires the lock before it reads its identity, which may fail.
     if is_up
         && !wait_until(SETTLE_TIME, || has_failed() || !runs())
-        && let Some(owner) = LockOwner::running(&target.paths)
+        && let Some(owner) = running()
     {
         out!("the agent is running as pid {}\n", owner.pid);
         return Ok(());
@@ -264,7 +267,8 @@ fn status(globals: &Globals) -> Result<(), CliError> {
     print_line("supervisor", &supervisor.description());
     let target = target_of(globals, Some(&supervisor))?;
     let is_stopped = target.paths.stopped().exists();
-    let Some(owner) = LockOwner::running(&target.paths) else {
+    let running = running_agent(&target.paths).inspect_err(|e| print_line("agent", &e.to_string()));
+    let Some(owner) = running.map_err(|_| CliError::AlreadyReported(UNKNOWN))? else {
         match is_stopped {
             true => print_line("agent", "stopped by the operator until `usepod-agent service start`"),
             false => print_line("agent", "not running; `usepod-agent service logs` says why"),

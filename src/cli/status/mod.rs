@@ -12,11 +12,13 @@ use serde_json::{Value, json};
 use super::args::{Globals, Status};
 use super::{CliError, agent_paths, print_error, print_raw, try_print_raw};
 use crate::instance::wake_socket;
-use crate::instance::{AgentPaths, LIVENESS_TIMEOUT, LockOwner};
+use crate::instance::{AgentPaths, LIVENESS_TIMEOUT, LockError, LockOwner, running_agent};
 use crate::observe::State;
 use crate::sys::printable::printable_json;
 use crate::sys::terminal::Terminal;
 
+/// The state of an agent that cannot be seen, or that cannot write its state.
+const UNKNOWN: &str = "unknown";
 /// The exit code for an agent that is running but not serving.
 const NOT_SERVING: u8 = 1;
 /// The exit code if no agent is running.
@@ -42,7 +44,7 @@ pub fn run(globals: &Globals, options: &Status) -> Result<(), CliError> {
     let terminal = Terminal::of_stdout();
     let text = |report: &Report| match options.json {
         true => format!("{}\n", printable_json(&report.to_json().to_string())),
-        false => render::page(&report.state, report.is_running, terminal),
+        false => render::page(report, terminal),
     };
     if !options.watch {
         let report = Report::new(&paths);
@@ -62,6 +64,7 @@ pub fn run(globals: &Globals, options: &Status) -> Result<(), CliError> {
 }
 
 /// The report of `status`: the state file, corrected by the lock file.
+#[derive(Default)]
 struct Report {
     state: State,
     /// Whether there is a state file. Without one, only a few keys of `state` are known.
@@ -71,15 +74,28 @@ struct Report {
     last_state: Option<String>,
     /// Time since the last sign of life of a running agent.
     silence: Option<Duration>,
+    /// What the operator should do or know, beside what follows from the state.
+    notes: Vec<String>,
 }
 
 impl Report {
     /// Makes a running agent refresh its state file, and reads it.
     fn new(paths: &AgentPaths) -> Report {
-        match LockOwner::running(paths) {
-            Some(owner) => Report::running(paths, &owner),
-            None => Report::not_running(paths),
+        match running_agent(paths) {
+            Ok(Some(owner)) => Report::running(paths, &owner),
+            Ok(None) => Report::not_running(paths),
+            Err(e) => Report::unknown(paths, &e),
         }
+    }
+
+    /// The agent cannot be seen from here, or the lock does not show whether there is one.
+    fn unknown(paths: &AgentPaths, why: &LockError) -> Report {
+        let state = State { paused: paths.paused().exists(), ..State::default() };
+        let is_running = matches!(why, LockError::HeldElsewhere(_));
+        let notes = vec![why.fix()];
+        let mut report = Report { state, has_file: false, is_running, last_state: None, silence: None, notes };
+        report.replace(UNKNOWN, why.fault());
+        report
     }
 
     fn not_running(paths: &AgentPaths) -> Report {
@@ -90,6 +106,7 @@ impl Report {
             is_running: false,
             last_state: file.as_ref().map(|file| file.state.clone()),
             silence: None,
+            notes: Vec::new(),
             state: State {
                 state: state.to_owned(),
                 serving: false,
@@ -109,16 +126,18 @@ impl Report {
             is_running: true,
             last_state: None,
             silence: Some(silence),
+            notes: Vec::new(),
             state: State { pid: owner.pid, ..file.unwrap_or_else(starting) },
         };
         // A state that a working agent has not rewritten for a long time no longer shows whether the agent serves. A state that
         // was just rewritten does, whatever the clock of its file system shows.
         let is_old = |age: &Duration| report.has_file && !is_fresh && *age >= LIVENESS_TIMEOUT;
-        if let Some(age) = file_age(paths).filter(is_old) {
-            let what = "it has not been able to write its state file for";
+        let is_unwritable = |age: Duration| is_old(&age) || (report.has_file && !is_fresh && !owner.is_recorded);
+        if file_age(paths).is_some_and(is_unwritable) {
+            let what = "it cannot write its files; its log says why (is the disk full? is it read-only?)";
             report.last_state = Some(report.state.state.clone());
             report.state.since = None;
-            report.replace("unknown", format!("{what} {} s; its log says why (is the disk full?)", age.as_secs()));
+            report.replace(UNKNOWN, what.to_owned());
         }
         if owner.is_unresponsive() {
             report.replace("hung", format!("it has shown no sign of life for {} s", silence.as_secs()));
@@ -139,13 +158,14 @@ impl Report {
             json =
                 json!({"state": json["state"], "serving": false, "reason": json["reason"], "paused": json["paused"]});
         }
-        if self.is_running {
+        if self.is_running && self.state.pid != 0 {
             json["pid"] = self.state.pid.into();
         }
         if !self.is_running || self.last_state.is_some() {
             json["last_state"] = self.last_state.clone().into();
         }
         json["running"] = self.is_running.into();
+        json["notes"] = self.notes.clone().into();
         if let Some(silence) = self.silence {
             json["silent_seconds"] = silence.as_secs().into();
         }
@@ -155,8 +175,8 @@ impl Report {
     fn exit(&self) -> Result<(), CliError> {
         match (self.is_running, self.state.serving) {
             (true, true) => Ok(()),
-            (true, false) => Err(CliError::AlreadyReported(NOT_SERVING)),
-            (false, _) => Err(CliError::AlreadyReported(NOT_RUNNING)),
+            (false, _) if self.state.state != UNKNOWN => Err(CliError::AlreadyReported(NOT_RUNNING)),
+            _ => Err(CliError::AlreadyReported(NOT_SERVING)),
         }
     }
 }

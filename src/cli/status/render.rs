@@ -1,5 +1,6 @@
 //! The page of `status`. The texts come from a file, so each is sanitized before it is printed.
 
+use super::Report;
 use crate::cli::offer::{OfferRow, table};
 use crate::logging::sanitize_for_log as text;
 use crate::observe::{Jobs, LastError, LastJob, State, Tokens};
@@ -17,11 +18,15 @@ const GREEN: &str = "32";
 const YELLOW: &str = "33";
 
 /// Renders the page.
-pub fn page(state: &State, is_running: bool, terminal: Terminal) -> String {
+pub fn page(report: &Report, terminal: Terminal) -> String {
+    let Report { state, has_file, is_running, notes, .. } = report;
     let mut page = Page { text: String::new(), terminal };
-    headline(&mut page, state);
+    headline(&mut page, state, *is_running);
+    for note in notes {
+        page.advice(&text(note));
+    }
     // Backends and figures of an agent that has ended say nothing about the present.
-    if is_running {
+    if *is_running && *has_file {
         agent(&mut page, state);
         backends(&mut page, state);
         models(&mut page, state);
@@ -46,7 +51,7 @@ impl Page {
 }
 
 /// Prints the state of the agent, and what the operator can do about it.
-fn headline(page: &mut Page, state: &State) {
+fn headline(page: &mut Page, state: &State, is_running: bool) {
     let name = text(&state.state);
     let since = state.since.as_deref().and_then(ago).map_or_else(String::new, |ago| format!(" for {ago}"));
     let reason = state.reason.as_deref().map_or_else(String::new, |reason| format!(": {}", text(reason)));
@@ -78,7 +83,8 @@ fn headline(page: &mut Page, state: &State) {
             format!("not serving: hung{reason}"),
             "`usepod-agent service restart` replaces it; cron does so within a minute",
         ),
-        "unknown" => (format!("running, and whether it serves is unknown{reason}"), ""),
+        "unknown" if is_running => (format!("running, and whether it serves is unknown{reason}"), ""),
+        "unknown" => (format!("whether an agent is running is unknown{reason}"), ""),
         "starting" => ("not serving: the agent has just started".to_owned(), ""),
         "stopped" => ("not running: stopped by the operator".to_owned(), "`usepod-agent service start` starts it"),
         "not_running" => {
@@ -204,6 +210,10 @@ mod tests {
 
     const PLAIN: Terminal = Terminal { width: 60, is_utf8: false, is_live: false, has_color: false };
 
+    fn shown(state: &State, is_running: bool) -> String {
+        page(&Report { state: state.clone(), has_file: true, is_running, ..Report::default() }, PLAIN)
+    }
+
     #[test]
     fn page_says_none_yet_for_missing_figures_and_omits_those_of_a_stopped_agent() {
         let backend = Backend {
@@ -214,15 +224,15 @@ mod tests {
             ..Backend::default()
         };
         let mut state = State { state: "serving".to_owned(), backends: vec![backend], ..State::default() };
-        let fresh = page(&state, true, PLAIN);
+        let fresh = shown(&state, true);
         assert_eq!(fresh.matches("none yet").count(), 3, "{fresh}");
         assert!(!fresh.contains("p50") && fresh.contains("vllm: healthy for"), "{fresh}");
         state.jobs.done = 1;
-        assert!(page(&state, true, PLAIN).contains("latency      no job in the last 5 minutes"));
+        assert!(shown(&state, true).contains("latency      no job in the last 5 minutes"));
         state.p95_latency_ms = 7;
-        assert!(page(&state, true, PLAIN).contains("p50 0 ms, p95 7 ms (jobs"));
+        assert!(shown(&state, true).contains("p50 0 ms, p95 7 ms (jobs"));
         state.state = "stopped".to_owned();
-        let stopped = page(&state, false, PLAIN);
+        let stopped = shown(&state, false);
         assert!(!stopped.contains("healthy") && !stopped.contains("jobs"), "{stopped}");
     }
 
@@ -251,8 +261,8 @@ mod tests {
             ..State::default()
         };
         for is_running in [true, false] {
-            assert!(!page(&state, is_running, PLAIN).contains('\u{1b}'));
-            page(&State::default(), is_running, PLAIN);
+            assert!(!shown(&state, is_running).contains('\u{1b}'));
+            shown(&State::default(), is_running);
         }
     }
 }
