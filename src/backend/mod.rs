@@ -118,6 +118,10 @@ pub trait JobSink: Send {
 
     /// Reports the number of output tokens sent so far, as far as the stream shows it.
     fn tokens_emitted(&mut self, _tokens: u32) {}
+
+    /// Reports the number of input tokens that [`JobResult::input_tokens`] does not include, because the backend read them from its
+    /// cache or wrote them to it.
+    fn cached_tokens(&mut self, _tokens: u32) {}
 }
 
 /// An inference server.

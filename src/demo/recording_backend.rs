@@ -134,4 +134,8 @@ impl JobSink for RecordingSink<'_> {
     fn tokens_emitted(&mut self, tokens: u32) {
         self.sink.tokens_emitted(tokens);
     }
+
+    fn cached_tokens(&mut self, tokens: u32) {
+        self.sink.cached_tokens(tokens);
+    }
 }

@@ -20,6 +20,7 @@ pub struct InFlightJob {
     /// The deadline; `None` if the clock cannot represent it.
     pub deadline: Option<Instant>,
     tokens_emitted: AtomicU32,
+    cached_tokens: AtomicU32,
     cancelled: AtomicBool,
     expired: AtomicBool,
     state: Mutex<State>,
@@ -59,6 +60,7 @@ impl InFlightJob {
             accepted,
             deadline: accepted.checked_add(Duration::from_millis(u64::from(job.deadline_ms))),
             tokens_emitted: AtomicU32::new(0),
+            cached_tokens: AtomicU32::new(0),
             cancelled: AtomicBool::new(false),
             expired: AtomicBool::new(false),
             state: Mutex::new(state),
@@ -149,6 +151,16 @@ impl InFlightJob {
     /// that a backend retracts were emitted nevertheless.
     pub fn update_tokens_emitted(&self, tokens: u32) -> u32 {
         tokens.saturating_sub(self.tokens_emitted.fetch_max(tokens, Ordering::Relaxed))
+    }
+
+    /// Input tokens that the backend read from its cache or wrote to it, and does not count as input.
+    pub fn cached_tokens(&self) -> u32 {
+        self.cached_tokens.load(Ordering::Relaxed)
+    }
+
+    /// Sets [`InFlightJob::cached_tokens`].
+    pub fn set_cached_tokens(&self, tokens: u32) {
+        self.cached_tokens.store(tokens, Ordering::Relaxed);
     }
 
     /// Time until the deadline.

@@ -30,9 +30,9 @@ pub enum Outcome<'a> {
         model_id: &'a str,
         /// From arrival to end.
         latency: Duration,
-        /// As the backend reports it.
+        /// As the backend reports them, including the cached ones.
         input_tokens: u32,
-        /// As the backend reports it.
+        /// As the backend reports them.
         output_tokens: u32,
     },
     /// Answered with an error.
@@ -86,7 +86,7 @@ pub struct Totals {
     pub lost: u64,
     /// Not admitted, by reason.
     pub rejected: Vec<(RejectReason, u64)>,
-    /// Input tokens, as reported by the backends.
+    /// Input tokens, as reported by the backends, including the cached ones.
     pub input_tokens: u64,
     /// Output tokens, as reported by the backends; for jobs that were not answered in full, as counted in the stream.
     pub output_tokens: u64,

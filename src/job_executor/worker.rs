@@ -98,6 +98,10 @@ impl JobSink for JobRelay<'_> {
         let new = self.in_flight.update_tokens_emitted(tokens);
         self.shared.deps.token_limit.count(u64::from(new));
     }
+
+    fn cached_tokens(&mut self, tokens: u32) {
+        self.in_flight.set_cached_tokens(tokens);
+    }
 }
 
 /// Ends the job when it is dropped: with one terminal frame, or with none after a cancel.
@@ -112,7 +116,7 @@ impl Drop for TerminalGuard<'_> {
         let Shared { outbox, table, deps, .. } = self.shared;
         if let Ok(result) = &self.outcome {
             let uncounted = result.output_tokens.unwrap_or(0).saturating_sub(self.in_flight.tokens_emitted());
-            deps.token_limit.count(u64::from(uncounted) + u64::from(result.input_tokens.unwrap_or(0)));
+            deps.token_limit.count(u64::from(uncounted) + u64::from(self.input_tokens(result)));
         }
         let sent = match self.terminal_frame() {
             Some(frame) => outbox.send_terminal(table, self.in_flight, frame).is_ok(),
@@ -127,6 +131,11 @@ impl Drop for TerminalGuard<'_> {
 }
 
 impl TerminalGuard<'_> {
+    /// All tokens of the prompt. The terminal frame contains only those that the backend states, without the cached ones.
+    fn input_tokens(&self, result: &JobResult) -> u32 {
+        result.input_tokens.unwrap_or(0).saturating_add(self.in_flight.cached_tokens())
+    }
+
     fn terminal_frame(&mut self) -> Option<String> {
         let job_id = self.in_flight.job_id;
         match &mut self.outcome {
@@ -153,7 +162,7 @@ impl TerminalGuard<'_> {
             Ok(result) if sent => Outcome::Done {
                 model_id,
                 latency,
-                input_tokens: result.input_tokens.unwrap_or(0),
+                input_tokens: self.input_tokens(result),
                 output_tokens: result.output_tokens.unwrap_or(0),
             },
             Err(e) if sent => e.code().map_or(Outcome::Lost, |code| Outcome::Failed {
