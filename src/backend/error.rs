@@ -93,13 +93,13 @@ pub enum BackendError {
     /// The stream ended after its first byte and before its end marker.
     #[error("the stream was truncated: {0}")]
     CutStream(String),
-    /// The stream contained an `error` object.
-    #[error("the backend reported an error in the stream: {0}")]
-    StreamError(String),
-    /// The server aborted the generation (`finish_reason` `abort`).
+    /// The response contained an `error` object, despite its successful status.
+    #[error("the backend reported an error in its response: {0}")]
+    ReportedError(String),
+    /// The server gave up the generation (`finish_reason` `abort` or `error`) without naming a reason.
     #[error("the backend aborted the generation")]
     Aborted,
-    /// The response to a probe cannot be interpreted.
+    /// The response cannot be interpreted: to a probe, or to a job that it does not answer.
     #[error("the backend's response cannot be read: {0}")]
     BadAnswer(String),
     /// A bug: the backend's code panicked.
@@ -160,7 +160,7 @@ impl BackendError {
             BackendError::FormatNotServed(format, s) => {
                 format!("the backend does not serve {format} requests: HTTP {}", s.status)
             }
-            BackendError::StreamError(_) => "the backend reported an error in the stream".into(),
+            BackendError::ReportedError(_) => "the backend reported an error in its response".into(),
             BackendError::Cancelled
             | BackendError::SessionGone
             | BackendError::DeadlinePassed
@@ -220,6 +220,6 @@ mod tests {
         for status in [400, 401, 404, 429, 500, 502, 503] {
             assert!(!BackendError::from_status(status, b"my prompt").for_log().contains("prompt"), "{status}");
         }
-        assert!(!BackendError::StreamError("my prompt".into()).for_log().contains("prompt"));
+        assert!(!BackendError::ReportedError("my prompt".into()).for_log().contains("prompt"));
     }
 }

@@ -59,7 +59,7 @@ impl BackendError {
             | BackendError::Status(_)
             | BackendError::Broken(_)
             | BackendError::CutStream(_)
-            | BackendError::StreamError(_)
+            | BackendError::ReportedError(_)
             | BackendError::Aborted
             | BackendError::BadAnswer(_)
             | BackendError::Panicked => Some(ErrorCode::Internal),

@@ -127,6 +127,18 @@ impl BackendError {
             _ => BackendError::Status(response),
         }
     }
+
+    /// The cause that a response with a successful status indicates if it contains an error with this message instead of an answer.
+    /// LM Studio responds so to a path that it does not know.
+    pub fn from_reported(status: u16, message: &str) -> BackendError {
+        let body = truncated_body(message.as_bytes());
+        let text = body.to_ascii_lowercase();
+        let has_words = text.contains(|c: char| c.is_ascii_alphanumeric());
+        match contains_any(&text, ROUTE_MISSING) || (has_words && is_bare_text(&text)) {
+            true => BackendError::RouteNotFound(HttpStatus { status, body }),
+            false => BackendError::ReportedError(body),
+        }
+    }
 }
 
 fn contains_any(text: &str, texts: Texts) -> bool {
@@ -144,6 +156,9 @@ fn is_bare(body: &str) -> bool {
         let messages = [&json["detail"], &json["error"]["message"], &json["message"], &json["error"]];
         messages.into_iter().find_map(Value::as_str)
     });
-    let message = message.unwrap_or_default().to_ascii_lowercase();
+    is_bare_text(&message.unwrap_or_default().to_ascii_lowercase())
+}
+
+fn is_bare_text(message: &str) -> bool {
     message.split(|c: char| !c.is_ascii_alphanumeric()).all(|word| word.is_empty() || BARE_WORDS.contains(&word))
 }

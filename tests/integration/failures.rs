@@ -41,7 +41,6 @@ fn broken_stream_is_never_a_success_and_its_bytes_are_relayed_first() {
             TEXT.into(),
             "internal",
         ),
-        ("truncated after [DONE], before the last chunk", chunked(done), done.into(), "internal"),
         ("short content-length", format!("Content-Length: 999\r\n\r\n{TEXT}"), TEXT.into(), "internal"),
         ("chunked, no terminal mark", format!("{}0\r\n\r\n", chunked(TEXT)), TEXT.into(), "internal"),
         (

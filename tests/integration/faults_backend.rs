@@ -81,7 +81,7 @@ fn assert_harmless((what, first, relayed, rest, more, then, end): Broken<'_>) {
 #[test]
 fn body_of_the_wrong_length_fails_only_the_job() {
     let _descriptors = reserve_descriptors(160);
-    let first_chunk = || format!("{CHUNKED}{:x}\r\n{DONE}\r\n", DONE.len());
+    let first_chunk = || format!("{CHUNKED}{:x}\r\n{TEXT}\r\n", TEXT.len());
     // Bytes behind a response are not the response to the next request.
     let forged = response(200, "text/event-stream", format!("data: forged\n\n{DONE}"));
     let forged = String::from_utf8(forged).expect("text");
@@ -103,19 +103,19 @@ fn body_of_the_wrong_length_fails_only_the_job() {
         (
             "no line end after a chunk",
             first_chunk().trim_end().to_owned() + "\n\n",
-            DONE,
+            TEXT,
             "e\r\n".into(),
             "",
             Stay,
             "internal",
         ),
-        ("a chunk without end", first_chunk(), DONE, format!("ffffffffffffffff\r\n{TEXT}"), TEXT, Close, "internal"),
+        ("a chunk without end", first_chunk(), TEXT, format!("ffffffffffffffff\r\n{TEXT}"), TEXT, Close, "internal"),
     ];
     let sizes = ["xyz\r\n", "-5\r\n", "\r\n", "fffffffffffffffff\r\n"].map(str::to_owned);
     let endless = ["", "e;", "0\r\nX: "].map(|start| start.to_owned() + &"0".repeat(1 << 20));
     let sizes: Vec<_> = sizes.into_iter().chain(endless).collect();
     let sizes = sizes.iter().map(|rest| -> Broken<'_> {
-        (rest.get(..9).unwrap_or(rest), first_chunk(), DONE, rest.clone(), "", Stay, "internal")
+        (rest.get(..9).unwrap_or(rest), first_chunk(), TEXT, rest.clone(), "", Stay, "internal")
     });
     side_by_side(lengths.into_iter().chain(framings).chain(sizes), assert_harmless);
 }

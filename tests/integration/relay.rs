@@ -174,11 +174,9 @@ fn body_of_any_other_content_type_ends_with_its_framing() {
         assert_same(&outcome, json, &format!("{framing:?}"));
         let tokens = &outcome.end["tokens"];
         assert_eq!((&tokens["input"], &tokens["output"]), (&json!(3), &json!(4)), "usage of a JSON body: {framing:?}");
-        for (kind, body) in
-            [("text/plain", &b"\xff\x00 no text"[..]), ("application/json", b"{\"half\":"), ("x/y", b"")]
-        {
-            assert_same(&relayed(&rig, &backend, framing, kind, &[body]), body, &format!("{kind}, {framing:?}"));
-        }
+        let encoded = b"\xff\x00 no text";
+        let outcome = relayed(&rig, &backend, framing, "text/plain", &[encoded]);
+        assert_same(&outcome, encoded, &format!("{framing:?}"));
     }
 }
 

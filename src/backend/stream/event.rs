@@ -17,6 +17,8 @@ pub struct EventClass {
     pub is_delta: bool,
     /// The event may contain usage, an end marker or an error.
     pub needs_parsing: bool,
+    /// The event is a JSON object that continues in the next line.
+    pub is_partial: bool,
 }
 
 /// Classifies the events of one stream.
@@ -32,11 +34,12 @@ impl EventClassifier {
     /// Classifies an event.
     pub fn classify(&mut self, json: &[u8]) -> EventClass {
         if self.matches_template(json) {
-            return EventClass { is_delta: true, needs_parsing: false };
+            return EventClass { is_delta: true, ..EventClass::default() };
         }
         let mut scan = KeyScan::default();
         scan.run(json);
-        if let (Some(text), false, true) = (scan.text, scan.class.needs_parsing, json.len() <= TEMPLATE_BYTES_MAX) {
+        let is_only_delta = !scan.class.needs_parsing && !scan.class.is_partial;
+        if let (Some(text), true, true) = (scan.text, is_only_delta, json.len() <= TEMPLATE_BYTES_MAX) {
             self.template.clear();
             self.template.extend_from_slice(json);
             self.text = text;
@@ -66,10 +69,12 @@ struct KeyScan {
 
 impl KeyScan {
     fn run(&mut self, json: &[u8]) {
-        let mut at = 0;
+        let (mut at, mut depth) = (0, 0);
         while let Some(open) = json[at..].iter().position(|b| *b == b'"') {
             let start = at + open + 1;
-            let Some(end) = end_of_string(json, start) else { break };
+            depth += opened_brackets(&json[at..start]);
+            // A line end within a string is not JSON.
+            let Some(end) = end_of_string(json, start) else { return };
             at = end + 1;
             let rest = json[at..].trim_ascii_start();
             if let Some(value) = rest.strip_prefix(b":") {
@@ -77,6 +82,7 @@ impl KeyScan {
                 self.key(&json[start..end], value, json.len() - value.len());
             }
         }
+        self.class.is_partial = json.first() == Some(&b'{') && depth + opened_brackets(&json[at..]) > 0;
     }
 
     /// Classifies a key. `value` is the rest of the event, from the value on; it starts at `value_at`.
@@ -95,7 +101,7 @@ impl KeyScan {
                 });
                 self.text = plain.filter(|_| self.deltas == 1).map(|end| value_at + 1..value_at + end);
             }
-            b"usage" => class.needs_parsing |= value.first() == Some(&b'{'),
+            b"usage" | b"timings" => class.needs_parsing |= value.first() == Some(&b'{'),
             b"finish_reason" | b"error" => class.needs_parsing |= !value.starts_with(b"null"),
             b"type" | b"object" => {
                 class.needs_parsing |= value.starts_with(b"\"message_stop\"")
@@ -112,6 +118,16 @@ impl KeyScan {
 fn is_escaped_string(value: &[u8]) -> bool {
     let string = value.strip_prefix(b"\"").and_then(|string| string.get(..end_of_string(string, 0)?));
     string.is_some_and(|string| string.contains(&b'\\'))
+}
+
+/// The number of brackets that are opened, less those that are closed. `json` contains no strings.
+fn opened_brackets(json: &[u8]) -> isize {
+    let change = |byte: &u8| match byte {
+        b'{' | b'[' => 1,
+        b'}' | b']' => -1,
+        _ => 0,
+    };
+    json.iter().map(change).sum()
 }
 
 /// Position of the closing quote of the string that starts at `at`.
@@ -136,7 +152,7 @@ mod tests {
 
     #[test]
     fn classify_separates_deltas_from_events_to_parse() {
-        let class = |is_delta, needs_parsing| EventClass { is_delta, needs_parsing };
+        let class = |is_delta, needs_parsing| EventClass { is_delta, needs_parsing, is_partial: false };
         for (event, want) in [
             (r#"{"choices":[{"delta":{"content":"x"},"finish_reason":null}]}"#, class(true, false)),
             (r#"{"choices":[{"delta":{"content":""},"finish_reason":null}]}"#, class(false, false)),
@@ -147,6 +163,21 @@ mod tests {
             (r#"{"delta":{"text":"\"usage\":{"}}"#, class(true, false)),
         ] {
             assert_eq!(classify_without_template(event.as_bytes()), want, "{event}");
+        }
+    }
+
+    #[test]
+    fn is_partial_is_an_object_that_may_continue() {
+        for (event, want) in [
+            ("{", true),
+            (r#"{"choices":[{"delta":{"content":"}]}"}"#, true),
+            (r#"{"a":"{"}"#, false),
+            (r#"{"a":"x"#, false),
+            (r#"{"a":1}]"#, false),
+            ("[[0,", false),
+            ("", false),
+        ] {
+            assert_eq!(classify_without_template(event.as_bytes()).is_partial, want, "{event}");
         }
     }
 

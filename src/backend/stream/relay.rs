@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use ureq::Body;
 use ureq::http::Response;
 
-use super::bounded_json::BoundedJson;
-use super::sse::Scanner;
-use super::usage::Usage;
+use super::answer::Answer;
+use super::completion::Completion;
+use super::report::Progress;
 use crate::backend::http::{AgentLease, Client, connect_error, read_bounded};
 use crate::backend::{BackendError, BackendResult, ERROR_BODY_MAX, JobResult, JobSink};
 
@@ -51,9 +51,13 @@ pub fn relay(
         sink.still_wanted()?;
         return Err(client.status_error(status, &error_body));
     }
-    let mut usage_reader = UsageReader::for_response(&response);
-    let usage = relay_body(&lease, response.into_body(), &mut usage_reader, sink)?;
-    lease.give_back();
+    let mut answer = Answer::of(&response);
+    let end = relay_body(&lease, response.into_body(), &mut answer, sink)?;
+    let usage = answer.finish(sink)?;
+    if end == BodyEnd::Reached {
+        lease.give_back();
+    }
+    sink.cached_tokens(usage.cached.unwrap_or(0));
     let duration_ms = u32::try_from(started.elapsed().as_millis()).unwrap_or(u32::MAX);
     Ok(JobResult { input_tokens: usage.input, output_tokens: usage.output, duration_ms })
 }
@@ -78,100 +82,75 @@ fn post(
     })
 }
 
+/// How the relay of a body ended.
+#[derive(PartialEq, Eq)]
+enum BodyEnd {
+    /// The body has ended.
+    Reached,
+    /// The response is complete, but its body is open. The connection cannot be reused.
+    NotAwaited,
+}
+
 // Not inlined: the buffer and reader would be in the frame below the deepest calls of the exchange, and the stack pages that those
 // touch stay resident.
 #[inline(never)]
 fn relay_body(
     lease: &AgentLease<'_>,
     body: Body,
-    usage_reader: &mut UsageReader,
+    answer: &mut Answer,
     sink: &mut dyn JobSink,
-) -> BackendResult<Usage> {
+) -> BackendResult<BodyEnd> {
     let mut reader = body.into_reader();
     let mut buffer = vec![0; READ_BUFFER_MIN];
-    let mut relayed = false;
+    let mut completion = Completion::default();
     loop {
-        // Do not read from a socket that was shut down: closing it sends a reset only if unread data is left, and without a
-        // reset a backend blocked in a write would notice a minute later.
-        sink.still_wanted()?;
-        let read = reader.read(&mut buffer);
-        sink.still_wanted()?;
+        if let Some(time) = completion.read_timeout() {
+            lease.monitor().limit_reads_to(time);
+        }
+        let read = read_wanted(lease, &mut reader, &mut buffer, sink);
+        let is_last = completion.is_due();
         match read {
-            Ok(0) if lease.monitor().has_broken() => return Err(broken_error("the connection was reset", relayed)),
-            Ok(0) => return usage_reader.finish().map_err(|e| if relayed { e } else { empty_stream_error(e) }),
+            Ok(0) => return Ok(BodyEnd::Reached),
             Ok(n) => {
-                sink.send_chunk(&buffer[..n])?;
-                relayed = true;
-                usage_reader.feed(&buffer[..n]);
-                sink.tokens_emitted(usage_reader.tokens_emitted());
+                answer.relay(&buffer[..n], sink)?;
+                completion.update(answer.progress(), answer.take_event());
+                if is_last && completion.is_due() {
+                    return Ok(BodyEnd::NotAwaited);
+                }
                 if n == buffer.len() && n < CHUNK_MAX {
                     buffer.resize(2 * n, 0);
                 }
             }
-            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(e) => match ureq::Error::from(e) {
-                ureq::Error::Timeout(ureq::Timeout::Global) => return Err(BackendError::DeadlinePassed),
-                e => return Err(broken_error(&e.to_string(), relayed)),
-            },
+            // The time for the rest is up, or the deadline has passed.
+            Err(BackendError::DeadlinePassed) if answer.progress() > Progress::Open => return Ok(BodyEnd::NotAwaited),
+            Err(BackendError::Broken(_)) if answer.progress() == Progress::Done => return Ok(BodyEnd::NotAwaited),
+            Err(BackendError::Broken(how)) => return Err(answer.break_off(how, sink)?),
+            Err(e) => return Err(e),
         }
     }
 }
 
-/// The error for a response that breaks off.
-fn broken_error(how: &str, relayed: bool) -> BackendError {
-    if relayed {
-        BackendError::Broken(how.to_owned())
-    } else {
-        BackendError::Unreachable(format!("{how} before the first byte of the response"))
-    }
-}
-
-/// A stream that ends without a single byte counts as unreachable.
-fn empty_stream_error(e: BackendError) -> BackendError {
-    match e {
-        BackendError::CutStream(how) => broken_error(&how, false),
-        e => e,
-    }
-}
-
-/// Reads the usage off a response, depending on its content type.
-enum UsageReader {
-    Stream(Scanner),
-    Json(BoundedJson),
-    Opaque,
-}
-
-impl UsageReader {
-    fn for_response(response: &Response<Body>) -> UsageReader {
-        let content_type = response.headers().get("content-type").and_then(|v| v.to_str().ok()).unwrap_or_default();
-        let media_type = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-        match media_type.as_str() {
-            "text/event-stream" => UsageReader::Stream(Scanner::default()),
-            json if json.ends_with("json") => UsageReader::Json(BoundedJson::default()),
-            _ => UsageReader::Opaque,
-        }
-    }
-
-    fn feed(&mut self, bytes: &[u8]) {
-        match self {
-            UsageReader::Stream(scanner) => scanner.feed(bytes),
-            UsageReader::Json(body) => body.push(bytes),
-            UsageReader::Opaque => {}
-        }
-    }
-
-    fn finish(&mut self) -> BackendResult<Usage> {
-        match self {
-            UsageReader::Stream(scanner) => scanner.finish(),
-            UsageReader::Json(body) => Ok(body.bytes().map(Usage::from_body).unwrap_or_default()),
-            UsageReader::Opaque => Ok(Usage::default()),
-        }
-    }
-
-    fn tokens_emitted(&self) -> u32 {
-        match self {
-            UsageReader::Stream(scanner) => scanner.tokens_emitted(),
-            UsageReader::Json(_) | UsageReader::Opaque => 0,
-        }
+/// Reads the next bytes of the body. A job that is not wanted has precedence over what the read says.
+fn read_wanted(
+    lease: &AgentLease<'_>,
+    reader: &mut impl Read,
+    buffer: &mut [u8],
+    sink: &mut dyn JobSink,
+) -> BackendResult<usize> {
+    loop {
+        // Do not read from a socket that was shut down: closing it sends a reset only if unread data is left, and without a
+        // reset a backend blocked in a write would notice a minute later.
+        sink.still_wanted()?;
+        let read = reader.read(buffer);
+        sink.still_wanted()?;
+        return match read {
+            Ok(0) if lease.monitor().has_broken() => Err(BackendError::Broken("the connection was reset".into())),
+            Ok(n) => Ok(n),
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(e) => Err(match ureq::Error::from(e) {
+                ureq::Error::Timeout(ureq::Timeout::Global) => BackendError::DeadlinePassed,
+                e => BackendError::Broken(e.to_string()),
+            }),
+        };
     }
 }

@@ -1,15 +1,16 @@
 //! Scans a stream of server-sent events for usage, errors and the end marker. Does no I/O.
 //!
 //! Invariants: the result depends on the bytes alone, not on how they were split. The scanner does not alter or delay the
-//! relayed bytes. It buffers an incomplete line only, as a [`BoundedJson`].
+//! relayed bytes. It buffers an incomplete line or event only, each as a [`BoundedJson`].
 
-use memchr::memchr;
+use memchr::memchr2;
 use serde_json::Value;
 
 use super::bounded_json::{BoundedJson, VERBATIM_BYTES_MAX};
 use super::event::EventClassifier;
+use super::report::{Progress, Report};
 use super::usage::Usage;
-use crate::backend::{BackendError, truncated_body};
+use crate::backend::{BackendError, BackendResult};
 
 /// The fields that are examined. Other lines are discarded as soon as they are long enough to be recognized.
 const FIELDS: [&[u8]; 3] = [b"data:", b"event:", b"error:"];
@@ -20,27 +21,31 @@ const FIELD_LEN: usize = 6;
 /// The scanner of one `text/event-stream`.
 #[derive(Debug, Default)]
 pub struct Scanner {
-    usage: Usage,
+    report: Report,
     /// Number of events with a part of the response: an estimate of its tokens, for servers that report no usage.
     deltas: u32,
-    ended: bool,
-    failure: Option<BackendError>,
     classifier: EventClassifier,
     /// The incomplete last line; discarded if it is none of [`FIELDS`].
     line: BoundedJson,
+    /// The last line ended with a CR, to which a LF may belong.
+    ended_with_cr: bool,
+    /// The `data:` lines of an event whose first line is partial.
+    event: BoundedJson,
+    has_event: bool,
 }
 
 impl Scanner {
     /// Scans the next bytes.
     pub fn feed(&mut self, mut bytes: &[u8]) {
-        while let Some(end) = memchr(b'\n', bytes) {
-            let (head, rest) = (&bytes[..end], &bytes[end + 1..]);
-            if self.line.is_empty() && head.len() <= VERBATIM_BYTES_MAX {
-                self.scan_line(head);
-            } else {
+        while let Some(end) = memchr2(b'\n', b'\r', bytes) {
+            let (head, is_lf, rest) = (&bytes[..end], bytes[end] == b'\n', &bytes[end + 1..]);
+            if !self.line.is_empty() || head.len() > VERBATIM_BYTES_MAX {
                 self.buffer(head);
                 self.end_of_line();
+            } else if !(head.is_empty() && is_lf && self.ended_with_cr) {
+                self.scan_line(head);
             }
+            self.ended_with_cr = !is_lf;
             bytes = rest;
         }
         self.buffer(bytes);
@@ -65,76 +70,86 @@ impl Scanner {
 
     /// Output tokens so far: the reported number, or the number of deltas if that is larger.
     pub fn tokens_emitted(&self) -> u32 {
-        self.usage.output.unwrap_or(0).max(self.deltas)
+        self.report.usage().output.unwrap_or(0).max(self.deltas)
+    }
+
+    /// How far the response has come.
+    pub fn progress(&self) -> Progress {
+        self.report.progress()
+    }
+
+    /// Whether an event has come since the last call. Comments are none.
+    pub fn take_event(&mut self) -> bool {
+        std::mem::take(&mut self.has_event)
     }
 
     /// Ends the input, and returns the usage.
     ///
     /// # Errors
     /// The stream contains an error, or has no end marker.
-    pub fn finish(&mut self) -> Result<Usage, BackendError> {
+    pub fn finish(&mut self) -> BackendResult<Usage> {
         self.end_of_line();
-        match self.failure.take() {
+        self.end_of_event();
+        match self.report.take_failure() {
             Some(failure) => Err(failure),
-            None if self.ended => Ok(self.usage),
+            None if self.report.progress() > Progress::Open => Ok(self.report.usage()),
             None => Err(BackendError::CutStream("it ended without an end marker".into())),
         }
     }
 
     fn scan_line(&mut self, line: &[u8]) {
-        if let Some(data) = line.strip_prefix(b"data:") {
+        if line.is_empty() {
+            self.end_of_event();
+        } else if let Some(data) = line.strip_prefix(b"data:") {
             self.data(data.trim_ascii());
         } else if let Some(event) = line.strip_prefix(b"event:") {
             if event.trim_ascii() == b"error" {
-                self.failure.get_or_insert(BackendError::StreamError(String::new()));
+                self.report.fail("");
             }
         } else if let Some(error) = line.strip_prefix(b"error:") {
             // Older llama.cpp builds send this instead of an event.
-            self.fail_with(truncated_body(error));
+            self.report.fail(&String::from_utf8_lossy(error));
         }
     }
 
+    /// Scans a `data:` line. The standard has one event extend to the next blank line; but some servers separate events with one
+    /// line end, so a line that is complete JSON is an event of its own.
     fn data(&mut self, data: &[u8]) {
+        self.has_event |= !data.is_empty();
         if data == b"[DONE]" {
-            self.ended = true;
-            return;
-        }
-        let class = self.classifier.classify(data);
-        self.deltas = self.deltas.saturating_add(u32::from(class.is_delta));
-        if !class.needs_parsing {
-            return;
-        }
-        let Ok(event) = serde_json::from_slice::<Value>(data) else { return };
-        self.usage.merge(&event["usage"]);
-        self.usage.merge(&event["message"]["usage"]);
-        for choice in event["choices"].as_array().into_iter().flatten() {
-            match &choice["finish_reason"] {
-                Value::Null => {}
-                // Some gateways send an empty reason with every delta.
-                Value::String(reason) if reason.is_empty() => {}
-                Value::String(reason) if reason == "abort" => {
-                    self.failure.get_or_insert(BackendError::Aborted);
-                }
-                _ => self.ended = true,
-            }
-        }
-        self.ended |= event["type"] == "message_stop";
-        if !event["error"].is_null() {
-            let message = event["error"]["message"].as_str().map_or_else(|| event["error"].to_string(), str::to_owned);
-            self.fail_with(truncated_body(message.as_bytes()));
-        } else if event["type"] == "error" || event["object"] == "error" {
-            self.fail_with(truncated_body(data));
+            self.report.end();
+        } else if !self.event.is_empty() {
+            self.event.push(b"\n");
+            self.event.push(data);
+        } else if !self.json(data) {
+            self.event.push(data);
         }
     }
 
-    /// Keeps the first message. An `event: error` line before it has none.
-    fn fail_with(&mut self, message: String) {
-        match &self.failure {
-            Some(BackendError::StreamError(empty)) if empty.is_empty() => {}
-            Some(_) => return,
-            None => {}
+    fn end_of_event(&mut self) {
+        if self.event.is_empty() {
+            return;
         }
-        self.failure = Some(BackendError::StreamError(message));
+        let event = std::mem::take(&mut self.event);
+        if let Some(json) = event.bytes() {
+            self.json(json);
+        }
+        self.event = event.recycle();
+    }
+
+    /// Reads an event; false if it is partial.
+    fn json(&mut self, json: &[u8]) -> bool {
+        let class = self.classifier.classify(json);
+        if class.is_partial {
+            return false;
+        }
+        self.deltas = self.deltas.saturating_add(u32::from(class.is_delta));
+        if class.needs_parsing
+            && let Ok(event) = serde_json::from_slice::<Value>(json)
+        {
+            self.report.read_event(&event, json);
+        }
+        true
     }
 }
 
@@ -156,7 +171,7 @@ mod tests {
     }
 
     fn usage(input: u32, output: u32) -> Usage {
-        Usage { input: Some(input), output: Some(output) }
+        Usage { input: Some(input), output: Some(output), cached: None }
     }
 
     #[test]
@@ -189,7 +204,7 @@ mod tests {
 data: {"type":"message_st\u006fp"}"#;
         assert_eq!(result_of(stream).0, Ok(usage(1, 2)));
         let failed = result_of(b"data: {\"type\":\"err\\u006fr\"}\ndata: [DONE]").0;
-        assert!(matches!(failed, Err(BackendError::StreamError(_))), "{failed:?}");
+        assert!(matches!(failed, Err(BackendError::ReportedError(_))), "{failed:?}");
     }
 
     #[test]
@@ -214,10 +229,10 @@ data: {"type":"message_st\u006fp"}"#;
     #[test]
     fn errors_in_a_stream_take_precedence_over_its_end_marker() {
         for (event, want) in [
-            ("data: {\"error\":{\"message\":\"no memory\"}}\n\n", BackendError::StreamError("no memory".into())),
-            ("data: {\"error\":\"no memory\"}\n\n", BackendError::StreamError("\"no memory\"".into())),
-            ("event: error\ndata: {\"error\":{\"message\":\"m\"}}\n\n", BackendError::StreamError("m".into())),
-            ("error: {\"code\":500}\n", BackendError::StreamError("{\"code\":500}".into())),
+            ("data: {\"error\":{\"message\":\"no memory\"}}\n\n", BackendError::ReportedError("no memory".into())),
+            ("data: {\"error\":\"no memory\"}\n\n", BackendError::ReportedError("\"no memory\"".into())),
+            ("event: error\ndata: {\"error\":{\"message\":\"m\"}}\n\n", BackendError::ReportedError("m".into())),
+            ("error: {\"code\":500}\n", BackendError::ReportedError("{\"code\":500}".into())),
             ("data: {\"choices\":[{\"finish_reason\":\"abort\"}]}\n\n", BackendError::Aborted),
         ] {
             assert_eq!(result_of(format!("{event}data: [DONE]\n\n").as_bytes()).0, Err(want), "{event}");

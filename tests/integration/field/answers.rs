@@ -1,8 +1,507 @@
 //! Responses of real servers to a job.
 
-use serde_json::json;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
 
 use crate::support::*;
+
+const TEXT: &str = "data: {\"choices\":[{\"delta\":{\"content\":\"hi\"}}]}\n\n";
+const FINISHED: &str = "data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"stop\"}]}\n\n";
+const USAGE: &str = "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":7,\"completion_tokens\":13}}\n\n";
+const DONE: &str = "data: [DONE]\n\n";
+const COMMENT: &str = ": keep-alive\n\n";
+
+/// The outcome of a job that is answered with this body, whole and at once.
+fn outcome_of(rig: &Rig, backend: &Backend, content_type: Option<&str>, body: impl AsRef<[u8]>) -> Outcome {
+    let id = rig.session.job("m", json!({}));
+    let mut held = backend.next();
+    let label = content_type.map_or(String::new(), |label| format!("Content-Type: {label}\r\n"));
+    let head = format!("HTTP/1.1 200 OK\r\n{label}Content-Length: {}\r\n\r\n", body.as_ref().len());
+    held.send([head.as_bytes(), body.as_ref()].concat());
+    held.keep();
+    rig.session.outcome(&id)
+}
+
+/// The input and output tokens of a `job_done`.
+fn tokens_of(outcome: &Outcome) -> (u64, u64) {
+    let figure = |name: &str| outcome.done()["tokens"][name].as_u64().expect("a figure");
+    let figures = (figure("input"), figure("output"));
+    assert_eq!(figures, (figure("input_tokens"), figure("output_tokens")), "both spellings");
+    figures
+}
+
+/// Sends a comment every 20 ms until the agent hangs up, which must be within `time`.
+fn comment_until_hang_up(held: &mut Held, time: Duration) {
+    let began = Instant::now();
+    let chunk = format!("{:x}\r\n{COMMENT}\r\n", COMMENT.len());
+    while held.try_send(chunk.as_bytes()) {
+        assert!(began.elapsed() < time, "the agent still reads after {time:?}");
+        std::thread::sleep(ms(20));
+    }
+}
+
+/// agentscope-ai/agentscope-java#2073, openai/openai-python#3566: gateways keep the body open after the end marker.
+#[test]
+fn stream_is_complete_with_its_end_marker_although_the_body_stays_open() {
+    let openai = format!("{TEXT}{FINISHED}{USAGE}{DONE}");
+    for (format, body) in [("openai", openai.as_str()), ("anthropic", MESSAGES)] {
+        for comments in [false, true] {
+            let backend = Backend::vllm(&["m"]);
+            let rig = Rig::with(|setup| setup.backend(backend.toml()).limits("max_concurrent = 1"));
+            let run = || if format == "openai" { rig.session.job("m", json!({})) } else { messages(&rig) };
+            let id = run();
+            let mut held = backend.next();
+            held.start_sse();
+            held.chunk(body);
+            let ended = Instant::now();
+            let commenting = std::thread::spawn(move || {
+                if comments {
+                    comment_until_hang_up(&mut held, SOON);
+                } else {
+                    held.wait_hang_up();
+                }
+            });
+            let outcome = rig.session.outcome(&id);
+            assert_eq!(tokens_of(&outcome), (7, 13), "{format}, comments: {comments}");
+            assert!(ended.elapsed() < secs(2), "{format}, comments: {comments}: after {:?}", ended.elapsed());
+            let relayed = String::from_utf8(outcome.body()).expect("text");
+            assert!(relayed.strip_prefix(body).is_some_and(|rest| rest.replace(COMMENT, "").is_empty()), "{relayed}");
+            commenting.join().expect("the connection was closed");
+            let next = run();
+            backend.next().finish();
+            rig.session.outcome(&next).done();
+        }
+    }
+}
+
+/// The customer has received everything.
+#[test]
+fn stream_is_complete_with_its_end_marker_although_the_body_breaks_off() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let body = format!("{TEXT}{USAGE}{DONE}");
+    let chunked = format!("Transfer-Encoding: chunked\r\n\r\n{:x}\r\n{body}\r\n", body.len());
+    let long = format!("Content-Length: 9999\r\n\r\n{body}");
+    for (first, rest) in [(&chunked, ""), (&chunked, "no size\r\n"), (&chunked, "f\r\n: cut"), (&long, "")] {
+        let id = rig.session.job("m", json!({}));
+        let mut held = backend.next();
+        held.send(format!("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n{first}"));
+        assert_eq!(rig.session.chunk(&id), body.as_bytes());
+        held.send(rest);
+        drop(held);
+        assert_eq!(tokens_of(&rig.session.outcome(&id)), (7, 13), "{first}{rest}");
+    }
+}
+
+/// diegosouzapw/OmniRoute#6777: `finish_reason`, no end marker, and the connection remains open.
+#[test]
+fn stream_with_a_finish_reason_is_complete_at_the_deadline_although_the_body_stays_open() {
+    let failed = "data: {\"error\":{\"message\":\"no memory\"}}\n\n";
+    let cases = [
+        (FINISHED, false, "done"),
+        (FINISHED, true, "done"),
+        (TEXT, true, "backend_timeout"),
+        (failed, false, "internal"),
+    ];
+    side_by_side(cases, |(last, comments, end)| {
+        let backend = Backend::vllm(&["m"]);
+        let rig = Rig::new(&backend);
+        let id = rig.session.job_within(ms(1200), "m", json!({}));
+        let mut held = backend.next();
+        held.start_sse();
+        held.chunk(format!("{TEXT}{USAGE}{last}"));
+        if comments {
+            comment_until_hang_up(&mut held, SOON);
+        } else {
+            held.wait_hang_up();
+        }
+        let outcome = rig.session.outcome(&id);
+        assert_eq!(outcome.end["error_code"].as_str().unwrap_or("done"), end, "{last}: {}", outcome.end);
+        if end == "done" {
+            assert_eq!(tokens_of(&outcome), (7, 13));
+        }
+    });
+}
+
+#[test]
+fn slow_stream_with_a_finish_reason_is_complete_after_ten_seconds_of_comments() {
+    side_by_side([false, true], |events_follow| {
+        let backend = Backend::vllm(&["m"]);
+        let rig = Rig::new(&backend);
+        let id = rig.session.job_within(secs(60), "m", json!({}));
+        let mut held = backend.next();
+        held.start_sse();
+        held.chunk(format!("{TEXT}{FINISHED}"));
+        if events_follow {
+            // A server that is slow with its last event.
+            for _ in 0..7 {
+                std::thread::sleep(secs(1));
+                held.chunk(COMMENT);
+            }
+            held.chunk(USAGE);
+        }
+        let quiet_since = Instant::now();
+        comment_until_hang_up(&mut held, secs(20));
+        let waited = quiet_since.elapsed();
+        assert!(secs(9) < waited && waited < secs(12), "the agent waited for {waited:?}");
+        let outcome = rig.session.outcome(&id);
+        assert_eq!(tokens_of(&outcome), if events_follow { (7, 13) } else { (0, 0) });
+    });
+}
+
+/// lmstudio-ai/lmstudio-bug-tracker#618: an unknown route is answered with 200.
+#[test]
+fn json_without_an_answer_is_internal() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let bodies = [
+        r#"{"error":"the model has crashed"}"#,
+        r#"{"error":{"message":"the model has crashed","code":500}}"#,
+        r#"{"error":{"message":"the model has crashed"},"choices":[]}"#,
+        r#"{"type":"error","error":{"type":"api_error","message":"the model has crashed"}}"#,
+        r#"{"object":"error","message":"the model has crashed","code":400}"#,
+        "\u{feff}{\"error\":\"the model has crashed\"}",
+        " \n {\"error\":\"the model has crashed\"}",
+        r#"{"detail":"the model has crashed"}"#,
+        r#"{"error":{}}"#,
+        r#"{"error":""}"#,
+        "{}",
+        "[]",
+        "null",
+        r#"{"choices":[{"message":{"content":"cut off"#,
+        "<!DOCTYPE html><title>log in</title>",
+        "Bad Gateway",
+        "\n",
+    ];
+    for body in bodies {
+        for label in [Some("application/json"), Some("text/plain"), Some("text/event-stream"), None] {
+            let outcome = outcome_of(&rig, &backend, label, body);
+            assert_eq!((outcome.error(), outcome.body()), ("internal", body.into()), "{body} as {label:?}");
+            assert!(
+                !body.contains("crashed") || outcome.message().contains("the model has crashed"),
+                "{}",
+                outcome.end
+            );
+        }
+    }
+    assert!(!rig.agent.stderr.text().contains("crashed"), "a backend's text is in the log");
+}
+
+#[test]
+fn json_answer_is_an_answer_however_it_is_labelled() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let long = format!(
+        r#"{{"choices":[{{"message":{{"content":"{}"}}}}],"usage":{{"prompt_tokens":7,"completion_tokens":13}}}}"#,
+        "a page of text, ".repeat(9000)
+    );
+    let bodies = [
+        r#"{"choices":[{"message":{"content":"hi"},"finish_reason":"stop"}],"usage":{"prompt_tokens":7,"completion_tokens":13}}"#,
+        r#"{"error":null,"choices":[{"message":{"content":""}}],"usage":{"prompt_tokens":7,"completion_tokens":13}}"#,
+        r#"{"type":"message","content":[],"stop_reason":"end_turn","usage":{"input_tokens":7,"output_tokens":13}}"#,
+        &long,
+    ];
+    for body in bodies {
+        for label in [Some("application/json; charset=utf-8"), Some("text/plain"), Some("text/event-stream"), None] {
+            for body in [body.to_owned(), format!("\u{feff}{body}"), format!("\r\n  {body}\n")] {
+                let outcome = outcome_of(&rig, &backend, label, &body);
+                assert_eq!((tokens_of(&outcome), outcome.body()), ((7, 13), body.into()), "as {label:?}");
+            }
+        }
+    }
+    // It can be relayed as soon as it shows an answer.
+    let id = rig.session.job("m", json!({}));
+    let mut held = backend.next();
+    let (head, rest) = bodies[0].split_at(40);
+    held.send(format!(
+        "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{head}",
+        bodies[0].len()
+    ));
+    assert_eq!(rig.session.chunk(&id), head.as_bytes());
+    held.send(rest);
+    held.keep();
+    assert_eq!(tokens_of(&rig.session.outcome(&id)), (7, 13));
+}
+
+#[test]
+fn success_without_a_body_is_backend_unreachable_and_the_next_backend_is_asked() {
+    for label in ["text/event-stream", "application/json", "text/plain", "x/y"] {
+        let heads = [
+            format!("200 OK\r\nContent-Type: {label}\r\nContent-Length: 0"),
+            format!("200 OK\r\nContent-Type: {label}\r\nConnection: close"),
+            "204 No Content".to_owned(),
+        ];
+        for head in heads {
+            let answer = format!("HTTP/1.1 {head}\r\n\r\n");
+            let (first, second, rig) = two_backends();
+            let id = rig.session.job("m", json!({}));
+            let mut held = first.next();
+            held.send(&answer);
+            drop(held);
+            second.next().finish();
+            let outcome = rig.session.outcome(&id);
+            assert_eq!((tokens_of(&outcome), outcome.body()), ((7, 13), sse(7, 13).into()), "{head}");
+        }
+    }
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    assert_eq!(outcome_of(&rig, &backend, Some("application/json"), "").error(), "backend_unreachable");
+}
+
+/// lmstudio-ai/lmstudio-bug-tracker#618.
+#[test]
+fn unknown_route_that_is_answered_with_200_sends_the_job_to_the_next_backend() {
+    let bodies = [
+        r#"{"error":"Unexpected endpoint or method. (POST /v1/messages)"}"#,
+        r#"{"error":{"message":"Unknown endpoint"}}"#,
+        r#"{"detail":"Not Found"}"#,
+        r#"{"error":"Not Found","statusCode":404}"#,
+    ];
+    for body in bodies {
+        let (first, second, rig) = two_backends();
+        let id = messages(&rig);
+        answer(&first, response(200, "application/json; charset=utf-8", body));
+        answer(&second, response(200, "text/event-stream", MESSAGES));
+        let outcome = rig.session.outcome(&id);
+        assert_eq!((tokens_of(&outcome), outcome.body()), ((7, 13), MESSAGES.into()), "{body}");
+        let id = messages(&rig);
+        answer(&second, response(200, "text/event-stream", MESSAGES));
+        rig.session.outcome(&id).done();
+        assert_eq!(first.posts(), 1, "it gets no more jobs in this format: {body}");
+    }
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let id = messages(&rig);
+    answer(&backend, response(200, "application/json", bodies[0]));
+    let outcome = rig.session.outcome(&id);
+    assert_eq!(outcome.error(), "internal");
+    assert!(outcome.message().contains("does not serve Anthropic requests"), "{}", outcome.end);
+}
+
+/// The first bytes of a body decide what it is.
+#[test]
+fn stream_is_a_stream_however_it_is_labelled() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let begins = [
+        "",
+        ": OPENROUTER PROCESSING\n\n",
+        "\u{feff}",
+        "\n\n",
+        "\u{feff}\r\n",
+        "event: x\n",
+        "id: 1\n",
+        "retry: 3000\n",
+        ":\n\n",
+        "data:\n\n",
+    ];
+    for label in [
+        Some("text/plain"),
+        Some("application/json"),
+        Some("application/octet-stream"),
+        Some("TEXT/EVENT-STREAM"),
+        None,
+    ] {
+        for begin in begins {
+            let body = format!("{begin}{TEXT}{USAGE}{DONE}");
+            let outcome = outcome_of(&rig, &backend, label, &body);
+            assert_eq!((tokens_of(&outcome), outcome.body()), ((7, 13), body.into()), "{begin:?} as {label:?}");
+        }
+        let cut = outcome_of(&rig, &backend, label, TEXT);
+        assert_eq!((cut.error(), cut.body()), ("internal", TEXT.into()), "truncated, as {label:?}");
+        let failed = format!("data: {{\"error\":{{\"message\":\"boom\"}}}}\n\n{DONE}");
+        assert_eq!(outcome_of(&rig, &backend, label, failed).error(), "internal", "as {label:?}");
+    }
+}
+
+/// The first bytes may arrive one at a time.
+#[test]
+fn stream_without_a_label_is_recognized_byte_by_byte() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let body = format!("\u{feff}{TEXT}{USAGE}{DONE}");
+    let id = rig.session.job("m", json!({}));
+    let mut held = backend.next();
+    held.send("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n");
+    let (head, rest) = body.as_bytes().split_at(12);
+    for byte in head {
+        held.chunk([*byte]);
+        assert_eq!(rig.session.chunk(&id), [*byte], "each byte is relayed as it arrives");
+    }
+    held.chunk(rest);
+    held.end();
+    assert_eq!(tokens_of(&rig.session.outcome(&id)), (7, 13));
+}
+
+/// The standard's framing (html.spec.whatwg.org, 9.2.6): one event over several `data:` lines (SamSaffron/term-llm#456), a byte
+/// order mark, and lines that end with CR, LF or CRLF.
+#[test]
+fn event_may_span_several_lines_that_end_in_any_way() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let usage = "data: {\ndata:   \"choices\": [],\ndata:   \"usage\": {\ndata: \"prompt_tokens\": 7,\nid: 5\n: in between\ndata:\ndata: \"completion_tokens\": 13}\ndata: }\n\n";
+    let error = "data: {\"error\":\ndata: {\"message\": \"boom\"}}\n\n";
+    let stop = "data: {\"choices\":[{\"finish_reason\":\ndata: \"stop\"}]}\n\n";
+    for line_end in ["\n", "\r", "\r\n"] {
+        for begin in ["", "\u{feff}", "\u{feff}: hi\n\n"] {
+            let with = |body: String| format!("{begin}{body}").replace('\n', line_end);
+            let whole = with(format!("{TEXT}{usage}{DONE}"));
+            let outcome = outcome_of(&rig, &backend, Some("text/event-stream"), &whole);
+            assert_eq!((tokens_of(&outcome), outcome.body()), ((7, 13), whole.into()), "{begin:?}, {line_end:?}");
+            let finished = outcome_of(&rig, &backend, Some("text/event-stream"), with(format!("{usage}{stop}")));
+            assert_eq!(tokens_of(&finished), (7, 13), "{begin:?}, {line_end:?}");
+            let failed = outcome_of(&rig, &backend, Some("text/event-stream"), with(format!("{TEXT}{error}{DONE}")));
+            assert_eq!(
+                (failed.error(), failed.message().contains("boom")),
+                ("internal", true),
+                "{begin:?}, {line_end:?}"
+            );
+        }
+    }
+}
+
+/// rexxars/eventsource-parser#31: events that are separated by one line end.
+#[test]
+fn events_on_consecutive_lines_are_separate_events() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let body = format!("{TEXT}{USAGE}{DONE}").replace("\n\n", "\n");
+    assert_eq!(tokens_of(&outcome_of(&rig, &backend, Some("text/event-stream"), body)), (7, 13));
+}
+
+/// mastra-ai/mastra#20302: `finish_reason` `error` without an error object.
+#[test]
+fn finish_reason_that_names_a_failure_is_internal() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    for choice in [
+        r#"{"delta":{},"finish_reason":"error"}"#,
+        r#"{"delta":{},"finish_reason":"abort"}"#,
+        r#"{"delta":{"content":""},"finish_reason":"ERROR","native_finish_reason":"MALFORMED_FUNCTION_CALL"}"#,
+        r#"{"delta":{},"finish_reason":{"type":"abort","message":"out of memory"}}"#,
+        r#"{"delta":{},"finish_reason":"error","error":{"code":502,"message":"the provider is gone"}}"#,
+    ] {
+        let message = choice.contains("the provider is gone").then_some("the provider is gone");
+        let stream = format!("{TEXT}data: {{\"choices\":[{choice}]}}\n\n{USAGE}{DONE}");
+        let json = format!("{{\"choices\":[{choice}]}}");
+        for body in [stream, json] {
+            let outcome = outcome_of(&rig, &backend, Some("text/event-stream"), &body);
+            assert_eq!((outcome.error(), outcome.body()), ("internal", body.into()), "{choice}");
+            assert!(message.is_none_or(|message| outcome.message().contains(message)), "{}", outcome.end);
+        }
+    }
+}
+
+/// envoyproxy/ai-gateway#1631: `message_delta` with 0 input tokens.
+#[test]
+fn token_count_of_zero_does_not_replace_a_count() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let start = r#"{"type":"message_start","message":{"usage":{"input_tokens":25,"output_tokens":1}}}"#;
+    let cases: [(&[&str], (u64, u64)); 7] = [
+        (&[start, r#"{"type":"message_delta","usage":{"input_tokens":0,"output_tokens":15}}"#], (25, 15)),
+        (&[start, r#"{"usage":{"input_tokens":30,"output_tokens":0}}"#], (30, 1)),
+        (
+            &[r#"{"usage":{"input_tokens":0,"output_tokens":0}}"#, r#"{"usage":{"input_tokens":5,"output_tokens":6}}"#],
+            (5, 6),
+        ),
+        (
+            &[
+                r#"{"usage":{"prompt_tokens":9,"completion_tokens":4}}"#,
+                r#"{"usage":{"prompt_tokens":0,"completion_tokens":0}}"#,
+            ],
+            (9, 4),
+        ),
+        (&[r#"{"usage":{"input_tokens":0,"prompt_tokens":9,"output_tokens":0,"completion_tokens":4}}"#], (9, 4)),
+        (&[r#"{"usage":{"prompt_tokens":0,"completion_tokens":0},"timings":{"prompt_n":9,"predicted_n":4}}"#], (9, 4)),
+        (&[r#"{"usage":{"prompt_tokens":0,"completion_tokens":0}}"#], (0, 0)),
+    ];
+    for (events, want) in cases {
+        let body: String = events.iter().map(|event| format!("data: {event}\n\n")).chain([DONE.to_owned()]).collect();
+        assert_eq!(tokens_of(&outcome_of(&rig, &backend, Some("text/event-stream"), body)), want, "{events:?}");
+    }
+}
+
+/// Groq and llama.cpp report their own objects, the latter also to those who did not ask for usage.
+#[test]
+fn usage_is_read_from_x_groq_and_timings_if_no_usage_came() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let groq = r#""x_groq":{"id":"req_1","usage":{"queue_time":0.01,"prompt_tokens":7,"completion_tokens":13}}"#;
+    let timings = r#""timings":{"cache_n":3,"prompt_n":4,"prompt_ms":1.5,"predicted_n":13,"predicted_ms":9.5}"#;
+    let old_timings = r#""timings":{"prompt_n":7,"predicted_n":13}"#;
+    let usage = r#""usage":{"prompt_tokens":7,"completion_tokens":13}"#;
+    let other =
+        r#""x_groq":{"usage":{"prompt_tokens":1,"completion_tokens":2}},"timings":{"prompt_n":3,"predicted_n":4}"#;
+    let early = r#""timings":{"prompt_n":1,"predicted_n":1}"#;
+    for events in [
+        vec![groq.to_owned()],
+        vec![timings.to_owned()],
+        vec![early.to_owned(), timings.to_owned()],
+        vec![old_timings.to_owned()],
+        vec![usage.to_owned(), other.to_owned()],
+        vec![other.to_owned(), usage.to_owned()],
+        vec![format!("{other},{usage}")],
+        vec![format!("{timings},\"usage\":null")],
+    ] {
+        let event =
+            |keys: &String| format!("data: {{\"choices\":[{{\"delta\":{{}},\"finish_reason\":null}}],{keys}}}\n\n");
+        let stream: String = events.iter().map(event).chain([FINISHED.to_owned(), DONE.to_owned()]).collect();
+        assert_eq!(tokens_of(&outcome_of(&rig, &backend, Some("text/event-stream"), stream)), (7, 13), "{events:?}");
+        if let [keys] = events.as_slice() {
+            let json = format!("{{\"choices\":[{{\"message\":{{\"content\":\"hi\"}}}}],{keys}}}");
+            assert_eq!(tokens_of(&outcome_of(&rig, &backend, Some("application/json"), json)), (7, 13), "{events:?}");
+        }
+    }
+}
+
+/// The answer of llama.cpp to the second of two identical requests to `/v1/messages`.
+fn mostly_cached(key: &str) -> String {
+    format!(
+        "event: message_start\ndata: {{\"type\":\"message_start\",\"message\":{{\"usage\":{{\"{key}\":37,\"input_tokens\":1,\"output_tokens\":0}}}}}}\n\n\
+         event: message_delta\ndata: {{\"type\":\"message_delta\",\"delta\":{{}},\"usage\":{{\"output_tokens\":2}}}}\n\n\
+         event: message_stop\ndata: {{\"type\":\"message_stop\"}}\n\n"
+    )
+}
+
+/// Anthropic's `input_tokens` exclude cached tokens, which are tokens of the prompt nevertheless.
+#[test]
+fn cached_input_tokens_count_for_the_token_limit_and_the_status() {
+    let json = r#"{"type":"message","content":[{"type":"text","text":"hi"}],"usage":{"input_tokens":1,"cache_read_input_tokens":30,"cache_creation_input_tokens":7,"output_tokens":2}}"#;
+    for body in
+        [mostly_cached("cache_read_input_tokens"), mostly_cached("cache_creation_input_tokens"), json.to_owned()]
+    {
+        let backend = Backend::vllm(&["m"]);
+        let rig = Rig::with(|setup| setup.backend(backend.toml()).limits("max_tokens_per_minute = 80"));
+        let run = || messages(&rig);
+        for _ in 0..2 {
+            let id = run();
+            let mut held = backend.next();
+            held.send(response(200, "text/event-stream", &body));
+            held.keep();
+            assert_eq!(tokens_of(&rig.session.outcome(&id)), (1, 2), "on the wire as the backend states it");
+        }
+        assert_eq!(rig.session.outcome(&run()).error(), "out_of_capacity", "two jobs of 40 tokens use up 80");
+        wait_until("the status counts the cached tokens", || {
+            let ran = cli(rig.setup.scratch.path(), &["status", "--json", "--config", "agent.toml"], &[]);
+            let state: Value = serde_json::from_str(&ran.stdout).expect("the status");
+            (&state["tokens"]["input"], &state["tokens"]["output"]) == (&json!(76), &json!(4))
+        });
+    }
+}
+
+/// OpenAI's `prompt_tokens` include them, also where a gateway adds Anthropic's fields.
+#[test]
+fn cached_tokens_that_the_prompt_tokens_include_are_not_counted_twice() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::with(|setup| setup.backend(backend.toml()).limits("max_tokens_per_minute = 80"));
+    let usage = r#"{"prompt_tokens":20,"completion_tokens":6,"prompt_tokens_details":{"cached_tokens":15},"cache_read_input_tokens":15}"#;
+    let body = format!("data: {{\"choices\":[],\"usage\":{usage}}}\n\n{DONE}");
+    for _ in 0..3 {
+        assert_eq!(tokens_of(&outcome_of(&rig, &backend, Some("text/event-stream"), &body)), (20, 6));
+    }
+}
 
 // Unsuccessful responses.
 
