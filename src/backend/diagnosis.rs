@@ -1,12 +1,13 @@
 //! A detailed examination of a server, for `doctor` and `setup`: each part of a probe has its own result.
 
+use std::collections::HashSet;
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::context_window::get;
 use super::probe::Probe;
-use super::{BackendModel, BackendResult, HttpBackend, Kind};
+use super::{BackendResult, HttpBackend, Kind, ProbedModels};
 
 /// The report of a healthy server.
 #[derive(Debug)]
@@ -14,7 +15,7 @@ pub struct Diagnosis {
     /// Duration of the health check.
     pub latency: Duration,
     /// The listed models.
-    pub models: BackendResult<Vec<BackendModel>>,
+    pub models: BackendResult<ProbedModels>,
     /// The models that the server would have to load first. Does not include those of a llama.cpp router.
     pub unloaded: Vec<String>,
 }
@@ -44,31 +45,35 @@ impl HttpBackend {
     }
 }
 
-fn unloaded(kind: Kind, listed: &[BackendModel], probe: &Probe<'_>) -> Vec<String> {
-    let entries = |response: &Value, list: &str, keys: &[&str], counts: &dyn Fn(&Value) -> bool| -> Vec<String> {
-        let entries = response[list].as_array().map(Vec::as_slice).unwrap_or_default();
-        let counted = entries.iter().filter(|entry| counts(entry));
-        counted.filter_map(|entry| keys.iter().find_map(|key| entry[*key].as_str()).map(str::to_owned)).collect()
+fn unloaded(kind: Kind, listed: &ProbedModels, probe: &Probe<'_>) -> Vec<String> {
+    // The ids of the entries that count, or `None` if the server has no such list.
+    let ids = |path: &str, list: &str, names: &[&str], counts: &dyn Fn(&Value) -> bool| -> Option<Vec<String>> {
+        let mut ids = Vec::new();
+        let fields = [names, &["status", "state"]].concat();
+        let walked = probe.ask(path)?.for_each_entry(list, &fields, |entry| {
+            if counts(&entry) {
+                ids.extend(names.iter().find_map(|name| entry[*name].as_str()).map(str::to_owned));
+            }
+            ControlFlow::Continue(())
+        });
+        walked.is_ok().then_some(ids)
     };
     match kind {
         Kind::LlamaCpp => {
             let is_unloaded =
                 |entry: &Value| entry["status"]["value"].as_str().is_some_and(|s| s != "loaded" && s != "sleeping");
-            entries(&get(probe, "/v1/models"), "data", &["id"], &is_unloaded)
+            ids("/v1/models", "data", &["id"], &is_unloaded).unwrap_or_default()
         }
         Kind::LmStudio => {
             let is_unloaded = |entry: &Value| entry["state"].as_str().is_some_and(|state| state != "loaded");
-            entries(&get(probe, "/api/v0/models"), "data", &["id"], &is_unloaded)
+            ids("/api/v0/models", "data", &["id"], &is_unloaded).unwrap_or_default()
         }
         Kind::Ollama => {
-            let response = get(probe, "/api/ps");
             // Without a list, the loaded models are unknown.
-            if !response["models"].is_array() {
-                return Vec::new();
-            }
-            let running = entries(&response, "models", &["name", "model"], &|_| true);
-            let ids = listed.iter().map(|model| &model.model_id);
-            ids.filter(|id| !running.contains(id)).cloned().collect()
+            let Some(running) = ids("/api/ps", "models", &["name", "model"], &|_| true) else { return Vec::new() };
+            let running: HashSet<String> = running.into_iter().collect();
+            let ids = listed.models.iter().map(|model| &model.model_id);
+            ids.filter(|id| !running.contains(*id)).cloned().collect()
         }
         Kind::Vllm | Kind::OpenAi | Kind::Venice | Kind::OpenRouter => Vec::new(),
     }

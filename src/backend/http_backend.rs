@@ -1,19 +1,19 @@
 //! [`HttpBackend`] implements [`Backend`] for an HTTP server of any [`Kind`].
 
-use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::context_window;
 use super::error::BackendResult;
+use super::exclusion::{ExcludedModel, Exclusion, ProbedModels};
 use super::http::{ApiKey, Client};
 use super::kind::{BaseUrl, Kind};
-use super::listing;
+use super::listing::{self, Listed, Listing};
+use super::model_details::{self, KnownModels};
 use super::probe::Probe;
 use super::request::body_of;
 use super::server_support::ServerSupport;
 use super::stream::relay;
-use super::{Backend, BackendHealth, BackendModel, Job, JobResult, JobSink, WireFormat};
+use super::{Backend, BackendError, BackendHealth, BackendModel, Job, JobResult, JobSink, WireFormat};
 
 /// An HTTP server of a known kind.
 pub struct HttpBackend {
@@ -25,8 +25,8 @@ pub struct HttpBackend {
     api: String,
     client: Client,
     support: ServerSupport,
-    /// Context windows by model, from the last probe.
-    windows: Mutex<HashMap<String, u32>>,
+    /// What the last probe learnt about the models.
+    known: Mutex<KnownModels>,
 }
 
 impl HttpBackend {
@@ -45,21 +45,8 @@ impl HttpBackend {
             api,
             client,
             support: ServerSupport::default(),
-            windows: Mutex::default(),
+            known: Mutex::default(),
         }
-    }
-
-    /// Fills in context windows from the previous probe if a request of this probe failed, so that a slow response does not
-    /// change the offer.
-    fn remember_windows(&self, mut models: Vec<BackendModel>, some_failed: bool) -> Vec<BackendModel> {
-        let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
-        if some_failed {
-            for model in &mut models {
-                model.context_window = model.context_window.or_else(|| windows.get(&model.model_id).copied());
-            }
-        }
-        *windows = models.iter().filter_map(|m| Some((m.model_id.clone(), m.context_window?))).collect();
-        models
     }
 
     fn run(
@@ -80,6 +67,13 @@ impl HttpBackend {
         self.support.learn(format, outcome, &self.id)
     }
 
+    /// Learns from the end of a job.
+    fn note_end(&self, model_id: &str, result: &BackendResult<JobResult>) {
+        if let Err(BackendError::ModelNotFound(_)) = result {
+            self.known().expire(model_id);
+        }
+    }
+
     /// The kind.
     pub(super) fn server_kind(&self) -> Kind {
         self.kind
@@ -90,11 +84,28 @@ impl HttpBackend {
         Probe::start(self.kind, &self.root, &self.api, &self.client)
     }
 
-    /// The listed models, with their context windows.
-    pub(super) fn models(&self, probe: &Probe<'_>) -> BackendResult<Vec<BackendModel>> {
-        let listed = listing::parse(self.kind, &probe.listing()?)?;
-        let models = context_window::fill_in(self.kind, listed, probe);
-        Ok(self.remember_windows(models, probe.has_failed()))
+    /// The listed models, with their context windows, and without those that cannot be offered.
+    pub(super) fn models(&self, probe: &Probe<'_>) -> BackendResult<ProbedModels> {
+        let Listing { mut models, limit } = listing::parse(self.kind, &probe.listing()?)?;
+        // Cloned, because the lock must not be held during the questions.
+        let known = self.known().clone();
+        let known = model_details::fill_in(self.kind, &mut models, probe, &known);
+        *self.known() = known;
+        let mut probed = ProbedModels { limit, ..ProbedModels::default() };
+        for Listed { model, exclusion, .. } in models {
+            match exclusion {
+                None => probed.models.push(model),
+                Some(reason) => {
+                    let native = model.native && !matches!(reason, Exclusion::Remote(_));
+                    probed.excluded.push(ExcludedModel { model: BackendModel { native, ..model }, reason });
+                }
+            }
+        }
+        Ok(probed)
+    }
+
+    fn known(&self) -> MutexGuard<'_, KnownModels> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -108,7 +119,7 @@ impl Backend for HttpBackend {
     }
 
     fn list_models(&self) -> BackendResult<Vec<BackendModel>> {
-        self.models(&self.start_probe())
+        self.models(&self.start_probe()).map(|probed| probed.models)
     }
 
     fn health(&self) -> BackendResult<BackendHealth> {
@@ -127,10 +138,13 @@ impl Backend for HttpBackend {
         })
     }
 
-    fn probe(&self) -> BackendResult<Vec<BackendModel>> {
+    fn probe(&self) -> BackendResult<ProbedModels> {
         let probe = self.start_probe();
-        let listed = probe.health().and_then(|()| self.models(&probe));
-        listed.inspect_err(|e| self.support.learn_from_probe(e))
+        let probed = probe.health().and_then(|()| self.models(&probe));
+        probed.inspect_err(|e| {
+            self.support.learn_from_probe(e);
+            self.known().expire_undated();
+        })
     }
 
     fn ready(&self) -> BackendResult<()> {
@@ -142,12 +156,17 @@ impl Backend for HttpBackend {
     }
 
     fn execute(&self, job: &Job, sink: &mut dyn JobSink) -> BackendResult<JobResult> {
-        self.run(job.format, body_of(job), job.deadline_ms, sink)
+        let result = self.run(job.format, body_of(job), job.deadline_ms, sink);
+        self.note_end(&job.model_id, &result);
+        result
     }
 
     fn execute_last(&self, job: Job, sink: &mut dyn JobSink) -> BackendResult<JobResult> {
-        let (format, body, deadline_ms) = (job.format, body_of(&job), job.deadline_ms);
-        drop(job);
-        self.run(format, body, deadline_ms, sink)
+        let body = body_of(&job);
+        let Job { model_id, request, format, deadline_ms, .. } = job;
+        drop(request);
+        let result = self.run(format, body, deadline_ms, sink);
+        self.note_end(&model_id, &result);
+        result
     }
 }

@@ -1,45 +1,113 @@
 //! Parses a backend's model listing.
+//!
+//! Invariant: at most [`MODELS_MAX`] models, with ids of at most [`MODEL_ID_BYTES_MAX`] bytes.
+
+use std::collections::HashMap;
+use std::ops::ControlFlow;
 
 use serde_json::Value;
 
+use super::exclusion::{Exclusion, ListingLimit, MODEL_ID_BYTES_MAX, MODELS_MAX};
+use super::probe_json::Body;
+use super::purpose::{PURPOSE_FIELDS, other_than_chat};
 use super::{BackendError, BackendModel, BackendResult, Kind};
+
+/// The fields of an entry that are read, besides [`PURPOSE_FIELDS`].
+const FIELDS: [&str; 9] =
+    ["id", "status", "parent", "root", "owned_by", "remote_host", "context_length", "max_model_len", "context_window"];
+/// Longest chain of models that are based on one another.
+const ANCESTORS_MAX: usize = 4;
+
+/// A parsed listing.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Listing {
+    /// The models, in order.
+    pub models: Vec<Listed>,
+    /// The limit that the listing exceeds.
+    pub limit: Option<ListingLimit>,
+}
 
 /// An entry of the listing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listed {
     /// The model, with its context window if the listing contains one.
     pub model: BackendModel,
+    /// Why the model is not offered, if the listing says so.
+    pub exclusion: Option<Exclusion>,
     /// Whether a llama.cpp router lists the model, which also lists models that it has not loaded.
     pub routed: bool,
+    /// Whether the entry names vLLM as the server of the model.
+    pub is_of_vllm: bool,
 }
 
-/// Parses the models of `body`, in order, without those that a llama.cpp router has not loaded.
-pub fn parse(kind: Kind, body: &[u8]) -> BackendResult<Vec<Listed>> {
-    let root: Value = serde_json::from_slice(body)
-        .map_err(|e| BackendError::BadAnswer(format!("the model listing is not JSON ({e})")))?;
-    let entries = match &root["data"] {
-        Value::Array(entries) => entries.as_slice(),
-        entry @ Value::Object(_) => std::slice::from_ref(entry),
-        // Older llama.cpp builds return a single object.
-        _ if root["id"].is_string() => std::slice::from_ref(&root),
-        _ => match &root {
-            Value::Array(entries) => entries.as_slice(),
-            _ => return Err(BackendError::BadAnswer("the model listing has no `data`".into())),
-        },
-    };
-    Ok(entries.iter().filter_map(|entry| listed(kind, entry)).collect())
+/// Parses the models of a listing, without those that a llama.cpp router has not loaded.
+pub fn parse(kind: Kind, body: &Body) -> BackendResult<Listing> {
+    let mut listing = Listing { models: Vec::new(), limit: body.is_cut.then_some(ListingLimit::Bytes) };
+    let mut bases = Vec::new();
+    let wanted = [&FIELDS[..], &PURPOSE_FIELDS].concat();
+    let walked = body.for_each_entry("data", &wanted, |entry| {
+        let Some(listed) = listed(kind, &entry) else { return ControlFlow::Continue(()) };
+        if listed.model.model_id.len() > MODEL_ID_BYTES_MAX {
+            listing.limit = listing.limit.or(Some(ListingLimit::IdLength));
+            return ControlFlow::Continue(());
+        }
+        if listing.models.len() == MODELS_MAX {
+            listing.limit = Some(ListingLimit::Models);
+            return ControlFlow::Break(());
+        }
+        listing.models.push(listed);
+        bases.push(Base { names: ["id", "root"].map(|key| text(&entry[key])), parent: text(&entry["parent"]) });
+        ControlFlow::Continue(())
+    });
+    walked.map_err(|e| BackendError::BadAnswer(format!("the model listing {e}")))?;
+    inherit_windows(&mut listing.models, &bases);
+    Ok(listing)
 }
 
 fn listed(kind: Kind, entry: &Value) -> Option<Listed> {
-    let model_id = entry["id"].as_str().filter(|id| !id.is_empty())?.to_owned();
+    let model_id = text(&entry["id"])?;
     let status = entry["status"]["value"].as_str().filter(|_| kind == Kind::LlamaCpp);
     if status.is_some_and(|s| s != "loaded" && s != "sleeping") {
         return None;
     }
     // llama.cpp lists the training context only.
     let context_window = if kind == Kind::LlamaCpp { None } else { stated_window(entry) };
-    let model = BackendModel { model_id, context_window, native: !kind.is_hosted() };
-    Some(Listed { model, routed: status.is_some() })
+    let exclusion =
+        text(&entry["remote_host"]).map(Exclusion::Remote).or_else(|| other_than_chat(entry).map(Exclusion::NotChat));
+    Some(Listed {
+        model: BackendModel { model_id, context_window, native: !kind.is_hosted() },
+        exclusion,
+        routed: status.is_some(),
+        is_of_vllm: entry["owned_by"] == "vllm",
+    })
+}
+
+/// A text that is not empty.
+fn text(value: &Value) -> Option<String> {
+    value.as_str().filter(|text| !text.is_empty()).map(str::to_owned)
+}
+
+/// The names that other entries call a model by, and the name of the model that it is based on.
+struct Base {
+    names: [Option<String>; 2],
+    parent: Option<String>,
+}
+
+/// Gives a LoRA adapter, which vLLM lists without a window, the window of the model that it is based on.
+fn inherit_windows(models: &mut [Listed], bases: &[Base]) {
+    let mut by_name: HashMap<&str, usize> = HashMap::new();
+    for nth in 0..2 {
+        for (index, base) in bases.iter().enumerate() {
+            if let Some(name) = &base.names[nth] {
+                by_name.entry(name).or_insert(index);
+            }
+        }
+    }
+    let parent = |index: &usize| bases[*index].parent.as_deref().and_then(|name| by_name.get(name).copied());
+    for index in 0..models.len() {
+        let mut line = std::iter::successors(Some(index), parent).take(ANCESTORS_MAX);
+        models[index].model.context_window = line.find_map(|ancestor| models[ancestor].model.context_window);
+    }
 }
 
 /// The context window of an entry: the first of these keys that is a number. 0 means unknown.
@@ -59,8 +127,12 @@ pub fn window(value: &Value) -> Option<u32> {
 mod tests {
     use super::*;
 
+    fn parse(kind: Kind, text: &str) -> BackendResult<Listing> {
+        super::parse(kind, &Body { bytes: text.into(), is_cut: false })
+    }
+
     fn ids(kind: Kind, body: &str) -> Vec<String> {
-        parse(kind, body.as_bytes()).expect(body).into_iter().map(|l| l.model.model_id).collect()
+        parse(kind, body).expect(body).models.into_iter().map(|l| l.model.model_id).collect()
     }
 
     #[test]
@@ -68,13 +140,16 @@ mod tests {
         for body in [
             r#"{"data":[{"id":"a"},{"id":"b"}]}"#,
             r#"{"object":"list","models":[],"data":[{"id":"a"},{"x":1},{"id":7},{"id":""},{"id":"b"}]}"#,
+            r#"{"data":[7,null,{"id":"a"},[],{"id":"b"}],"data":[{"id":"c"}]}"#,
             r#"[{"id":"a"},{"id":"b"}]"#,
         ] {
             assert_eq!(ids(Kind::Vllm, body), ["a", "b"]);
         }
         assert_eq!(ids(Kind::LlamaCpp, r#"{"id":"a","object":"model"}"#), ["a"]);
         assert_eq!(ids(Kind::LlamaCpp, r#"{"data":{"id":"a"}}"#), ["a"]);
-        assert!(ids(Kind::Ollama, r#"{"data":[]}"#).is_empty());
+        for empty in [r#"{"data":[]}"#, r#"{"data":null}"#, r#"{"object":"list"}"#, "[]"] {
+            assert!(ids(Kind::Ollama, empty).is_empty(), "{empty}");
+        }
     }
 
     #[test]
@@ -101,8 +176,8 @@ mod tests {
 
     #[test]
     fn parse_rejects_what_is_no_listing() {
-        for body in ["", "null", "7", "{}", "<html>", r#"{"data":7}"#] {
-            assert!(matches!(parse(Kind::Vllm, body.as_bytes()), Err(BackendError::BadAnswer(_))), "{body}");
+        for body in ["", "null", "7", "{}", "<html>", r#"{"data":7}"#, r#"{"data":[{"id":"a"}"#] {
+            assert!(matches!(parse(Kind::Vllm, body), Err(BackendError::BadAnswer(_))), "{body}");
         }
     }
 }

@@ -7,7 +7,10 @@ mod http_backend;
 mod kind;
 mod probe;
 mod listing;
-mod context_window;
+mod purpose;
+mod model_details;
+mod probe_json;
+mod exclusion;
 mod diagnosis;
 mod request;
 mod server_support;
@@ -24,6 +27,7 @@ use uuid::Uuid;
 pub use diagnosis::Diagnosis;
 pub use error::{BackendError, BackendResult, ERROR_BODY_MAX, HttpStatus};
 pub use error_code::ErrorCode;
+pub use exclusion::{ExcludedModel, Exclusion, ListingLimit, MODELS_MAX, ProbedModels, summary};
 pub use http::{ApiKey, Client, Interrupt, read_bounded};
 pub use http_backend::HttpBackend;
 pub use kind::{BaseUrl, Kind};
@@ -132,7 +136,7 @@ pub trait Backend: Send + Sync {
     /// A name for the operator, unique among the configured backends.
     fn id(&self) -> &str;
 
-    /// Lists the models that the backend currently serves.
+    /// Lists the models that the backend currently serves and that can chat.
     ///
     /// # Errors
     /// The backend does not respond, or its response cannot be read.
@@ -163,12 +167,12 @@ pub trait Backend: Send + Sync {
     ///
     /// # Errors
     /// Why no model can be offered.
-    fn probe(&self) -> BackendResult<Vec<BackendModel>> {
+    fn probe(&self) -> BackendResult<ProbedModels> {
         let health = self.health()?;
         if !health.reachable {
             return Err(BackendError::Unreachable(health.last_error.unwrap_or_else(|| "not reachable".into())));
         }
-        self.list_models()
+        self.list_models().map(ProbedModels::from)
     }
 
     /// Checks for problems that would make every job fail even if the models can be listed, such as a missing API key.

@@ -1,19 +1,19 @@
 //! The requests of one probe. They share one time limit.
 
-use std::cell::Cell;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use ureq::Body;
 use ureq::http::Response;
 
 use super::http::{AgentLease, Client, connect_error, read_bounded};
+use super::probe_json::Body;
 use super::{BackendError, BackendResult, Kind};
 
 /// Time limit of one probe, all its requests together.
 pub const PROBE_TIME: Duration = Duration::from_secs(3);
 
-/// Largest response that a probe reads, in bytes; OpenRouter's listing is about 1 MB.
-const RESPONSE_BYTES_MAX: usize = 16 << 20;
+/// Largest part of a response that a probe reads, in bytes. The listing of OpenRouter's 500 models is about as large.
+const RESPONSE_BYTES_MAX: usize = 1 << 20;
 
 /// One probe of a server.
 pub struct Probe<'a> {
@@ -24,63 +24,64 @@ pub struct Probe<'a> {
     api: &'a str,
     client: &'a Client,
     until: Instant,
-    failed: Cell<bool>,
+    /// The response to the health check, once it has succeeded.
+    health: OnceLock<Body>,
 }
 
 impl<'a> Probe<'a> {
     /// Starts a probe and its time limit.
     pub fn start(kind: Kind, root: &'a str, api: &'a str, client: &'a Client) -> Probe<'a> {
-        Probe { kind, root, api, client, until: Instant::now() + PROBE_TIME, failed: Cell::new(false) }
-    }
-
-    /// Whether any request has failed.
-    pub fn has_failed(&self) -> bool {
-        self.failed.get()
+        Probe { kind, root, api, client, until: Instant::now() + PROBE_TIME, health: OnceLock::new() }
     }
 
     /// Checks the health. Succeeds if the kind has no health check or the server lacks it: the listing then is the check.
     pub fn health(&self) -> BackendResult<()> {
         let Some(path) = self.kind.health_path() else { return Ok(()) };
-        match self.get_below_root(path) {
-            Ok(_) => Ok(()),
-            Err(BackendError::ModelNotFound(response) | BackendError::RouteNotFound(response))
-                if response.status == 404 =>
-            {
+        let url = format!("{}{path}", self.root);
+        match self.exchange(|lease, time| lease.get(&url, time)) {
+            Ok((404, _)) => Ok(()),
+            result => {
+                let body = self.successful(result)?;
+                let _ = self.health.set(body);
                 Ok(())
             }
-            Err(e) => Err(e),
         }
     }
 
+    /// The response to a successful health check.
+    pub fn health_response(&self) -> Option<&Body> {
+        self.health.get()
+    }
+
     /// `GET` of the model listing.
-    pub fn listing(&self) -> BackendResult<Vec<u8>> {
+    pub fn listing(&self) -> BackendResult<Body> {
         let url = format!("{}/models", self.api);
-        self.request(|lease, time| lease.get(&url, time))
+        self.successful(self.exchange(|lease, time| lease.get(&url, time)))
     }
 
-    /// `GET` of one of the server's own routes.
-    pub fn get_below_root(&self, path: &str) -> BackendResult<Vec<u8>> {
+    /// `GET` of one of the server's own routes. Empty if the server does not have it, and `None` if the server does not answer.
+    pub fn ask(&self, path: &str) -> Option<Body> {
         let url = format!("{}{path}", self.root);
-        self.request(|lease, time| lease.get(&url, time))
+        answer(self.exchange(|lease, time| lease.get(&url, time)))
     }
 
-    /// `POST` of JSON to one of the server's own routes.
-    pub fn post_below_root(&self, path: &str, body: &[u8]) -> BackendResult<Vec<u8>> {
+    /// As [`Probe::ask`], for a `POST` of JSON.
+    pub fn ask_with(&self, path: &str, body: &[u8]) -> Option<Body> {
         let url = format!("{}{path}", self.root);
-        self.request(|lease, time| lease.post(&url, body, time))
+        answer(self.exchange(|lease, time| lease.post(&url, body, time)))
     }
 
-    fn request(
-        &self,
-        send: impl Fn(&AgentLease<'_>, Duration) -> Result<Response<Body>, ureq::Error>,
-    ) -> BackendResult<Vec<u8>> {
-        self.exchange(send).inspect_err(|_| self.failed.set(true))
+    fn successful(&self, result: BackendResult<(u16, Body)>) -> BackendResult<Body> {
+        match result? {
+            (200..300, body) => Ok(body),
+            (status, body) => Err(self.client.status_error(status, &body.bytes)),
+        }
     }
 
     fn exchange(
         &self,
-        send: impl Fn(&AgentLease<'_>, Duration) -> Result<Response<Body>, ureq::Error>,
-    ) -> BackendResult<Vec<u8>> {
+        send: impl Fn(&AgentLease<'_>, Duration) -> Result<Response<ureq::Body>, ureq::Error>,
+    ) -> BackendResult<(u16, Body)> {
         let left = self.until.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(BackendError::ProbeTimeout(PROBE_TIME.as_secs()));
@@ -89,13 +90,26 @@ impl<'a> Probe<'a> {
         // Connect timeouts are whole milliseconds.
         let response = send(&lease, left.max(Duration::from_millis(1))).map_err(probe_error)?;
         let status = response.status().as_u16();
-        let (body, end) = read_bounded(response.into_body(), RESPONSE_BYTES_MAX);
-        if !(200..300).contains(&status) {
-            return Err(self.client.status_error(status, &body));
+        let (bytes, end) = read_bounded(response.into_body(), RESPONSE_BYTES_MAX);
+        if (200..300).contains(&status) {
+            end.map_err(|e| probe_error(e.into()))?;
         }
-        end.map_err(|e| probe_error(e.into()))?;
-        lease.give_back();
-        Ok(body)
+        let is_cut = bytes.len() == RESPONSE_BYTES_MAX;
+        // A connection can be used again only after its response was read to the end.
+        if (200..300).contains(&status) && !is_cut {
+            lease.give_back();
+        }
+        Ok((status, Body { bytes, is_cut }))
+    }
+}
+
+/// The answer to a question: a server may not have the route or the model, but one that is too busy has not answered.
+fn answer(result: BackendResult<(u16, Body)>) -> Option<Body> {
+    match result.ok()? {
+        (200..300, body) => Some(body),
+        (408 | 425 | 429, _) => None,
+        (400..=499 | 501, _) => Some(Body::default()),
+        _ => None,
     }
 }
 

@@ -134,11 +134,8 @@ fn discover_backends(config: Option<&Config>) -> (Vec<BackendConfig>, Vec<Advert
     for ((config, offered), answer) in named.iter().zip(&offered).zip(probe_all(&backends)) {
         let id = offered.backend.id();
         match offered.backend.ready().and(answer) {
-            Ok(models) => {
-                let allowed = |model: &BackendModel| {
-                    offered.allowed_models.as_ref().is_none_or(|only| only.contains(&model.model_id))
-                };
-                advertised.push(self::advertised(config, models.into_iter().filter(allowed).collect()));
+            Ok(probed) => {
+                advertised.push(self::advertised(config, offered.select(probed).models));
                 print_backend(id, advertised.last());
             }
             Err(e) => print_line("backend", &format!("{id}: kept, but not serving now: {}", e.for_operator())),

@@ -29,12 +29,14 @@ pub(super) fn offer(config: &Config) -> (String, Vec<ResolvedModel>) {
     let mut serving = Vec::new();
     for (offered, answer) in backends.iter().zip(probe_all(&probed)) {
         let condition = match offered.backend.ready().and(answer) {
-            Ok(listed) => {
-                let count = listed.len();
-                let discovered = offered.price(listed, &terms);
+            Ok(probed) => {
+                let count = probed.count();
+                let selected = offered.select(probed);
+                let exclusions = selected.exclusions().map_or_else(String::new, |exclusions| format!("; {exclusions}"));
+                let discovered = offered.price(selected.models, &terms);
                 let to_offer = discovered.models.len();
                 serving.push(Listing::of(discovered, offered.slots_max(&terms)));
-                format!("lists {count} model(s), {to_offer} to offer")
+                format!("lists {count} model(s), {to_offer} to offer{exclusions}")
             }
             Err(e) => format!("would not be offered: {}", e.for_operator()),
         };

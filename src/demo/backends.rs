@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::echo;
 use super::recording_backend::{Recording, RecordingBackend};
-use crate::backend::{BackendError, BackendModel, BaseUrl, Kind};
+use crate::backend::{BackendError, BaseUrl, Kind, ProbedModels};
 use crate::config::{BackendConfig, Config};
 use crate::discovery::{BackendOffer, configured_backend, find_local};
 use crate::http_server::HttpServer;
@@ -65,15 +65,19 @@ pub(super) fn diagnose(backends: &[BackendOffer]) -> Vec<String> {
             let backend = &offer.backend;
             let why = match backend.ready().and_then(|()| backend.probe()) {
                 Err(error) => error.for_operator(),
-                Ok(models) if models.is_empty() => "it lists no models".to_owned(),
-                Ok(models) => not_offered(&models, offer.allowed_models.as_deref()),
+                Ok(probed) if probed.count() == 0 => "it lists no models".to_owned(),
+                Ok(probed) => not_offered(&probed, offer.allowed_models.as_deref()),
             };
             format!("{}: {why}", backend.id())
         })
         .collect()
 }
 
-fn not_offered(models: &[BackendModel], allowed: Option<&[String]>) -> String {
+fn not_offered(probed: &ProbedModels, allowed: Option<&[String]>) -> String {
+    let models = &probed.models;
+    if let (true, Some(exclusions)) = (models.is_empty(), probed.exclusions()) {
+        return exclusions;
+    }
     let Some(allowed) = allowed else {
         return format!("it lists {} now; check their prices in [pricing], or try again", counted(models.len()));
     };

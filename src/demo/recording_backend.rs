@@ -11,7 +11,9 @@ use uuid::Uuid;
 
 use super::DemoError;
 use super::timed_response::Timed;
-use crate::backend::{Backend, BackendHealth, BackendModel, BackendResult, Interrupt, Job, JobResult, JobSink};
+use crate::backend::{
+    Backend, BackendHealth, BackendModel, BackendResult, Interrupt, Job, JobResult, JobSink, ProbedModels,
+};
 
 /// A backend whose responses are recorded.
 pub(super) struct RecordingBackend {
@@ -103,7 +105,7 @@ impl Backend for RecordingBackend {
         self.record(job.job_id, sink, |sink| self.backend.execute_last(job, sink))
     }
 
-    fn probe(&self) -> BackendResult<Vec<BackendModel>> {
+    fn probe(&self) -> BackendResult<ProbedModels> {
         self.backend.probe()
     }
 

@@ -5,10 +5,10 @@ use std::time::{Instant, SystemTime};
 
 use super::backend_handle::FAILURES_MAX;
 use super::{BackendHandle, BackendOffer, Listing, OfferTerms, ResolvedModel};
-use crate::backend::{BackendError, BackendModel, BackendResult};
+use crate::backend::{BackendError, BackendResult, ProbedModels};
 
 /// The listed models, or why there are none.
-pub type ProbeResult = BackendResult<Vec<BackendModel>>;
+pub type ProbeResult = BackendResult<ProbedModels>;
 
 /// Maximum number of consecutive probe timeouts for which a serving backend stays in the offer: it may be busy serving.
 const TIMEOUTS_MAX: u32 = 1;
@@ -19,6 +19,8 @@ pub struct BackendStatus {
     handle: Arc<BackendHandle>,
     /// The last listing; kept while the backend is unavailable.
     last_listing: Option<Vec<ResolvedModel>>,
+    /// The models of the last listing that are not offered, and the limit that it exceeds.
+    not_offered: ProbedModels,
     /// Why the backend is not offered; `None` while it is.
     unavailable: Option<BackendError>,
     /// When the backend was first probed, or last became available or unavailable.
@@ -36,6 +38,7 @@ impl BackendStatus {
             offer,
             handle,
             last_listing: None,
+            not_offered: ProbedModels::default(),
             unavailable: None,
             since: None,
             last_error: None,
@@ -66,6 +69,11 @@ impl BackendStatus {
     /// Number of models in the last listing; `None` before the first.
     pub fn models(&self) -> Option<usize> {
         self.last_listing.as_ref().map(Vec::len)
+    }
+
+    /// The models of the last listing that are not offered, and the limit that it exceeds; `models` is empty.
+    pub fn not_offered(&self) -> &ProbedModels {
+        &self.not_offered
     }
 
     /// When the backend last became available or unavailable.
@@ -121,11 +129,22 @@ impl BackendStatus {
             Err(e) => (None, Some(ready.err().unwrap_or(e))),
         };
         if let Some(listed) = listed {
-            self.last_listing = Some(self.offer.price(listed, terms).models);
+            let mut selected = self.offer.select(listed);
+            let models = std::mem::take(&mut selected.models);
+            self.last_listing = Some(self.offer.price(models, terms).models);
+            self.set_not_offered(selected);
         }
         let failing_jobs =
             || (!self.handle.probe_succeeded(started)).then_some(BackendError::FailingJobs(FAILURES_MAX));
         self.set_unavailable(error.or_else(failing_jobs))
+    }
+
+    /// Sets the models that are not offered, and logs a change.
+    fn set_not_offered(&mut self, not_offered: ProbedModels) {
+        if let Some(exclusions) = not_offered.exclusions().filter(|_| not_offered != self.not_offered) {
+            log::info!("{}: {exclusions}", self.id());
+        }
+        self.not_offered = not_offered;
     }
 
     /// Sets the reason why the backend is unavailable; `None` if it is available. Logs a change, and returns whether there was one.

@@ -11,15 +11,15 @@ use crate::config::BackendConfig;
 /// Time limit of the search. A local server responds within milliseconds unless it is busy; busy servers are not listed.
 const SEARCH_TIMEOUT: Duration = Duration::from_millis(800);
 
-/// A server on this machine, and the models that it lists.
+/// A server on this machine, and the models that it could offer.
 pub struct LocalBackend {
     /// The server's entry for `agent.toml`.
     pub config: BackendConfig,
-    /// The listed models; never empty.
+    /// The models that it could offer; never empty.
     pub models: Vec<BackendModel>,
 }
 
-/// Returns the servers on the default ports that list at least one model, by rank.
+/// Returns the servers on the default ports that could offer at least one model, by rank.
 pub fn find_local() -> Vec<LocalBackend> {
     let mut candidates: Vec<BackendConfig> = Vec::new();
     for kind in Kind::ALL {
@@ -33,8 +33,10 @@ pub fn find_local() -> Vec<LocalBackend> {
     for ((config, backend), result) in candidates.into_iter().zip(&backends).zip(results) {
         let id = backend.id();
         match result {
-            Some(Ok(models)) if models.is_empty() => log::info!("no {id}: it lists no models"),
-            Some(Ok(models)) => found.push(LocalBackend { config, models }),
+            Some(Ok(probed)) if probed.models.is_empty() => {
+                log::info!("no {id}: {}", probed.exclusions().as_deref().unwrap_or("it lists no models"));
+            }
+            Some(Ok(probed)) => found.push(LocalBackend { config, models: probed.models }),
             Some(Err(error)) => crate::debug!("no {id}: {}", error.for_log()),
             None => crate::debug!("no {id}: no response in time"),
         }

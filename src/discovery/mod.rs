@@ -22,11 +22,8 @@ pub use catalog::{Catalog, Listing, OfferFeed};
 pub use local::{LocalBackend, find_local};
 pub use prober::{ProbeRounds, Prober, probe_all};
 
-use crate::backend::{Backend, BackendModel, HttpBackend};
+use crate::backend::{Backend, BackendModel, HttpBackend, MODELS_MAX, ProbedModels};
 use crate::config::{BackendConfig, Pricing};
-
-/// Limit of models per backend; OpenRouter has about 500.
-const MODELS_MAX: usize = 4096;
 
 /// An offered model, with its backend and prices; an entry of the `capabilities` frame.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -95,22 +92,30 @@ impl BackendOffer {
         self.max_concurrent.unwrap_or(terms.max_concurrent).min(terms.max_concurrent)
     }
 
-    /// Prices the listed models. Drops those with a price of 0, and duplicates.
-    pub fn price(&self, listed: Vec<BackendModel>, terms: &OfferTerms) -> DiscoveredBackend {
-        let allowed = |id: &str| self.allowed_models.as_ref().is_none_or(|only| only.iter().any(|m| m == id));
+    /// Applies `models` to the probed models: leaves out those that it does not name, and includes excluded ones that are offered if
+    /// it names them.
+    pub fn select(&self, probed: ProbedModels) -> ProbedModels {
+        let Some(named) = &self.allowed_models else { return probed };
+        let named: HashSet<&str> = named.iter().map(String::as_str).collect();
+        let ProbedModels { mut models, mut excluded, limit } = probed;
+        excluded.retain(|excluded| named.contains(&*excluded.model.model_id));
+        models.retain(|model| named.contains(&*model.model_id));
+        models.extend(
+            excluded.extract_if(.., |excluded| excluded.reason.yields_to_name()).map(|excluded| excluded.model),
+        );
+        ProbedModels { models, excluded, limit }
+    }
+
+    /// Prices the selected models. Drops those with a price of 0, and duplicates.
+    pub fn price(&self, selected: Vec<BackendModel>, terms: &OfferTerms) -> DiscoveredBackend {
         let mut seen = HashSet::new();
         let mut models: Vec<ResolvedModel> = Vec::new();
-        for model in listed {
+        for model in selected {
             let price = terms.pricing.of(&model.model_id);
             if models.len() == MODELS_MAX {
-                log::warn!("{}: only the first {MODELS_MAX} models are offered", self.backend.id());
                 break;
             }
-            if !seen.insert(model.model_id.clone())
-                || !allowed(&model.model_id)
-                || price.input_per_1m == 0
-                || price.output_per_1m == 0
-            {
+            if !seen.insert(model.model_id.clone()) || price.input_per_1m == 0 || price.output_per_1m == 0 {
                 continue;
             }
             models.push(ResolvedModel {

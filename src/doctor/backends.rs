@@ -1,6 +1,7 @@
 //! Checks the layers of a backend: its API key, its health, its models and which of them are offered, their context windows, and the
 //! models that are not loaded.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -8,7 +9,7 @@ use std::thread::JoinHandle;
 use super::backend_fixes::{fix_of, load_fix, no_model_fix};
 use super::inference_check;
 use super::report::Report;
-use crate::backend::{Backend, BackendError, BackendModel, BackendResult, Diagnosis, HttpBackend, Kind};
+use crate::backend::{Backend, BackendError, BackendResult, Diagnosis, HttpBackend, Kind, ProbedModels};
 use crate::config::BackendConfig;
 use crate::discovery::{BackendOffer, OfferTerms, ResolvedModel};
 use crate::sys::edit_distance::nearest;
@@ -99,7 +100,7 @@ impl<'a> BackendCheck<'a> {
         &self,
         report: &mut Report<'_>,
         terms: &OfferTerms,
-        listed: Vec<BackendModel>,
+        probed: ProbedModels,
         unloaded: &[String],
     ) -> Vec<ResolvedModel> {
         let kind = self.config.kind;
@@ -109,9 +110,16 @@ impl<'a> BackendCheck<'a> {
             allowed_models: self.config.models.clone(),
             max_concurrent: self.config.max_concurrent,
         };
-        let listed_ids: Vec<String> = listed.iter().map(|model| model.model_id.clone()).collect();
-        let offered = offer.price(listed, terms).models;
-        let is_offered = |id: &String| offered.iter().any(|model| model.model_id == *id);
+        let count = probed.count();
+        let mut listed_ids: Vec<String> = probed.models.iter().map(|model| model.model_id.clone()).collect();
+        listed_ids.extend(probed.excluded.iter().map(|excluded| excluded.model.model_id.clone()));
+        let selected = offer.select(probed);
+        let exclusions = selected.exclusions();
+        let excluded_ids: HashSet<String> =
+            selected.excluded.iter().map(|excluded| excluded.model.model_id.clone()).collect();
+        let offered = offer.price(selected.models, terms).models;
+        let offered_ids: HashSet<&str> = offered.iter().map(|model| &*model.model_id).collect();
+        let is_offered = |id: &String| offered_ids.contains(id.as_str());
         let is_allowed = |id: &String| allowed.is_none_or(|only| only.contains(id));
         for wanted in allowed.unwrap_or_default() {
             if !listed_ids.contains(wanted) && !unloaded.contains(wanted) {
@@ -120,8 +128,8 @@ impl<'a> BackendCheck<'a> {
         }
         let [mut free, mut ids, mut windows, mut waiting, mut excluded] = [const { Names::new() }; 5];
         for id in &listed_ids {
-            // A listed model that is allowed but not offered has no price.
-            if is_allowed(id) && !is_offered(id) {
+            // A model that is allowed and can be offered, but is not, has no price.
+            if is_allowed(id) && !is_offered(id) && !excluded_ids.contains(id) {
                 free.add(id);
             }
         }
@@ -141,10 +149,15 @@ impl<'a> BackendCheck<'a> {
             let fix = "set a price above 0 in [pricing.models]";
             report.warn("prices", format_args!("price 0, so not offered: {free}"), fix);
         }
-        let count = listed_ids.len();
         if ids.count > 0 {
             report.pass("models", format_args!("lists {count}, {} to offer: {ids}", ids.count));
             report.pass("window", windows);
+            if let Some(exclusions) = exclusions {
+                report.skip("models", exclusions);
+            }
+        } else if let Some(exclusions) = exclusions {
+            let what = format_args!("lists {count} model(s), none of them to offer; {exclusions}");
+            report.fail("models", what, no_model_fix(kind));
         } else {
             let fix = if count == 0 {
                 no_model_fix(kind)

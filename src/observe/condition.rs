@@ -63,7 +63,11 @@ fn without_offer(backends: &[BackendStatus]) -> Condition {
     } else if backends.iter().any(|backend| backend.models().is_none()) {
         (NO_HEALTHY_BACKEND, "the backends have not answered yet".to_owned())
     } else {
-        (NO_MODELS, "the backends list no model that `models` allows and that has a price above 0".to_owned())
+        let exclusions =
+            |backend: &BackendStatus| Some(format!("{}: {}", backend.id(), backend.not_offered().exclusions()?));
+        let exclusions: Vec<String> = backends.iter().filter_map(exclusions).collect();
+        let no_model = "the backends list no model that `models` allows and that has a price above 0".to_owned();
+        (NO_MODELS, [vec![no_model], exclusions].concat().join("; "))
     };
     Condition { name, reason: Some(reason) }
 }

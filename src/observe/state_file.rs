@@ -16,6 +16,7 @@ use serde_json::{Map, Value, json};
 
 use super::condition::{self, Condition};
 use super::{Connection, LiveState};
+use crate::backend::ExcludedModel;
 use crate::discovery::{BackendStatus, OfferFeed, ResolvedModel};
 use crate::instance::identity::Identity;
 use crate::instance::{AgentPaths, LockOwner};
@@ -100,6 +101,22 @@ pub struct Backend {
     pub error: Option<String>,
     /// Why the models were last not offered.
     pub last_error: Option<BackendError>,
+    /// The listed models that are not offered although the backend is.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub not_offered: Vec<NotOffered>,
+    /// The limit that the listing exceeds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub listing_limit: Option<String>,
+}
+
+/// A listed model that is not offered.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct NotOffered {
+    /// The id of the model.
+    pub model_id: String,
+    /// Why it is not offered.
+    pub reason: String,
 }
 
 /// Why the models of a backend were not offered.
@@ -306,7 +323,15 @@ impl From<&BackendStatus> for Backend {
             last_error: status
                 .last_error()
                 .map(|(at, message)| BackendError { at: rfc3339(*at), message: message.clone() }),
+            not_offered: status.not_offered().excluded.iter().map(NotOffered::from).collect(),
+            listing_limit: status.not_offered().limit.map(|limit| limit.to_string()),
         }
+    }
+}
+
+impl From<&ExcludedModel> for NotOffered {
+    fn from(excluded: &ExcludedModel) -> NotOffered {
+        NotOffered { model_id: excluded.model.model_id.clone(), reason: excluded.reason.to_string() }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Starts threads with a name, for logs and debuggers, and a small stack.
 
 use std::io;
-use std::thread::{Builder, JoinHandle};
+use std::thread::{Builder, JoinHandle, Scope};
 
 /// Stack size. An HTTPS request through ureq and rustls needs 64 KiB, or 256 KiB in debug builds; resolver modules may need more.
 /// This is address space only: untouched pages cost nothing.
@@ -16,6 +16,18 @@ pub fn spawn<T: Send + 'static>(
     body: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
     Builder::new().name(name.into()).stack_size(STACK_BYTES).spawn(body)
+}
+
+/// Starts a thread that ends within `scope`.
+///
+/// # Errors
+/// The system refused a thread; the body is dropped.
+pub fn spawn_scoped<'scope, T: Send + 'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    name: impl Into<String>,
+    body: impl FnOnce() -> T + Send + 'scope,
+) -> io::Result<()> {
+    Builder::new().name(name.into()).stack_size(STACK_BYTES).spawn_scoped(scope, body).map(drop)
 }
 
 /// Puts the calling thread under `SCHED_BATCH`, so that waking it does not preempt the thread that woke it. Meant for a thread that

@@ -1,6 +1,7 @@
 //! The page of `status`. The texts come from a file, so each is sanitized before it is printed.
 
 use super::Report;
+use crate::backend::summary;
 use crate::cli::offer::{OfferRow, table};
 use crate::logging::sanitize_for_log as text;
 use crate::observe::{Jobs, LastError, LastJob, State, Tokens};
@@ -126,7 +127,10 @@ fn backends(page: &mut Page, state: &State) {
         let last = last_error
             .and_then(|error| Some(format!("; last error {} ago: {}", ago(&error.at)?, text(&error.message))))
             .unwrap_or_default();
-        page.line(label, &format!("{}: {condition}{last}", text(&backend.id)));
+        let excluded = backend.not_offered.iter().map(|model| (model.model_id.as_str(), text(&model.reason)));
+        let excluded = summary(excluded, backend.listing_limit.as_deref().map(text)).filter(|_| backend.offered);
+        let excluded = excluded.map_or_else(String::new, |excluded| format!("; {excluded}"));
+        page.line(label, &format!("{}: {condition}{excluded}{last}", text(&backend.id)));
         label = "";
     }
 }

@@ -35,6 +35,26 @@ fn backend_faults_are_reported_by_their_cause() {
 }
 
 #[test]
+fn models_that_are_not_offered_are_reported_with_the_reason() {
+    let server = |chat: bool| {
+        server(move |request| {
+            let embeddings = json!({"id": "e", "type": "embeddings"});
+            let all = if chat { json!([{"id": "m"}, embeddings]) } else { json!([embeddings]) };
+            (request.target == "/v1/models").then(|| Answer::Json(200, json!({"data": all})))
+        })
+    };
+    let coordinator = coordinator(Some(0));
+    side_by_side([true, false], |chat| {
+        let backend = server(chat);
+        let toml = format!("kind = \"lmstudio\"\nurl = \"{}\"", backend.url());
+        let report = Report::by(&setup(&coordinator.url()).backend(toml), &["--no-inference"]);
+        let mark = if chat { '-' } else { '✗' };
+        report.line(mark, "models", &["not offered: e (not a chat model: embeddings)"]);
+        if chat { report.assert_well() } else { report.assert_only_broken("models", &["lists 1"], "lms load") }
+    });
+}
+
+#[test]
 fn backend_that_is_down_is_reported_with_its_address_and_start_command() {
     let coordinator = coordinator(Some(0));
     let cases =
