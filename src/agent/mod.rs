@@ -58,10 +58,20 @@ pub struct InstanceHandle {
 
 /// How one connection ended.
 enum Attempt {
-    /// Before `auth_ok`.
-    Failed(Connection),
+    /// Before `auth_ok`. The next attempt must not come earlier than after this time, if there is one.
+    Failed(Connection, Option<Duration>),
     /// After `auth_ok`; how long the session lasted.
     Served(SessionEnd, Duration),
+}
+
+impl Attempt {
+    /// The minimum delay before the next attempt.
+    fn retry_after(&self) -> Duration {
+        match self {
+            Attempt::Failed(_, retry_after) => retry_after.unwrap_or_default(),
+            Attempt::Served(..) => Duration::ZERO,
+        }
+    }
 }
 
 impl Agent {
@@ -120,7 +130,7 @@ impl Agent {
                 break;
             }
             let ended = log_and_record_end(&attempt, &live);
-            let delay = backoff.delay_after(ended, jitter::random());
+            let delay = backoff.delay_after(ended, jitter::random()).max(attempt.retry_after());
             log::info!("reconnecting in {} ms", delay.as_millis());
             let _ = stop.signal().recv_timeout(delay);
         }
@@ -149,7 +159,7 @@ impl Agent {
         let opened = |tcp| stop.set_active(ActiveState::Handshake(tcp));
         let mut half = match dialer.dial(stop.signal(), opened) {
             Ok(half) => half,
-            Err(e) => return Attempt::Failed(Connection::Connecting(Some(e.to_string()))),
+            Err(e) => return Attempt::Failed(Connection::Connecting(Some(e.to_string())), e.retry_after()),
         };
         let code = self.coordinator.enrollment_code.as_deref();
         match handshake::authenticate(&mut half, &self.identity, code) {
@@ -158,8 +168,8 @@ impl Agent {
                     self.identity.set_provider_id(id);
                 }
             }
-            Err(HandshakeError::Rejected(reason)) => return Attempt::Failed(Connection::Rejected(reason)),
-            Err(e) => return Attempt::Failed(Connection::Connecting(Some(e.to_string()))),
+            Err(HandshakeError::Rejected(reason)) => return Attempt::Failed(Connection::Rejected(reason), None),
+            Err(e) => return Attempt::Failed(Connection::Connecting(Some(e.to_string())), None),
         }
         context.live.connected(self.identity.provider_id());
         let id = self.identity.provider_id().map_or_else(|| "a provider without id".to_owned(), sanitize_for_log);
@@ -173,7 +183,7 @@ impl Agent {
 /// Logs how an attempt ended and records it in `live`.
 fn log_and_record_end(attempt: &Attempt, live: &LiveState) -> AttemptEnd {
     match attempt {
-        Attempt::Failed(connection) => {
+        Attempt::Failed(connection, _) => {
             match connection {
                 Connection::Rejected(reason) => {
                     log::warn!("not connected: the coordinator rejected this agent: {reason}");

@@ -181,11 +181,16 @@ impl DialReport<'_, '_> {
                 ErrorKind::TimedOut | ErrorKind::WouldBlock => DROPPED,
                 _ => "check that this machine is online: ip route; ping -c 1 1.1.1.1",
             },
-            DialError::Proxy(_) => "check the proxy and its rules, or add the coordinator's host to NO_PROXY",
+            DialError::Proxy(_) | DialError::ProxyRefused(_) => {
+                "check the proxy and its rules, or add the coordinator's host to NO_PROXY"
+            }
             DialError::Tls { .. } => {
                 "the server there does not speak TLS, or no version in common: check host and port"
             }
-            DialError::Upgrade(_) => {
+            DialError::UpgradeRefused(refusal) if refusal.is_from_between => {
+                "a captive portal or another server answers instead of the coordinator: log in there with a browser, or correct the URL"
+            }
+            DialError::Upgrade(_) | DialError::UpgradeRefused(_) => {
                 "if the status is 5xx, the coordinator is failing: wait; otherwise check the path, usually /provider/connect"
             }
             DialError::TimedOut => match self.layer {

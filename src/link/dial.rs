@@ -10,16 +10,17 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use crossbeam_channel::{Receiver, bounded, never, select};
 use rustls::pki_types::ServerName;
 use rustls::{CertificateError, ClientConfig, ClientConnection, ProtocolVersion};
-use tungstenite::HandshakeError;
-use tungstenite::http::{HeaderMap, HeaderName, HeaderValue, Uri};
-use tungstenite::protocol::WebSocketConfig;
+use tungstenite::WebSocket;
+use tungstenite::http::{HeaderMap, Uri};
+use tungstenite::protocol::{Role, WebSocketConfig};
 use ureq::Proxy;
 
 use super::peer_certificate::CapturingVerifier;
+use super::response::{BODY_TIMEOUT, Refusal, read_head};
 use super::transport::{
     Link, LinkReader, MESSAGE_BYTES_MAX, READ_BUFFER_BYTES, ReadHalf, STALL_TIMEOUT, uninterrupted,
 };
-use crate::logging::sanitize_for_log;
+use super::upgrade;
 use crate::net::resolve::{ResolveError, resolve};
 use crate::net::tls::{ExtraRoots, LazyClientConfig};
 use crate::net::{connect, proxy};
@@ -27,11 +28,6 @@ use crate::sys::threads;
 
 /// Time limit for all steps together.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
-
-/// Maximum length of the head of an HTTP response, in bytes.
-const HEAD_BYTES_MAX: usize = 8 << 10;
-/// Maximum number of headers in a response: as many as fit, since the shortest, `a:` and a line feed, takes 3 bytes.
-const HEADERS_MAX: usize = HEAD_BYTES_MAX / 3;
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -60,9 +56,12 @@ pub enum DialError {
         /// The error of the first address.
         error: io::Error,
     },
+    /// The proxy failed, or does not speak HTTP.
+    #[error("the proxy in HTTPS_PROXY failed: {0}")]
+    Proxy(String),
     /// The proxy refused the connection.
     #[error("the proxy in HTTPS_PROXY refused the connection: {0}")]
-    Proxy(String),
+    ProxyRefused(Refusal),
     /// The TLS handshake failed.
     #[error("TLS handshake failed: {why}")]
     Tls {
@@ -74,9 +73,22 @@ pub enum DialError {
     /// The server did not upgrade to a WebSocket.
     #[error("WebSocket upgrade failed: {0}")]
     Upgrade(String),
+    /// The server, or something in between, refused the upgrade.
+    #[error("WebSocket upgrade failed: {0}")]
+    UpgradeRefused(Refusal),
     /// A system call failed.
     #[error(transparent)]
     System(#[from] io::Error),
+}
+
+impl DialError {
+    /// The minimum delay before the next attempt, as the server or the proxy requested.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            DialError::ProxyRefused(refusal) | DialError::UpgradeRefused(refusal) => refusal.retry_after,
+            _ => None,
+        }
+    }
 }
 
 /// Observes a dial. A method is called after each step; a dial that fails has failed in the step after the last call.
@@ -164,14 +176,15 @@ impl Dialer {
         let deadline = Instant::now() + timeout;
         let link = self.link(self.connect(deadline, &never(), &mut ())?, deadline, &mut ())?;
         let mut stream = LinkReader::new(link, deadline);
-        let host = self.uri.authority().map_or(self.host.as_str(), |a| a.as_str());
-        let host = host.rsplit('@').next().unwrap_or_default();
-        write!(stream, "HEAD / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")?;
+        write!(stream, "HEAD / HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", self.host_header())?;
         stream.flush()?;
-        match read_head(&mut stream)? {
-            Some(head) => Ok(head.headers),
-            None => Err(DialError::Upgrade("the server's response is not HTTP".into())),
-        }
+        Ok(upgrade::response(&mut stream)?.0.headers)
+    }
+
+    /// The host of the URL with its port, if it has one.
+    fn host_header(&self) -> &str {
+        let authority = self.uri.authority().map_or("", |authority| authority.as_str());
+        authority.rsplit('@').next().unwrap_or_default()
     }
 
     /// The certificate that the server presents, trusted or not, in DER. Opens a new connection, which ends during the TLS
@@ -272,10 +285,15 @@ impl Dialer {
         let mut stream = DeadlineStream { tcp, deadline };
         stream.write_all(request.as_bytes()).map_err(timed_out_or(|e| DialError::Proxy(e.to_string())))?;
         let head = read_head(&mut stream).map_err(timed_out_or(|e| DialError::Proxy(e.to_string())))?;
-        let head = head.ok_or_else(|| DialError::Proxy("its response is not HTTP".into()))?;
+        let (head, rest) = head.ok_or_else(|| DialError::Proxy("its response is not HTTP".into()))?;
         match head.status {
-            200..=299 => Ok(()),
-            _ => Err(DialError::Proxy(sanitize_for_log(&head.status_line))),
+            // The server does not send anything before it is asked.
+            200..=299 if rest.is_empty() => Ok(()),
+            200..=299 => Err(DialError::Proxy("it sent data of its own through the tunnel".into())),
+            _ => {
+                stream.deadline = stream.deadline.min(Instant::now() + BODY_TIMEOUT);
+                Err(DialError::ProxyRefused(Refusal::read(&head, rest, stream)))
+            }
         }
     }
 
@@ -315,66 +333,20 @@ impl Dialer {
             .write_buffer_size(0)
             .max_message_size(Some(MESSAGE_BYTES_MAX))
             .max_frame_size(Some(MESSAGE_BYTES_MAX));
-        let reader = LinkReader::new(link.clone(), deadline);
-        let socket = match tungstenite::client::client_with_config(&self.uri, reader, Some(config)) {
-            Ok((socket, response)) => {
-                observer.answered(response.headers());
-                socket
-            }
-            Err(HandshakeError::Interrupted(_)) => return Err(DialError::TimedOut),
-            Err(HandshakeError::Failure(tungstenite::Error::Io(e))) => {
-                return Err(timed_out_or(|e| DialError::Upgrade(e.to_string()))(e));
-            }
-            Err(HandshakeError::Failure(tungstenite::Error::Http(response))) => {
-                observer.answered(response.headers());
-                return Err(DialError::Upgrade(format!("the server answered HTTP {}", response.status())));
-            }
-            Err(HandshakeError::Failure(e)) => return Err(DialError::Upgrade(e.to_string())),
-        };
-        link.tcp.set_write_timeout(Some(STALL_TIMEOUT))?;
-        // The same WebSocket is kept, because its buffer may contain data that followed the upgrade.
-        Ok(ReadHalf { socket })
-    }
-}
-
-/// The head of an HTTP response.
-struct Head {
-    status: u16,
-    status_line: String,
-    headers: HeaderMap,
-}
-
-/// Reads byte by byte, because data after the head belongs to the next protocol. `None` if the response is not HTTP.
-fn read_head(stream: &mut impl Read) -> io::Result<Option<Head>> {
-    let mut head = Vec::new();
-    while !head.ends_with(b"\r\n\r\n") {
-        let mut byte = [0];
-        if stream.read(&mut byte)? == 0 || head.len() >= HEAD_BYTES_MAX {
-            return Ok(None);
+        let mut reader = LinkReader::new(link.clone(), deadline);
+        let failed = |e: io::Error| timed_out_or(|e| DialError::Upgrade(e.to_string()))(e);
+        let key = upgrade::request(&self.uri, self.host_header(), &mut reader).map_err(failed)?;
+        let (head, rest) = upgrade::response(&mut reader).map_err(failed)?;
+        observer.answered(&head.headers);
+        if head.status != 101 {
+            reader.set_deadline(deadline.min(Instant::now() + BODY_TIMEOUT));
+            return Err(DialError::UpgradeRefused(Refusal::read(&head, rest, reader)));
         }
-        head.push(byte[0]);
+        upgrade::verify(&head, &key).map_err(|what| DialError::Upgrade(what.into()))?;
+        link.tcp.set_write_timeout(Some(STALL_TIMEOUT))?;
+        // The coordinator speaks first, so `rest` may contain its first frames.
+        Ok(ReadHalf { socket: WebSocket::from_partially_read(reader, rest, Role::Client, Some(config)) })
     }
-    Ok(parse_head(&head))
-}
-
-/// Only the status line must be valid: some proxies send malformed headers. Those are left out.
-fn parse_head(head: &[u8]) -> Option<Head> {
-    let mut headers = vec![httparse::EMPTY_HEADER; HEADERS_MAX];
-    let mut response = httparse::Response::new(&mut headers);
-    // After an error, `response` has the status if that was valid, and `headers` are those before the error.
-    let _ = httparse::ParserConfig::default()
-        .allow_spaces_after_header_name_in_responses(true)
-        .allow_obsolete_multiline_headers_in_responses(true)
-        .ignore_invalid_headers_in_responses(true)
-        .parse_response(&mut response, head);
-    let header = |header: &httparse::Header<'_>| {
-        Some((HeaderName::from_bytes(header.name.as_bytes()).ok()?, HeaderValue::from_bytes(header.value).ok()?))
-    };
-    Some(Head {
-        status: response.code?,
-        status_line: String::from_utf8_lossy(head).lines().next()?.to_owned(),
-        headers: response.headers.iter().filter_map(header).collect(),
-    })
 }
 
 fn tls_error(e: rustls::Error) -> DialError {
@@ -426,56 +398,5 @@ impl Write for DeadlineStream<'_> {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn head_of(text: &[u8]) -> Option<Head> {
-        read_head(&mut &*text).expect("a slice can be read")
-    }
-
-    #[test]
-    fn read_head_needs_a_valid_status_line_only() {
-        let many = b"a:b\r\n".repeat(1000);
-        let headers: [&[u8]; 8] = [
-            b"",
-            b"Proxy-Agent : x\r\n",
-            b"Via: a\r\n\tb\r\n",
-            b" folded\r\n",
-            b"no colon\r\n",
-            b"Pr\xe9sent: x\r\n",
-            b"X: \x01\r\n",
-            &many,
-        ];
-        for header in headers {
-            let text = [b"HTTP/1.1 200 OK\r\n", header, b"Date: today\r\n\r\n"].concat();
-            let head = head_of(&text).unwrap_or_else(|| panic!("refused: {}", header.escape_ascii()));
-            assert_eq!((head.status, head.status_line.as_str()), (200, "HTTP/1.1 200 OK"));
-            assert_eq!(head.headers.get("date").map(HeaderValue::as_bytes), Some(&b"today"[..]));
-        }
-        assert_eq!(head_of(b"HTTP/1.0 407 No\r\nDate: today\r\nX: \0\r\n\r\n").map(|head| head.status), Some(407));
-        assert!(head_of(b"SSH-2.0-OpenSSH_9.6\r\n\r\n").is_none());
-    }
-
-    #[test]
-    fn read_head_is_bounded() {
-        let of_length = |length: usize| {
-            let start = b"HTTP/1.1 200 OK\r\n".to_vec();
-            let filler = vec![b'a'; length - start.len() - 6];
-            head_of(&[start, b"a:".to_vec(), filler, b"\r\n\r\n".to_vec()].concat())
-        };
-        assert!(of_length(HEAD_BYTES_MAX).is_some());
-        assert!(of_length(HEAD_BYTES_MAX + 1).is_none());
-    }
-
-    #[test]
-    fn read_head_takes_as_many_headers_as_fit() {
-        let start = b"HTTP/1.1 200 OK\n";
-        let headers = b"a:\n".repeat((HEAD_BYTES_MAX - start.len() - 20) / 3);
-        let head = head_of(&[&start[..], &headers, b"Date: now\r\n\r\n"].concat()).expect("HTTP");
-        assert!(head.headers.contains_key("date"));
     }
 }

@@ -7,7 +7,9 @@ pub mod handshake;
 pub mod write_queues;
 pub mod peer_certificate;
 pub mod protocol;
+pub mod response;
 pub mod transport;
+mod upgrade;
 pub mod waking_channel;
 pub mod writer;
 

@@ -240,6 +240,10 @@ impl LinkReader {
         }
     }
 
+    pub(super) fn set_deadline(&mut self, deadline: Instant) {
+        self.deadline = Some(deadline);
+    }
+
     fn read_decrypted(&mut self, plaintext: &mut [u8]) -> io::Result<usize> {
         loop {
             match self.decrypt(plaintext) {

@@ -236,3 +236,131 @@ fn garbage_instead_of_a_handshake_frame_ends_the_attempt_at_once_with_the_reason
     session.send(&json!({"type": "welcome"}));
     session.authenticate(None);
 }
+
+/// Answers every request with `response`, and closes.
+fn refusing(response: &str) -> Coordinator {
+    let response = response.to_owned();
+    Coordinator::played(move |mut dialled| {
+        dialled.request_if_any();
+        dialled.send(response.as_bytes());
+    })
+}
+
+/// The body comes after the head, and the connection stays open.
+fn refusing_slowly(head: &'static str, body: &'static str) -> Coordinator {
+    Coordinator::played(move |mut dialled| {
+        dialled.request_if_any();
+        dialled.send(head.as_bytes());
+        std::thread::sleep(ms(50));
+        dialled.send(body.as_bytes());
+        dialled.drain_until_hang_up(SOON);
+    })
+}
+
+#[test]
+fn refused_upgrade_is_named_in_log_status_and_doctor() {
+    let portal = "something in between answers: log in there";
+    let cases = [
+        (
+            refusing("HTTP/1.1 302 Found\r\nLocation: http://portal.test/login?\u{9b}2J\r\nContent-Length: 0\r\n\r\n"),
+            vec!["302 Found", "http://portal.test/login", portal],
+        ),
+        (
+            refusing_slowly(
+                "HTTP/1.1 511 Network Authentication Required\r\nContent-Length: 42\r\n\r\n",
+                "<html>\n<p>Please <b>accept the terms</b>.\n",
+            ),
+            vec!["511 Network", "accept the terms", portal],
+        ),
+        (
+            refusing_slowly("HTTP/1.1 200 OK\r\n\r\n", "<title>Hotel \"Ritz\"</title>"),
+            vec!["200 OK", "Hotel \"Ritz\"", portal],
+        ),
+        (
+            refusing_slowly(
+                "HTTP/1.1 403 Forbidden\r\nTransfer-Encoding: chunked\r\n\r\n",
+                "21\r\n{\"error\":\"this machine's banned\"}\r\n0\r\n\r\n",
+            ),
+            vec!["403 Forbidden", "{\"error\":\"this machine's banned\"}"],
+        ),
+        (refusing("HTTP/1.1 401\r\n\r\nno\u{1b}[31m key"), vec!["HTTP 401", "key"]),
+        (refusing("HTTP/1.1 503 Busy\r\nRetry-After: 120\r\n\r\n"), vec!["503 Busy", "tried again after 120 s"]),
+    ];
+    side_by_side(cases, |(coordinator, words)| {
+        let setup = Setup::new(&coordinator.url());
+        let agent = setup.start();
+        let mut in_log = words.clone();
+        in_log.push("not connected");
+        let line = agent.stderr.wait_line(&in_log);
+        assert!(!line.contains(['\u{1b}', '\u{9b}']), "{line:?}");
+        let (_, status) = setup.start_command(&["status"]).finish(SOON);
+        let (_, doctor) = setup.start_command(&["doctor"]).finish(secs(30));
+        for (what, text) in [("status", status), ("doctor", doctor)] {
+            assert!(
+                words.iter().all(|word| text.contains(word)) && !text.contains(['\u{1b}', '\u{9b}']),
+                "{what}: {text}"
+            );
+        }
+    });
+}
+
+/// A coordinator that is being deployed asks for time; the next delays would be 1, 2 and 4 s.
+#[test]
+fn slow_retry_after_is_the_least_delay_before_the_next_dial() {
+    let date = |seconds: u64| httpdate::fmt_http_date(std::time::SystemTime::now() + secs(seconds));
+    let cases = [
+        ("HTTP/1.1 503 Busy\r\nRetry-After: 3\r\n\r\n".to_owned(), 3),
+        ("HTTP/1.1 429 Slow\r\nretry-after:  3 \r\nContent-Length: 0\r\n\r\n".to_owned(), 3),
+        // The server's clock is an hour ahead.
+        (format!("HTTP/1.1 503 Busy\r\nDate: {}\r\nRetry-After: {}\r\n\r\n", date(3600), date(3603)), 3),
+        ("HTTP/1.1 503 Busy\r\nRetry-After: soon\r\n\r\n".to_owned(), 1),
+        ("HTTP/1.1 503 Busy\r\nRetry-After: 0\r\n\r\n".to_owned(), 1),
+    ];
+    side_by_side(cases, |(response, seconds)| {
+        let coordinator = Coordinator::new();
+        let _agent = Setup::new(&coordinator.url()).start();
+        let mut dialled = coordinator.dialled(SOON);
+        dialled.request();
+        dialled.send(response.as_bytes());
+        drop(dialled);
+        let refused = Instant::now();
+        let delay = coordinator.dialled(SOON).at - refused;
+        assert!(
+            delay > secs(seconds).mul_f64(0.8) - ms(50) && delay < secs(seconds) + ms(1500),
+            "{response}: {delay:?}"
+        );
+    });
+    // It is heeded for 5 minutes at most, and a proxy may send it, too.
+    let proxy = refusing("HTTP/1.1 503 Busy\r\nRetry-After: 86400\r\n\r\nmaintenance");
+    let agent =
+        Setup::new("wss://coordinator.example/").env("HTTPS_PROXY", &format!("http://{}", proxy.address())).start();
+    agent.stderr.wait_line(&["the proxy in HTTPS_PROXY", "503 Busy", "maintenance"]);
+    agent.stderr.wait_line(&["reconnecting in 300000 ms"]);
+}
+
+/// Each text is escaped once, wherever it is shown.
+#[test]
+fn quotes_in_a_close_reason_a_refusal_and_a_backend_error_are_shown_as_sent() {
+    let reason = "it's \"over\", see C:\\log";
+    let coordinator = Coordinator::new();
+    let backend = Backend::new(move |_| Answer::Json(500, json!({"error": {"message": "the \"GPU\" isn't there"}})));
+    let setup = Setup::new(&coordinator.url()).backend(backend.toml());
+    let agent = setup.start();
+    let session = coordinator.session();
+    session.close(4000, reason);
+    agent.stderr.wait_line(&["session ended", reason]);
+    let session = coordinator.accept();
+    session.challenge(b"nonce");
+    session.send(&json!({"type": "auth_failed", "reason": reason}));
+    agent.stderr.wait_line(&["rejected", reason]);
+    let (_, status) = setup.start_command(&["status"]).finish(SOON);
+    let (_, json) = setup.start_command(&["status", "--json"]).finish(SOON);
+    let (_, validate) = setup.start_command(&["validate"]).finish(SOON);
+    assert!(status.contains(reason), "{status}");
+    let json: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+    assert!(json["reason"].as_str().is_some_and(|shown| shown.contains(reason)), "{json}");
+    // A JSON body, as sent.
+    for text in [status, validate] {
+        assert!(text.contains(r#"the \"GPU\" isn't there"#), "{text}");
+    }
+}
