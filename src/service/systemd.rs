@@ -192,11 +192,17 @@ impl Unit {
     }
 }
 
-/// The owner of a file and their home folder.
-pub fn owner_of(path: &Path) -> Option<(u32, PathBuf)> {
-    let uid = fs::metadata(path).ok()?.uid();
-    let home = User::from_uid(Uid::from_raw(uid)).ok().flatten()?.dir;
-    Some((uid, home))
+/// The owner of a file.
+///
+/// # Errors
+/// The file cannot be examined, or its owner is not in the user database, so that no unit could run as them.
+pub fn owner_of(path: &Path) -> Result<User, String> {
+    let failed = |why: String| format!("`{}`: {why}", path.display());
+    let uid = fs::metadata(path).map_err(|e| failed(e.to_string()))?.uid();
+    let user = User::from_uid(Uid::from_raw(uid)).ok().flatten();
+    user.ok_or_else(|| {
+        failed(format!("its owner, uid {uid}, has no entry in the user database; chown it to a user who has"))
+    })
 }
 
 /// Quotes one word by systemd's rules.

@@ -3,9 +3,11 @@
 
 pub mod datetime;
 pub mod edit_distance;
+pub mod file_access;
 pub mod files;
 pub mod jitter;
 pub mod malloc;
+pub mod permissions;
 pub mod printable;
 pub mod shell_quote;
 pub mod sockets;

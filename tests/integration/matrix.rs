@@ -40,7 +40,7 @@ fn fault_matrix_names_existing_tests_and_every_fault_test() {
         }
     }
     let modules = ["cancel", "crash", "failover", "faults_backend", "faults_box", "faults_coordinator", "health"];
-    let field = ["answers", "health", "machine", "neighbors", "network", "offer", "requests"];
+    let field = ["answers", "health", "machine", "neighbors", "network", "offer", "requests", "root"];
     for module in modules.map(str::to_owned).into_iter().chain(field.map(|name| format!("field::{name}"))) {
         let unnamed: Vec<String> = tests_of(&module).difference(&named).cloned().collect();
         assert!(unnamed.is_empty(), "no row names {unnamed:?}");

@@ -1,15 +1,19 @@
 //! `service install`: installs the supervisor and prints the notes for the operator.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use nix::unistd::Uid;
 
 use super::{ServiceTarget, print_wrapped};
 use crate::cli::CliError;
 use crate::cli::args::Globals;
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::service::crontab::Crontab;
-use crate::service::systemd::{self, Content, UNIT, Unit};
+use crate::service::systemd::{Content, UNIT, Unit};
 use crate::service::{ServiceCommand, Supervisor, is_cron_running};
 use crate::sys::files;
+use crate::sys::permissions::{Exposure, check_folder, check_path};
+use crate::sys::shell_quote::shell_quote;
 use crate::sys::user::{self, this_user};
 
 /// Environment variables that the agent uses and that a supervisor does not pass on.
@@ -20,6 +24,7 @@ pub fn run(globals: &Globals, systemd: bool) -> Result<(), CliError> {
     let unit = if systemd { Some(Unit::of_this_user()?) } else { None };
     let target = ServiceTarget::load(&Config::find(globals.config.as_deref())?, globals.allow_insecure, unit.as_ref())?;
     let command = service_command(&target, globals)?;
+    check_paths(&target, &command)?;
     // A user who is not allowed to use cron has no crontab.
     let has_no_crontab = |e: &String| systemd && e.contains("not allowed");
     let installed = Supervisor::installed().or_else(|e| if has_no_crontab(&e) { Ok(None) } else { Err(e) })?;
@@ -33,10 +38,7 @@ pub fn run(globals: &Globals, systemd: bool) -> Result<(), CliError> {
             )));
         }
     }
-    make_folders(&target, unit.as_ref()).map_err(|e| {
-        let (key, log) = (target.key_path.display(), target.log.display());
-        CliError::Runtime(format!("failed to create the folder of `{key}` or `{log}`: {e}; check the permissions"))
-    })?;
+    make_folders(&target)?;
     let (report, set_by_cron) = match unit {
         Some(unit) => (install_unit(&unit, &command, &target)?, Vec::new()),
         None => install_block(&command)?,
@@ -51,19 +53,43 @@ pub fn run(globals: &Globals, systemd: bool) -> Result<(), CliError> {
     Ok(())
 }
 
-/// Creates the folders of the identity and the log, owned by the user that the agent runs as. Under a system unit the agent cannot
-/// create them, and the unit does not start if one is missing.
-fn make_folders(target: &ServiceTarget, unit: Option<&Unit>) -> std::io::Result<()> {
-    let owner = unit.filter(|unit| !unit.is_users).and_then(|_| systemd::owner_of(&target.path));
+/// Creates the folders of the identity and the log as the user that the agent runs as, where that user may. Under a system unit the
+/// agent cannot create them, and the unit does not start if one is missing.
+fn make_folders(target: &ServiceTarget) -> Result<(), CliError> {
     for file in [&target.key_path, &target.log] {
-        let is_missing = |folder: &&Path| !folder.as_os_str().is_empty() && !folder.exists();
-        let missing: Vec<&Path> = file.ancestors().skip(1).take_while(is_missing).collect();
-        files::create_folder_of(file)?;
-        if let Some((uid, _)) = owner {
-            missing.into_iter().try_for_each(|folder| std::os::unix::fs::lchown(folder, Some(uid), None))?;
-        }
+        target.with_access(|| files::create_folder_of(file)).map_err(|e| {
+            let user = target.user.as_ref().map_or_else(String::new, |user| format!(" as {}", user.name));
+            let path = file.display();
+            CliError::Runtime(format!("failed to create the folder of `{path}`{user}: {e}; check the permissions"))
+        })?;
     }
     Ok(())
+}
+
+/// Refuses paths that the supervisor cannot represent, and, if root installs the agent, files with which a user other than the one
+/// that the agent runs as could decide what it does.
+fn check_paths(target: &ServiceTarget, command: &ServiceCommand) -> Result<(), CliError> {
+    for path in [&target.key_path, &target.log] {
+        ServiceCommand::path(path)?;
+    }
+    if !Uid::effective().is_root() {
+        return Ok(());
+    }
+    let (uid, name) = match &target.user {
+        Some(user) => (user.uid, &*user.name),
+        None => (Uid::effective(), "root"),
+    };
+    let refused = |what: &str, exposure: Exposure| {
+        let fix = exposure.fix();
+        CliError::Runtime(format!(
+            "the agent would run as {name}, but another user decides about its {what}: {exposure}; {fix}; or run \
+             `usepod-agent service install` as the user that the agent is to run as"
+        ))
+    };
+    check_path(&target.path, uid).map_err(|exposure| refused("configuration", exposure))?;
+    check_path(Path::new(&command.binary), uid).map_err(|exposure| refused("program", exposure))?;
+    let folder = target.key_path.parent().unwrap_or(Path::new("/"));
+    check_folder(folder, uid).map_err(|exposure| refused("identity", exposure))
 }
 
 fn service_command(target: &ServiceTarget, globals: &Globals) -> Result<ServiceCommand, String> {
@@ -109,14 +135,13 @@ fn install_block(command: &ServiceCommand) -> Result<(String, Vec<String>), CliE
 }
 
 fn install_unit(unit: &Unit, command: &ServiceCommand, target: &ServiceTarget) -> Result<String, CliError> {
-    let owner = systemd::owner_of(&target.path).map(|(uid, _)| uid);
     let folder = |file: &Path| file.parent().map(Path::to_owned).unwrap_or_default();
     let mut writable = vec![folder(&target.key_path), folder(&target.log)];
     writable.dedup();
     let stopped = target.paths.stopped();
     let content = Content {
         command,
-        uid: owner.filter(|_| !unit.is_users),
+        uid: target.user.as_ref().map(|user| user.uid.as_raw()),
         stopped: &stopped,
         writable: &writable,
         drain: target.drain,
@@ -169,9 +194,16 @@ fn notes(command: &ServiceCommand, target: &ServiceTarget, systemd: bool, variab
         }
         let fix = match systemd {
             false => format!("with `crontab -e`, add a line `{name}=VALUE` above the block"),
-            true => format!(
-                "with `systemctl edit {UNIT}` (`--user` for a user unit), add `Environment={name}=VALUE` below `[Service]`"
-            ),
+            // Every user can read the settings of a unit, but not this file.
+            true => {
+                let (scope, file) = environment_file();
+                let shown = file.display();
+                let create = format!("install -m 600 /dev/null {}", shell_quote(&shown.to_string()));
+                format!(
+                    "write the line `{name}=VALUE` to `{shown}`, a file that only its owner can read (`{create}` creates it), and \
+                     with `systemctl{scope} edit {UNIT}` add `EnvironmentFile={shown}` below `[Service]`"
+                )
+            }
         };
         notes.push(format!("the agent will not get the variable {name} of this shell; {fix}"));
     }
@@ -181,31 +213,46 @@ fn notes(command: &ServiceCommand, target: &ServiceTarget, systemd: bool, variab
     notes
 }
 
+/// The option of `systemctl` for this user's units, and the file for the variables of a unit.
+fn environment_file() -> (&'static str, PathBuf) {
+    match config::user_config_dir().filter(|_| !Uid::effective().is_root()) {
+        Some(folder) => (" --user", folder.join("usepod-agent/agent.env")),
+        None => ("", "/etc/usepod-agent.env".into()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::os::unix::fs::{MetadataExt, lchown};
+    use std::os::unix::fs::{MetadataExt, chown};
     use std::time::Duration;
+
+    use nix::unistd::User;
 
     use super::*;
     use crate::instance::AgentPaths;
 
-    /// Only root can change the owner of a folder.
+    /// Only root can create files as another user.
     #[test]
-    fn make_folders_gives_every_new_folder_to_the_user_of_a_system_unit() {
+    fn make_folders_creates_every_folder_as_the_user_of_a_system_unit() {
         const UID: u32 = 65534;
         let folder = std::env::temp_dir().join(format!("usepod-folders-{}", std::process::id()));
-        fs::create_dir_all(&folder).expect("a folder");
-        let (path, key_path, log) = (folder.join("agent.toml"), folder.join("a/b/key"), folder.join("c/log"));
-        fs::write(&path, "").expect("a file");
-        if lchown(&path, Some(UID), None).is_ok() {
-            let paths = AgentPaths::beside(&key_path);
-            let drain = Duration::ZERO;
-            let target = ServiceTarget { path, key_path, paths, log, is_log_named: true, drain, keys: Vec::new() };
-            make_folders(&target, Some(&Unit { path: UNIT.into(), is_users: false })).expect("folders");
+        fs::create_dir_all(folder.join("of-root")).expect("folders");
+        let path = folder.join("agent.toml");
+        let user = User::from_uid(Uid::from_raw(UID)).expect("the user database");
+        if chown(&folder, Some(UID), None).is_ok() && user.is_some() {
+            let target = |key: &str| {
+                let (key_path, user, drain) = (folder.join(key), user.clone(), Duration::ZERO);
+                let (paths, log) = (AgentPaths::beside(&key_path), folder.join("c/log"));
+                let (path, keys) = (path.clone(), Vec::new());
+                ServiceTarget { path, key_path, paths, log, is_log_named: true, drain, keys, user }
+            };
+            make_folders(&target("a/b/key")).expect("folders");
             for made in ["a", "a/b", "c"] {
                 assert_eq!(fs::metadata(folder.join(made)).expect(made).uid(), UID, "{made}");
             }
+            assert!(make_folders(&target("of-root/new/key")).is_err());
+            assert!(!folder.join("of-root/new").exists());
         }
         fs::remove_dir_all(folder).expect("removed");
     }

@@ -4,13 +4,13 @@
 
 mod install;
 
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use log::LevelFilter;
-use nix::unistd::Uid;
+use nix::unistd::{Uid, User};
 
 use super::args::{Action, Globals, Service};
 use super::{CliError, print, print_error};
@@ -22,6 +22,7 @@ use crate::service::systemd::{self, UNIT, Unit};
 use crate::service::{
     STOP_MARGIN, Supervisor, command, exit_text, is_cron_running, logs, start_like_cron, terminate, wait_until,
 };
+use crate::sys::file_access::with_access_of;
 use crate::sys::printable::PrintableWriter;
 use crate::sys::terminal::{Terminal, wrap};
 use crate::sys::{files, user};
@@ -70,6 +71,8 @@ struct ServiceTarget {
     drain: Duration,
     /// The environment variables that contain the agent's API keys.
     keys: Vec<String>,
+    /// The user that a system unit runs the agent as. Root acts with their permissions on the files that the configuration names.
+    user: Option<User>,
 }
 
 impl ServiceTarget {
@@ -81,8 +84,8 @@ impl ServiceTarget {
         let _ = std::env::set_current_dir(&home);
         let config = Config::load(&path, allow_insecure)?;
         // A system unit runs as the owner of the file, whose home folder is not root's.
-        let owner = supervisor.filter(|unit| !unit.is_users).and_then(|_| systemd::owner_of(&path));
-        let owners_home = owner.map_or_else(|| home.clone(), |(_, home)| home);
+        let user = supervisor.filter(|unit| !unit.is_users).map(|_| systemd::owner_of(&path)).transpose()?;
+        let owners_home = user.as_ref().map_or_else(|| home.clone(), |user| user.dir.clone());
         let in_owners_home = |file: &Path| {
             let file = home.join(file);
             file.strip_prefix(&home).map(|below| owners_home.join(below)).unwrap_or(file)
@@ -92,13 +95,21 @@ impl ServiceTarget {
         let log = config.log_file.as_deref().map_or_else(|| paths.log(), in_owners_home);
         let is_log_named = config.log_file.is_some();
         let keys = config.backends.into_iter().filter_map(|backend| backend.api_key_env).collect();
-        Ok(ServiceTarget { path, key_path, paths, log, is_log_named, drain: config.limits.drain, keys })
+        Ok(ServiceTarget { path, key_path, paths, log, is_log_named, drain: config.limits.drain, keys, user })
+    }
+
+    /// Acts on the agent's files with the permissions that the agent has.
+    fn with_access<T: Send>(&self, action: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+        match &self.user {
+            Some(user) => with_access_of(user, action)?,
+            None => action(),
+        }
     }
 
     /// The last lines of the log, for an error.
     fn end_of_log(&self) -> String {
         let log = &self.log;
-        let text = logs::tail(log, &rotated_path(log), FAILURE_LINES).unwrap_or_default();
+        let text = self.with_access(|| logs::tail(log, &rotated_path(log), FAILURE_LINES)).unwrap_or_default();
         if text.is_empty() {
             return format!("its log, `{}`, is empty; to see the error, run `usepod-agent run`", log.display());
         }
@@ -146,14 +157,14 @@ fn uninstall(globals: &Globals) -> Result<(), CliError> {
     let target = target?;
     let ended = stop_running(&target);
     // The marker is meant for the supervisor, which is now removed.
-    let _ = files::remove_marker(&target.paths.stopped());
+    let _ = target.with_access(|| files::remove_marker(&target.paths.stopped()));
     ended
 }
 
 /// Keeps the supervisor from starting the agent.
 fn mark_stopped(target: &ServiceTarget) -> Result<(), CliError> {
     let marker = target.paths.stopped();
-    files::create_marker(&marker).map_err(|e| {
+    target.with_access(|| files::create_marker(&marker)).map_err(|e| {
         CliError::Runtime(format!(
             "failed to create `{}`, without which the agent would be started again: {e}; check the permissions of its folder",
             marker.display()
@@ -215,7 +226,8 @@ fn restart(globals: &Globals) -> Result<(), CliError> {
 
 fn start_by(supervisor: &Supervisor, target: &ServiceTarget, verb: &str) -> Result<(), CliError> {
     let marker = target.paths.stopped();
-    files::remove_marker(&marker)
+    target
+        .with_access(|| files::remove_marker(&marker))
         .map_err(|e| format!("failed to remove `{}`, which keeps the agent stopped: {e}", marker.display()))?;
     let mut child = None;
     match supervisor {
@@ -308,14 +320,13 @@ fn print_logs(globals: &Globals, options: &Service) -> Result<(), CliError> {
         };
     }
     let log = &target.log;
-    let mut stdout = PrintableWriter(std::io::stdout().lock());
-    let printed = if options.follow {
-        logs::follow(log, &rotated_path(log), lines, &mut stdout)
-    } else {
-        logs::tail(log, &rotated_path(log), lines).map(|text| {
-            // A closed stdout is not an error.
-            let _ = stdout.write_all(&text);
-        })
-    };
+    let printed = target.with_access(|| {
+        let mut stdout = PrintableWriter(std::io::stdout().lock());
+        if options.follow {
+            return logs::follow(log, &rotated_path(log), lines, &mut stdout);
+        }
+        // A closed stdout is not an error.
+        logs::tail(log, &rotated_path(log), lines).map(|text| drop(stdout.write_all(&text)))
+    });
     printed.map_err(|e| CliError::Runtime(format!("failed to read `{}`: {e}", log.display())))
 }

@@ -7,4 +7,5 @@ mod machine; // the clock, the disk, locks, cron, systemd
 mod neighbors; // other users of the machine, and other clients of the demo
 mod network; // proxies, addresses, and a coordinator that responds otherwise than expected
 mod offer; // listings and probes
+mod root; // root's commands on files of other users
 mod requests; // the size of requests and listings
