@@ -20,7 +20,8 @@ pub struct Script {
     /// The wait before the first byte of the head.
     pub wait: Duration,
     pub framing: Framing,
-    pub content_type: &'static str,
+    /// The content type; `None`: the head does not state it.
+    pub content_type: Option<&'static str>,
     /// All bytes that it sends, and so all that the coordinator may receive.
     pub body: Vec<u8>,
     /// Sizes of the writes.
@@ -52,6 +53,8 @@ pub enum Ending {
     BadChunk,
     /// Nothing more comes.
     Silence,
+    /// Nothing more comes, behind an end marker.
+    Open,
     /// Not even a head comes.
     NoHead,
 }
@@ -79,13 +82,15 @@ enum Act {
     Cut,
     Reset,
     ErrorEvent,
+    FinishError,
+    LeftOpen,
     BadChunk,
     Json,
     EndlessLine,
     Flood,
 }
 
-const ACTS: [(u64, Act); 13] = [
+const ACTS: [(u64, Act); 15] = [
     (700, Act::Quick),
     (60, Act::Slow),
     (30, Act::Trickle),
@@ -95,6 +100,8 @@ const ACTS: [(u64, Act); 13] = [
     (50, Act::Cut),
     (30, Act::Reset),
     (40, Act::ErrorEvent),
+    (20, Act::FinishError),
+    (40, Act::LeftOpen),
     (30, Act::BadChunk),
     (40, Act::Json),
     (3, Act::EndlessLine),
@@ -116,7 +123,8 @@ impl Script {
             Act::Cut => (Verdict::Broken, Ending::Closed),
             Act::Reset => (Verdict::Torn, Ending::Reset),
             Act::BadChunk => (Verdict::Torn, Ending::BadChunk),
-            Act::ErrorEvent => (Verdict::Broken, Ending::Whole { keeps: rng.per_mille(800) }),
+            Act::ErrorEvent | Act::FinishError => (Verdict::Broken, Ending::Whole { keeps: rng.per_mille(800) }),
+            Act::LeftOpen => (Verdict::Done, Ending::Open),
             _ => (Verdict::Done, Ending::Whole { keeps: rng.per_mille(900) }),
         };
         let framing = match act {
@@ -133,7 +141,15 @@ impl Script {
         Self {
             wait: if matches!(act, Act::LateHead) { rng.time(50..1500) } else { Duration::ZERO },
             framing,
-            content_type: if matches!(act, Act::Json) { "application/json" } else { "text/event-stream" },
+            content_type: match act {
+                Act::Json => Some("application/json"),
+                _ => rng.weighed(&[
+                    (90, Some("text/event-stream")),
+                    (3, Some("text/plain; charset=utf-8")),
+                    (4, Some("application/json")),
+                    (3, None),
+                ]),
+            },
             pieces: cut(rng, body.len(), size.max(1)),
             body,
             pause,
@@ -173,6 +189,16 @@ fn body_of(act: Act, stream: &mut Stream, rng: &mut Rng) -> Vec<u8> {
             stream.pieces(rng, count);
             stream.error();
         }
+        Act::FinishError => {
+            let count = rng.within(1..20);
+            stream.pieces(rng, count);
+            stream.finish_error();
+        }
+        Act::LeftOpen => {
+            let count = rng.within(1..20);
+            stream.pieces(rng, count);
+            stream.end_with_mark(rng);
+        }
         Act::Flood => {
             let content = format!("{:x}", rng.next()).repeat(64);
             for _ in 0..rng.within(1000..3000) {
@@ -194,8 +220,12 @@ fn body_of(act: Act, stream: &mut Stream, rng: &mut Rng) -> Vec<u8> {
             let count = rng.within(1..40);
             stream.pieces(rng, count);
             stream.end(rng);
-            if rng.per_mille(200) {
-                stream.text = stream.text.replace('\n', "\r\n");
+            match rng.within(0..10) {
+                0 | 1 => stream.text = stream.text.replace('\n', "\r\n"),
+                2 => stream.text = stream.text.replace('\n', "\r"),
+                3 => stream.text.insert(0, '\u{feff}'),
+                4 => stream.text = stream.text.replace("data: {", "data: {\ndata:"),
+                _ => {}
             }
         }
     }
@@ -236,13 +266,22 @@ const fn refusal(answer: Answer, code: &'static str, may_fail_over: bool) -> Ref
     Refusal { answer, code, may_fail_over }
 }
 
-static REFUSALS: [Refusal; 13] = [
+static REFUSALS: [Refusal; 19] = [
     refusal(Answer::Status(400, "too long"), "internal", false),
     refusal(Answer::Status(401, "who are you?"), "auth_rejected_by_backend", false),
-    refusal(Answer::Status(404, "no such model"), "model_not_loaded", false),
+    refusal(Answer::Status(404, "no such model"), "model_not_loaded", true),
     refusal(Answer::Status(429, "slow down"), "out_of_capacity", true),
     refusal(Answer::Status(500, "CUDA error"), "internal", false),
+    refusal(
+        Answer::Status(500, "{\"error\":{\"message\":\"image input is not supported\",\"code\":500}}"),
+        "internal",
+        false,
+    ),
+    refusal(Answer::Status(404, "{\"error\":{\"message\":\"No models loaded.\"}}"), "model_not_loaded", true),
+    refusal(Answer::Status(400, "{\"error\":\"Failed to load model\"}"), "model_not_loaded", true),
     refusal(Answer::Status(502, "bad gateway"), "backend_unreachable", true),
+    refusal(Answer::Status(522, "connection timed out"), "backend_unreachable", true),
+    refusal(Answer::Status(529, "{\"error\":{\"type\":\"overloaded_error\"}}"), "out_of_capacity", true),
     refusal(Answer::Status(503, "{\"error\":{\"message\":\"Loading model\"}}"), "model_not_loaded", true),
     refusal(Answer::Status(503, "server busy"), "out_of_capacity", true),
     refusal(Answer::Bytes(""), "backend_unreachable", true),
@@ -256,6 +295,11 @@ static REFUSALS: [Refusal; 13] = [
         Answer::Bytes(
             "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         ),
+        "backend_unreachable",
+        true,
+    ),
+    refusal(
+        Answer::Bytes("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 0\r\n\r\n"),
         "backend_unreachable",
         true,
     ),

@@ -60,24 +60,54 @@ impl Stream {
 
     /// Appends usage and an end marker, in one of the usual forms.
     pub fn end(&mut self, rng: &mut Rng) {
+        let (finish, done) = *rng.pick(&[(true, true), (true, false), (false, true)]);
+        self.end_with(rng, finish, done);
+    }
+
+    /// Appends usage and the end marker behind which nothing more can come.
+    pub fn end_with_mark(&mut self, rng: &mut Rng) {
+        let finish = rng.per_mille(500);
+        self.end_with(rng, finish, true);
+    }
+
+    fn end_with(&mut self, rng: &mut Rng, finish: bool, done: bool) {
         let Usage { input, output } = self.usage;
         match self.format {
             Format::Openai => {
-                let (finish, done) = *rng.pick(&[(true, true), (true, false), (false, true)]);
                 if finish {
                     self.text.push_str("data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"stop\"}]}\n\n");
                 }
                 let usage = json!({"prompt_tokens": input, "completion_tokens": output});
-                self.event("", &json!({"choices": [], "usage": usage}).to_string());
+                let last = match rng.within(0..10) {
+                    0 => json!({"choices": [], "x_groq": {"usage": usage}}),
+                    1 => {
+                        json!({"choices": [], "timings": {"prompt_n": 1, "cache_n": input - 1, "predicted_n": output}})
+                    }
+                    _ => json!({"choices": [], "usage": usage}),
+                };
+                self.event("", &last.to_string());
                 if done {
                     self.text.push_str("data: [DONE]\n\n");
                 }
             }
             Format::Anthropic => {
-                let delta = json!({"type": "message_delta", "delta": {}, "usage": {"output_tokens": output}});
-                self.event("message_delta", &delta.to_string());
+                let usage = match rng.within(0..5) {
+                    0 => json!({"input_tokens": 0, "output_tokens": output}),
+                    _ => json!({"output_tokens": output}),
+                };
+                self.event("message_delta", &json!({"type": "message_delta", "delta": {}, "usage": usage}).to_string());
                 self.event("message_stop", "{\"type\":\"message_stop\"}");
             }
+        }
+    }
+
+    /// Appends the last events of a server that fails in the middle and says so only in the finish reason.
+    pub fn finish_error(&mut self) {
+        match self.format {
+            Format::Openai => self
+                .text
+                .push_str("data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"error\"}]}\n\ndata: [DONE]\n\n"),
+            Format::Anthropic => self.error(),
         }
     }
 
