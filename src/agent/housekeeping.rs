@@ -7,6 +7,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Receiver, bounded};
+
 use crate::discovery::{BackendStatus, OfferFeed, ProbeRounds};
 use crate::instance::wake_socket::{WakeSocket, Wakeup};
 use crate::instance::{AgentPaths, InstanceLock};
@@ -30,14 +32,19 @@ pub struct InstanceFiles {
     pub offers: Arc<OfferFeed>,
 }
 
-/// Starts the thread. The thread ends when the last [`Prober`](crate::discovery::Prober) is dropped.
+/// Starts the thread. The thread ends when the last [`Prober`](crate::discovery::Prober) is dropped, after it has written the state
+/// file for the last time; the returned channel then disconnects.
 ///
 /// # Errors
 /// The system refused a thread.
-pub fn spawn(wake_socket: WakeSocket, rounds: ProbeRounds, files: Option<InstanceFiles>) -> io::Result<()> {
+pub fn spawn(wake_socket: WakeSocket, rounds: ProbeRounds, files: Option<InstanceFiles>) -> io::Result<Receiver<()>> {
     let housekeeping = Housekeeping { wake_socket, rounds, files, last_trim: Instant::now() };
-    threads::spawn("housekeeping", move || housekeeping.run())?;
-    Ok(())
+    let (ended_sender, ended) = bounded(0);
+    threads::spawn("housekeeping", move || {
+        housekeeping.run();
+        drop(ended_sender);
+    })?;
+    Ok(ended)
 }
 
 struct Housekeeping {
@@ -53,7 +60,7 @@ impl Housekeeping {
         loop {
             let answer = || self.files.as_ref().map_or_else(String::new, |files| files.lock.answer());
             let wakeup = self.wake_socket.wait(self.rounds.next_wakeup(), answer);
-            let Some(has_changed) = self.rounds.poll() else { return };
+            let Some(has_changed) = self.rounds.poll() else { break };
             if let Some(files) = &mut self.files {
                 files.update(has_changed || wakeup == Wakeup::External, self.rounds.backends());
             }
@@ -61,6 +68,10 @@ impl Housekeeping {
                 self.last_trim = Instant::now();
                 malloc::trim_if_requested();
             }
+        }
+        // The last jobs have ended since the last heartbeat.
+        if let Some(files) = &mut self.files {
+            files.state_file.write(self.rounds.backends());
         }
     }
 }

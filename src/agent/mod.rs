@@ -12,6 +12,8 @@ pub mod shutdown;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::RecvTimeoutError;
+
 use crate::agent::backoff::{AttemptEnd, Backoff};
 use crate::agent::housekeeping::InstanceFiles;
 use crate::agent::session::SessionEnd;
@@ -29,6 +31,9 @@ use crate::link::protocol::OfferLimits;
 use crate::logging::sanitize_for_log;
 use crate::observe::{Connection, LiveState, Sources, StateFileWriter};
 use crate::sys::jitter;
+
+/// How long a stopping agent waits until its last state is on the disk, which may hang.
+const LAST_WRITE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// An agent, ready to run.
 pub struct Agent {
@@ -106,7 +111,7 @@ impl Agent {
         let backends = std::mem::take(&mut self.backends);
         let waker = wake_socket.waker();
         let (prober, rounds) = Prober::new(backends, self.terms.clone(), offers.clone(), move || waker.wake());
-        housekeeping::spawn(wake_socket, rounds, files)?;
+        let housekeeping_ended = housekeeping::spawn(wake_socket, rounds, files)?;
         let dialer = Dialer::new(self.coordinator.url.clone(), self.coordinator.roots.clone());
         let limits = OfferLimits {
             max_concurrent_total: self.terms.max_concurrent,
@@ -133,6 +138,11 @@ impl Agent {
             let delay = backoff.delay_after(ended, jitter::random()).max(attempt.retry_after());
             log::info!("reconnecting in {} ms", delay.as_millis());
             let _ = stop.signal().recv_timeout(delay);
+        }
+        live.not_connected(Connection::Connecting(None));
+        drop(prober);
+        if housekeeping_ended.recv_timeout(LAST_WRITE_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
+            log::warn!("the last state was not written within {} s", LAST_WRITE_TIMEOUT.as_secs());
         }
         log::info!("stopped");
         Ok(())

@@ -33,6 +33,7 @@ pub fn run(globals: &Globals, options: &Run) -> Result<(), CliError> {
 fn run_by_hand(globals: &Globals) -> Result<(), CliError> {
     let config = read_config(globals)?;
     logging::start(level_of(globals, &config), config.log_file.clone());
+    Identity::check_not_lost(&config.key_path, config.paired_provider_id())?;
     create_folder(&config.key_path)?;
     let lock = match InstanceLock::acquire(&AgentPaths::beside(&config.key_path)) {
         Ok(lock) => lock,
@@ -70,6 +71,7 @@ fn acquire(globals: &Globals) -> Result<Option<(Config, InstanceLock)>, CliError
     if paths.stopped().exists() {
         return Ok(None);
     }
+    Identity::check_not_lost(&config.key_path, config.paired_provider_id())?;
     create_folder(&config.key_path)?;
     let Some(lock) = takeover::acquire_or_take_over(&paths)? else { return Ok(None) };
     // The operator may have stopped the agent that held the lock. From here on, a stop reaches this process.
@@ -102,7 +104,8 @@ fn serve(config: Config, lock: InstanceLock) -> Result<(), CliError> {
     if lock.is_exclusive() {
         files::remove_leftovers(&config.key_path);
     }
-    let identity = Identity::load_or_create(&config.key_path)?;
+    let mut identity = Identity::load_or_create(&config.key_path)?;
+    identity.expect_provider_id(config.recorded_provider_id.clone());
     if config.backends.is_empty() {
         log::warn!("no [[backends]] in the configuration: nothing to offer");
     }

@@ -10,6 +10,7 @@ use toml_edit::Document;
 use tungstenite::http::Uri;
 
 use super::error::ConfigError;
+use super::recorded;
 use super::section::{Field, Section};
 use super::{
     BackendConfig, Config, CoordinatorConfig, DRAIN_SECONDS_DEFAULT, DRAIN_SECONDS_RANGE, KEY_PATH_DEFAULT, Limits,
@@ -40,6 +41,7 @@ pub fn config(text: &str, path: &Path, allow_insecure: bool) -> Result<Config, C
         log_level: log_level(&observability, &mut warnings)?,
         log_file: log_file(&observability, &key_path)?,
         key_path,
+        recorded_provider_id: recorded::provider_id(text),
         warnings,
     })
 }

@@ -5,6 +5,7 @@
 
 mod check;
 mod error;
+pub mod recorded;
 mod section;
 
 use std::collections::HashMap;
@@ -54,6 +55,8 @@ pub struct Config {
     pub log_level: Option<LevelFilter>,
     /// `[observability] log_file`.
     pub log_file: Option<PathBuf>,
+    /// The provider id that `setup` recorded in a comment.
+    pub recorded_provider_id: Option<String>,
     /// Warnings, to be logged.
     pub warnings: Vec<ConfigError>,
 }
@@ -151,12 +154,25 @@ impl Config {
         Config::parse(&Config::read(path)?, path, allow_insecure)
     }
 
+    /// The recorded provider id of an agent that must not become another one. An enrollment code asks for a new identity.
+    pub fn paired_provider_id(&self) -> Option<&str> {
+        self.recorded_provider_id.as_deref().filter(|_| self.coordinator.enrollment_code.is_none())
+    }
+
     /// Reads `key_path` from a file, without validating anything else.
     ///
     /// # Errors
     /// The file is not valid TOML, or `key_path` is invalid.
     pub fn key_path_in(path: &Path) -> Result<PathBuf, ConfigError> {
         check::key_path_in(without_bom(&Config::read(path)?), path)
+    }
+
+    /// Reads the provider id that `setup` recorded in a file, without validating anything.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn recorded_provider_id_in(path: &Path) -> Result<Option<String>, ConfigError> {
+        Ok(recorded::provider_id(&Config::read(path)?))
     }
 
     /// Reads the text of a file.

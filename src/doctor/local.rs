@@ -8,7 +8,9 @@ use nix::sys::statvfs::{FsFlags, statvfs};
 
 use super::report::Report;
 use crate::config::Config;
-use crate::instance::identity::{Identity, IdentityError};
+use crate::instance::identity::{
+    IDENTITY_LOST_FIX, Identity, IdentityError, UNEXPECTED_PROVIDER_ID_FIX, unexpected_provider_id,
+};
 use crate::instance::{AgentPaths, LockError, running_agent};
 use crate::sys::files;
 
@@ -43,6 +45,9 @@ pub fn config(report: &mut Report<'_>, named: Option<&Path>, allow_insecure: boo
 pub fn identity(report: &mut Report<'_>, config: &Config) {
     let path = &config.key_path;
     let shown_path = path.display();
+    if let Err(e) = Identity::check_not_lost(path, config.paired_provider_id()) {
+        return report.fail("identity", e.fault(), IDENTITY_LOST_FIX);
+    }
     match fs::metadata(path) {
         Err(e) if e.kind() == ErrorKind::NotFound => {
             let what = format_args!("`{shown_path}` does not exist; the first start creates it");
@@ -82,6 +87,9 @@ fn enrollment(report: &mut Report<'_>, config: &Config, identity: Result<Identit
     };
     if is_private {
         report.pass("identity", format_args!("`{path}`, public key {}", identity.public_key_base64()));
+    }
+    if let Some(what) = unexpected_provider_id(identity.provider_id(), config.recorded_provider_id.as_deref()) {
+        return report.warn("enrollment", what, UNEXPECTED_PROVIDER_ID_FIX);
     }
     match (identity.provider_id(), &config.coordinator.enrollment_code) {
         (Some(id), _) => report.pass("enrollment", format_args!("enrolled as {}", id)),

@@ -14,6 +14,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use ring::rand::{SecureRandom, SystemRandom};
 use ring::signature::{Ed25519KeyPair, KeyPair};
 
+use crate::logging::sanitize_for_log;
 use crate::sys::datetime::rfc3339;
 use crate::sys::files;
 
@@ -25,10 +26,19 @@ const FILE_BYTES_MAX: u64 = 64 << 10;
 /// Maximum length of a provider id that is stored, in bytes.
 const PROVIDER_ID_BYTES_MAX: usize = 256;
 
+/// What to do about a lost identity file.
+pub const IDENTITY_LOST_FIX: &str = "mount the disk that holds it, or restore it from your backup; to pair this machine anew as another agent: usepod-agent setup";
+
+/// What to do about an unexpected provider id.
+pub const UNEXPECTED_PROVIDER_ID_FIX: &str = "restore the identity file of that pairing, or if this one is intended, correct \
+    the comment `provider_id` in agent.toml";
+
 /// An agent's identity.
 pub struct Identity {
     key: Ed25519KeyPair,
     provider_id: Option<String>,
+    /// The id that the agent is expected to have.
+    expected: Option<String>,
     file: Option<IdentityFile>,
 }
 
@@ -59,12 +69,47 @@ pub enum IdentityError {
         /// What is wrong with its content.
         reason: String,
     },
+    /// The file is missing, although this agent was paired.
+    #[error("{}; {}", self.fault(), IDENTITY_LOST_FIX)]
+    Lost {
+        /// The file.
+        path: PathBuf,
+        /// The id that the pairing gave the agent.
+        provider_id: String,
+    },
     /// The system provides no randomness.
     #[error("failed to create a key: the system provides no randomness")]
     NoRandomness,
 }
 
+impl IdentityError {
+    /// What is wrong, without the fix.
+    pub fn fault(&self) -> String {
+        match self {
+            IdentityError::Lost { path, provider_id } => format!(
+                "the identity file `{}` does not exist, although agent.toml records that this agent was paired as {}",
+                path.display(),
+                sanitize_for_log(provider_id)
+            ),
+            other => other.to_string(),
+        }
+    }
+}
+
 impl Identity {
+    /// Checks that the file exists if the agent was paired as `recorded`: a new identity would be another agent, without the
+    /// operator noticing.
+    ///
+    /// # Errors
+    /// The file does not exist.
+    pub fn check_not_lost(path: &Path, recorded: Option<&str>) -> Result<(), IdentityError> {
+        let is_missing = || std::fs::metadata(path).is_err_and(|e| is_absent(&e));
+        match recorded {
+            Some(id) if is_missing() => Err(IdentityError::Lost { path: path.to_owned(), provider_id: id.to_owned() }),
+            _ => Ok(()),
+        }
+    }
+
     /// Reads the file, or creates it with a new identity if it does not exist.
     ///
     /// # Errors
@@ -106,7 +151,12 @@ impl Identity {
             format!("{BEGIN}\nversion: {VERSION}\ncreated: {created}\nsecret: {secret}\npublic: {public}\n{END}\n");
         files::create_atomic(path, text.as_bytes()).map_err(io_error)?;
         log::info!("new identity in `{}`", path.display());
-        Ok(Identity { key, provider_id: None, file: Some(IdentityFile { path: path.to_owned(), text }) })
+        Ok(Identity {
+            key,
+            provider_id: None,
+            expected: None,
+            file: Some(IdentityFile { path: path.to_owned(), text }),
+        })
     }
 
     /// Creates an identity that is not stored.
@@ -114,7 +164,7 @@ impl Identity {
     /// # Errors
     /// The system provides no randomness.
     pub fn ephemeral() -> Result<Identity, IdentityError> {
-        Ok(Identity { key: new_key()?.1, provider_id: None, file: None })
+        Ok(Identity { key: new_key()?.1, provider_id: None, expected: None, file: None })
     }
 
     fn parse(bytes: &[u8], path: &Path) -> Result<Identity, String> {
@@ -129,7 +179,7 @@ impl Identity {
         let key = key_from(&fields)?;
         let provider_id = fields.get("provider_id").filter(|id| !id.is_empty()).map(|id| (*id).to_owned());
         let file = IdentityFile { path: path.to_owned(), text: text.to_owned() };
-        Ok(Identity { key, provider_id, file: Some(file) })
+        Ok(Identity { key, provider_id, expected: None, file: Some(file) })
     }
 
     /// The public key, 32 bytes.
@@ -152,6 +202,18 @@ impl Identity {
         self.provider_id.as_deref()
     }
 
+    /// Logs a warning now, and whenever the id changes, if the provider id is not `recorded`, the one of the pairing.
+    pub fn expect_provider_id(&mut self, recorded: Option<String>) {
+        self.expected = recorded;
+        self.check_expected();
+    }
+
+    fn check_expected(&self) {
+        if let Some(warning) = unexpected_provider_id(self.provider_id(), self.expected.as_deref()) {
+            log::warn!("{warning}; {UNEXPECTED_PROVIDER_ID_FIX}");
+        }
+    }
+
     /// Sets the provider id and stores it in the file. If the file cannot be written, the id is kept until the agent stops.
     pub fn set_provider_id(&mut self, id: String) {
         if self.provider_id.as_deref() == Some(&id) {
@@ -168,7 +230,19 @@ impl Identity {
             );
         }
         self.provider_id = Some(id);
+        self.check_expected();
     }
+}
+
+/// A warning if the agent's provider id is not the one that its pairing recorded.
+pub fn unexpected_provider_id(id: Option<&str>, recorded: Option<&str>) -> Option<String> {
+    let (id, recorded) = (sanitize_for_log(id?), sanitize_for_log(recorded?));
+    (id != recorded)
+        .then(|| format!("this agent is enrolled as {id}, but agent.toml records that it was paired as {recorded}"))
+}
+
+fn is_absent(e: &io::Error) -> bool {
+    matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
 /// The trimmed lines between the begin and end lines, without blank ones.

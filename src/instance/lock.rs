@@ -6,7 +6,7 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -136,7 +136,9 @@ fn take(file: &File, lock: fn(&File) -> Result<(), TryLockError>, paths: &AgentP
 }
 
 fn open(path: &Path) -> Result<File, LockError> {
-    let writable = files::owner_only(OpenOptions::new().read(true).write(true).create(true).truncate(false)).open(path);
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).custom_flags(libc::O_NONBLOCK);
+    let writable = files::owner_only(&mut options).open(path).and_then(files::require_regular);
     // Locking needs no write permission; only writing the content does.
     let file = writable.or_else(|e| files::open_regular(path).map_err(|now| if is_missing(&now) { e } else { now }));
     file.map_err(|why| match path.symlink_metadata() {

@@ -1,10 +1,12 @@
 //! Reads the end of a log file, and follows the lines appended to it.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
+
+use crate::sys::files;
 
 /// How often a followed file is checked for new text.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
@@ -26,7 +28,7 @@ pub fn tail(log: &Path, older: &Path, lines: usize) -> io::Result<Vec<u8>> {
 
 /// The last lines of one file, and their number.
 fn last_lines(path: &Path, lines: usize) -> io::Result<(Vec<u8>, usize)> {
-    let mut file = match File::open(path) {
+    let mut file = match files::open_regular(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok((Vec::new(), 0)),
         opened => opened?,
     };
@@ -57,7 +59,7 @@ fn last_lines(path: &Path, lines: usize) -> io::Result<(Vec<u8>, usize)> {
 /// A file cannot be read.
 pub fn follow(log: &Path, older: &Path, lines: usize, out: &mut impl Write) -> io::Result<()> {
     // Opened before the tail is read: text written in between may be printed twice, but is not missed.
-    let mut file = File::open(log).ok();
+    let mut file = files::open_regular(log).ok();
     if let Some(file) = &mut file {
         file.seek(SeekFrom::End(0))?;
     }
@@ -80,7 +82,7 @@ pub fn follow(log: &Path, older: &Path, lines: usize, out: &mut impl Write) -> i
             }
         }
         if file.is_none()
-            && let Ok(mut next) = File::open(log)
+            && let Ok(mut next) = files::open_regular(log)
         {
             next.read_to_end(&mut text)?;
             file = Some(next);

@@ -12,9 +12,12 @@ use nix::unistd::{Uid, User};
 
 use super::{STOP_MARGIN, ServiceCommand, command, error_text};
 use crate::config;
+use crate::sys::files;
 
 /// The unit's name.
 pub const UNIT: &str = "usepod-agent.service";
+/// Maximum size of a unit's file that is read, in bytes.
+const UNIT_BYTES_MAX: u64 = 1 << 20;
 const SYSTEM_FOLDER: &str = "/etc/systemd/system";
 /// The configuration file, for the other commands; systemd ignores keys that begin with `X-`.
 const CONFIG_KEY: &str = "X-Config=";
@@ -103,7 +106,7 @@ impl Unit {
     }
 
     fn value_of(&self, key: &str) -> Option<String> {
-        let text = fs::read_to_string(&self.path).ok()?;
+        let text = String::from_utf8(files::read_bounded(&self.path, UNIT_BYTES_MAX).ok()?).ok()?;
         text.lines().find_map(|line| line.strip_prefix(key)).map(str::to_owned)
     }
 
@@ -143,7 +146,7 @@ impl Unit {
     /// # Errors
     /// The file cannot be written, or systemd refuses it; the previous file is restored.
     pub fn install(&self, text: &str) -> Result<bool, String> {
-        let before = fs::read(&self.path).ok();
+        let before = files::read_bounded(&self.path, UNIT_BYTES_MAX).ok();
         if before.as_deref() == Some(text.as_bytes()) {
             return Ok(false);
         }

@@ -21,7 +21,14 @@ const LEFTOVER_AGE: Duration = Duration::from_secs(60);
 /// # Errors
 /// The file cannot be opened, or is not a regular file.
 pub fn open_regular(path: &Path) -> io::Result<File> {
-    let file = open_nonblocking(path)?;
+    require_regular(open_nonblocking(path)?)
+}
+
+/// Returns the file if it is a regular one.
+///
+/// # Errors
+/// It is a folder, a FIFO, a device or a socket.
+pub fn require_regular(file: File) -> io::Result<File> {
     if file.metadata()?.is_file() {
         return Ok(file);
     }

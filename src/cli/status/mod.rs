@@ -11,8 +11,9 @@ use serde_json::{Value, json};
 
 use super::args::{Globals, Status};
 use super::{CliError, agent_paths, print_error, print_raw, try_print_raw};
-use crate::instance::wake_socket;
+use crate::config::Config;
 use crate::instance::{AgentPaths, LIVENESS_TIMEOUT, LockError, LockOwner, running_agent};
+use crate::instance::{identity, wake_socket};
 use crate::observe::State;
 use crate::sys::printable::printable_json;
 use crate::sys::terminal::Terminal;
@@ -42,17 +43,18 @@ pub fn run(globals: &Globals, options: &Status) -> Result<(), CliError> {
         paths => paths?,
     };
     let terminal = Terminal::of_stdout();
+    let report = || Report::new(&paths, recorded_provider_id(globals).as_deref());
     let text = |report: &Report| match options.json {
         true => format!("{}\n", printable_json(&report.to_json().to_string())),
         false => render::page(report, terminal),
     };
     if !options.watch {
-        let report = Report::new(&paths);
+        let report = report();
         print_raw(&text(&report));
         return report.exit();
     }
     loop {
-        let text = text(&Report::new(&paths));
+        let text = text(&report());
         // The rest of each line is cleared, and the screen below the page.
         let redraws = terminal.is_live && !options.json;
         let page = if redraws { format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")) } else { text };
@@ -61,6 +63,12 @@ pub fn run(globals: &Globals, options: &Status) -> Result<(), CliError> {
         }
         thread::sleep(WATCH_INTERVAL);
     }
+}
+
+/// The provider id that the configuration records.
+fn recorded_provider_id(globals: &Globals) -> Option<String> {
+    let path = Config::find(globals.config.as_deref()).ok()?;
+    Config::recorded_provider_id_in(&path).ok()?
 }
 
 /// The report of `status`: the state file, corrected by the lock file.
@@ -79,13 +87,19 @@ struct Report {
 }
 
 impl Report {
-    /// Makes a running agent refresh its state file, and reads it.
-    fn new(paths: &AgentPaths) -> Report {
-        match running_agent(paths) {
+    /// Makes a running agent refresh its state file, and reads it. `recorded` is the provider id of the pairing.
+    fn new(paths: &AgentPaths, recorded: Option<&str>) -> Report {
+        let mut report = match running_agent(paths) {
             Ok(Some(owner)) => Report::running(paths, &owner),
             Ok(None) => Report::not_running(paths),
             Err(e) => Report::unknown(paths, &e),
+        };
+        if report.is_running
+            && let Some(warning) = identity::unexpected_provider_id(report.state.provider_id.as_deref(), recorded)
+        {
+            report.notes.push(format!("{warning}; {}", identity::UNEXPECTED_PROVIDER_ID_FIX));
         }
+        report
     }
 
     /// The agent cannot be seen from here, or the lock does not show whether there is one.

@@ -11,7 +11,7 @@ use toml_edit::{
 };
 
 use super::{CoordinatorUrls, ModelTerms, Paired};
-use crate::config::{BackendConfig, KEY_PATH_DEFAULT, MAX_CONCURRENT_RANGE, without_bom};
+use crate::config::{self, BackendConfig, KEY_PATH_DEFAULT, MAX_CONCURRENT_RANGE, without_bom};
 use crate::logging::{redact, sanitize_for_log};
 
 /// Prices of a new file if the pairing names none, in USDC micro-units per million tokens.
@@ -22,7 +22,7 @@ const MAX_CONCURRENT_DEFAULT: u32 = 4;
 
 /// Start of the comment lines that record the pairing.
 const PAIRED_WITH: &str = "# paired with:  ";
-const PROVIDER_ID: &str = "# provider_id:  ";
+const PROVIDER_ID: &str = config::recorded::PROVIDER_ID_COMMENT;
 const HOST_TOKEN: &str = "# host token:   ";
 
 /// Returns the new text of the file. `old` is the current text, empty if there is no file; `found` lists discovered backends

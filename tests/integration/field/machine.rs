@@ -1,7 +1,10 @@
 //! The clock, the disk, locks, cron and systemd, as they are on real machines.
 
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::io::Write;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -182,5 +185,151 @@ fn start_succeeds_while_others_ask_for_the_status() {
         std::thread::sleep(ms(30));
         drop(asking);
         coordinator.session();
+    }
+}
+
+/// The disk of the identity is not mounted, or the file was deleted: a new identity would earn for nobody, and look well.
+#[test]
+fn identity_that_is_lost_after_a_pairing_is_an_error_and_not_a_new_agent() {
+    let coordinator = Coordinator::new();
+    // As `setup` writes it, and as an operator may have edited it.
+    for comment in ["# provider_id:  prov_paired", "  #provider_id = \"prov_paired\""] {
+        let setup = Setup::new(&coordinator.url()).more(comment);
+        const ADVICE: [&str; 4] = ["identity.key", "prov_paired", "mount", "usepod-agent setup"];
+        for words in [&["run"][..], &["run", "--cron"], &["enroll"]] {
+            run(&setup, words).fails(1, &ADVICE);
+        }
+        assert!(!setup.identity().exists() && !lock_of(&setup).exists());
+        coordinator.assert_not_dialled(Duration::ZERO);
+        let report = doctor(&with_refusing_coordinator(&setup).more(comment));
+        assert!(report.contains("✗ identity") && ADVICE.iter().all(|word| report.contains(word)), "{report}");
+
+        // An enrollment code asks for a new identity.
+        let setup = setup.coordinator("enrollment_code = \"POD-ENROLL-abc\"");
+        let _agent = setup.start();
+        coordinator.session();
+    }
+    // A first start: `setup` recorded nothing.
+    let setup = Setup::new(&coordinator.url()).more("# provider_id:  none was given");
+    let _agent = setup.start();
+    coordinator.session();
+}
+
+/// The disk holds the identity of another agent, or the coordinator gave this one another id.
+#[test]
+fn provider_id_that_differs_from_the_recorded_one_is_a_warning() {
+    let coordinator = Coordinator::new();
+    let setup = Setup::new(&coordinator.url()).more("# provider_id:  prov_paired");
+    run(&with_refusing_coordinator(&setup), &["enroll"]);
+    let agent = setup.start();
+    let paired = coordinator.accept().authenticate(Some("prov_paired"));
+    assert_eq!(status(&setup).0["notes"], json!([]));
+    assert!(!agent.stderr.text().contains("records"), "{:?}", agent.warnings());
+    paired.close(1001, "drain:deploy");
+    let _other = coordinator.accept().authenticate(Some("prov_other"));
+    const WORDS: [&str; 2] = ["prov_other", "prov_paired"];
+    agent.stderr.wait_line(&["WARN", WORDS[0], WORDS[1]]);
+    wait_until("a note", || status(&setup).0["notes"].to_string().contains("prov_other"));
+    let page = run(&setup, &["status"]).stdout;
+    assert!(WORDS.iter().all(|word| page.contains(word)), "{page}");
+    let report = doctor(&with_refusing_coordinator(&setup).more("# provider_id:  prov_paired"));
+    assert!(report.contains("! enrollment") && WORDS.iter().all(|word| report.contains(word)), "{report}");
+    // From the start, too.
+    drop(agent);
+    setup.start().stderr.wait_line(&["WARN", WORDS[0], WORDS[1]]);
+}
+
+#[test]
+fn state_file_is_written_after_the_last_job_of_a_drain() {
+    let backend = Backend::vllm(&["m"]);
+    let mut rig = Rig::new(&backend);
+    let id = rig.session.job("m", json!({}));
+    let held = backend.next();
+    rig.agent.signal("TERM");
+    rig.session.frame("capabilities", SOON);
+    wait_until("the drain is shown", || status(&rig.setup).0["state"] == "draining");
+    assert_eq!(status(&rig.setup).0["jobs"]["in_flight"], 1);
+    held.finish();
+    rig.session.outcome(&id).done();
+    rig.agent.wait(SOON);
+    let (state, code) = status(&rig.setup);
+    assert_eq!((&state["state"], code), (&json!("not_running"), 3), "{state}");
+    assert_eq!((&state["jobs"]["in_flight"], &state["jobs"]["done"]), (&json!(0), &json!(1)), "{state}");
+    assert_eq!(state["connected"], false, "{state}");
+}
+
+/// A FIFO without a writer, one that is never written, and a device without end.
+#[test]
+fn file_that_is_no_file_hangs_no_command() {
+    type Place = fn(&Setup) -> PathBuf;
+    let state: Place = |setup| setup.identity().with_file_name("identity.key.state");
+    let log: Place = |setup| setup.log();
+    let commands: [(Place, &[&str], i32); 9] = [
+        (state, &["status"], 3),
+        (state, &["pause"], 0),
+        (lock_of, &["status"], 1),
+        (lock_of, &["run"], 1),
+        (Setup::identity, &["run"], 1),
+        (Setup::identity, &["enroll"], 1),
+        (Setup::identity, &["doctor", "--no-inference"], 1),
+        (log, &["service", "logs"], 1),
+        (|setup| setup.scratch.join("ca.pem"), &["run"], 2),
+    ];
+    let kinds = ["mkfifo \"$1\"", "ln -s /dev/zero \"$1\"", "mkfifo \"$1\" && sleep 30 <>\"$1\" & sleep 0.1"];
+    let cases = kinds.iter().flat_map(|kind| commands.iter().map(move |command| (*kind, command)));
+    side_by_side(cases, |(kind, (place, words, code))| {
+        let setup = Setup::new(&format!("ws://{}/", nobody_at("127.0.0.78")));
+        let setup = if place(&setup).ends_with("ca.pem") { setup.coordinator("ca_file = \"ca.pem\"") } else { setup };
+        fs::create_dir(setup.scratch.join(".usepod-agent")).expect("a folder");
+        let made = Made::by(kind, &place(&setup));
+        let ran = run(&setup, words);
+        assert_eq!(ran.code, Some(*code), "{kind}, {words:?}: {ran:?}");
+        drop(made);
+    });
+}
+
+/// Something that a shell command put in the place of a file; the command is ended at the end of the test.
+struct Made(std::process::Child);
+
+impl Made {
+    fn by(shell: &str, path: &Path) -> Made {
+        let mut command = Command::new("sh");
+        command.args(["-c", shell, "sh"]).arg(path).process_group(0);
+        let made = Made(command.spawn().expect("a shell"));
+        wait_until("it is there", || path.symlink_metadata().is_ok());
+        made
+    }
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        let group = format!("-{}", self.0.id());
+        let _ = Command::new("kill").args(["-KILL", "--", &group]).stderr(std::process::Stdio::null()).status();
+        let _ = self.0.wait();
+    }
+}
+
+/// `--config <(template)` of a shell is a pipe, and is read; one that nobody writes is given up.
+#[test]
+fn slow_configuration_may_come_from_a_pipe_that_is_written() {
+    let setup = Setup::new("ws://127.0.0.1:1/");
+    let text = setup.toml();
+    let mut child = Command::new(binary());
+    child.args(["enroll", "--allow-insecure", "--config", "/dev/stdin"]).env("HOME", setup.scratch.path());
+    let mut child = child.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("started");
+    let mut stdin = child.stdin.take().expect("a pipe");
+    let (start, end) = text.split_at(text.len() / 2);
+    stdin.write_all(start.as_bytes()).expect("written");
+    std::thread::sleep(ms(50));
+    stdin.write_all(end.as_bytes()).expect("written");
+    drop(stdin);
+    let output = child.wait_with_output().expect("its end");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("public_key: "), "{output:?}");
+    for kind in ["mkfifo \"$1\"", "mkfifo \"$1\" && sleep 30 <>\"$1\" & sleep 0.1"] {
+        let path = setup.scratch.join("pipe.toml");
+        let _ = fs::remove_file(&path);
+        let _made = Made::by(kind, &path);
+        let ran = cli(setup.scratch.path(), &["status", "--config", path.to_str().expect("UTF-8")], &[]);
+        assert!(ran.code.is_some_and(|code| code != 0), "{ran:?}");
     }
 }
