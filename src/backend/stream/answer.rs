@@ -41,7 +41,7 @@ enum Shape {
     Json(JsonBody),
     /// Neither of the above.
     Text,
-    /// Encoded, so that it cannot be read.
+    /// Binary or encoded, so that it cannot be judged.
     Opaque,
 }
 
@@ -50,10 +50,11 @@ impl Answer {
     pub fn of(response: &Response<Body>) -> Answer {
         let value = |name| media_type(response.headers(), name);
         let is_encoded = !matches!(value(header::CONTENT_ENCODING).as_str(), "" | "identity");
+        let is_labelled_stream = value(header::CONTENT_TYPE) == "text/event-stream";
         Answer {
-            shape: if is_encoded { Shape::Opaque } else { Shape::Undecided(Vec::new()) },
+            shape: if is_encoded && !is_labelled_stream { Shape::Opaque } else { Shape::Undecided(Vec::new()) },
             status: response.status().as_u16(),
-            is_labelled_stream: value(header::CONTENT_TYPE) == "text/event-stream",
+            is_labelled_stream,
             has_relayed: false,
         }
     }

@@ -33,14 +33,12 @@ impl Completion {
     /// Updates the limit after a read. `has_event`: the read completed an event, rather than only comments.
     pub fn update(&mut self, progress: Progress, has_event: bool) {
         let grace = match progress {
-            Progress::Open => return,
-            Progress::Finished => FINISHED_GRACE,
-            Progress::Done => DONE_GRACE,
+            Progress::Open => None,
+            Progress::Finished => Some(FINISHED_GRACE),
+            Progress::Done => Some(DONE_GRACE),
         };
-        let new = Instant::now() + grace;
-        self.due = match self.due {
-            Some(due) if progress == Progress::Done || !has_event => Some(due.min(new)),
-            _ => Some(new),
-        };
+        let new = grace.map(|grace| Instant::now() + grace);
+        let is_extended = has_event && progress < Progress::Done;
+        self.due = if is_extended { new } else { self.due.map_or(new, |due| new.map(|new| due.min(new))) };
     }
 }

@@ -17,8 +17,6 @@ pub struct EventClass {
     pub is_delta: bool,
     /// The event may contain usage, an end marker or an error.
     pub needs_parsing: bool,
-    /// The event is a JSON object that continues in the next line.
-    pub is_partial: bool,
 }
 
 /// Classifies the events of one stream.
@@ -34,12 +32,11 @@ impl EventClassifier {
     /// Classifies an event.
     pub fn classify(&mut self, json: &[u8]) -> EventClass {
         if self.matches_template(json) {
-            return EventClass { is_delta: true, ..EventClass::default() };
+            return EventClass { is_delta: true, needs_parsing: false };
         }
         let mut scan = KeyScan::default();
         scan.run(json);
-        let is_only_delta = !scan.class.needs_parsing && !scan.class.is_partial;
-        if let (Some(text), true, true) = (scan.text, is_only_delta, json.len() <= TEMPLATE_BYTES_MAX) {
+        if let (Some(text), false, true) = (scan.text, scan.class.needs_parsing, json.len() <= TEMPLATE_BYTES_MAX) {
             self.template.clear();
             self.template.extend_from_slice(json);
             self.text = text;
@@ -69,12 +66,10 @@ struct KeyScan {
 
 impl KeyScan {
     fn run(&mut self, json: &[u8]) {
-        let (mut at, mut depth) = (0, 0);
+        let mut at = 0;
         while let Some(open) = json[at..].iter().position(|b| *b == b'"') {
             let start = at + open + 1;
-            depth += opened_brackets(&json[at..start]);
-            // A line end within a string is not JSON.
-            let Some(end) = end_of_string(json, start) else { return };
+            let Some(end) = end_of_string(json, start) else { break };
             at = end + 1;
             let rest = json[at..].trim_ascii_start();
             if let Some(value) = rest.strip_prefix(b":") {
@@ -82,7 +77,6 @@ impl KeyScan {
                 self.key(&json[start..end], value, json.len() - value.len());
             }
         }
-        self.class.is_partial = json.first() == Some(&b'{') && depth + opened_brackets(&json[at..]) > 0;
     }
 
     /// Classifies a key. `value` is the rest of the event, from the value on; it starts at `value_at`.
@@ -120,14 +114,23 @@ fn is_escaped_string(value: &[u8]) -> bool {
     string.is_some_and(|string| string.contains(&b'\\'))
 }
 
-/// The number of brackets that are opened, less those that are closed. `json` contains no strings.
-fn opened_brackets(json: &[u8]) -> isize {
-    let change = |byte: &u8| match byte {
-        b'{' | b'[' => 1,
-        b'}' | b']' => -1,
-        _ => 0,
-    };
-    json.iter().map(change).sum()
+/// Whether a line is the beginning of a JSON object that may continue in the next line.
+pub fn is_partial(line: &[u8]) -> bool {
+    let (mut at, mut depth) = (0, 0_usize);
+    while let Some(byte) = line.get(at) {
+        match byte {
+            b'{' | b'[' => depth += 1,
+            b'}' | b']' => depth = depth.saturating_sub(1),
+            b'"' => match end_of_string(line, at + 1) {
+                Some(end) => at = end,
+                // A string does not continue in the next line.
+                None => return false,
+            },
+            _ => {}
+        }
+        at += 1;
+    }
+    depth > 0 && line.starts_with(b"{")
 }
 
 /// Position of the closing quote of the string that starts at `at`.
@@ -152,7 +155,7 @@ mod tests {
 
     #[test]
     fn classify_separates_deltas_from_events_to_parse() {
-        let class = |is_delta, needs_parsing| EventClass { is_delta, needs_parsing, is_partial: false };
+        let class = |is_delta, needs_parsing| EventClass { is_delta, needs_parsing };
         for (event, want) in [
             (r#"{"choices":[{"delta":{"content":"x"},"finish_reason":null}]}"#, class(true, false)),
             (r#"{"choices":[{"delta":{"content":""},"finish_reason":null}]}"#, class(false, false)),
@@ -177,7 +180,7 @@ mod tests {
             ("[[0,", false),
             ("", false),
         ] {
-            assert_eq!(classify_without_template(event.as_bytes()).is_partial, want, "{event}");
+            assert_eq!(is_partial(event.as_bytes()), want, "{event}");
         }
     }
 

@@ -71,21 +71,28 @@ impl Report {
     pub fn fail(&mut self, message: &str) {
         match &self.failure {
             Some(BackendError::ReportedError(earlier)) if !earlier.is_empty() => {}
-            _ => self.failure = Some(BackendError::ReportedError(truncated_body(message.as_bytes()))),
+            _ => self.fail_with(BackendError::ReportedError(truncated_body(message.as_bytes()))),
         }
+    }
+
+    fn fail_with(&mut self, failure: BackendError) {
+        self.failure = Some(failure);
+        self.progress = self.progress.max(Progress::Finished);
     }
 
     /// How far the response has come.
     pub fn progress(&self) -> Progress {
-        match self.failure {
-            Some(_) => self.progress.max(Progress::Finished),
-            None => self.progress,
-        }
+        self.progress
     }
 
     /// The token counts so far.
     pub fn usage(&self) -> Usage {
         self.usage.or(self.fallback)
+    }
+
+    /// The output tokens so far.
+    pub fn output_tokens(&self) -> u32 {
+        self.usage.output.or(self.fallback.output).unwrap_or(0)
     }
 
     /// The failure, if the response contains one.
@@ -98,10 +105,14 @@ impl Report {
         self.usage.merge(&message["message"]["usage"]);
         self.fallback.merge(&message["x_groq"]["usage"]);
         self.fallback.merge_timings(&message["timings"]);
+        for choice in choices_of(message) {
+            // Moonshot.
+            self.fallback.merge(&choice["usage"]);
+        }
     }
 
     fn read_finish_reasons(&mut self, message: &Value) {
-        for choice in message["choices"].as_array().into_iter().flatten() {
+        for choice in choices_of(message) {
             let reason = &choice["finish_reason"];
             // SGLang's own API sends an object.
             let name = reason.as_str().or_else(|| reason["type"].as_str());
@@ -111,7 +122,8 @@ impl Report {
                 Some(name) if ["abort", "error"].iter().any(|failed| name.eq_ignore_ascii_case(failed)) => {
                     match error_of(choice, b"") {
                         Some(message) => self.fail(&message),
-                        None => self.failure = self.failure.take().or(Some(BackendError::Aborted)),
+                        None if self.failure.is_none() => self.fail_with(BackendError::Aborted),
+                        None => {}
                     }
                 }
                 _ if reason.is_null() => {}
@@ -119,6 +131,10 @@ impl Report {
             }
         }
     }
+}
+
+fn choices_of(message: &Value) -> &[Value] {
+    message["choices"].as_array().map(Vec::as_slice).unwrap_or_default()
 }
 
 /// The message of the error that an event or a body contains. `text` is its JSON.

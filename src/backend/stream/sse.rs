@@ -7,7 +7,7 @@ use memchr::memchr2;
 use serde_json::Value;
 
 use super::bounded_json::{BoundedJson, VERBATIM_BYTES_MAX};
-use super::event::EventClassifier;
+use super::event::{EventClassifier, is_partial};
 use super::report::{Progress, Report};
 use super::usage::Usage;
 use crate::backend::{BackendError, BackendResult};
@@ -18,6 +18,9 @@ const FIELDS: [&[u8]; 3] = [b"data:", b"event:", b"error:"];
 /// Length of the longest field.
 const FIELD_LEN: usize = 6;
 
+/// The last event of an OpenAI stream.
+const END_MARKER: &[u8] = b"[DONE]";
+
 /// The scanner of one `text/event-stream`.
 #[derive(Debug, Default)]
 pub struct Scanner {
@@ -27,7 +30,7 @@ pub struct Scanner {
     classifier: EventClassifier,
     /// The incomplete last line; discarded if it is none of [`FIELDS`].
     line: BoundedJson,
-    /// The last line ended with a CR, to which a LF may belong.
+    /// The input so far ends with a CR, to which a LF may belong.
     ended_with_cr: bool,
     /// The `data:` lines of an event whose first line is partial.
     event: BoundedJson,
@@ -37,18 +40,38 @@ pub struct Scanner {
 impl Scanner {
     /// Scans the next bytes.
     pub fn feed(&mut self, mut bytes: &[u8]) {
+        if !bytes.is_empty() && std::mem::take(&mut self.ended_with_cr) {
+            bytes = bytes.strip_prefix(b"\n").unwrap_or(bytes);
+        }
         while let Some(end) = memchr2(b'\n', b'\r', bytes) {
-            let (head, is_lf, rest) = (&bytes[..end], bytes[end] == b'\n', &bytes[end + 1..]);
-            if !self.line.is_empty() || head.len() > VERBATIM_BYTES_MAX {
+            let (head, rest) = (&bytes[..end], self.after_line_end(&bytes[end..]));
+            // Mostly, the line is a whole event. Its blank line is not worth a search of its own.
+            let is_last = matches!(rest.first(), Some(b'\n' | b'\r'));
+            if self.line.is_empty() && head.len() <= VERBATIM_BYTES_MAX {
+                self.scan_line(head, is_last);
+            } else {
                 self.buffer(head);
-                self.end_of_line();
-            } else if !(head.is_empty() && is_lf && self.ended_with_cr) {
-                self.scan_line(head);
+                self.end_of_line(is_last);
             }
-            self.ended_with_cr = !is_lf;
             bytes = rest;
+            if is_last {
+                self.end_of_event();
+                bytes = self.after_line_end(rest);
+            }
         }
         self.buffer(bytes);
+    }
+
+    /// The bytes after the line end that `bytes` starts with.
+    fn after_line_end<'b>(&mut self, bytes: &'b [u8]) -> &'b [u8] {
+        match bytes {
+            [b'\r', b'\n', rest @ ..] => rest,
+            [b'\r'] => {
+                self.ended_with_cr = true;
+                &[]
+            }
+            _ => &bytes[1..],
+        }
     }
 
     fn buffer(&mut self, bytes: &[u8]) {
@@ -60,22 +83,25 @@ impl Scanner {
         }
     }
 
-    fn end_of_line(&mut self) {
+    fn end_of_line(&mut self, is_last: bool) {
         let line = std::mem::take(&mut self.line);
         if let Some(text) = line.bytes() {
-            self.scan_line(text);
+            self.scan_line(text, is_last);
         }
         self.line = line.recycle();
     }
 
     /// Output tokens so far: the reported number, or the number of deltas if that is larger.
     pub fn tokens_emitted(&self) -> u32 {
-        self.report.usage().output.unwrap_or(0).max(self.deltas)
+        self.report.output_tokens().max(self.deltas)
     }
 
-    /// How far the response has come.
+    /// How far the response has come. An end marker counts without its line end, which may never come.
     pub fn progress(&self) -> Progress {
-        self.report.progress()
+        match self.line.bytes().and_then(data_of) {
+            Some(END_MARKER) => Progress::Done,
+            _ => self.report.progress(),
+        }
     }
 
     /// Whether an event has come since the last call. Comments are none.
@@ -88,7 +114,7 @@ impl Scanner {
     /// # Errors
     /// The stream contains an error, or has no end marker.
     pub fn finish(&mut self) -> BackendResult<Usage> {
-        self.end_of_line();
+        self.end_of_line(true);
         self.end_of_event();
         match self.report.take_failure() {
             Some(failure) => Err(failure),
@@ -97,11 +123,12 @@ impl Scanner {
         }
     }
 
-    fn scan_line(&mut self, line: &[u8]) {
+    /// Scans a line. `is_last`: it is known to be the last one of its event.
+    fn scan_line(&mut self, line: &[u8], is_last: bool) {
         if line.is_empty() {
             self.end_of_event();
-        } else if let Some(data) = line.strip_prefix(b"data:") {
-            self.data(data.trim_ascii());
+        } else if let Some(data) = data_of(line) {
+            self.data(data, is_last);
         } else if let Some(event) = line.strip_prefix(b"event:") {
             if event.trim_ascii() == b"error" {
                 self.report.fail("");
@@ -114,15 +141,17 @@ impl Scanner {
 
     /// Scans a `data:` line. The standard has one event extend to the next blank line; but some servers separate events with one
     /// line end, so a line that is complete JSON is an event of its own.
-    fn data(&mut self, data: &[u8]) {
+    fn data(&mut self, data: &[u8], is_last: bool) {
         self.has_event |= !data.is_empty();
-        if data == b"[DONE]" {
+        if data == END_MARKER {
             self.report.end();
         } else if !self.event.is_empty() {
             self.event.push(b"\n");
             self.event.push(data);
-        } else if !self.json(data) {
+        } else if !is_last && is_partial(data) {
             self.event.push(data);
+        } else {
+            self.json(data);
         }
     }
 
@@ -137,20 +166,20 @@ impl Scanner {
         self.event = event.recycle();
     }
 
-    /// Reads an event; false if it is partial.
-    fn json(&mut self, json: &[u8]) -> bool {
+    fn json(&mut self, json: &[u8]) {
         let class = self.classifier.classify(json);
-        if class.is_partial {
-            return false;
-        }
         self.deltas = self.deltas.saturating_add(u32::from(class.is_delta));
         if class.needs_parsing
             && let Ok(event) = serde_json::from_slice::<Value>(json)
         {
             self.report.read_event(&event, json);
         }
-        true
     }
+}
+
+/// The content of a `data:` line.
+fn data_of(line: &[u8]) -> Option<&[u8]> {
+    line.strip_prefix(b"data:").map(<[u8]>::trim_ascii)
 }
 
 #[cfg(test)]
@@ -263,6 +292,18 @@ data: [DONE]"#;
     }
 
     #[test]
+    fn endless_event_takes_bounded_memory_and_what_follows_is_read() {
+        let mut s = Scanner::default();
+        s.feed(b"data: {\n");
+        for _ in 0..100_000 {
+            s.feed(b"data: \"a\": \"some text\",\n");
+            assert!(s.event.bytes().is_none_or(|text| text.len() <= TRUNCATED_BYTES_MAX));
+        }
+        s.feed(b"data: }\n\ndata: {\"usage\":{\"input\":1,\"output\":2}}\n\ndata: [DONE]\n\n");
+        assert_eq!(s.finish(), Ok(usage(1, 2)));
+    }
+
+    #[test]
     fn long_line_is_scanned() {
         let page = "a page of text, ".repeat(100_000);
         let stream = format!(
@@ -313,6 +354,11 @@ data: [DONE]"#;
             "event: error\n",
             "error: x\n",
             ": comment\n\n",
+            "data: {\ndata: \"usage\":{\"input\":5}\ndata: }\n",
+            "data: {\"type\":\r\n",
+            "data: \"message_stop\"}\r",
+            "\r",
+            "\r\n",
             "data: [DONE]\n\n",
             "data: {\"type\":\"message_stop\"}\n",
             "\n",
