@@ -343,7 +343,7 @@ fn print_next(target: &ConfigTarget, urls: &CoordinatorUrls, key_path: &Path) {
     } else {
         String::new()
     };
-    let insecure = if urls.is_encrypted() { "" } else { " --allow-insecure" };
+    let insecure = if urls.is_private() { "" } else { " --allow-insecure" };
     out!("\nNext:\n");
     if let Ok(Some(running)) = running_agent(&AgentPaths::beside(key_path)) {
         let what = format!("The agent that is running, pid {}, has not read the new file: stop it first.", running.pid);

@@ -12,34 +12,35 @@ use tungstenite::http::Uri;
 use super::error::ConfigError;
 use super::recorded;
 use super::section::{Field, Section};
+use super::unknown_keys;
 use super::{
-    BackendConfig, Config, CoordinatorConfig, DRAIN_SECONDS_DEFAULT, DRAIN_SECONDS_RANGE, KEY_PATH_DEFAULT, Limits,
-    MAX_CONCURRENT_DEFAULT, MAX_CONCURRENT_RANGE, Price, Pricing, expand_home, parse_level,
+    BackendConfig, CoordinatorConfig, DRAIN_SECONDS_DEFAULT, DRAIN_SECONDS_RANGE, KEY_PATH_DEFAULT, Limits,
+    MAX_CONCURRENT_DEFAULT, MAX_CONCURRENT_RANGE, PartialConfig, Price, Pricing, expand_home, parse_level,
 };
 use crate::backend::{BaseUrl, Kind};
 use crate::config::error::Source;
+use crate::net::is_loopback;
 use crate::net::tls::ExtraRoots;
 
 /// The fix for an invalid price.
 const PRICE_FIX: &str = "write a price in USDC micro-units per million tokens: 500_000 is 0.50 USDC";
 
-/// Validates a whole file.
-pub fn config(text: &str, path: &Path, allow_insecure: bool) -> Result<Config, ConfigError> {
+/// Validates a whole file, each part on its own.
+pub fn config(text: &str, path: &Path, allow_insecure: bool) -> Result<PartialConfig, ConfigError> {
     let source = Source { text, path };
     let document = Document::parse(text).map_err(|e| source.syntax_fault(&e))?;
     let root = Section::root(source, document.as_table());
-    let mut warnings = Vec::new();
-    let coordinator = coordinator(&root.section("coordinator")?, allow_insecure)?;
-    let key_path = key_path(&root.section("identity")?)?;
-    let observability = root.section("observability")?;
-    Ok(Config {
+    let mut warnings = unknown_keys::warnings(&root);
+    let key_path = root.section("identity").and_then(|section| key_path(&section));
+    let observability = root.section("observability");
+    Ok(PartialConfig {
         path: path.to_owned(),
-        coordinator,
-        backends: backends(&root)?,
-        pricing: pricing(&root.section("pricing")?)?,
-        limits: limits(&root.section("limits")?, &mut warnings)?,
-        log_level: log_level(&observability, &mut warnings)?,
-        log_file: log_file(&observability, &key_path)?,
+        coordinator: root.section("coordinator").and_then(|section| coordinator(&section, allow_insecure)),
+        backends: backends(&root),
+        pricing: root.section("pricing").and_then(|section| pricing(&section)),
+        limits: root.section("limits").and_then(|section| limits(&section, &mut warnings)),
+        log_level: observability.clone().and_then(|section| log_level(&section, &mut warnings)),
+        log_file: observability.and_then(|section| log_file(&section, key_path.as_deref().ok())),
         key_path,
         recorded_provider_id: recorded::provider_id(text),
         warnings,
@@ -57,19 +58,19 @@ fn coordinator(section: &Section<'_>, allow_insecure: bool) -> Result<Coordinato
     const FIX: &str = "write url = \"wss://api.usepod.ai/provider/connect\"";
     let url = section.string("url", FIX)?.ok_or_else(|| section.missing("url", FIX))?;
     let fault = |what: &str, fix: &str| url.error_at(what, fix);
-    let uri: Uri = url.value.trim().parse().map_err(|_| fault("it is not a URL", FIX))?;
+    let uri: Uri = lower_case_scheme(url.value.trim()).parse().map_err(|_| fault("it is not a URL", FIX))?;
+    let host = uri.host().unwrap_or_default();
     match uri.scheme_str() {
         Some("wss") => {}
-        Some("ws") if allow_insecure => {}
+        Some("ws") if allow_insecure || is_loopback(host) => {}
         Some("ws") => {
             return Err(fault(
                 "ws:// is not encrypted",
-                "use wss://, or start the agent with --allow-insecure if the coordinator is on this machine",
+                "use wss://, or start the agent with --allow-insecure if you trust the network",
             ));
         }
         _ => return Err(fault("it is not a WebSocket URL", "begin the URL with wss://")),
     }
-    let host = uri.host().unwrap_or_default();
     let authority = uri.authority().map_or("", |a| a.as_str());
     let behind_host = authority.rsplit('@').next().unwrap_or_default().strip_prefix(host).unwrap_or_default();
     if host.is_empty() || (!behind_host.is_empty() && uri.port_u16().is_none()) {
@@ -78,6 +79,12 @@ fn coordinator(section: &Section<'_>, allow_insecure: bool) -> Result<Coordinato
     let code = section.string("enrollment_code", "write the code in quotes")?;
     let enrollment_code = code.map(|c| c.value.trim().to_owned()).filter(|c| !c.is_empty());
     Ok(CoordinatorConfig { url: uri, enrollment_code, roots: extra_roots(section)? })
+}
+
+/// Other crates compare the schemes of WebSockets case-sensitively.
+fn lower_case_scheme(url: &str) -> String {
+    let (scheme, rest) = url.split_at(url.find("://").unwrap_or(0));
+    scheme.to_ascii_lowercase() + rest
 }
 
 fn extra_roots(section: &Section<'_>) -> Result<ExtraRoots, ConfigError> {
@@ -98,27 +105,31 @@ fn key_path(section: &Section<'_>) -> Result<PathBuf, ConfigError> {
     }
 }
 
-fn backends(root: &Section<'_>) -> Result<Vec<BackendConfig>, ConfigError> {
-    let mut seen: Vec<(Kind, String)> = Vec::new();
-    let mut checked = Vec::new();
-    for section in root.sections("backends")? {
-        let entry = backend(&section)?;
-        // Hosted entries without a url are distinguished by their API key.
-        let address = match &entry.url {
-            Some(url) if !entry.kind.is_hosted() => url.root().to_owned(),
-            Some(url) => url.to_string(),
-            None => entry.api_key_env.clone().unwrap_or_default(),
-        };
-        let address = (entry.kind, address);
-        if seen.contains(&address) {
-            let key = if entry.url.is_some() { "url" } else { "kind" };
-            let what = format!("this {} backend is listed twice", entry.kind);
-            return Err(section.fault(key, &what, "remove one of the two entries"));
-        }
-        seen.push(address);
-        checked.push(entry);
+fn backends(root: &Section<'_>) -> Vec<Result<BackendConfig, ConfigError>> {
+    let mut seen = Vec::new();
+    match root.sections("backends") {
+        Ok(sections) => sections.iter().map(|section| distinct_backend(section, &mut seen)).collect(),
+        Err(e) => vec![Err(e)],
     }
-    Ok(checked)
+}
+
+/// Validates an entry, and that it is not one of those `seen` before.
+fn distinct_backend(section: &Section<'_>, seen: &mut Vec<(Kind, String)>) -> Result<BackendConfig, ConfigError> {
+    let entry = backend(section)?;
+    // Hosted entries without a url are distinguished by their API key.
+    let address = match &entry.url {
+        Some(url) if !entry.kind.is_hosted() => url.root().to_owned(),
+        Some(url) => url.to_string(),
+        None => entry.api_key_env.clone().unwrap_or_default(),
+    };
+    let address = (entry.kind, address);
+    if seen.contains(&address) {
+        let key = if entry.url.is_some() { "url" } else { "kind" };
+        let what = format!("this {} backend is listed twice", entry.kind);
+        return Err(section.fault(key, &what, "remove one of the two entries"));
+    }
+    seen.push(address);
+    Ok(entry)
 }
 
 fn backend(section: &Section<'_>) -> Result<BackendConfig, ConfigError> {
@@ -216,7 +227,7 @@ fn within(section: &Section<'_>, key: &'static str, range: RangeInclusive<u32>) 
     number.map(Some).ok_or_else(|| found.error_at("out of range", &fix))
 }
 
-fn log_file(section: &Section<'_>, key_path: &Path) -> Result<Option<PathBuf>, ConfigError> {
+fn log_file(section: &Section<'_>, key_path: Option<&Path>) -> Result<Option<PathBuf>, ConfigError> {
     const FIX: &str =
         "name a file, such as log_file = \"~/.usepod-agent/agent.log\", or remove the key to log to stderr";
     let Some(file) = section.string("log_file", FIX)? else { return Ok(None) };
@@ -227,7 +238,7 @@ fn log_file(section: &Section<'_>, key_path: &Path) -> Result<Option<PathBuf>, C
     if file.value.ends_with('/') || path.is_dir() {
         return Err(file.error_at("it is a directory", FIX));
     }
-    if path == key_path {
+    if Some(&*path) == key_path {
         return Err(file.error_at("it is the identity file", FIX));
     }
     Ok(Some(path))

@@ -1,12 +1,13 @@
 //! Parses `agent.toml` into a fully validated [`Config`].
 //!
 //! Every error shows the file, the line, the key, the value and the fix, but not the value of a key that may contain a secret.
-//! Unknown keys are rejected in `[[backends]]` and ignored elsewhere, as in 0.3.5.
+//! Unknown keys are rejected in `[[backends]]` and accepted with a warning elsewhere, as 0.3.5 accepts them.
 
 mod check;
 mod error;
 pub mod recorded;
 mod section;
+mod unknown_keys;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -146,7 +147,7 @@ pub struct Limits {
 }
 
 impl Config {
-    /// Reads and validates a file. `ws://` is rejected unless `allow_insecure` is set.
+    /// Reads and validates a file. `ws://` beyond loopback is rejected unless `allow_insecure` is set.
     ///
     /// # Errors
     /// The first error found.
@@ -191,7 +192,7 @@ impl Config {
     /// # Errors
     /// The first error found.
     pub fn parse(text: &str, path: &Path, allow_insecure: bool) -> Result<Config, ConfigError> {
-        check::config(without_bom(text), path, allow_insecure)
+        check::config(without_bom(text), path, allow_insecure)?.complete()
     }
 
     /// Finds the file to read: the named one, else the first that exists in the default locations.
@@ -222,6 +223,80 @@ impl Config {
     /// The default path of the identity; `None` without a home directory.
     pub fn default_key_path() -> Option<PathBuf> {
         expand_home(KEY_PATH_DEFAULT)
+    }
+}
+
+/// A file whose parts were validated each on its own, so that one invalid part does not hide the others.
+#[derive(Debug)]
+pub struct PartialConfig {
+    /// The file that was read.
+    pub path: PathBuf,
+    /// `[coordinator]`.
+    pub coordinator: Result<CoordinatorConfig, ConfigError>,
+    /// The identity file.
+    pub key_path: Result<PathBuf, ConfigError>,
+    /// `[[backends]]`, in the order of the file.
+    pub backends: Vec<Result<BackendConfig, ConfigError>>,
+    /// `[pricing]`.
+    pub pricing: Result<Pricing, ConfigError>,
+    /// `[limits]`.
+    pub limits: Result<Limits, ConfigError>,
+    /// `[observability] log_level`.
+    pub log_level: Result<Option<LevelFilter>, ConfigError>,
+    /// `[observability] log_file`.
+    pub log_file: Result<Option<PathBuf>, ConfigError>,
+    /// The provider id that `setup` recorded in a comment.
+    pub recorded_provider_id: Option<String>,
+    /// Warnings, to be logged.
+    pub warnings: Vec<ConfigError>,
+}
+
+impl PartialConfig {
+    /// Reads a file, and validates its parts. `ws://` beyond loopback is rejected unless `allow_insecure` is set.
+    ///
+    /// # Errors
+    /// The file cannot be read, or is not TOML.
+    pub fn load(path: &Path, allow_insecure: bool) -> Result<PartialConfig, ConfigError> {
+        check::config(without_bom(&Config::read(path)?), path, allow_insecure)
+    }
+
+    /// The configuration, if all parts are valid.
+    ///
+    /// # Errors
+    /// The first error.
+    pub fn complete(self) -> Result<Config, ConfigError> {
+        Ok(Config {
+            path: self.path,
+            coordinator: self.coordinator?,
+            key_path: self.key_path?,
+            backends: self.backends.into_iter().collect::<Result<_, _>>()?,
+            pricing: self.pricing?,
+            limits: self.limits?,
+            log_level: self.log_level?,
+            log_file: self.log_file?,
+            recorded_provider_id: self.recorded_provider_id,
+            warnings: self.warnings,
+        })
+    }
+
+    /// The recorded provider id of an agent that must not become another one. An enrollment code asks for a new identity.
+    pub fn paired_provider_id(&self) -> Option<&str> {
+        let has_code = self.coordinator.as_ref().map_or(true, |coordinator| coordinator.enrollment_code.is_some());
+        self.recorded_provider_id.as_deref().filter(|_| !has_code)
+    }
+
+    /// The errors of all parts.
+    pub fn errors(&self) -> Vec<&ConfigError> {
+        let mut errors: Vec<&ConfigError> = self.coordinator.as_ref().err().into_iter().collect();
+        errors.extend(self.key_path.as_ref().err());
+        errors.extend(self.backends.iter().filter_map(|backend| backend.as_ref().err()));
+        errors.extend(self.pricing.as_ref().err());
+        errors.extend(self.limits.as_ref().err());
+        errors.extend(self.log_level.as_ref().err());
+        errors.extend(self.log_file.as_ref().err());
+        // Both parts of an invalid `[observability]` have the same error.
+        errors.dedup_by_key(|e| e.fault());
+        errors
     }
 }
 

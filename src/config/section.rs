@@ -7,6 +7,7 @@ use toml_edit::{Item, TableLike, Value};
 use super::error::{ConfigError, Source, value_text};
 
 /// A table. A missing table is an empty section.
+#[derive(Clone)]
 pub struct Section<'a> {
     source: Source<'a>,
     /// The name in error messages, such as `[limits]`.
@@ -99,11 +100,14 @@ impl<'a> Section<'a> {
     /// Fails on the first key that is not in `known`.
     pub fn refuse_unknown(&self, known: &[&str]) -> Result<(), ConfigError> {
         let unknown = self.table.and_then(|t| t.iter().find(|(key, _)| !known.contains(key)));
-        let Some((key, item)) = unknown else { return Ok(()) };
-        let key = format!("{} {}", self.name, value_text(key));
-        let fix = format!("remove it; known keys are: {}", known.join(", "));
-        // The value is not shown: it may be an API key.
-        Err(self.source.hidden_fault(&key, span(item), "unknown key", &fix))
+        let Some((key, _)) = unknown else { return Ok(()) };
+        Err(self.hidden_fault(key, "unknown key", &format!("remove it; known keys are: {}", known.join(", "))))
+    }
+
+    /// An error about `key` that does not show its value, which may be a secret.
+    pub fn hidden_fault(&self, key: &str, what: &str, fix: &str) -> ConfigError {
+        let at = self.get(key).map(span).unwrap_or_default();
+        self.source.hidden_fault(&self.full_name(&value_text(key)), at, what, fix)
     }
 
     /// An error about the missing `key`.

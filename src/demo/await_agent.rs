@@ -31,7 +31,7 @@ pub fn run(listen: SocketAddr, port: Option<u16>, stop: &Stop, out: &mut dyn Wri
     output.line(format_args!("  coordinator  {base}"));
     output.line(format_args!("  front door   http://{}/v1\n", door.address));
     output.line(format_args!("Pair an agent, in another terminal:"));
-    output.line(format_args!("  usepod-agent setup --coordinator {base} --allow-insecure"));
+    output.line(format_args!("  usepod-agent setup --coordinator {base}"));
     output.line(format_args!("then enter its code at {base}/host/pair, or run:"));
     output.line(format_args!("  curl {base}/host/pair -d code=CODE\n"));
     output.line(format_args!("Ctrl-C ends the demo.\n"));

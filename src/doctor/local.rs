@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::statvfs::{FsFlags, statvfs};
 
 use super::report::Report;
-use crate::config::Config;
+use crate::config::{Config, PartialConfig};
 use crate::instance::identity::{
     IDENTITY_LOST_FIX, Identity, IdentityError, UNEXPECTED_PROVIDER_ID_FIX, unexpected_provider_id,
 };
@@ -19,20 +19,24 @@ const FREE_BYTES_MIN: u64 = 16 << 20;
 /// The size of the test file, in bytes.
 const TEST_FILE_BYTES: usize = 4 << 10;
 
-/// Finds and reads `agent.toml`.
-pub fn config(report: &mut Report<'_>, named: Option<&Path>, allow_insecure: bool) -> Option<Config> {
-    let read = Config::find(named).and_then(|path| Ok((Config::load(&path, allow_insecure)?, path)));
-    let (config, path) = match read {
+/// Finds and reads `agent.toml`. `None` if no part of it can be used.
+pub fn config(report: &mut Report<'_>, named: Option<&Path>, allow_insecure: bool) -> Option<PartialConfig> {
+    let config = match Config::find(named).and_then(|path| PartialConfig::load(&path, allow_insecure)) {
         Ok(read) => read,
         Err(e) => {
             report.fail("config", e.fault(), e.fix());
             return None;
         }
     };
+    let path = &config.path;
+    let errors = config.errors();
+    for e in &errors {
+        report.fail("config", e.fault(), e.fix());
+    }
     if config.backends.is_empty() {
         let what = format_args!("`{}` has no [[backends]], so there is nothing to offer", path.display());
         report.fail("config", what, "add your server: run `usepod-agent setup`, or see the example in the README");
-    } else {
+    } else if errors.is_empty() {
         report.pass("config", format_args!("`{}`, {} backend(s)", path.display(), config.backends.len()));
     }
     for warning in &config.warnings {
@@ -42,8 +46,7 @@ pub fn config(report: &mut Report<'_>, named: Option<&Path>, allow_insecure: boo
 }
 
 /// Checks that the key exists, is readable only by its owner, and is known to the coordinator.
-pub fn identity(report: &mut Report<'_>, config: &Config) {
-    let path = &config.key_path;
+pub fn identity(report: &mut Report<'_>, path: &Path, config: &PartialConfig) {
     let shown_path = path.display();
     if let Err(e) = Identity::check_not_lost(path, config.paired_provider_id()) {
         return report.fail("identity", e.fault(), IDENTITY_LOST_FIX);
@@ -66,13 +69,13 @@ pub fn identity(report: &mut Report<'_>, config: &Config) {
                 let what = format_args!("`{shown_path}` has mode {mode:04o}, so other users can use your key");
                 report.fail("identity", what, format_args!("chmod 600 '{shown_path}'"));
             }
-            enrollment(report, config, Identity::load(path), files::open_to_others(&metadata).is_none());
+            enrollment(report, path, config, files::open_to_others(&metadata).is_none());
         }
     }
 }
 
-fn enrollment(report: &mut Report<'_>, config: &Config, identity: Result<Identity, IdentityError>, is_private: bool) {
-    let path = config.key_path.display();
+fn enrollment(report: &mut Report<'_>, path: &Path, config: &PartialConfig, is_private: bool) {
+    let (path, identity) = (path.display(), Identity::load(path));
     let identity = match identity {
         Ok(identity) => identity,
         Err(IdentityError::Invalid { reason, .. }) => {
@@ -91,7 +94,8 @@ fn enrollment(report: &mut Report<'_>, config: &Config, identity: Result<Identit
     if let Some(what) = unexpected_provider_id(identity.provider_id(), config.recorded_provider_id.as_deref()) {
         return report.warn("enrollment", what, UNEXPECTED_PROVIDER_ID_FIX);
     }
-    match (identity.provider_id(), &config.coordinator.enrollment_code) {
+    let code = config.coordinator.as_ref().ok().and_then(|coordinator| coordinator.enrollment_code.as_ref());
+    match (identity.provider_id(), code) {
         (Some(id), _) => report.pass("enrollment", format_args!("enrolled as {}", id)),
         (None, Some(_)) => {
             report.pass("enrollment", "pending: the first connection sends the enrollment code of the configuration")
@@ -136,8 +140,8 @@ pub fn lock(report: &mut Report<'_>, paths: &AgentPaths) -> bool {
 }
 
 /// Checks whether the agent can write beside its identity.
-pub fn disk(report: &mut Report<'_>, config: &Config) {
-    let Some(folder) = existing_folder(&config.key_path) else {
+pub fn disk(report: &mut Report<'_>, key_path: &Path) {
+    let Some(folder) = existing_folder(key_path) else {
         report.fail("disk", "the identity has no folder", "set [identity] key_path to an absolute path");
         return;
     };

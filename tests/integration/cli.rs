@@ -239,7 +239,7 @@ fn missing_agent_toml_errors_lead_with_setup() {
 
 #[test]
 fn ws_coordinator_is_refused_without_allow_insecure() {
-    let setup = Setup::new("ws://127.0.0.1:1/");
+    let setup = Setup::new("ws://192.0.2.7:1/");
     for command in ["run", "validate", "enroll"] {
         let ran = run(&setup, &[command], &[]);
         assert_eq!(ran.code, Some(2), "{command}: {}", ran.stderr);

@@ -166,8 +166,10 @@ fn install_that_fails_names_the_fix_and_changes_nothing() {
         let printed = ran.fails(code, words);
         assert_eq!(operator.crontab().as_deref(), Some(tab.as_bytes()), "{printed}");
     };
-    // ws:// without --allow-insecure, and a missing file.
-    unchanged(operator.service(&["install"]), 2, &["agent.toml:2", "--allow-insecure"]);
+    // ws:// beyond loopback without --allow-insecure, and a missing file.
+    let remote = operator.setup.scratch.write("remote.toml", "[coordinator]\nurl = \"ws://192.0.2.7/\"\n");
+    let remote = ["install", "--config", remote.to_str().expect("UTF-8")];
+    unchanged(operator.service(&remote), 2, &["remote.toml:2", "--allow-insecure"]);
     unchanged(operator.service(&["install", "--config", "/nowhere.toml"]), 2, &["/nowhere.toml"]);
     let install = ["install", "--allow-insecure"];
     let refuses =

@@ -152,13 +152,16 @@ fn healthy_setup_passes_every_check_and_exits_0() {
 }
 
 #[test]
-fn config_error_is_reported_with_its_line_and_ends_the_checks() {
-    let setup = setup("wss://coordinator.example/").limits("max_concurrent = 0");
-    let report = Report::by(&setup, &[]);
+fn config_error_is_reported_with_its_line_and_a_missing_file_ends_the_checks() {
+    let (coordinator, backend) = (coordinator(Some(0)), backend());
+    let setup = setup(&coordinator.url()).backend(backend.toml()).limits("max_concurrent = 0");
+    let report = Report::by(&setup, &["--no-inference"]);
     report.assert_only_broken("config", &["agent.toml:", "`[limits] max_concurrent` = 0", "out of range"], "1 to 256");
+    report.assert_passed(&["identity", "disk", "challenge", "health", "models"]);
     let (code, text) = Agent::run(Scratch::new().path(), &["doctor"]).finish(SOON);
     let report = Report { code, text };
     report.assert_only_broken("config", &["no agent.toml found"], "--config FILE");
+    report.assert_skipped(&["all else"]);
 }
 
 #[test]

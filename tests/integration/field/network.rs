@@ -364,3 +364,125 @@ fn quotes_in_a_close_reason_a_refusal_and_a_backend_error_are_shown_as_sent() {
         assert!(text.contains(r#"the \"GPU\" isn't there"#), "{text}");
     }
 }
+
+/// The installed command line must not allow more than it needs.
+#[test]
+fn ws_to_loopback_needs_no_flag_in_any_command() {
+    let urls = ["ws://127.0.0.1:PORT/", "WS://LocalHost:PORT/", "ws://127.9.9.9:PORT/", "ws://[::1]:PORT/x"];
+    side_by_side(urls.into_iter().filter(|url| !url.contains("::1") || has_ipv6()), |url| {
+        let host = if url.contains("::1") { "[::1]:0" } else { "0.0.0.0:0" };
+        let coordinator = Coordinator::on(host);
+        let setup = Setup::new(&url.replace("PORT", &coordinator.address().port().to_string()));
+        let crontab = "#!/bin/sh\n[ $1 = -l ] && cat tab 2>/dev/null || cat >tab\n";
+        set_mode(setup.scratch.write("bin/crontab", crontab), 0o755);
+        let path = format!("{}:/usr/bin:/bin", setup.scratch.join("bin").display());
+        let config = setup.write();
+        let config = config.to_str().expect("UTF-8");
+        for command in [&["validate"][..], &["enroll"], &["service", "install"], &["service", "uninstall"]] {
+            let ran = cli(setup.scratch.path(), &[command, &["--config", config]].concat(), &[("PATH", &path)]);
+            assert_eq!(ran.code, Some(0), "{url} {command:?}: {ran:?}");
+            if command == ["service", "install"] {
+                let tab = std::fs::read_to_string(setup.scratch.join("tab")).expect("the crontab");
+                assert!(tab.contains("run --cron") && !tab.contains("--allow-insecure"), "{tab}");
+            }
+        }
+        let mut agent = Agent::run(setup.scratch.path(), &["run", "--config", config]);
+        coordinator.session();
+        agent.signal("TERM");
+        assert_eq!(agent.wait(SOON).code(), Some(0));
+    });
+    for url in ["ws://192.0.2.7/", "ws://localhost.example/", "ws://0.0.0.0:1/"] {
+        let setup = Setup::new(url);
+        let ran = cli(setup.scratch.path(), &["validate", "--config", setup.write().to_str().expect("UTF-8")], &[]);
+        assert_eq!(ran.code, Some(2), "{url}: {ran:?}");
+        assert!(ran.stderr.contains("--allow-insecure"), "{url}: {ran:?}");
+    }
+}
+
+#[test]
+fn scheme_of_the_coordinator_may_be_in_capitals() {
+    let (coordinator, authority) = (Coordinator::new(), Authority::new());
+    let proxy = TlsProxy::new(&authority, Flaw::None, coordinator.address());
+    let setup = Setup::new(&proxy.url().replace("wss://", "WsS://"));
+    let ca_file = authority.write(&setup.scratch);
+    let _agent = setup.coordinator(&format!("ca_file = {ca_file:?}")).start();
+    coordinator.session();
+}
+
+/// 0.3.5 accepts unknown keys, so they are no errors.
+#[test]
+fn misspelt_key_outside_the_backends_is_accepted_with_a_warning_that_names_the_meant_one() {
+    let cases = [
+        ("max_concurrent = 3\n[limts]\nmax_concurrent = 4", "`limts`", "did you mean `limits`?"),
+        ("max_concurent = 3", "`[limits] max_concurent`", "did you mean `max_concurrent`?"),
+        ("MAX_TOKENS_PER_MINUTE = 9", "`[limits] MAX_TOKENS_PER_MINUTE`", "`max_tokens_per_minute`?"),
+        ("[observability]\nlog-level = \"info\"", "`[observability] log-level`", "did you mean `log_level`?"),
+        ("[identity]\nkey = \"x\"", "`[identity] key`", "did you mean `key_path`?"),
+        ("[coordinator.tls]\nca = \"x\"", "`[coordinator] tls`", "url, enrollment_code, ca_file"),
+        ("log_file = \"x\"", "`[limits] log_file`", "move it to [observability]"),
+        ("[pricing.models.m]\ninput_per_1k = 7", "`[pricing.models.m] input_per_1k`", "did you mean `input_per_1m`?"),
+        ("[pricing.model.m]\ninput_per_1m = 7", "`[pricing] model`", "did you mean `models`?"),
+        ("[[backend]]\nkind = \"vllm\"", "`backend`", "did you mean `backends`?"),
+        ("[secrets]\ntoken = \"hunter2\"", "`secrets`", "the known keys here are: operator"),
+    ];
+    side_by_side(cases, |(toml, key, fix)| {
+        let coordinator = Coordinator::new();
+        let setup = Setup::new(&coordinator.url()).limits(toml);
+        let config = setup.write();
+        let line = |at: &str| {
+            let text = std::fs::read_to_string(&config).expect("the file");
+            1 + text.lines().position(|line| line.contains(at)).unwrap_or_else(|| panic!("no `{at}` in {text}"))
+        };
+        let agent = setup.start();
+        coordinator.session();
+        let name = key.trim_matches('`').rsplit(' ').next().expect("a name");
+        let place = format!("agent.toml:{}: {key}: unknown key", line(name));
+        let warning = agent.stderr.wait_line(&["WARN", &place, fix]);
+        assert!(!warning.contains("hunter2"), "{warning}");
+        let ran = cli(setup.scratch.path(), &["validate", "--config", config.to_str().expect("UTF-8")], &[]);
+        assert!(ran.code == Some(0) && ran.stderr.contains(&place), "{ran:?}");
+        coordinator.assert_not_dialled(Duration::ZERO);
+    });
+    let setup = Setup::new("ws://127.0.0.1:9/").limits("max_concurent = 3");
+    let (_, report) = setup.start_command(&["doctor"]).finish(secs(30));
+    let has = |line: &&str| line.starts_with("  ! config ") && line.contains("`[limits] max_concurent`");
+    let at = report.lines().position(|line| has(&line)).unwrap_or_else(|| panic!("no warning: {report}"));
+    assert!(report.lines().nth(at + 1).is_some_and(|fix| fix.contains("did you mean `max_concurrent`?")), "{report}");
+}
+
+/// Whoever corrects one error after the other wants to see the others, too.
+#[test]
+fn doctor_goes_on_after_an_invalid_part_of_agent_toml() {
+    let backend = Backend::vllm_with(&["m"], |_| Answer::Raw(response(200, "text/event-stream", sse(1, 1))));
+    let coordinator = refusing("HTTP/1.1 404 Not Found\r\n\r\n");
+    let url = coordinator.url();
+    let invalid: [(&str, String, &str, &[&str]); 5] = [
+        ("ws://192.0.2.7/", backend.toml(), "", &["identity", "lock", "disk", "health", "models"]),
+        (&url, backend.toml(), "max_concurrent = 0", &["identity", "lock", "disk", "dns", "tcp", "health", "models"]),
+        (&url, backend.toml(), "[pricing.models.m]\ninput_per_1m = -1", &["identity", "dns", "tcp", "health"]),
+        (&url, backend.toml(), "[identity]\nkey_path = \"\"", &["dns", "tcp", "health", "models"]),
+        (
+            &url,
+            format!("kind = \"vlm\"\nurl = \"http://h\"\n[[backends]]\n{}", backend.toml()),
+            "",
+            &["identity", "dns", "tcp", "health", "models"],
+        ),
+    ];
+    side_by_side(invalid, |(url, backend, toml, passed)| {
+        let setup = Setup::new(url).backend(backend).more(toml);
+        let setup = if toml.starts_with("max") { setup.more("").limits(toml) } else { setup };
+        setup.scratch.write(".usepod-agent/none", "");
+        let config = setup.write();
+        let config = config.to_str().expect("UTF-8");
+        // Without --allow-insecure.
+        let ran = cli_within(secs(30), setup.scratch.path(), &["doctor", "--no-inference", "--config", config], &[]);
+        let report = ran.stdout;
+        assert_eq!(ran.code, Some(1), "{report}");
+        assert_eq!(report.matches("  \u{2717} config ").count(), 1, "{report}");
+        for name in passed {
+            let is_checked = |mark: char| report.contains(&format!("  {mark} {name} "));
+            assert!(is_checked('\u{2713}') || is_checked('!'), "`{name}` was not checked: {report}");
+        }
+        assert!(report.trim_end().contains("begin with config: "), "{report}");
+    });
+}

@@ -50,11 +50,7 @@ fn handwritten_settings_survive_and_are_sent_to_the_coordinator() {
         assert!(!new.contains(gone), "`{gone}` in {new}");
     }
     assert!(ran.stdout.contains("m  input 0.30  output 0.45"), "{}", ran.stdout);
-    assert!(
-        ran.stdout.contains(&format!("usepod-agent service install --config {named} --allow-insecure")),
-        "{}",
-        ran.stdout
-    );
+    assert!(ran.stdout.contains(&format!("usepod-agent service install --config {named}\n")), "{}", ran.stdout);
     let bak = home.join("conf/agent.toml.bak");
     assert_eq!(text(&bak), old);
     assert_eq!((mode(&file), mode(&bak)), (0o600, 0o600));

@@ -85,9 +85,7 @@ fn pairing_follows_the_protocol_and_writes_a_valid_file() {
     }
 
     let page = format!("{}/host/pair", server.url());
-    for word in
-        [page.as_str(), CODE, "10:00", "prov_7", "host…cdef", USUAL, "usepod-agent service install --allow-insecure"]
-    {
+    for word in [page.as_str(), CODE, "10:00", "prov_7", "host…cdef", USUAL, "usepod-agent service install\n"] {
         assert!(ran.stdout.contains(word), "no `{word}` in {}", ran.stdout);
     }
     assert!(!ran.stdout.contains('\u{1b}'), "escape codes without a terminal: {:?}", ran.stdout);
@@ -129,10 +127,10 @@ fn unencrypted_coordinator_is_refused_unless_allowed() {
         assert!(stderr.contains(base) && stderr.contains(word), "{base}: {stderr}");
     }
     assert!(fs::read_dir(home.path()).expect("a home").next().is_none());
-    // Loopback needs no encryption for the pairing; the agent still needs the option.
+    // Loopback needs no encryption.
     let server = coordinator(|_| active());
     let ran = cli(home.path(), &["setup", "--coordinator", &server.url()], &[]);
-    assert!(ran.code == Some(0) && ran.stdout.contains("service install --allow-insecure"), "{ran:?}");
+    assert!(ran.code == Some(0) && !ran.stdout.contains("--allow-insecure"), "{ran:?}");
 }
 
 #[test]
@@ -267,7 +265,8 @@ fn paired_agent_serves_the_demos_front_door() {
     let address = |line: String| line[line.find("http://").expect("an address")..].trim().to_owned();
     let base = address(market.stdout.wait_line(&["  coordinator "]));
     let door = address(market.stdout.wait_line(&["  front door "]));
-    market.stdout.wait_line(&["usepod-agent setup --coordinator", &base, "--allow-insecure"]);
+    let command = market.stdout.wait_line(&["usepod-agent setup --coordinator", &base]);
+    assert!(!command.contains("--allow-insecure"), "{command}");
     let old = format!(
         "[coordinator]\nurl = \"wss://h/\"\n[[backends]]\n{}\n[pricing]\ndefault_input_per_1m = 1\ndefault_output_per_1m = 2\n",
         backend.toml()
@@ -288,7 +287,7 @@ fn paired_agent_serves_the_demos_front_door() {
     assert_eq!(setup.wait(SOON).code(), Some(0), "{}", setup.stdout.text());
     setup.stdout.wait_line(&["m  input 0.10  output 0.10"]);
 
-    let mut agent = Agent::run(home.path(), &["run", "--allow-insecure"]);
+    let mut agent = Agent::run(home.path(), &["run"]);
     market.stdout.wait_line(&["agent", "demo-", "offers", "m"]);
     let ask = json!({"model": "m", "messages": []}).to_string();
     let mut answer = client.post(format!("{door}/chat/completions")).send(ask).expect("an answer");
