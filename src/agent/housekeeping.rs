@@ -1,4 +1,5 @@
-//! The housekeeping thread: sleeps on the wake socket, runs probe rounds, records liveness in the lock file, applies the operator's
+//! The housekeeping thread: sleeps on the wake socket, runs probe rounds, records liveness in the lock file and for
+//! systemd's watchdog, applies the operator's
 //! pause, writes the state file, and returns freed memory to the system.
 //!
 //! Invariants: the thread blocks only on the wake socket and on writing its files; no thread that serves jobs waits for it.
@@ -13,7 +14,7 @@ use crate::discovery::{BackendStatus, OfferFeed, ProbeRounds};
 use crate::instance::wake_socket::{WakeSocket, Wakeup};
 use crate::instance::{AgentPaths, InstanceLock};
 use crate::observe::{LiveState, StateFileWriter};
-use crate::sys::{malloc, threads};
+use crate::sys::{malloc, sd_notify, threads};
 
 /// Minimum time between two returns of freed memory.
 const TRIM_INTERVAL: Duration = Duration::from_secs(15);
@@ -82,6 +83,8 @@ impl InstanceFiles {
         let pause_changed = self.apply_pause_marker();
         let (has_changed, is_alive) = self.live.take_changes();
         if is_alive {
+            // First, because the disk may hang.
+            sd_notify::notify(sd_notify::WATCHDOG);
             self.lock.record_liveness();
         }
         if must_write || has_changed || pause_changed {

@@ -30,7 +30,7 @@ use crate::link::handshake::{self, HandshakeError};
 use crate::link::protocol::OfferLimits;
 use crate::logging::sanitize_for_log;
 use crate::observe::{Connection, LiveState, Sources, StateFileWriter};
-use crate::sys::jitter;
+use crate::sys::{jitter, sd_notify};
 
 /// How long a stopping agent waits until its last state is on the disk, which may hang.
 const LAST_WRITE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -127,6 +127,8 @@ impl Agent {
             drain: self.drain,
             stop,
         };
+        // Not only once it is connected: an agent whose coordinator is down runs too.
+        sd_notify::notify(sd_notify::READY);
         let mut backoff = Backoff::default();
         while !stop.is_requested() {
             let attempt = self.connect_and_serve(&dialer, &context);

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-use crate::sys::threads;
+use crate::sys::{sd_notify, threads};
 
 /// The request to stop, shared by the threads that request it and the threads that act on it.
 pub struct Stop {
@@ -58,6 +58,7 @@ impl Stop {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if self.requests.fetch_add(1, Ordering::SeqCst) == 0 {
             drop(state.signal.take());
+            sd_notify::notify(sd_notify::STOPPING);
             self.interrupt(&state.active);
         }
     }

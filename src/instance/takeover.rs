@@ -15,7 +15,7 @@ use super::{AgentPaths, InstanceLock, LockError, LockOwner};
 /// have advanced, and the agent needs a moment to record its liveness.
 const RECHECK_DELAY: Duration = Duration::from_secs(5);
 /// How long an unresponsive agent may take to end after SIGTERM.
-const TERM_TIMEOUT: Duration = Duration::from_secs(10);
+pub const TERM_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why cron could neither start an agent nor establish that one is running.
 #[derive(Debug, thiserror::Error)]

@@ -1,6 +1,7 @@
 //! The systemd unit: a system unit for root, a user unit for everybody else.
 //!
-//! Invariant: the unit does not start while the operator's `stopped` marker exists, as under cron.
+//! Invariants: the unit does not start while the operator's `stopped` marker exists, and an agent that shows no sign of life is
+//! replaced after the same time and by the same signals, as under cron.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -12,6 +13,8 @@ use nix::unistd::{Uid, User};
 
 use super::{STOP_MARGIN, ServiceCommand, command, error_text};
 use crate::config;
+use crate::instance::LIVENESS_TIMEOUT;
+use crate::instance::takeover::TERM_TIMEOUT;
 use crate::sys::files;
 
 /// The unit's name.
@@ -123,10 +126,12 @@ impl Unit {
             "# Written by `usepod-agent service install --systemd`, removed by `usepod-agent service uninstall`.\n\
              [Unit]\nDescription=Use Pod provider agent\n{CONFIG_KEY}\"{}\"\nConditionPathExists=!{}\n{after}\
              StartLimitIntervalSec=0\n\n\
-             [Service]\nType=exec\nExecStart={}\n{user}WorkingDirectory=~\nRestart=always\nRestartSec=10\n\
+             [Service]\nType=notify\nWatchdogSec={}\nWatchdogSignal=SIGTERM\nTimeoutAbortSec={}\nExecStart={}\n{user}WorkingDirectory=~\nRestart=always\nRestartSec=10\n\
              KillSignal=SIGTERM\nTimeoutStopSec={}\n\n{HARDENING}",
             config,
             content.stopped.to_string_lossy().replace('%', "%%"),
+            LIVENESS_TIMEOUT.as_secs(),
+            TERM_TIMEOUT.as_secs(),
             command.join(" "),
             (content.drain + STOP_MARGIN).as_secs(),
         );
@@ -144,7 +149,7 @@ impl Unit {
     /// Writes `text` as the unit's file, and enables and starts the unit. Returns whether the file has changed.
     ///
     /// # Errors
-    /// The file cannot be written, or systemd refuses it; the previous file is restored.
+    /// The file cannot be written, or systemd refuses it; the previous file is restored. Or the agent did not start; the unit stays.
     pub fn install(&self, text: &str) -> Result<bool, String> {
         let before = files::read_bounded(&self.path, UNIT_BYTES_MAX).ok();
         if before.as_deref() == Some(text.as_bytes()) {
@@ -156,7 +161,14 @@ impl Unit {
         // With default permissions, because other users may read units.
         fs::write(&self.path, text).map_err(failed)?;
         let taken = self.systemctl(&["daemon-reload"]).and_then(|()| self.systemctl(&["enable", "--now", UNIT]));
-        if taken.is_err() {
+        if let Err(why) = &taken {
+            // systemd waits until the agent has started, and goes on trying.
+            if self.systemctl(&["is-enabled", "--quiet", UNIT]).is_ok() {
+                return Err(format!(
+                    "installed as `{}`, but the agent did not start: {why}; see `usepod-agent service logs`",
+                    self.path.display()
+                ));
+            }
             let _ = before.map_or_else(|| fs::remove_file(&self.path), |before| fs::write(&self.path, before));
         }
         taken.map(|()| true)
@@ -251,6 +263,7 @@ mod tests {
         let exec = "ExecStart=\"/bin/sh\" run --config \"/srv/100%% $$HOME \\\"x\\\"/agent.toml\" --log-level debug --allow-insecure\n";
         let text = text(&unit, &command(), None);
         assert!(text.contains(exec), "{text}");
+        assert!(text.contains("Type=notify\nWatchdogSec=180\nWatchdogSignal=SIGTERM\nTimeoutAbortSec=10\n"), "{text}");
         assert!(text.contains("TimeoutStopSec=45\n") && !text.contains(USER_KEY) && !text.contains("ProtectSystem"));
     }
 

@@ -1,5 +1,5 @@
 //! Wrappers around the operating system: files, threads, memory, dates, the terminal, printable text, the user, shell quoting,
-//! sockets.
+//! sockets, systemd's notifications.
 
 pub mod datetime;
 pub mod edit_distance;
@@ -9,6 +9,7 @@ pub mod jitter;
 pub mod malloc;
 pub mod permissions;
 pub mod printable;
+pub mod sd_notify;
 pub mod shell_quote;
 pub mod sockets;
 pub mod terminal;

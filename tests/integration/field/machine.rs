@@ -2,6 +2,8 @@
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -331,5 +333,68 @@ fn slow_configuration_may_come_from_a_pipe_that_is_written() {
         let _made = Made::by(kind, &path);
         let ran = cli(setup.scratch.path(), &["status", "--config", path.to_str().expect("UTF-8")], &[]);
         assert!(ran.code.is_some_and(|code| code != 0), "{ran:?}");
+    }
+}
+
+/// systemd starts it as ready, feeds no watchdog on behalf of a hung one, and waits for the drain.
+#[test]
+fn systemd_is_told_of_start_signs_of_life_and_stop() {
+    let name = format!("usepod-test-{}", std::process::id());
+    let abstract_address = SocketAddr::from_abstract_name(&name).expect("a name");
+    let folder = Scratch::new();
+    let path = folder.join("notify");
+    let sockets = [
+        (UnixDatagram::bind_addr(&abstract_address).expect("a socket"), format!("@{name}")),
+        (UnixDatagram::bind(&path).expect("a socket"), path.to_str().expect("UTF-8").to_owned()),
+    ];
+    side_by_side(sockets, |(socket, name)| {
+        socket.set_read_timeout(Some(SOON)).expect("a timeout");
+        let next = || {
+            let mut text = [0; 64];
+            let length = socket.recv(&mut text).expect("a notification");
+            String::from_utf8_lossy(&text[..length]).into_owned()
+        };
+        let backend = Backend::vllm(&["m"]);
+        let coordinator = Coordinator::new();
+        let setup = Setup::new(&coordinator.url()).backend(backend.toml()).env("NOTIFY_SOCKET", &name);
+        let mut agent = setup.start();
+        let session = coordinator.session();
+        let first = [next(), next()];
+        assert!(
+            first.iter().any(|text| text == "READY=1") && first.iter().any(|text| text == "WATCHDOG=1"),
+            "{first:?}"
+        );
+        // Reconnecting is a sign of life.
+        session.close(1001, "drain:deploy");
+        let session = coordinator.session();
+        assert_eq!(next(), "WATCHDOG=1");
+        let id = session.job("m", json!({}));
+        let held = backend.next();
+        agent.signal("TERM");
+        let stopping = std::iter::repeat_with(&next).find(|text| text != "WATCHDOG=1");
+        assert_eq!(stopping.as_deref(), Some("STOPPING=1"));
+        agent.assert_running();
+        held.finish();
+        session.outcome(&id).done();
+        assert_eq!(agent.wait(SOON).code(), Some(0));
+    });
+}
+
+/// A socket that nobody reads, or that is not there.
+#[test]
+fn notification_that_nobody_takes_disturbs_nothing() {
+    let folder = Scratch::new();
+    let path = folder.join("notify");
+    let _unread = UnixDatagram::bind(&path).expect("a socket");
+    let full = UnixDatagram::unbound().expect("a socket");
+    full.set_nonblocking(true).expect("set");
+    while full.send_to(b"x", &path).is_ok() {}
+    for name in [path.to_str().expect("UTF-8"), "/nowhere/notify", "@nobody-here", "vsock:2:1", ""] {
+        let coordinator = Coordinator::new();
+        let mut agent = Setup::new(&coordinator.url()).env("NOTIFY_SOCKET", name).start();
+        let session = coordinator.session();
+        agent.signal("TERM");
+        session.ended(SOON);
+        assert_eq!(agent.wait(SOON).code(), Some(0), "{name}");
     }
 }
