@@ -31,6 +31,7 @@ pub use exclusion::{ExcludedModel, Exclusion, ListingLimit, MODELS_MAX, ProbedMo
 pub use http::{ApiKey, Client, Interrupt, read_bounded};
 pub use http_backend::HttpBackend;
 pub use kind::{BaseUrl, Kind};
+pub use probe::PROBE_TIME;
 
 use error::truncated_body;
 

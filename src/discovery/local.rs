@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::configured_backend;
-use super::prober::probe_within;
+use super::probe_threads::probe_within;
 use crate::backend::{Backend, BackendModel, BaseUrl, Kind};
 use crate::config::BackendConfig;
 

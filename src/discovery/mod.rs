@@ -9,6 +9,7 @@ mod catalog;
 mod local;
 mod backend_handle;
 mod backend_status;
+mod probe_threads;
 mod prober;
 
 use std::collections::HashSet;
@@ -20,7 +21,8 @@ pub use backend_handle::{BackendHandle, Slot};
 pub use backend_status::BackendStatus;
 pub use catalog::{Catalog, Listing, OfferFeed};
 pub use local::{LocalBackend, find_local};
-pub use prober::{ProbeRounds, Prober, probe_all};
+pub use probe_threads::probe_all;
+pub use prober::{ProbeRounds, Prober};
 
 use crate::backend::{Backend, BackendModel, HttpBackend, MODELS_MAX, ProbedModels};
 use crate::config::{BackendConfig, Pricing};

@@ -3,19 +3,19 @@
 //! [`ProbeRounds`] is a state machine that the housekeeping thread drives. [`Prober`] is the handle that other threads use to
 //! request rounds.
 //!
-//! Invariants: nothing here blocks. Each backend is probed on a thread of its own, so a hung backend delays only itself. All
-//! requests that arrive before a round starts share that round.
+//! Invariants: nothing here blocks. Each backend is probed on a thread of its own, by one probe at a time, so a hung backend delays
+//! only itself. A round ends after [`ROUND_TIME_MAX`]. All requests that arrive before a round starts share that round.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::backend_status::ProbeResult;
+use super::probe_threads::{ROUND_TIME_MAX, start_probes, unanswered};
 use super::{BackendOffer, BackendStatus, Catalog, OfferFeed, OfferTerms};
-use crate::backend::{Backend, BackendError};
-use crate::sys::{jitter, threads};
+use crate::sys::jitter;
 
 /// Interval between rounds, varied by up to a fifth.
 const REFRESH: Duration = Duration::from_secs(30);
@@ -46,9 +46,18 @@ struct Inbox {
 #[derive(Default)]
 struct PendingInput {
     requests: Requests,
-    results: Vec<(usize, ProbeResult)>,
+    results: Vec<Arrival>,
     /// Set when the last handle was dropped.
     is_over: bool,
+}
+
+/// The end of a probe.
+struct Arrival {
+    /// The index of the backend.
+    index: usize,
+    /// When the round of the probe started.
+    round: Instant,
+    result: ProbeResult,
 }
 
 /// Requests for a round.
@@ -84,6 +93,8 @@ impl Prober {
     ) -> (Prober, ProbeRounds) {
         let inbox = Arc::new(Inbox { pending: Mutex::default(), wake: Box::new(wake) });
         let rounds = ProbeRounds {
+            probing: vec![None; backends.len()],
+            round_time_max: ROUND_TIME_MAX,
             backends: backends.into_iter().map(|offer| BackendStatus::new(offer, &terms)).collect(),
             terms,
             offers,
@@ -123,6 +134,9 @@ impl Drop for Handle {
 /// The backends, and the state of their probe rounds.
 pub struct ProbeRounds {
     backends: Vec<BackendStatus>,
+    /// When the round of the probe started that is running, by backend.
+    probing: Vec<Option<Instant>>,
+    round_time_max: Duration,
     terms: OfferTerms,
     offers: Arc<OfferFeed>,
     inbox: Arc<Inbox>,
@@ -138,7 +152,8 @@ pub struct ProbeRounds {
 /// A round in progress.
 struct Round {
     started: Instant,
-    pending: usize,
+    /// The backends whose results are still to come.
+    pending: BTreeSet<usize>,
     /// Whether any backend is available.
     has_offer: bool,
     /// Dropped once an offer can be made.
@@ -155,8 +170,7 @@ impl ProbeRounds {
     pub fn next_wakeup(&self) -> Option<Instant> {
         match &self.round {
             Some(round) if round.has_offer && !round.waiters.is_empty() => Some(round.started + FIRST_OFFER_GRACE),
-            // Every probe has a time limit, and reports its result.
-            Some(_) => None,
+            Some(round) => Some(round.started + self.round_time_max),
             None => self.due,
         }
     }
@@ -168,6 +182,7 @@ impl ProbeRounds {
         if is_over {
             return None;
         }
+        let results = self.current_results(results);
         let mut is_change = false;
         for backend in &mut self.backends {
             is_change |= backend.withdraw_if_failing();
@@ -190,6 +205,31 @@ impl ProbeRounds {
         Some(is_change)
     }
 
+    /// The results that count for the round in progress: those of its own probes; a timeout for each backend whose earlier probe is
+    /// still running, and once the time is over, for each that is missing.
+    fn current_results(&mut self, arrivals: Vec<Arrival>) -> Vec<(usize, ProbeResult)> {
+        let mut results = Vec::new();
+        for Arrival { index, round, result } in arrivals {
+            self.probing[index] = None;
+            let is_current = |current: &&mut Round| current.started == round;
+            if self.round.as_mut().filter(is_current).is_some_and(|current| current.pending.remove(&index)) {
+                results.push((index, result));
+            }
+        }
+        if let Some(round) = &mut self.round {
+            let is_over = round.started.elapsed() >= self.round_time_max;
+            let probing = &self.probing;
+            round.pending.retain(|index| {
+                let is_awaited = !is_over && probing[*index] == Some(round.started);
+                if !is_awaited {
+                    results.push((*index, unanswered()));
+                }
+                is_awaited
+            });
+        }
+        results
+    }
+
     fn apply_probes(&mut self, results: Vec<(usize, ProbeResult)>) -> bool {
         let Some(round) = &mut self.round else { return false };
         let mut is_change = false;
@@ -197,7 +237,6 @@ impl ProbeRounds {
             let backend = &mut self.backends[index];
             is_change |= backend.apply_probe(result, round.started, &self.terms);
             round.has_offer |= backend.is_offered();
-            round.pending -= 1;
         }
         is_change
     }
@@ -205,7 +244,7 @@ impl ProbeRounds {
     /// Releases the waiters once an offer can be made, and ends the round once all results are in.
     fn release_waiters(&mut self) {
         let Some(round) = &mut self.round else { return };
-        if round.pending > 0 {
+        if !round.pending.is_empty() {
             if round.has_offer && round.started.elapsed() >= FIRST_OFFER_GRACE {
                 round.waiters.clear();
             }
@@ -231,19 +270,31 @@ impl ProbeRounds {
         self.due = Some(self.due.map_or(requested, |due| due.min(requested)));
     }
 
-    /// Starts a round for all requests so far.
+    /// Starts a round for all requests so far. A backend whose earlier probe is still running is not probed again.
     fn start_round(&mut self) {
+        let started = Instant::now();
         let round = Round {
-            started: Instant::now(),
-            pending: self.backends.len(),
+            started,
+            pending: (0..self.backends.len()).collect(),
             has_offer: false,
             waiters: std::mem::take(&mut self.requests.waiters),
         };
         self.round = Some(round);
-        let backends: Vec<_> = self.backends.iter().map(|status| status.offer().backend.clone()).collect();
         let inbox = self.inbox.clone();
-        let report = move |index, result| inbox.add(|pending| pending.results.push((index, result)));
-        start_probes(&backends, Arc::new(report));
+        let report = move |index, result| {
+            inbox.add(|pending| pending.results.push(Arrival { index, round: started, result }));
+        };
+        let mut idle = Vec::new();
+        for (index, status) in self.backends.iter().enumerate() {
+            if self.probing[index].is_none() {
+                self.probing[index] = Some(started);
+                idle.push((index, status.offer().backend.clone()));
+            }
+        }
+        if idle.len() < self.backends.len() {
+            self.inbox.add(|_| ());
+        }
+        start_probes(idle, &Arc::new(report));
     }
 
     fn publish(&self) -> bool {
@@ -254,46 +305,10 @@ impl ProbeRounds {
     }
 }
 
-/// Probes all backends concurrently. The results are in the order of the backends.
-pub fn probe_all(backends: &[Arc<dyn Backend>]) -> Vec<ProbeResult> {
-    probe_within(backends, Duration::MAX).into_iter().flatten().collect()
-}
-
-/// Like [`probe_all`], with a time limit. The result is `None` for backends that have not responded by then.
-pub fn probe_within(backends: &[Arc<dyn Backend>], limit: Duration) -> Vec<Option<ProbeResult>> {
-    let started = Instant::now();
-    let mut results: Vec<Option<ProbeResult>> = backends.iter().map(|_| None).collect();
-    let (sender, arrived) = bounded(backends.len());
-    start_probes(backends, Arc::new(move |index, result| _ = sender.send((index, result))));
-    // The channel disconnects with the last probe.
-    while let Ok((index, result)) = arrived.recv_timeout(limit.saturating_sub(started.elapsed())) {
-        results[index] = Some(result);
-    }
-    results
-}
-
-/// Probes each backend on a thread of its own, and calls `report` with each result as it arrives.
-fn start_probes(backends: &[Arc<dyn Backend>], report: Arc<dyn Fn(usize, ProbeResult) + Send + Sync>) {
-    for (index, backend) in backends.iter().enumerate() {
-        let probe = {
-            let (backend, report) = (backend.clone(), report.clone());
-            move || {
-                // A panic in one backend must not affect the others.
-                let result = catch_unwind(AssertUnwindSafe(|| backend.probe()));
-                report(index, result.unwrap_or(Err(BackendError::Panicked)));
-            }
-        };
-        let on_thread = probe.clone();
-        if threads::spawn(format!("probe-{index}"), on_thread).is_err() {
-            probe();
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::{BackendHealth, BackendModel, BackendResult, Job, JobResult, JobSink};
+    use crate::backend::{Backend, BackendError, BackendHealth, BackendModel, BackendResult, Job, JobResult, JobSink};
     use crate::config::{Price, Pricing};
     use crate::discovery::backend_handle::FAILURES_MAX;
 
@@ -334,6 +349,51 @@ mod tests {
     fn terms() -> OfferTerms {
         let price = Price { input_per_1m: 1, output_per_1m: 1 };
         OfferTerms { pricing: Pricing { default: price, models: Default::default() }, max_concurrent: 8 }
+    }
+
+    /// A backend with this model, and what the test needs to watch and release its probes.
+    fn gated(models: &'static [&'static str]) -> (BackendOffer, Receiver<()>, Sender<()>) {
+        let (probed, probes) = crossbeam_channel::unbounded();
+        let (release, gate) = bounded(0);
+        let backend = Arc::new(Gated { models, probed, gate });
+        (BackendOffer { backend, allowed_models: None, max_concurrent: None }, probes, release)
+    }
+
+    #[test]
+    fn round_ends_without_the_backend_that_does_not_answer() {
+        let ((hung, hung_probes, release), (other, other_probes, answer)) = (gated(&["n"]), gated(&["m"]));
+        let offers = Arc::new(OfferFeed::default());
+        let (waker, wakeups) = crossbeam_channel::unbounded();
+        let wake = move || _ = waker.send(());
+        let (prober, mut rounds) = Prober::new(vec![hung, other], terms(), offers.clone(), wake);
+        rounds.round_time_max = Duration::from_millis(50);
+        // Of the other backend, each probe is answered at once.
+        std::thread::spawn(move || while answer.send(()).is_ok() {});
+        let (errors_tx, errors) = crossbeam_channel::unbounded();
+        std::thread::spawn(move || {
+            while rounds.poll().is_some() {
+                let _ = errors_tx.send(rounds.backends()[0].unavailable());
+                let due = rounds.next_wakeup().map_or(LIMIT, |at| at.saturating_duration_since(Instant::now()));
+                let _ = wakeups.recv_timeout(due);
+            }
+        });
+        let ended = |receiver: Receiver<()>| assert!(receiver.recv_timeout(LIMIT).is_err_and(|e| !e.is_timeout()));
+        for round in 0..3 {
+            ended(prober.refresh());
+            other_probes.recv_timeout(LIMIT).expect("the other backend is probed");
+            assert_eq!(hung_probes.len(), 1, "one probe at a time, round {round}");
+        }
+        while !errors.recv_timeout(LIMIT).expect("a state").is_some_and(|e| e.contains("no response within 6 s")) {}
+        assert_eq!(offers.snapshot().offer.len(), 1);
+        hung_probes.recv_timeout(LIMIT).expect("the first probe");
+        release.send(()).expect("the hung probe");
+        // The late result does not count, but the backend is probed again.
+        std::thread::spawn(move || while release.send(()).is_ok() {});
+        while hung_probes.is_empty() {
+            ended(prober.refresh());
+        }
+        ended(prober.refresh());
+        assert_eq!(offers.snapshot().offer.len(), 2);
     }
 
     #[test]

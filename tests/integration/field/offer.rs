@@ -1,7 +1,9 @@
 //! Listings and probes of real servers.
 
+use std::io::Write;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use serde_json::{Value, json};
@@ -451,29 +453,21 @@ fn slow_memory_of_a_16_mb_listing_is_bounded() {
     }
 }
 
-/// A response that comes byte by byte is given up with its probe, and the next round is in time.
+/// A response that comes byte by byte is given up with its probe, and the next round is on time.
 #[test]
 fn slow_probe_that_trickles_keeps_no_other_backend_from_being_probed() {
-    let trickle = |head: &'static str, piece: &'static str| {
-        Backend::new(move |_| {
-            Answer::Play(Box::new(move |mut stream| {
-                use std::io::Write;
-                stream.write_all(head.as_bytes())?;
-                while stream.write_all(piece.as_bytes()).is_ok() {
-                    std::thread::sleep(ms(20));
-                }
-                Ok(false)
-            }))
-        })
-    };
-    let trickling = [
-        trickle("HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n{\"data\":[", " "),
-        trickle("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", "1\r\n \r\n"),
-        trickle("HTTP/1.1 200 OK\r\nX-Long: ", "x"),
-        trickle("", "HTTP/1.1 100 Continue\r\n\r\n"),
-        trickle("HTTP/1.1 500 Oops\r\nContent-Length: 1000000\r\n\r\n", "x"),
+    let plain: [(&[u8], &[u8]); 5] = [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n{\"data\":[", b" "),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+        (b"HTTP/1.1 200 OK\r\nX-Long: ", b"x"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"HTTP/1.1 500 Oops\r\nContent-Length: 1000000\r\n\r\n", b"x"),
     ];
-    side_by_side(trickling, |trickling| {
+    let plain = plain.into_iter().map(|(head, piece)| ("http", head, piece));
+    // The header of a TLS handshake record of 16 KiB.
+    let tls = ("https", &[0x16, 3, 3, 0x40, 0][..], &[0][..]);
+    side_by_side(plain.chain([tls]), |(scheme, head, piece)| {
+        let trickling = Trickling::new(head, piece);
         let listed = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&listed);
         let small = Backend::new(move |request| match request.line().as_str() {
@@ -481,9 +475,48 @@ fn slow_probe_that_trickles_keeps_no_other_backend_from_being_probed() {
             "GET /v1/models" => Answer::Json(200, listing(&["a"])),
             _ => Answer::Hold,
         });
-        let rig = Rig::with(|setup| setup.backend(toml("lmstudio", &trickling)).backend(toml("openai", &small)));
+        let first = format!("kind = \"lmstudio\"\nurl = \"{scheme}://{}\"", trickling.address);
+        let rig = Rig::with(|setup| setup.backend(first).backend(toml("openai", &small)));
         assert_eq!(ids(&rig.session.capabilities), ["a"]);
         start_a_probe(&rig.session, &small, "a");
-        assert_eq!(ids(&rig.session.frame("capabilities", SOON)), ["a", "b"]);
+        assert_eq!(ids(&rig.session.frame("capabilities", SOON)), ["a", "b"], "{scheme} {head:?}");
+        rig.agent.stderr.wait_line(&["not offered", &trickling.address.to_string()]);
     });
+}
+
+/// Answers each connection with a head, then with a piece every 20 ms.
+struct Trickling {
+    address: SocketAddr,
+    is_over: Arc<AtomicBool>,
+}
+
+impl Trickling {
+    fn new(head: &'static [u8], piece: &'static [u8]) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a loopback port");
+        let address = listener.local_addr().expect("an address");
+        let is_over = Arc::new(AtomicBool::new(false));
+        let ended = Arc::clone(&is_over);
+        std::thread::spawn(move || {
+            for mut stream in listener.incoming().map_while(Result::ok) {
+                if ended.load(Ordering::SeqCst) {
+                    return;
+                }
+                let ended = Arc::clone(&ended);
+                std::thread::spawn(move || {
+                    let _ = stream.write_all(head);
+                    while !ended.load(Ordering::SeqCst) && stream.write_all(piece).is_ok() {
+                        std::thread::sleep(ms(20));
+                    }
+                });
+            }
+        });
+        Self { address, is_over }
+    }
+}
+
+impl Drop for Trickling {
+    fn drop(&mut self) {
+        self.is_over.store(true, Ordering::SeqCst);
+        let _ = TcpStream::connect(self.address);
+    }
 }
