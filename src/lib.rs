@@ -31,6 +31,8 @@
 //! - The lock file tells a working agent from a hung one, even on a full disk; if it is out of date, the agent's answer over the wake
 //!   socket does. Liveness is recorded only after a heartbeat was written and data was received from the coordinator, or while the
 //!   agent tries to connect.
+//! - A request is never parsed into a tree, and never copied but out of its frame: the memory for requests is that of their text, and
+//!   that of one frame.
 //! - Prompts, completions, keys, seeds and enrollment codes are never logged, at any level.
 //!
 //! # Modules
@@ -47,7 +49,7 @@
 //! | requests in flight, total size | [`job_executor::REQUEST_BYTES_MAX`] |
 //! | input buffer of a backend connection | `INPUT_MAX` in `backend::http::tcp`; twice that for a response head |
 //! | tasks queued for a worker | `TASKS_MAX` in `worker_pool` |
-//! | JSON values in one request | `VALUES_MAX` in `protocol` |
+//! | JSON values in one request, and their depth | `VALUES_MAX` and `DEPTH_MAX` in `backend::raw_job` |
 //! | queued log lines | `QUEUE_LINES_MAX` in `logging` |
 //! | a log file, and its rotated predecessor | `FILE_BYTES_MAX` in `logging::file` |
 //! | concurrent jobs | [`config::MAX_CONCURRENT_RANGE`] |

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use uuid::Uuid;
 
-use crate::backend::Job;
+use crate::backend::RawJob;
 use crate::job_executor::{JobExecutor, REQUEST_BYTES_MAX, RejectReason};
 use crate::link::write_queues::LaneError;
 
@@ -21,8 +21,7 @@ pub struct EarlyJobs {
 }
 
 struct Held {
-    job: Job,
-    request_bytes: usize,
+    job: RawJob,
     arrived: Instant,
 }
 
@@ -32,31 +31,41 @@ impl EarlyJobs {
         EarlyJobs { executor, jobs_max: max_concurrent as usize, held: Mutex::new(Some(Vec::new())) }
     }
 
-    /// Dispatches the job, whose request has `request_bytes`, or holds it until the first offer.
+    /// Dispatches the job, or holds it until the first offer.
     ///
     /// # Errors
     /// A rejection could not be queued.
-    pub fn dispatch(&self, job: Job, request_bytes: usize) -> Result<(), LaneError> {
+    pub fn dispatch(&self, job: RawJob) -> Result<(), LaneError> {
         let mut held = self.held();
         let Some(jobs) = held.as_mut() else {
             drop(held);
-            return self.executor.try_dispatch(job, request_bytes);
+            return self.executor.try_dispatch(job);
         };
-        if jobs.iter().any(|held| held.job.job_id == job.job_id) {
-            log::warn!("job {} ignored: a job with this id is waiting", job.job_id);
+        if is_held(jobs, job.job_id) {
             return Ok(());
         }
         if jobs.len() >= self.jobs_max {
             let message = "the agent has no offer yet, and as many jobs are waiting for it as it may run";
             return self.executor.reject(job.job_id, RejectReason::AtCapacity, message);
         }
-        let held_bytes: usize = jobs.iter().map(|held| held.request_bytes).sum();
-        if held_bytes + request_bytes > REQUEST_BYTES_MAX {
+        let held_bytes: usize = jobs.iter().map(|held| held.job.request.len()).sum();
+        if held_bytes + job.request.len() > REQUEST_BYTES_MAX {
             let message = "the requests that wait for the first offer leave too little memory for one of this size";
             return self.executor.reject(job.job_id, RejectReason::NoMemory, message);
         }
-        jobs.push(Held { job, request_bytes, arrived: Instant::now() });
+        jobs.push(Held { job, arrived: Instant::now() });
         Ok(())
+    }
+
+    /// Answers a job with an error, unless a job with its id is held or in flight.
+    ///
+    /// # Errors
+    /// The answer could not be queued.
+    pub fn reject(&self, job_id: Uuid, reason: RejectReason, message: &str) -> Result<(), LaneError> {
+        if self.held().as_ref().is_some_and(|jobs| is_held(jobs, job_id)) {
+            return Ok(());
+        }
+        self.executor.reject(job_id, reason, message)
     }
 
     /// Ends the job without a frame.
@@ -71,15 +80,24 @@ impl EarlyJobs {
     pub fn release(&self) {
         // Locked throughout, so that a cancel finds each job either here or in the executor. A dispatch does not block.
         let mut held = self.held();
-        for Held { mut job, request_bytes, arrived } in held.take().unwrap_or_default() {
+        for Held { mut job, arrived } in held.take().unwrap_or_default() {
             let waited = u32::try_from(arrived.elapsed().as_millis()).unwrap_or(u32::MAX);
             job.deadline_ms = job.deadline_ms.saturating_sub(waited);
             // Fails only if the rejection cannot be queued, which also ends the session.
-            let _ = self.executor.try_dispatch(job, request_bytes);
+            let _ = self.executor.try_dispatch(job);
         }
     }
 
     fn held(&self) -> MutexGuard<'_, Option<Vec<Held>>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether a job with this id is held, which is logged: another with the same id is not answered.
+fn is_held(jobs: &[Held], job_id: Uuid) -> bool {
+    let is_held = jobs.iter().any(|held| held.job.job_id == job_id);
+    if is_held {
+        crate::log_repeatable!(log::Level::Warn, "job {job_id} ignored: a job with this id is waiting");
+    }
+    is_held
 }

@@ -120,7 +120,7 @@ pub fn serve(mut half: ReadHalf, first_offer: &Receiver<()>, context: &Context<'
     context.stop.set_active(ActiveState::Session(Arc::new(handle)));
     let (reading, reading_ended) = bounded(0);
     let announcing = announcement.when_ready(first_offer.clone(), reading_ended);
-    let end = read_loop(&mut half, &executor, &early_jobs);
+    let end = read_loop(&mut half, &early_jobs);
     drop(reading);
     // Joined, so that it does not announce to this session during the next one.
     announcing.map(JoinHandle::join);
@@ -203,11 +203,11 @@ fn heartbeat_source(
     }
 }
 
-fn read_loop(half: &mut ReadHalf, executor: &JobExecutor, early_jobs: &EarlyJobs) -> SessionEnd {
+fn read_loop(half: &mut ReadHalf, early_jobs: &EarlyJobs) -> SessionEnd {
     loop {
         match half.read() {
             Ok(Message::Text(text)) => {
-                if let Err(e) = handle_frame(&text, executor, early_jobs) {
+                if let Err(e) = handle_frame(&text, early_jobs) {
                     return SessionEnd::Unexpected(e.to_string());
                 }
             }
@@ -228,18 +228,18 @@ fn read_loop(half: &mut ReadHalf, executor: &JobExecutor, early_jobs: &EarlyJobs
     }
 }
 
-fn handle_frame(text: &str, executor: &JobExecutor, early_jobs: &EarlyJobs) -> Result<(), LaneError> {
+fn handle_frame(text: &str, early_jobs: &EarlyJobs) -> Result<(), LaneError> {
     if text.len() >= LARGE_FRAME_BYTES {
         malloc::request_trim();
     }
     match protocol::parse(text) {
         Ok(Inbound::Job(job)) => {
             crate::debug!("job {} for model `{}`", job.job_id, sanitize_for_log(&job.model_id));
-            early_jobs.dispatch(*job, text.len())
+            early_jobs.dispatch(*job)
         }
         Ok(Inbound::UnreadableJob(job_id, why)) => {
             crate::log_repeatable!(log::Level::Warn, "rejected job {job_id}: {why}");
-            executor.reject(job_id, RejectReason::Unreadable, why)
+            early_jobs.reject(job_id, RejectReason::Unreadable, why)
         }
         Ok(Inbound::JobCancel(job_id)) => {
             early_jobs.cancel(job_id);

@@ -81,6 +81,9 @@ pub enum BackendError {
     /// 401 or 403.
     #[error("the backend rejected the API key: {0}")]
     AuthRejected(HttpStatus),
+    /// The request is JSON that cannot be parsed into a value.
+    #[error("the request cannot be parsed: {0}")]
+    UnreadableRequest(String),
     /// 400, 413 or 422: the request itself is invalid.
     #[error("the backend rejected the request: {0}")]
     BadRequest(HttpStatus),
@@ -110,7 +113,7 @@ pub enum BackendError {
 impl BackendError {
     /// Whether the request caused the failure, so that it counts neither against the agent nor against the backend.
     pub fn is_requesters_fault(&self) -> bool {
-        matches!(self, BackendError::BadRequest(_))
+        matches!(self, BackendError::BadRequest(_) | BackendError::UnreadableRequest(_))
     }
 
     /// Whether the failure counts against the backend's health: a connection error, or a 5xx status.
@@ -170,6 +173,7 @@ impl BackendError {
             | BackendError::ProbeTimeout(_)
             | BackendError::NotHttp(_)
             | BackendError::MissingKey(_)
+            | BackendError::UnreadableRequest(_)
             | BackendError::Broken(_)
             | BackendError::CutStream(_)
             | BackendError::Aborted

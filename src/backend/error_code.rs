@@ -55,7 +55,8 @@ impl BackendError {
             | BackendError::FormatNotServed(..) => Some(ErrorCode::ModelNotLoaded),
             BackendError::Overloaded(_) | BackendError::Exhausted(_) => Some(ErrorCode::OutOfCapacity),
             BackendError::MissingKey(_) | BackendError::AuthRejected(_) => Some(ErrorCode::AuthRejectedByBackend),
-            BackendError::BadRequest(_)
+            BackendError::UnreadableRequest(_)
+            | BackendError::BadRequest(_)
             | BackendError::Status(_)
             | BackendError::Broken(_)
             | BackendError::CutStream(_)

@@ -13,7 +13,7 @@ use super::probe::Probe;
 use super::request::body_of;
 use super::server_support::ServerSupport;
 use super::stream::relay;
-use super::{Backend, BackendError, BackendHealth, BackendModel, Job, JobResult, JobSink, WireFormat};
+use super::{Backend, BackendError, BackendHealth, BackendModel, Job, JobResult, JobSink, RawJob, WireFormat};
 
 /// An HTTP server of a known kind.
 pub struct HttpBackend {
@@ -46,31 +46,6 @@ impl HttpBackend {
             client,
             support: ServerSupport::default(),
             known: Mutex::default(),
-        }
-    }
-
-    fn run(
-        &self,
-        format: WireFormat,
-        body: Vec<u8>,
-        deadline_ms: u32,
-        sink: &mut dyn JobSink,
-    ) -> BackendResult<JobResult> {
-        self.client.ready()?;
-        self.support.check(format)?;
-        let route = match format {
-            WireFormat::Openai => "chat/completions",
-            WireFormat::Anthropic => "messages",
-        };
-        let url = format!("{}/{route}", self.api);
-        let outcome = relay(&self.client, &url, body, Duration::from_millis(u64::from(deadline_ms)), sink);
-        self.support.learn(format, outcome, &self.id)
-    }
-
-    /// Learns from the end of a job.
-    fn note_end(&self, model_id: &str, result: &BackendResult<JobResult>) {
-        if let Err(BackendError::ModelNotFound(_)) = result {
-            self.known().expire(model_id);
         }
     }
 
@@ -156,17 +131,25 @@ impl Backend for HttpBackend {
     }
 
     fn execute(&self, job: &Job, sink: &mut dyn JobSink) -> BackendResult<JobResult> {
-        let result = self.run(job.format, body_of(job), job.deadline_ms, sink);
-        self.note_end(&job.model_id, &result);
-        result
+        self.execute_raw(job.into(), sink)
     }
 
-    fn execute_last(&self, job: Job, sink: &mut dyn JobSink) -> BackendResult<JobResult> {
-        let body = body_of(&job);
-        let Job { model_id, request, format, deadline_ms, .. } = job;
+    fn execute_raw(&self, job: RawJob, sink: &mut dyn JobSink) -> BackendResult<JobResult> {
+        self.client.ready()?;
+        self.support.check(job.format)?;
+        let route = match job.format {
+            WireFormat::Openai => "chat/completions",
+            WireFormat::Anthropic => "messages",
+        };
+        let (url, body) = (format!("{}/{route}", self.api), body_of(&job));
+        let RawJob { model_id, request, format, deadline_ms, .. } = job;
+        // The body shares the text of the request, which is freed with it once it is sent.
         drop(request);
-        let result = self.run(format, body, deadline_ms, sink);
-        self.note_end(&model_id, &result);
+        let outcome = relay(&self.client, &url, body, Duration::from_millis(u64::from(deadline_ms)), sink);
+        let result = self.support.learn(format, outcome, &self.id);
+        if let Err(BackendError::ModelNotFound(_)) = result {
+            self.known().expire(&model_id);
+        }
         result
     }
 }

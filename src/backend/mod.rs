@@ -12,6 +12,7 @@ mod model_details;
 mod probe_json;
 mod exclusion;
 mod diagnosis;
+mod raw_job;
 mod request;
 mod server_support;
 mod stream;
@@ -28,10 +29,11 @@ pub use diagnosis::Diagnosis;
 pub use error::{BackendError, BackendResult, ERROR_BODY_MAX, HttpStatus};
 pub use error_code::ErrorCode;
 pub use exclusion::{ExcludedModel, Exclusion, ListingLimit, MODELS_MAX, ProbedModels, summary};
-pub use http::{ApiKey, Client, Interrupt, read_bounded};
+pub use http::{ApiKey, Client, Interrupt, RequestBody, read_bounded};
 pub use http_backend::HttpBackend;
 pub use kind::{BaseUrl, Kind};
 pub use probe::PROBE_TIME;
+pub use raw_job::{RawJob, RequestText};
 
 use error::truncated_body;
 
@@ -155,13 +157,12 @@ pub trait Backend: Send + Sync {
     /// The cause of failure. Bytes already sent to the sink stay sent.
     fn execute(&self, job: &Job, sink: &mut dyn JobSink) -> BackendResult<JobResult>;
 
-    /// Like [`Backend::execute`], for a job that will not fail over to another backend, so that its request can be dropped once
-    /// sent.
+    /// Like [`Backend::execute`], for a job whose request is still text. The default implementation parses the request.
     ///
     /// # Errors
     /// As [`Backend::execute`].
-    fn execute_last(&self, job: Job, sink: &mut dyn JobSink) -> BackendResult<JobResult> {
-        self.execute(&job, sink)
+    fn execute_raw(&self, job: RawJob, sink: &mut dyn JobSink) -> BackendResult<JobResult> {
+        self.execute(&job.parse()?, sink)
     }
 
     /// Checks the health and lists the models.

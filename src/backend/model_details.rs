@@ -183,7 +183,7 @@ fn ollama(listed: &[Listed], probe: &Probe<'_>, known: &KnownModels) -> Vec<Lear
     let unknown: Vec<usize> = (0..learnt.len()).filter(|index| learnt[*index].details.is_none()).collect();
     let show = |index: &usize| {
         let request = json!({ "model": listed[*index].model.model_id });
-        probe.ask_with("/api/show", request.to_string().as_bytes()).map(|response| shown(&response))
+        probe.ask_with("/api/show", &request.to_string().into()).map(|response| shown(&response))
     };
     for (index, details) in unknown.iter().zip(ask_each(unknown.iter().collect(), show)) {
         learnt[*index].details = details;

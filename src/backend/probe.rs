@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use ureq::http::Response;
 
-use super::http::{AgentLease, Client, connect_error, read_bounded};
+use super::http::{AgentLease, Client, RequestBody, connect_error, read_bounded};
 use super::probe_json::Body;
 use super::{BackendError, BackendResult, Kind};
 
@@ -66,7 +66,7 @@ impl<'a> Probe<'a> {
     }
 
     /// As [`Probe::ask`], for a `POST` of JSON.
-    pub fn ask_with(&self, path: &str, body: &[u8]) -> Option<Body> {
+    pub fn ask_with(&self, path: &str, body: &RequestBody) -> Option<Body> {
         let url = format!("{}{path}", self.root);
         answer(self.exchange(|lease, time| lease.post(&url, body, time)))
     }

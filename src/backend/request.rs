@@ -1,91 +1,215 @@
-//! The request body that a backend receives: the coordinator's, plus the keys that streaming needs.
+//! The request body that a backend receives: the coordinator's, in which the agent sets keys at the top level. Everything else stays
+//! as it came, byte for byte.
 
-use serde::Serialize;
-use serde::ser::{SerializeMap, Serializer};
-use serde_json::{Map, Value, json};
+use std::borrow::Cow;
+use std::fmt;
+use std::ops::Range;
 
-use super::{Job, WireFormat};
+use serde::Deserializer;
+use serde::de::{MapAccess, Visitor};
+use serde_json::value::RawValue;
 
-/// Serializes the request of `job`.
-///
-/// The order of keys and every digit of numbers are kept. A request that is not an object is sent unchanged.
-pub fn body_of(job: &Job) -> Vec<u8> {
-    let serialized = match &job.request {
-        Value::Object(fields) => serde_json::to_vec(&Streamed { fields, job }),
-        other => serde_json::to_vec(other),
+use super::http::{BodyBuilder, RequestBody};
+use super::{RawJob, WireFormat};
+
+/// Makes a server report the usage at the end of its stream.
+const STREAM_OPTIONS: &str = r#""stream_options":{"include_usage":true}"#;
+
+/// Length of the longest key that matters, `stream_options`, with each character escaped.
+const KEY_BYTES_MAX: usize = 2 + 14 * r"\u0000".len();
+
+/// The body for the request of `job`. A request that is not an object is sent unchanged.
+pub fn body_of(job: &RawJob) -> RequestBody {
+    let text = job.request.shared();
+    let mut body = BodyBuilder::new(text.clone());
+    if !text.starts_with('{') {
+        body.keep(0..text.len());
+        return body.build();
+    }
+    body.keep(0..1);
+    let mut splicer = Splicer {
+        body,
+        end: 1,
+        is_empty: true,
+        stream: Some(r#""stream":true"#.to_owned()),
+        // In order, so that what was not offered cannot be reached.
+        model: Some(format!(r#""model":{}"#, serde_json::Value::from(job.model_id.as_str()))),
+        stream_options: (job.format == WireFormat::Openai).then(|| STREAM_OPTIONS.to_owned()),
     };
-    // A value parsed from JSON can always be serialized.
-    serialized.unwrap_or_default()
+    // The text is an object, so this cannot fail.
+    let _ = serde_json::Deserializer::from_str(&text).deserialize_map(Entries { text: &text, splicer: &mut splicer });
+    splicer.finish(text.len())
 }
 
-/// The request with `stream` set and the missing keys added. Serialized without a copy: it may contain 60 MB of images.
-struct Streamed<'a> {
-    fields: &'a Map<String, Value>,
-    job: &'a Job,
+/// Splices the entries of an object, one after another.
+struct Splicer {
+    body: BodyBuilder,
+    /// The end of the last entry, or of the opening brace.
+    end: usize,
+    /// Whether the body has no entry yet.
+    is_empty: bool,
+    /// The entries that the agent sets. `None` once they are in the body, or if the request has its own.
+    stream: Option<String>,
+    model: Option<String>,
+    stream_options: Option<String>,
 }
 
-impl Serialize for Streamed<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(None)?;
-        for (key, value) in self.fields {
-            match key.as_str() {
-                "stream" => map.serialize_entry(key, &true)?,
-                _ => map.serialize_entry(key, value)?,
+impl Splicer {
+    /// The next entry of the request. An entry that the agent sets is set once: it must not matter which of several a server reads.
+    fn splice(&mut self, key: &str, entry: Range<usize>) {
+        let separator = self.end..entry.start;
+        self.end = entry.end;
+        let set = match key {
+            "stream" => self.stream.take(),
+            "model" => self.model.take(),
+            // OpenRouter's, which name further models.
+            "models" | "route" => None,
+            _ => {
+                if key == "stream_options" {
+                    self.stream_options = None;
+                }
+                self.separate(separator);
+                return self.body.keep(entry);
             }
+        };
+        if let Some(set) = set {
+            self.separate(separator);
+            self.body.add(&set);
         }
-        if !self.fields.contains_key("stream") {
-            map.serialize_entry("stream", &true)?;
+    }
+
+    /// Separates the next entry from the previous one. Omits a comma after an entry that was left out.
+    fn separate(&mut self, separator: Range<usize>) {
+        let has_no_comma = separator.start == 1;
+        if !std::mem::take(&mut self.is_empty) || has_no_comma {
+            self.body.keep(separator);
         }
-        if self.job.format == WireFormat::Openai && !self.fields.contains_key("stream_options") {
-            map.serialize_entry("stream_options", &json!({"include_usage": true}))?;
+    }
+
+    /// Adds the entries that the request does not have.
+    fn finish(mut self, text_len: usize) -> RequestBody {
+        for entry in [self.stream, self.stream_options, self.model].into_iter().flatten() {
+            if !std::mem::take(&mut self.is_empty) {
+                self.body.add(",");
+            }
+            self.body.add(&entry);
         }
-        if !self.fields.contains_key("model") {
-            map.serialize_entry("model", &self.job.model_id)?;
+        self.body.keep(self.end..text_len);
+        self.body.build()
+    }
+}
+
+/// Visits the entries of an object without parsing their values.
+struct Entries<'a> {
+    text: &'a str,
+    splicer: &'a mut Splicer,
+}
+
+impl<'a> Visitor<'a> for Entries<'a> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<M: MapAccess<'a>>(self, mut entries: M) -> Result<(), M::Error> {
+        while let Some((key, value)) = entries.next_entry::<&RawValue, &RawValue>()? {
+            let start_of = |raw: &RawValue| raw.get().as_ptr().addr() - self.text.as_ptr().addr();
+            self.splicer.splice(&name_of(key), start_of(key)..start_of(value) + value.get().len());
         }
-        map.end()
+        Ok(())
+    }
+}
+
+/// The name that a key spells, with or without escapes; empty if it is longer than any that matters.
+fn name_of(key: &RawValue) -> Cow<'_, str> {
+    match key.get() {
+        key if key.len() > KEY_BYTES_MAX => Cow::default(),
+        key if key.contains('\\') => serde_json::from_str(key).unwrap_or_default(),
+        key => key.trim_matches('"').into(),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::io::Read;
 
-    fn sent(request: &str, format: WireFormat) -> String {
-        let job = Job {
-            job_id: uuid::Uuid::nil(),
-            model_id: "m".into(),
-            request: serde_json::from_str(request).expect("JSON"),
-            format,
-            deadline_ms: 1,
-        };
-        String::from_utf8(body_of(&job)).expect("UTF-8")
+    use super::*;
+    use crate::backend::RequestText;
+
+    fn sent(model_id: &str, request: &str, format: WireFormat) -> String {
+        let request = RequestText::new(serde_json::from_str(request).expect("JSON")).expect("within the limits");
+        let job = RawJob { job_id: uuid::Uuid::nil(), model_id: model_id.into(), request, format, deadline_ms: 1 };
+        let (body, mut text) = (body_of(&job), String::new());
+        body.reader().read_to_string(&mut text).expect("UTF-8");
+        assert_eq!(text.len(), body.content_length());
+        text
     }
 
     #[test]
-    fn body_gets_the_missing_keys_only_and_stream_is_always_true() {
+    fn body_gets_the_missing_keys_only_and_stream_and_model_are_forced() {
         let table = [
             ("{}", r#"{"stream":true,"stream_options":{"include_usage":true},"model":"m"}"#),
             (
                 r#"{"z":1,"stream":false,"a":2,"model":"own","stream_options":null}"#,
-                r#"{"z":1,"stream":true,"a":2,"model":"own","stream_options":null}"#,
+                r#"{"z":1,"stream":true,"a":2,"model":"m","stream_options":null}"#,
             ),
             ("[1,2]", "[1,2]"),
             ("null", "null"),
             (r#""text""#, r#""text""#),
         ];
         for (given, want) in table {
-            assert_eq!(sent(given, WireFormat::Openai), want);
+            assert_eq!(sent("m", given, WireFormat::Openai), want);
         }
-        assert_eq!(sent("{}", WireFormat::Anthropic), r#"{"stream":true,"model":"m"}"#);
+        assert_eq!(sent("m", "{}", WireFormat::Anthropic), r#"{"stream":true,"model":"m"}"#);
+        let quoted = sent("a\"b\\c", "{}", WireFormat::Anthropic);
+        assert_eq!(quoted, r#"{"stream":true,"model":"a\"b\\c"}"#);
     }
 
+    /// Objects with any of the keys that matter, in any order, number and spelling, and others.
     #[test]
-    fn body_keeps_numbers_and_the_order_of_keys() {
-        let given = concat!(
-            r#"{"n":123456789012345678901234567890,"d":0.1000000000000000055511151231257827,"one":1.0,"e":1E400,"#,
-            r#""b":{"z":1,"a":2},"stream":true,"stream_options":{},"model":"m"}"#
-        );
-        let sent = sent(given, WireFormat::Openai);
-        assert_eq!(sent.replace("1e+400", "1E400").replace("1e400", "1E400"), given);
+    fn body_differs_from_the_request_in_the_keys_of_the_agent_only() {
+        const ENTRIES: [(&str, &str); 13] = [
+            ("model", r#""model":"own""#),
+            ("model", r#""mod\u0065l":{"model":[]}"#),
+            ("stream", r#""stream":false"#),
+            ("stream", r#""\u0073\u0074\u0072\u0065\u0061\u006d":{}"#),
+            ("models", r#""models":["x","y"]"#),
+            ("models", r#""model\u0073":"x""#),
+            ("route", r#""route":null"#),
+            ("stream_options", r#""stream_options":null"#),
+            ("stream_options", r#""stream\u005foptions":{"a":1.50}"#),
+            ("", r#""":{"model":"own","stream":false}"#),
+            ("", r#""\"model":"\",\"model\":""#),
+            ("", r#""Model":[{},"stream",1E400]"#),
+            ("", r#""messages":[ {"content" : "\u00e9 {"} ]"#),
+        ];
+        arbtest::arbtest(|u| {
+            let entries: Vec<_> = (0..u.int_in_range(0..=9)?).map(|_| u.choose(&ENTRIES)).collect::<Result<_, _>>()?;
+            let request = entries.iter().map(|(_, entry)| *entry).collect::<Vec<_>>().join(",");
+            for format in [WireFormat::Openai, WireFormat::Anthropic] {
+                let mut to_set = vec![
+                    ("stream", r#""stream":true"#),
+                    ("stream_options", STREAM_OPTIONS),
+                    ("model", r#""model":"m""#),
+                ];
+                if format == WireFormat::Anthropic {
+                    to_set.remove(1);
+                }
+                let mut expected = Vec::new();
+                for (name, entry) in &entries {
+                    let set = to_set.iter().position(|(key, _)| key == name).map(|at| to_set.remove(at).1);
+                    match (*name, set) {
+                        ("stream" | "model", Some(set)) => expected.push(set),
+                        ("stream" | "model" | "models" | "route", None) => {}
+                        _ => expected.push(entry),
+                    }
+                }
+                expected.extend(to_set.iter().map(|(_, entry)| entry));
+                assert_eq!(sent("m", &format!("{{{request}}}"), format), format!("{{{}}}", expected.join(",")));
+            }
+            Ok(())
+        })
+        .budget_ms(200);
     }
 }

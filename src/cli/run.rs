@@ -17,8 +17,7 @@ use crate::instance::takeover;
 use crate::instance::{AgentPaths, InstanceLock, LockError};
 use crate::link::protocol::AGENT_VERSION;
 use crate::logging;
-use crate::sys::files;
-use crate::sys::malloc;
+use crate::sys::{files, malloc, oom};
 
 /// The number of signals after which the process exits at once, without flushing its log.
 const SIGNALS_TO_EXIT: u32 = 3;
@@ -100,6 +99,9 @@ fn print_log_path(log: &Path) {
 
 fn serve(config: Config, lock: InstanceLock) -> Result<(), CliError> {
     log_reading(&config);
+    if let Err(e) = oom::end_this_process_first() {
+        crate::debug!("the kernel may end the inference server before the agent when memory is short: {e}");
+    }
     let paths = AgentPaths::beside(&config.key_path);
     if lock.is_exclusive() {
         files::remove_leftovers(&config.key_path);

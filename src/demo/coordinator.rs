@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::RecvTimeoutError;
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::value::RawValue;
 use thiserror::Error;
 use uuid::Uuid;
 
@@ -46,12 +46,36 @@ pub struct JobOrder {
     pub job_id: Uuid,
     /// The requested model.
     pub model_id: String,
-    /// The request body.
-    pub request: Value,
+    /// The request body, which is sent byte for byte.
+    pub request: Box<RawValue>,
     /// The API of the request.
     pub format: Format,
     /// Time limit of the whole job.
     pub deadline: Duration,
+}
+
+impl JobOrder {
+    /// The frame that sends the job to an agent.
+    fn frame(&self) -> String {
+        #[derive(Serialize)]
+        #[serde(tag = "type", rename = "job")]
+        struct Frame<'a> {
+            job_id: String,
+            model_id: &'a str,
+            request: &'a RawValue,
+            format: Format,
+            deadline_ms: u64,
+        }
+        let frame = Frame {
+            job_id: self.job_id.to_string(),
+            model_id: &self.model_id,
+            request: &self.request,
+            format: self.format,
+            deadline_ms: u64::try_from(self.deadline.as_millis()).unwrap_or(u64::MAX),
+        };
+        // Strings, numbers and JSON can always be serialized.
+        serde_json::to_string(&frame).unwrap_or_default()
+    }
 }
 
 /// Why a call to the coordinator failed.
@@ -127,17 +151,9 @@ impl Coordinator {
 
     /// Sends a job to the current agent.
     pub fn submit(&self, order: JobOrder) -> Result<Job, CoordinatorError> {
-        let JobOrder { job_id, model_id, request, format, deadline } = order;
+        let JobOrder { job_id, deadline, .. } = order;
         let (sender, events) = job_events::channel();
         let sender = self.sessions.add_job(job_id, sender).ok_or(CoordinatorError::NoAgent)?;
-        let frame = json!({
-            "type": "job",
-            "job_id": job_id.to_string(),
-            "model_id": model_id,
-            "request": request,
-            "format": format,
-            "deadline_ms": u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX),
-        });
         let expires_at = Instant::now() + deadline + DEADLINE_GRACE;
         let job = Job {
             job_id,
@@ -148,7 +164,7 @@ impl Coordinator {
             sender,
             sessions: self.sessions.clone(),
         };
-        job.sender.send(&frame.to_string()).map_err(CoordinatorError::Send)?;
+        job.sender.send(&order.frame()).map_err(CoordinatorError::Send)?;
         Ok(job)
     }
 }

@@ -8,6 +8,8 @@ use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use serde::Deserialize;
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -144,20 +146,30 @@ fn respond_error(exchange: &mut Exchange<'_>, error: &ErrorResponse) {
     exchange.respond_json(error.status, &error.body());
 }
 
+/// The keys of a request that matter here. The request itself is passed on byte for byte.
+#[derive(Deserialize)]
+struct RequestKeys<'a> {
+    model: String,
+    #[serde(borrow, rename = "stream")]
+    is_streamed: Option<&'a RawValue>,
+}
+
 fn complete(coordinator: &Coordinator, exchange: &mut Exchange<'_>, format: Format) -> Result<(), ErrorResponse> {
     let invalid = |status, message: &str| ErrorResponse::new(status, "invalid_body", message);
-    let request = exchange.read_json().map_err(|bad| invalid(bad.status, &bad.message))?;
-    if !request.is_object() {
+    let body = exchange.read_body().map_err(|bad| invalid(bad.status, &bad.message))?;
+    let request: Box<RawValue> =
+        serde_json::from_slice(&body).map_err(|error| invalid(400, &format!("the body is not JSON: {error}")))?;
+    if !request.get().starts_with('{') {
         return Err(invalid(400, "the body is not a JSON object"));
     }
-    let Some(model_id) = request["model"].as_str().map(str::to_owned) else {
+    let Ok(RequestKeys { model: model_id, is_streamed }) = serde_json::from_str(request.get()) else {
         return Err(invalid(400, "the body has no string `model`; GET /v1/models lists them"));
     };
-    let streaming = request["stream"] == true;
+    let is_streamed = is_streamed.is_some_and(|is_streamed| is_streamed.get() == "true");
     // Jobs for models that are not offered are also sent, to show that the agent rejects them.
     let order = JobOrder { job_id: Uuid::new_v4(), model_id, request, format, deadline: JOB_DEADLINE };
     let mut job = coordinator.submit(order)?;
-    let served = if streaming { stream(exchange, &mut job, format) } else { whole(exchange, &mut job, format) };
+    let served = if is_streamed { stream(exchange, &mut job, format) } else { whole(exchange, &mut job, format) };
     if let Err(error) = served {
         job.cancel();
         log::info!("an HTTP client disconnected before the end of its response; its job is cancelled: {error}");

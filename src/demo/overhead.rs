@@ -8,6 +8,7 @@
 use std::time::Duration;
 
 use serde_json::Value;
+use serde_json::value::to_raw_value;
 use uuid::Uuid;
 
 use super::coordinator::{Coordinator, Format, Job, JobOrder};
@@ -96,6 +97,7 @@ impl OverheadMeter<'_> {
         let (job_id, arrived, given) = (Uuid::new_v4(), Timed::starting_now(), Timed::starting_now());
         self.record.start(job_id);
         let (model_id, format) = (self.model_id.clone(), Format::Openai);
+        let request = to_raw_value(&request).unwrap_or_default();
         let order = JobOrder { job_id, model_id, request, format, deadline: REQUEST_DEADLINE };
         Ok(Through { job_id, job: self.coordinator.submit(order)?, arrived, given })
     }

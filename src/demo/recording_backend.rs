@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::DemoError;
 use super::timed_response::Timed;
 use crate::backend::{
-    Backend, BackendHealth, BackendModel, BackendResult, Interrupt, Job, JobResult, JobSink, ProbedModels,
+    Backend, BackendHealth, BackendModel, BackendResult, Interrupt, Job, JobResult, JobSink, ProbedModels, RawJob,
 };
 
 /// A backend whose responses are recorded.
@@ -101,8 +101,8 @@ impl Backend for RecordingBackend {
         self.record(job.job_id, sink, |sink| self.backend.execute(job, sink))
     }
 
-    fn execute_last(&self, job: Job, sink: &mut dyn JobSink) -> BackendResult<JobResult> {
-        self.record(job.job_id, sink, |sink| self.backend.execute_last(job, sink))
+    fn execute_raw(&self, job: RawJob, sink: &mut dyn JobSink) -> BackendResult<JobResult> {
+        self.record(job.job_id, sink, |sink| self.backend.execute_raw(job, sink))
     }
 
     fn probe(&self) -> BackendResult<ProbedModels> {

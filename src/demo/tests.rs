@@ -11,6 +11,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use ring::rand::SystemRandom;
 use ring::signature::{Ed25519KeyPair, KeyPair};
+use serde_json::value::to_raw_value;
 use serde_json::{Value, json};
 use tungstenite::{Message, WebSocket};
 use uuid::Uuid;
@@ -91,7 +92,7 @@ fn submit(coordinator: &Coordinator) -> Result<Job, CoordinatorError> {
     coordinator.submit(JobOrder {
         job_id: Uuid::new_v4(),
         model_id: "m".to_owned(),
-        request: json!({"n": 1}),
+        request: to_raw_value(&json!({"n": 1})).unwrap(),
         format: Format::Anthropic,
         deadline: LIMIT,
     })

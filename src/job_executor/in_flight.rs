@@ -8,7 +8,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use uuid::Uuid;
 
 use super::memory_permit::MemoryPermit;
-use crate::backend::{Interrupt, Job};
+use crate::backend::{Interrupt, RawJob};
 use crate::discovery::{BackendHandle, Slot};
 
 /// Invariant: once [`InFlightJob::is_cancelled`] returns true, no frame of the job is written, and its worker has been woken
@@ -40,7 +40,7 @@ struct State {
 
 /// The resources that a worker takes over when it starts the job.
 pub struct Work {
-    pub job: Job,
+    pub job: RawJob,
     /// The memory permit, held until the request is dropped.
     pub permit: MemoryPermit,
     /// The backend that the job has a slot of.
@@ -50,7 +50,7 @@ pub struct Work {
 }
 
 impl InFlightJob {
-    pub fn new(job: &Job) -> InFlightJob {
+    pub fn new(job: &RawJob) -> InFlightJob {
         let accepted = Instant::now();
         let (sender, cancel_signal) = bounded(0);
         let state = State { work: None, is_started: false, interrupt: None, cancel_signal: Some(sender), slot: None };
@@ -176,11 +176,11 @@ impl InFlightJob {
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use crate::backend::WireFormat;
+    use crate::backend::{Job, WireFormat};
 
-    pub fn job(job_id: Uuid, deadline_ms: u32) -> Job {
+    pub fn job(job_id: Uuid, deadline_ms: u32) -> RawJob {
         let (model_id, request) = ("m".to_owned(), serde_json::Value::Null);
-        Job { job_id, model_id, request, format: WireFormat::Openai, deadline_ms }
+        RawJob::from(&Job { job_id, model_id, request, format: WireFormat::Openai, deadline_ms })
     }
 
     #[test]

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Limit for the text of all requests together, in bytes, including requests that workers of cancelled jobs still hold. A
-/// parsed request may take several times the size of its text.
+/// Limit for the text of all requests together, in bytes, including requests that workers of cancelled jobs still hold. The frame
+/// that was read last is held beside them.
 pub const REQUEST_BYTES_MAX: usize = 256 << 20;
 
 /// Counts the bytes of the requests in flight.

@@ -39,7 +39,7 @@ use stats::Outcome;
 use table::{AdmitError, JobTable};
 use worker_pool::WorkerPool;
 
-use crate::backend::Job;
+use crate::backend::{Job, RawJob};
 use crate::discovery::{Catalog, DiscoveredBackend, Listing, OfferFeed};
 use crate::link::protocol::{self, ErrorCode};
 use crate::link::write_queues::LaneError;
@@ -57,7 +57,7 @@ pub struct JobExecutor {
 
 /// Why a job was not started.
 enum NotAdmitted {
-    /// A job with this id is in flight. No answer is sent, because it would end that job.
+    /// A job with this id is in flight.
     Duplicate,
     /// The job was admitted, but has since been ended by its deadline or by the end of the session.
     AlreadyEnded,
@@ -85,19 +85,19 @@ impl JobExecutor {
     /// Starts the job, or answers with the reason of the rejection.
     pub fn dispatch(&self, job: Job) {
         // Fails only if the rejection cannot be queued.
-        let _ = self.try_dispatch(job, 0);
+        let _ = self.try_dispatch(RawJob::from(&job));
     }
 
-    /// Starts the job, whose request has `request_bytes`, or answers with the reason of the rejection.
+    /// Starts the job, or answers with the reason of the rejection.
     ///
     /// # Errors
     /// The rejection could not be queued.
-    pub fn try_dispatch(&self, job: Job, request_bytes: usize) -> Result<(), LaneError> {
+    pub fn try_dispatch(&self, job: RawJob) -> Result<(), LaneError> {
         let job_id = job.job_id;
-        match self.admit(job, request_bytes).and_then(|job| self.start(job)) {
+        match self.admit(job).and_then(|job| self.start(job)) {
             Ok(()) | Err(NotAdmitted::AlreadyEnded) => Ok(()),
             Err(NotAdmitted::Duplicate) => {
-                crate::log_repeatable!(log::Level::Warn, "job {job_id} ignored: a job with this id is in flight");
+                ignore_duplicate(job_id);
                 Ok(())
             }
             Err(NotAdmitted::Rejected(reason, message)) => {
@@ -108,21 +108,17 @@ impl JobExecutor {
     }
 
     /// Adds the job to the table, and acquires a slot of the first backend that has one.
-    fn admit(&self, job: Job, request_bytes: usize) -> Result<Arc<InFlightJob>, NotAdmitted> {
+    fn admit(&self, job: RawJob) -> Result<Arc<InFlightJob>, NotAdmitted> {
         let Shared { deps, table, max_concurrent, .. } = &*self.shared;
         let rejected = |reason, message: &str| Err(NotAdmitted::Rejected(reason, message.to_owned()));
         let mut route = deps.offers.snapshot().candidates(&job.model_id);
-        let is_paused = deps.offers.is_paused();
-        if (route.is_empty() || is_paused) && table.contains(job.job_id) {
-            return Err(NotAdmitted::Duplicate);
-        }
         if route.is_empty() {
             return rejected(RejectReason::UnknownModel, "no backend serves this model");
         }
-        if is_paused {
+        if deps.offers.is_paused() {
             return rejected(RejectReason::Paused, "the operator has paused the agent");
         }
-        let (in_flight, permit) = match table.admit(&job, request_bytes) {
+        let (in_flight, permit) = match table.admit(&job, job.request.len()) {
             Ok(admitted) => admitted,
             Err(AdmitError::Duplicate) => return Err(NotAdmitted::Duplicate),
             Err(AdmitError::Closed) => return rejected(RejectReason::Stopping, "the agent is stopping"),
@@ -188,11 +184,15 @@ impl JobExecutor {
         }
     }
 
-    /// Answers a job that is not in flight with an error.
+    /// Answers a job with an error, unless a job with its id is in flight.
     ///
     /// # Errors
     /// The answer could not be queued.
     pub fn reject(&self, job_id: Uuid, reason: RejectReason, message: &str) -> Result<(), LaneError> {
+        if self.shared.table.contains(job_id) {
+            ignore_duplicate(job_id);
+            return Ok(());
+        }
         let ExecutorDeps { stats, on_throttled, .. } = &self.shared.deps;
         stats.record(Outcome::Rejected(reason));
         if let Some(on_throttled) = on_throttled.as_ref().filter(|_| reason == RejectReason::TokenLimit) {
@@ -238,6 +238,11 @@ impl JobExecutor {
             self.shared.deps.stats.record(Outcome::Lost);
         }
     }
+}
+
+/// No answer is sent, because it would end the job that is in flight.
+fn ignore_duplicate(job_id: Uuid) {
+    crate::log_repeatable!(log::Level::Warn, "job {job_id} ignored: a job with this id is in flight");
 }
 
 impl Drop for JobExecutor {
@@ -322,7 +327,7 @@ mod tests {
     fn reject_admitted_does_not_answer_a_job_that_has_ended() {
         let executor = JobExecutor::new(Vec::new(), 1, crossbeam_channel::unbounded().0);
         let table = &executor.shared.table;
-        let admit = || table.admit(&job("m"), 0).expect("admitted").0;
+        let admit = || table.admit(&RawJob::from(&job("m")), 0).expect("admitted").0;
         let reject = |job: &Arc<InFlightJob>| executor.reject_admitted(job, RejectReason::NoThread, String::new());
         assert!(matches!(reject(&admit()), NotAdmitted::Rejected(RejectReason::NoThread, _)));
         let job = admit();

@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::in_flight::InFlightJob;
 use super::memory_permit::{MemoryPermit, RequestMemory};
-use crate::backend::Job;
+use crate::backend::RawJob;
 
 /// How long the deadline thread stays alive while the table is empty.
 const WATCHER_IDLE: Duration = Duration::from_secs(10);
@@ -71,7 +71,7 @@ impl JobTable {
     }
 
     /// Adds a job, and reserves memory for its request of `request_bytes`.
-    pub fn admit(&self, job: &Job, request_bytes: usize) -> Result<(Arc<InFlightJob>, MemoryPermit), AdmitError> {
+    pub fn admit(&self, job: &RawJob, request_bytes: usize) -> Result<(Arc<InFlightJob>, MemoryPermit), AdmitError> {
         let state = &mut *self.lock();
         let in_flight = state.jobs.len();
         match state.jobs.entry(job.job_id) {

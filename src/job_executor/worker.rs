@@ -31,11 +31,9 @@ pub fn run(shared: &Shared, in_flight: &Arc<InFlightJob>) {
             return;
         }
         guard.outcome = Err(BackendError::Panicked);
-        let (outcome, kept) = match fallback_route.len() {
-            0 => (backend.backend.execute_last(job, &mut relay), None),
-            _ => (backend.backend.execute(&job, &mut relay), Some(job)),
-        };
-        guard.outcome = outcome;
+        // The last backend alone holds the request, and drops it once it is sent.
+        let kept = (fallback_route.len() > 0).then(|| job.clone());
+        guard.outcome = backend.backend.execute_raw(job, &mut relay);
         // The outcome of an interrupted call says nothing about the backend.
         if in_flight.is_cancelled() {
             return;

@@ -3,17 +3,19 @@
 //! [`JobChunks`] builds its frames directly as text, because the agent may send ten thousand of them per minute. Frames from the
 //! coordinator are parsed leniently, because the coordinator may be newer than the agent.
 
+use std::borrow::Cow;
 use std::sync::LazyLock;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::{self, STANDARD as BASE64};
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
-use serde_json::{Number, Value, json};
+use serde_json::value::RawValue;
+use serde_json::{Value, json};
 use uuid::Uuid;
 
 pub use crate::backend::ErrorCode;
-use crate::backend::{Job, JobResult, WireFormat};
+use crate::backend::{JobResult, RawJob, RequestText, WireFormat};
 use crate::discovery::ResolvedModel;
 
 /// The agent's version on the wire.
@@ -22,8 +24,8 @@ pub const AGENT_VERSION: &str = env!("CARGO_PKG_VERSION");
 /// The deadline of a job without a valid `deadline_ms`, in milliseconds.
 pub const DEADLINE_DEFAULT_MS: u32 = 60_000;
 
-/// Limit of JSON values in one job. Each takes about 100 bytes, so 100 MB in total, although its text may be a single byte.
-const VALUES_MAX: usize = 1 << 20;
+/// Limit of what is kept of an unknown type, for the log.
+const TYPE_CHARS_MAX: usize = 100;
 
 /// A frame from the coordinator.
 #[derive(Debug)]
@@ -35,12 +37,12 @@ pub enum Inbound {
     /// The agent is rejected, for this reason.
     AuthFailed(String),
     /// A job to run.
-    Job(Box<Job>),
-    /// The id of a job whose request cannot be read, and the reason.
+    Job(Box<RawJob>),
+    /// The id of a job that cannot be read, and the reason.
     UnreadableJob(Uuid, &'static str),
     /// The id of a job to cancel.
     JobCancel(Uuid),
-    /// A frame of an unknown type, which newer coordinators may send.
+    /// A frame of an unknown type, which newer coordinators may send, with the beginning of the type.
     Other(String),
 }
 
@@ -65,18 +67,20 @@ pub enum FrameError {
     },
 }
 
-/// Parses one text message. A frame of an unknown type takes no memory, whatever its size.
+/// Parses one text message. A frame of an unknown type takes little memory, whatever its size.
 pub fn parse(text: &str) -> Result<Inbound, FrameError> {
     #[derive(Deserialize)]
-    struct Head {
-        r#type: String,
+    struct Head<'a> {
+        #[serde(borrow)]
+        r#type: Cow<'a, str>,
     }
     // serde would accept a JSON array for a struct.
     if !text.trim_start().starts_with('{') {
         return Err(FrameError::Json { line: 1, column: 1 });
     }
-    let head: Head = serde_json::from_str(text).map_err(|e| FrameError::Json { line: e.line(), column: e.column() })?;
-    match head.r#type.as_str() {
+    let head: Head<'_> =
+        serde_json::from_str(text).map_err(|e| FrameError::Json { line: e.line(), column: e.column() })?;
+    match &*head.r#type {
         "job" => parse_job(text),
         "job_cancel" => {
             job_id(text).map(Inbound::JobCancel).ok_or(FrameError::Field { frame: "job_cancel", fields: "job_id" })
@@ -92,7 +96,7 @@ pub fn parse(text: &str) -> Result<Inbound, FrameError> {
         "auth_failed" => {
             Ok(Inbound::AuthFailed(parse_small(text)["reason"].as_str().unwrap_or("no reason given").to_owned()))
         }
-        _ => Ok(Inbound::Other(head.r#type)),
+        kind => Ok(Inbound::Other(kind.chars().take(TYPE_CHARS_MAX).collect())),
     }
 }
 
@@ -104,15 +108,16 @@ fn parse_small(text: &str) -> Value {
 
 fn parse_job(text: &str) -> Result<Inbound, FrameError> {
     #[derive(Deserialize)]
-    struct Frame {
+    struct Frame<'a> {
         job_id: String,
         model_id: String,
-        request: Value,
+        #[serde(borrow)]
+        request: &'a RawValue,
         // Invalid values of these two fields do not invalidate the job.
-        format: Option<Value>,
-        deadline_ms: Option<Value>,
+        format: Option<&'a RawValue>,
+        deadline_ms: Option<&'a RawValue>,
     }
-    /// Accepts any request that is JSON.
+    /// The fields without which a job is malformed.
     #[derive(Deserialize)]
     struct Shape {
         #[serde(rename = "model_id")]
@@ -120,33 +125,31 @@ fn parse_job(text: &str) -> Result<Inbound, FrameError> {
         #[serde(rename = "request")]
         _request: IgnoredAny,
     }
-    const NOT_REPRESENTABLE: &str = "the request is JSON that the agent cannot represent";
     const MALFORMED: FrameError = FrameError::Field { frame: "job", fields: "job_id`, `model_id` or `request" };
     let unreadable = |why| job_id(text).map(|id| Inbound::UnreadableJob(id, why)).ok_or(MALFORMED);
-    if text.len() > VALUES_MAX && has_more_values_than(VALUES_MAX, text) {
-        return unreadable("the request holds more than a million JSON values");
-    }
-    if has_number_key(text) {
-        return unreadable(NOT_REPRESENTABLE);
-    }
-    let frame: Frame = match serde_json::from_str(text) {
+    let frame: Frame<'_> = match serde_json::from_str(text) {
         Ok(frame) => frame,
         Err(e) if e.is_data() && serde_json::from_str::<Shape>(text).is_err() => return Err(MALFORMED),
-        // Valid JSON that serde_json rejects, such as an unpaired surrogate or a thousand nested arrays.
-        Err(_) => return unreadable(NOT_REPRESENTABLE),
+        Err(_) => return unreadable("a field of the job is repeated or holds half of a surrogate pair"),
     };
-    let format = match frame.format.as_ref().and_then(Value::as_str) {
-        Some("anthropic") => WireFormat::Anthropic,
-        _ => WireFormat::Openai,
+    let request = match RequestText::new(frame.request) {
+        Ok(request) => request,
+        Err(why) => return unreadable(why),
     };
-    let deadline_ms = frame.deadline_ms.as_ref().and_then(Value::as_number).and_then(milliseconds);
-    Ok(Inbound::Job(Box::new(Job {
+    let is_anthropic = frame.format.is_some_and(|format| is_string(format, "anthropic"));
+    Ok(Inbound::Job(Box::new(RawJob {
         job_id: Uuid::parse_str(&frame.job_id).map_err(|_| MALFORMED)?,
         model_id: frame.model_id,
-        request: frame.request,
-        format,
-        deadline_ms: deadline_ms.unwrap_or(DEADLINE_DEFAULT_MS),
+        request,
+        format: if is_anthropic { WireFormat::Anthropic } else { WireFormat::Openai },
+        deadline_ms: frame.deadline_ms.and_then(milliseconds).unwrap_or(DEADLINE_DEFAULT_MS),
     })))
+}
+
+/// Whether a value is this string, in any spelling.
+fn is_string(value: &RawValue, text: &str) -> bool {
+    value.get().len() <= 2 + text.len() * r"\u0000".len()
+        && serde_json::from_str::<String>(value.get()).is_ok_and(|value| value == text)
 }
 
 fn job_id(text: &str) -> Option<Uuid> {
@@ -158,32 +161,9 @@ fn job_id(text: &str) -> Option<Uuid> {
     Uuid::parse_str(&head.job_id).ok()
 }
 
-/// Whether an object has the key that serde_json uses for numbers of arbitrary precision, which would turn the object into a
-/// number. The key within a string does not count.
-fn has_number_key(json: &str) -> bool {
-    const KEY: &str = r#""$serde_json::private::Number""#;
-    let is_key = |at: usize| !json[..at].ends_with('\\') && json[at + KEY.len()..].trim_start().starts_with(':');
-    json.match_indices(KEY).any(|(at, _)| is_key(at))
-}
-
-/// Counts the separators of values, outside of strings.
-fn has_more_values_than(max: usize, json: &str) -> bool {
-    let (mut values, mut in_string, mut escaped) = (0, false, false);
-    for b in json.bytes() {
-        match b {
-            _ if escaped => escaped = false,
-            b'\\' if in_string => escaped = true,
-            b'"' => in_string = !in_string,
-            b',' | b'[' | b'{' if !in_string => values += 1,
-            _ => {}
-        }
-    }
-    values > max
-}
-
 /// A whole, non-negative number. Numbers above the range of `u32` (49 days) saturate.
-fn milliseconds(n: &Number) -> Option<u32> {
-    let digits = n.to_string();
+fn milliseconds(value: &RawValue) -> Option<u32> {
+    let digits = value.get();
     let whole = digits.bytes().all(|b| b.is_ascii_digit());
     whole.then(|| digits.parse().unwrap_or(u32::MAX))
 }
@@ -343,20 +323,15 @@ mod tests {
         let job =
             |request: &str| parse(&format!(r#"{{"type":"job","job_id":"{id}","model_id":"m","request":{request}}}"#));
         let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
-        let many = format!("[{}0]", "0,".repeat(VALUES_MAX));
-        let numbers = [r#"{"$serde_json::private::Number":"x"}"#, r#"{"a":{"$serde_json::private::Number":"1"}}"#];
-        // The colon is escaped, so only serde_json recognizes the key.
-        let escaped = r#"{"$serde_json\u003a:private::Number":"x"}"#;
-        for request in [r#""half an emoji: \ud83d""#, &deep, &many, numbers[0], numbers[1], escaped] {
+        let many = format!("[{}0]", "0,".repeat(1 << 20));
+        for request in [r#""half an emoji: \ud83d""#, &deep, &many, r#"{},"format":1,"format":1"#] {
             let parsed = job(request);
             assert!(matches!(parsed, Ok(Inbound::UnreadableJob(..))), "{parsed:?}");
         }
-        for request in [
-            r#"{"text":"[[[,,,"}"#,
-            r#"{"text":"what does {\"$serde_json::private::Number\": 1} mean?"}"#,
-            r#"["$serde_json::private::Number"]"#,
-        ] {
-            assert!(matches!(job(request), Ok(Inbound::Job(_))), "{request}");
+        for request in
+            [r#"{"$serde_json::private::Number":"x"}"#, "1E400", r#"{},"x":"\ud83d""#, &format!("{{}},\"x\":{many}")]
+        {
+            assert!(matches!(job(request), Ok(Inbound::Job(_))), "{}", &request[..request.len().min(40)]);
         }
         let other = format!(r#"{{"type":"news","x":{many}}}"#);
         assert!(matches!(parse(&other), Ok(Inbound::Other(kind)) if kind == "news"));
@@ -439,7 +414,9 @@ mod tests {
                         value["type"] == "job" && is_id(&job.job_id) && value["model_id"] == job.model_id,
                         "{text}"
                     );
-                    assert_eq!(job.request.to_string(), value["request"].to_string(), "{text}");
+                    let request: Value = serde_json::from_str(&job.request.shared()).expect("JSON");
+                    assert_eq!(request, value["request"], "{text}");
+                    assert!(text.contains(&*job.request.shared()), "{text}");
                     assert_eq!(job.format == WireFormat::Anthropic, value["format"] == "anthropic", "{text}");
                 }
                 Ok(Inbound::JobCancel(id)) => assert!(value["type"] == "job_cancel" && is_id(&id), "{text}"),

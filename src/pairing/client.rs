@@ -7,7 +7,7 @@ use ureq::http::{Response, header};
 use ureq::{Body, Error};
 
 use super::{Advertised, CoordinatorUrls, Issued, ModelTerms, Paired};
-use crate::backend::{Client, read_bounded};
+use crate::backend::{Client, RequestBody, read_bounded};
 use crate::link::protocol::AGENT_VERSION;
 use crate::logging::sanitize_for_log;
 use crate::net::tls::ExtraRoots;
@@ -102,7 +102,7 @@ impl PairingClient {
 
     /// Returns the JSON object of the response, and the server's time.
     fn post(&self, url: &str, body: &Value) -> Result<(Value, Option<i64>), PairingError> {
-        let (status, location, date, body) = exchange(&self.client, url, body.to_string().as_bytes())
+        let (status, location, date, body) = exchange(&self.client, url, &body.to_string().into())
             .map_err(|error| PairingError::Transient(format!("no answer from {url}: {error}")))?;
         let place = || format!("{url} answers HTTP {status}");
         match status {
@@ -132,7 +132,7 @@ fn poll_request(poll_token: &str, backends: &[Advertised]) -> Value {
 
 type Answer = (u16, Option<String>, Option<i64>, Vec<u8>);
 
-fn exchange(client: &Client, url: &str, body: &[u8]) -> Result<Answer, Error> {
+fn exchange(client: &Client, url: &str, body: &RequestBody) -> Result<Answer, Error> {
     let lease = client.lease();
     let response = lease.post(url, body, EXCHANGE_TIMEOUT)?;
     let (status, location) = (response.status().as_u16(), text_of(&response, header::LOCATION));

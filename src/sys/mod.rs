@@ -7,6 +7,7 @@ pub mod file_access;
 pub mod files;
 pub mod jitter;
 pub mod malloc;
+pub mod oom;
 pub mod permissions;
 pub mod printable;
 pub mod sd_notify;

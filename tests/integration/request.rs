@@ -28,9 +28,9 @@ fn openai_job_is_posted_as_a_stream_with_usage() {
         ("{}", r#"{"stream":true,"stream_options":{"include_usage":true},"model":"m"}"#),
         (
             r#"{"model":"theirs","stream":false}"#,
-            r#"{"model":"theirs","stream":true,"stream_options":{"include_usage":true}}"#,
+            r#"{"model":"m","stream":true,"stream_options":{"include_usage":true}}"#,
         ),
-        (r#"{"stream":null,"model":null}"#, r#"{"stream":true,"model":null,"stream_options":{"include_usage":true}}"#),
+        (r#"{"stream":null,"model":null}"#, r#"{"stream":true,"model":"m","stream_options":{"include_usage":true}}"#),
         (
             r#"{"stream_options":{"include_usage":false},"model":"m"}"#,
             r#"{"stream_options":{"include_usage":false},"model":"m","stream":true}"#,
@@ -53,8 +53,8 @@ fn anthropic_job_is_posted_to_messages_with_only_stream_and_model_added() {
     let rig = Rig::new(&backend);
     let cases = [
         (r#"{"max_tokens":5,"messages":[]}"#, json!({"max_tokens": 5, "messages": [], "stream": true, "model": "m"})),
-        (r#"{"model":"theirs","stream":false}"#, json!({"model": "theirs", "stream": true})),
-        (r#"{"model":"x","stream_options":1}"#, json!({"model": "x", "stream_options": 1, "stream": true})),
+        (r#"{"model":"theirs","stream":false}"#, json!({"model": "m", "stream": true})),
+        (r#"{"model":"x","stream_options":1}"#, json!({"model": "m", "stream_options": 1, "stream": true})),
     ];
     for (sent, expected) in cases {
         let got = posted(&rig, &backend, sent, r#""anthropic""#);

@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 use ureq::config::Config;
 use ureq::http::uri::Scheme;
 use ureq::http::{HeaderMap, HeaderValue, Method, Request, Response, Uri, header};
-use ureq::{Agent, AsSendBody, Body, Proxy};
+use ureq::{Agent, AsSendBody, Body, Proxy, SendBody};
 
 use super::api_key::ApiKey;
+use super::body::RequestBody;
 use super::monitor::{ConnectionMonitor, MonitoredConnector, SharedConnector, connector, plain_connector};
 use super::resolver::SharedResolver;
 use crate::backend::{BackendError, BackendResult};
@@ -193,11 +194,12 @@ impl<'a> AgentLease<'a> {
     }
 
     /// Sends a `POST` with a JSON body; `time` covers the whole exchange, including the response body.
-    pub fn post(&self, url: &str, body: &[u8], time: Duration) -> Result<Response<Body>, ureq::Error> {
+    pub fn post(&self, url: &str, body: &RequestBody, time: Duration) -> Result<Response<Body>, ureq::Error> {
         let request = || {
-            let mut request = self.request(url, body)?;
+            let mut request = self.request(url, SendBody::from_owned_reader(body.reader()))?;
             *request.method_mut() = Method::POST;
             request.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+            request.headers_mut().insert(header::CONTENT_LENGTH, body.content_length().into());
             Ok(request)
         };
         self.exchange(request, time)
@@ -207,7 +209,7 @@ impl<'a> AgentLease<'a> {
         let mut request = Request::new(body);
         *request.uri_mut() = url.parse()?;
         // The map lives as long as the response; by default it reserves space for six headers.
-        *request.headers_mut() = HeaderMap::with_capacity(2);
+        *request.headers_mut() = HeaderMap::with_capacity(3);
         if let ApiKey::Bearer(key) = &self.client.key {
             request.headers_mut().insert(header::AUTHORIZATION, key.parse()?);
         }

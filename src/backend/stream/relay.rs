@@ -12,7 +12,7 @@ use ureq::http::Response;
 use super::answer::Answer;
 use super::completion::Completion;
 use super::report::Progress;
-use crate::backend::http::{AgentLease, Client, connect_error, read_bounded};
+use crate::backend::http::{AgentLease, Client, RequestBody, connect_error, read_bounded};
 use crate::backend::{BackendError, BackendResult, ERROR_BODY_MAX, JobResult, JobSink};
 
 /// Largest chunk, in bytes of the response.
@@ -34,7 +34,7 @@ const CONNECT_PRECISION: Duration = Duration::from_millis(1);
 pub fn relay(
     client: &Client,
     url: &str,
-    body: Vec<u8>,
+    body: RequestBody,
     deadline: Duration,
     sink: &mut dyn JobSink,
 ) -> BackendResult<JobResult> {
@@ -66,7 +66,7 @@ pub fn relay(
 fn post(
     lease: &AgentLease<'_>,
     url: &str,
-    body: &[u8],
+    body: &RequestBody,
     deadline: Duration,
     sink: &mut dyn JobSink,
 ) -> BackendResult<Response<Body>> {

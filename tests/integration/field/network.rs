@@ -131,7 +131,7 @@ fn jobs_for_a_name_that_resolves_slowly_share_one_lookup() {
 }
 
 /// A session whose first offer waits for the backend's listing, and the held listing. Probes take at most 3 s.
-fn session_before_the_first_offer() -> (Coordinator, Backend, Agent, Session, Held) {
+pub fn session_before_the_first_offer() -> (Coordinator, Backend, Agent, Session, Held) {
     let coordinator = Coordinator::new();
     let backend = Backend::new(|request| match request.line().as_str() {
         "GET /health" => Answer::Json(200, json!({})),
@@ -146,7 +146,7 @@ fn session_before_the_first_offer() -> (Coordinator, Backend, Agent, Session, He
     (coordinator, backend, agent, session, listing)
 }
 
-fn finish_listing(mut listing: Held) {
+pub fn finish_listing(mut listing: Held) {
     listing.send(response(200, "application/json", json!({"data": [{"id": "m"}]}).to_string()));
     listing.keep();
 }
