@@ -48,6 +48,7 @@
 //! | queued control messages | [`link::write_queues::CONTROL_LANE_MAX`] |
 //! | requests in flight, total size | [`job_executor::REQUEST_BYTES_MAX`] |
 //! | input buffer of a backend connection | `INPUT_MAX` in `backend::http::tcp`; twice that for a response head |
+//! | wait for the end of a complete response | `DONE_GRACE` and `FINISHED_GRACE` in `backend::stream::completion` |
 //! | tasks queued for a worker | `TASKS_MAX` in `worker_pool` |
 //! | JSON values in one request, and their depth | `VALUES_MAX` and `DEPTH_MAX` in `backend::raw_job` |
 //! | queued log lines | `QUEUE_LINES_MAX` in `logging` |

@@ -85,7 +85,9 @@ impl Answer {
     pub fn progress(&self) -> Progress {
         match &self.shape {
             Shape::Stream(scanner) => scanner.progress(),
-            Shape::Json(body) if body.is_complete => Progress::Finished,
+            // More can only follow if the text is not what it seems to be. An error is not worth a long wait.
+            Shape::Json(body) if body.is_complete && body.is_released => Progress::Finished,
+            Shape::Json(body) if body.is_complete => Progress::Done,
             _ => Progress::Open,
         }
     }

@@ -42,3 +42,30 @@ impl Completion {
         self.due = if is_extended { new } else { self.due.map_or(new, |due| new.map(|new| due.min(new))) };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_events_extend_the_wait_and_only_before_the_end_marker() {
+        let soon = |completion: &Completion| completion.read_timeout().is_some_and(|time| time <= DONE_GRACE);
+        let mut completion = Completion::default();
+        completion.update(Progress::Open, true);
+        assert!(completion.read_timeout().is_none() && !completion.is_due());
+        completion.update(Progress::Finished, true);
+        assert!(completion.read_timeout().is_some_and(|time| DONE_GRACE < time && time <= FINISHED_GRACE));
+        completion.due = Some(Instant::now());
+        completion.update(Progress::Finished, false);
+        assert!(completion.is_due() && completion.read_timeout() == Some(LAST_READ), "a comment extends nothing");
+        completion.update(Progress::Finished, true);
+        assert!(!completion.is_due() && !soon(&completion));
+        completion.update(Progress::Done, true);
+        assert!(!completion.is_due() && soon(&completion));
+        completion.due = Some(Instant::now());
+        completion.update(Progress::Done, true);
+        assert!(completion.is_due(), "nothing is expected behind the end marker");
+        completion.update(Progress::Open, false);
+        assert!(completion.read_timeout().is_none(), "what looked like the end was not");
+    }
+}

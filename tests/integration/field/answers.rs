@@ -31,10 +31,10 @@ fn tokens_of(outcome: &Outcome) -> (u64, u64) {
     figures
 }
 
-/// Sends a comment every 20 ms until the agent hangs up, which must be within `time`.
-fn comment_until_hang_up(held: &mut Held, time: Duration) {
+/// Sends this every 20 ms until the agent hangs up, which must be within `time`.
+fn fill_until_hang_up(held: &mut Held, filler: &str, time: Duration) {
     let began = Instant::now();
-    let chunk = format!("{:x}\r\n{COMMENT}\r\n", COMMENT.len());
+    let chunk = format!("{:x}\r\n{filler}\r\n", filler.len());
     while held.try_send(chunk.as_bytes()) {
         assert!(began.elapsed() < time, "the agent still reads after {time:?}");
         std::thread::sleep(ms(20));
@@ -61,7 +61,7 @@ fn stream_is_complete_with_its_end_marker_although_the_body_stays_open() {
             let ended = Instant::now();
             let commenting = std::thread::spawn(move || {
                 if comments {
-                    comment_until_hang_up(&mut held, SOON);
+                    fill_until_hang_up(&mut held, COMMENT, SOON);
                 } else {
                     held.wait_hang_up();
                 }
@@ -100,30 +100,35 @@ fn stream_is_complete_with_its_end_marker_although_the_body_breaks_off() {
 
 /// diegosouzapw/OmniRoute#6777: `finish_reason`, no end marker, and the connection remains open.
 #[test]
-fn stream_with_a_finish_reason_is_complete_at_the_deadline_although_the_body_stays_open() {
+fn response_that_is_complete_is_so_at_the_deadline_although_the_body_stays_open() {
     let failed = "data: {\"error\":{\"message\":\"no memory\"}}\n\n";
+    let json = r#"{"choices":[{"message":{"content":"hi"}}],"usage":{"prompt_tokens":7,"completion_tokens":13}}"#;
     let cases = [
-        (FINISHED, false, "done"),
-        (FINISHED, true, "done"),
-        (TEXT, true, "backend_timeout"),
-        (failed, false, "internal"),
+        (format!("{TEXT}{USAGE}{FINISHED}"), "", "done"),
+        (format!("{TEXT}{USAGE}{FINISHED}"), COMMENT, "done"),
+        (format!("{TEXT}{USAGE}"), COMMENT, "backend_timeout"),
+        (format!("{TEXT}{failed}"), "", "internal"),
+        (json.to_owned(), "", "done"),
+        (json.to_owned(), "\n", "done"),
+        (json[..json.len() - 1].to_owned(), "\n", "backend_timeout"),
+        (r#"{"error":{"message":"no memory"}}"#.to_owned(), "", "internal"),
     ];
-    side_by_side(cases, |(last, comments, end)| {
+    side_by_side(cases, |(body, filler, end)| {
         let backend = Backend::vllm(&["m"]);
         let rig = Rig::new(&backend);
-        let id = rig.session.job_within(ms(1200), "m", json!({}));
+        let id = rig.session.job_within(ms(1500), "m", json!({}));
         let mut held = backend.next();
         held.start_sse();
-        held.chunk(format!("{TEXT}{USAGE}{last}"));
-        if comments {
-            comment_until_hang_up(&mut held, SOON);
-        } else {
+        held.chunk(&body);
+        if filler.is_empty() {
             held.wait_hang_up();
+        } else {
+            fill_until_hang_up(&mut held, filler, SOON);
         }
         let outcome = rig.session.outcome(&id);
-        assert_eq!(outcome.end["error_code"].as_str().unwrap_or("done"), end, "{last}: {}", outcome.end);
+        assert_eq!(outcome.end["error_code"].as_str().unwrap_or("done"), end, "{body}: {}", outcome.end);
         if end == "done" {
-            assert_eq!(tokens_of(&outcome), (7, 13));
+            assert_eq!(tokens_of(&outcome), (7, 13), "{body}");
         }
     });
 }
@@ -139,14 +144,14 @@ fn slow_stream_with_a_finish_reason_is_complete_after_ten_seconds_of_comments() 
         held.chunk(format!("{TEXT}{FINISHED}"));
         if events_follow {
             // A server that is slow with its last event.
-            for _ in 0..7 {
+            for _ in 0..3 {
                 std::thread::sleep(secs(1));
                 held.chunk(COMMENT);
             }
             held.chunk(USAGE);
         }
         let quiet_since = Instant::now();
-        comment_until_hang_up(&mut held, secs(20));
+        fill_until_hang_up(&mut held, COMMENT, secs(20));
         let waited = quiet_since.elapsed();
         assert!(secs(9) < waited && waited < secs(12), "the agent waited for {waited:?}");
         let outcome = rig.session.outcome(&id);
