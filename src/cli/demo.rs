@@ -8,6 +8,7 @@ use log::LevelFilter;
 use super::CliError;
 use super::args::{Demo, Globals};
 use super::run::install_signal_handler;
+use super::stdout::Stdout;
 use crate::agent::shutdown::Stop;
 use crate::config::Config;
 use crate::demo;
@@ -20,7 +21,7 @@ pub fn run(globals: &Globals, options: &Demo) -> Result<(), CliError> {
     let stop = Arc::new(Stop::default());
     install_signal_handler(&stop)?;
     if let Some(listen) = listen {
-        let ended = demo::await_agent::run(listen, options.port, &stop, &mut std::io::stdout().lock());
+        let ended = demo::await_agent::run(listen, options.port, &stop, &mut Stdout);
         return ended.map_err(|e| CliError::Runtime(e.to_string()));
     }
     let options = demo::Options {
@@ -30,7 +31,7 @@ pub fn run(globals: &Globals, options: &Demo) -> Result<(), CliError> {
         bench: options.bench,
         config: named_config(globals)?,
     };
-    demo::run(options, &stop, &mut std::io::stdout().lock()).map_err(|e| CliError::Runtime(e.to_string()))
+    demo::run(options, &stop, &mut Stdout).map_err(|e| CliError::Runtime(e.to_string()))
 }
 
 /// The address that `--await-agent` listens on; `None` without it.

@@ -2,6 +2,7 @@
 
 use super::CliError;
 use super::args::{Doctor, Globals};
+use super::stdout::Stdout;
 use crate::doctor::{Options, examine};
 use crate::logging;
 use crate::sys::terminal::Terminal;
@@ -20,6 +21,6 @@ pub fn run(globals: &Globals, options: &Doctor) -> Result<(), CliError> {
         allow_insecure: globals.allow_insecure,
         inference: !options.no_inference,
     };
-    let is_well = examine(&options, &mut std::io::stdout().lock(), Terminal::of_stdout());
+    let is_well = examine(&options, &mut Stdout, Terminal::of_stdout());
     if is_well { Ok(()) } else { Err(CliError::AlreadyReported(FAILED)) }
 }

@@ -23,6 +23,7 @@ mod run;
 mod service;
 mod setup;
 mod status;
+mod stdout;
 mod validate;
 
 use std::io::{IsTerminal, Write};
@@ -30,6 +31,7 @@ use std::process::ExitCode;
 
 use args::{Args, Command, Parsed};
 use log::LevelFilter;
+use stdout::Stdout;
 
 use crate::config::{Config, ConfigError};
 use crate::discovery::{BackendOffer, OfferTerms};
@@ -109,6 +111,10 @@ pub fn main(args: impl Iterator<Item = std::ffi::OsString>) -> ExitCode {
         Err(e) => Err(CliError::Usage(e)),
     };
     logging::flush();
+    let outcome = outcome.and_then(|()| match Stdout::failure() {
+        Some(why) => Err(CliError::Runtime(format!("failed to write to stdout: {why}"))),
+        None => Ok(()),
+    });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(CliError::AlreadyReported(code)) => ExitCode::from(code),
@@ -172,11 +178,9 @@ fn print_raw(text: &str) {
 /// Writes to stdout what is printable already.
 ///
 /// # Errors
-/// stdout is closed.
+/// stdout is closed, or full.
 fn try_print_raw(text: &str) -> std::io::Result<()> {
-    let mut stdout = std::io::stdout().lock();
-    stdout.write_all(text.as_bytes())?;
-    stdout.flush()
+    Stdout.write_all(text.as_bytes())
 }
 
 /// USDC micro-units in USDC, with at least two decimals and no more than needed.

@@ -27,6 +27,9 @@ use super::websocket::Sender;
 use crate::http_server::connection::Exchange;
 use crate::http_server::{self, HttpServer};
 
+/// The path to which agents connect.
+const AGENT_PATH: &str = "/provider/connect";
+
 /// Time after its deadline at which a job without an end fails.
 const DEADLINE_GRACE: Duration = Duration::from_secs(5);
 
@@ -111,9 +114,13 @@ impl Coordinator {
     pub fn serve(listener: TcpListener) -> io::Result<Self> {
         let sessions = Arc::new(Sessions::default());
         let (handler_sessions, pairings) = (sessions.clone(), Pairings::default());
-        let handle = move |exchange: &mut Exchange<'_>| match exchange.upgrade() {
-            Some((key, input)) => session::run(&key, input, &handler_sessions),
-            None => pairings.handle(exchange),
+        // Any other path is a mistake in the agent's configuration, which must not go unnoticed here.
+        let handle = move |exchange: &mut Exchange<'_>| {
+            let is_agents = exchange.path() == AGENT_PATH;
+            match if is_agents { exchange.upgrade() } else { None } {
+                Some((key, input)) => session::run(&key, input, &handler_sessions),
+                None => pairings.handle(exchange),
+            }
         };
         let server = HttpServer::start(listener, "demo-coordinator", Arc::new(handle))?;
         Ok(Self { sessions, server })
@@ -126,7 +133,7 @@ impl Coordinator {
 
     /// The URL for agents.
     pub fn url(&self) -> String {
-        format!("ws://{}/provider/connect", self.server.address)
+        format!("ws://{}{AGENT_PATH}", self.server.address)
     }
 
     /// The last thing seen of an agent, for people.

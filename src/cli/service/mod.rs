@@ -13,6 +13,7 @@ use log::LevelFilter;
 use nix::unistd::{Uid, User};
 
 use super::args::{Action, Globals, Service};
+use super::stdout::Stdout;
 use super::{CliError, print, print_error};
 use crate::config::Config;
 use crate::instance::{AgentPaths, running_agent};
@@ -321,11 +322,11 @@ fn print_logs(globals: &Globals, options: &Service) -> Result<(), CliError> {
     }
     let log = &target.log;
     let printed = target.with_access(|| {
-        let mut stdout = PrintableWriter(std::io::stdout().lock());
+        let mut stdout = PrintableWriter(Stdout);
         if options.follow {
             return logs::follow(log, &rotated_path(log), lines, &mut stdout);
         }
-        // A closed stdout is not an error.
+        // `Stdout` records the error.
         logs::tail(log, &rotated_path(log), lines).map(|text| drop(stdout.write_all(&text)))
     });
     printed.map_err(|e| CliError::Runtime(format!("failed to read `{}`: {e}", log.display())))

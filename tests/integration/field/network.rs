@@ -486,3 +486,57 @@ fn doctor_goes_on_after_an_invalid_part_of_agent_toml() {
         assert!(report.trim_end().contains("begin with config: "), "{report}");
     });
 }
+
+/// A mistyped path that works with the demo fails with the market.
+#[test]
+fn local_coordinator_answers_only_its_own_path() {
+    let home = Scratch::new();
+    let market = Agent::run(home.path(), &["demo", "--await-agent", "--port", "0", "--listen", "127.0.0.1:0"]);
+    let line = market.stdout.wait_line(&["  coordinator "]);
+    let base = line[line.find("http://").expect("an address")..].trim().replace("http", "ws");
+    for path in ["/", "", "/provider/conect", "/provider/connect/", "/PROVIDER/CONNECT", "/provider", "/host/pair"] {
+        let agent = Setup::new(&format!("{base}{path}")).start();
+        agent.stderr.wait_line(&["not connected", "HTTP "]);
+    }
+    for path in ["/provider/connect", "/provider/connect?x=1"] {
+        let agent = Setup::new(&format!("{base}{path}")).start();
+        agent.stderr.wait_line(&["connected as demo-"]);
+    }
+}
+
+/// A full disk must not look like success: scripts redirect the output of these commands.
+#[test]
+fn output_that_cannot_be_written_is_exit_1_and_a_closed_pipe_is_not() {
+    let coordinator = refusing("HTTP/1.1 404 Not Found\r\n\r\n");
+    let backend = Backend::vllm_with(&["m"], |_| Answer::Raw(response(200, "text/event-stream", sse(1, 1))));
+    let setup = Setup::new(&coordinator.url()).backend(backend.toml()).after("exec >/dev/full");
+    setup.write();
+    setup.scratch.write(".usepod-agent/agent.log", "a line without an end");
+    let commands: [&[&str]; 12] = [
+        &["enroll"],
+        &["validate"],
+        &["version"],
+        &["--version"],
+        &["--help"],
+        &["setup", "--help"],
+        &["pause"],
+        &["resume"],
+        &["doctor", "--no-inference"],
+        &["service", "logs"],
+        &["service", "logs", "-f"],
+        &["demo", "--once", "--port", "0"],
+    ];
+    side_by_side(commands, |command| {
+        let mut agent = setup.start_command(command);
+        assert_eq!(agent.wait(secs(30)).code(), Some(1), "{command:?}: {}", agent.stderr.text());
+        // The doctor has failed checks of its own to report.
+        let is_named = agent.stderr.whole().contains("stdout: No space left on device");
+        assert!(is_named || command[0] == "doctor", "{command:?}: {}", agent.stderr.text());
+    });
+    for command in ["version", "--help"] {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let status = std::process::Command::new(binary()).arg(command).stdout(writer).status();
+        assert_eq!(status.expect("the binary").code(), Some(0), "{command}");
+    }
+}
