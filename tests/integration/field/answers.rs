@@ -1,9 +1,12 @@
 //! Responses of real servers to a job.
 
+use std::io::Write;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Sender, unbounded};
 use serde_json::{Value, json};
 
+use crate::support::http::{LAST_CHUNK, SSE_HEAD, push_chunk};
 use crate::support::*;
 
 const TEXT: &str = "data: {\"choices\":[{\"delta\":{\"content\":\"hi\"}}]}\n\n";
@@ -746,8 +749,10 @@ fn missing_model_or_file_is_no_missing_route() {
 }
 
 /// A job on the kept-alive connection of the probe.
-fn job_on_a_kept_alive_connection(rig: &Rig, backend: &Backend, request: serde_json::Value) -> (String, Held) {
-    let id = rig.session.job("m", request);
+fn job_on_a_kept_alive_connection(rig: &Rig, backend: &Backend, text: &str) -> (String, Held) {
+    let id = uuid::Uuid::new_v4().to_string();
+    // As text, as building a large value takes an unoptimized test too long.
+    rig.session.send_text(&job(&id, "m", json!({"text": "TEXT"})).to_string().replace("TEXT", text));
     let held = backend.next();
     assert_eq!(held.request.connection, 0, "the test needs the connection of the probe");
     (id, held)
@@ -760,7 +765,7 @@ fn request_that_meets_the_end_of_a_kept_alive_connection_is_repeated_once() {
     // Closing the connection with the last byte of the body in the socket resets it.
     backend.leave_unread(1);
     let rig = Rig::new(&backend);
-    let (id, held) = job_on_a_kept_alive_connection(&rig, &backend, json!({}));
+    let (id, held) = job_on_a_kept_alive_connection(&rig, &backend, "");
     backend.leave_unread(0);
     drop(held);
     backend.next().finish();
@@ -775,7 +780,7 @@ fn request_that_a_kept_alive_backend_has_worked_on_is_not_repeated() {
         let backend = Backend::vllm(&["m"]);
         backend.leave_unread(unread);
         let rig = Rig::new(&backend);
-        let (id, held) = job_on_a_kept_alive_connection(&rig, &backend, json!({}));
+        let (id, held) = job_on_a_kept_alive_connection(&rig, &backend, "");
         backend.assert_none(ms(1100));
         drop(held);
         assert_eq!(rig.session.outcome(&id).error(), "backend_unreachable");
@@ -789,13 +794,69 @@ fn request_that_a_kept_alive_backend_has_worked_on_is_not_repeated() {
 fn request_that_a_kept_alive_backend_did_not_read_to_its_end_is_repeated() {
     let backend = Backend::vllm(&["m"]);
     backend.leave_unread(usize::MAX);
-    let rig = Rig::new(&backend);
     // More than the buffers of both sockets hold.
-    let (id, held) = job_on_a_kept_alive_connection(&rig, &backend, json!({"text": "x".repeat(12 << 20)}));
+    let text = "x".repeat(5 << 20);
+    let rig = Rig::new(&backend);
+    let (id, held) = job_on_a_kept_alive_connection(&rig, &backend, &text);
     backend.leave_unread(0);
     // Sending goes on for as long as the server does not read.
     backend.assert_none(ms(1100));
     drop(held);
     backend.next().finish();
     rig.session.outcome(&id).done();
+}
+
+/// The writer of a stream whose socket has Nagle's algorithm on: the head and each of these events are writes of their own. Reports
+/// when each event was written.
+fn write_with_nagle(written: Sender<Instant>, events: usize, event_bytes: usize) -> Answer {
+    Answer::Play(Box::new(move |mut stream| {
+        stream.set_nodelay(false)?;
+        stream.write_all(SSE_HEAD)?;
+        let comment = format!(": {}\n\n", "x".repeat(event_bytes));
+        for n in 0..=events {
+            let mut out = Vec::new();
+            if n < events {
+                push_chunk(&mut out, comment.as_bytes());
+            } else {
+                push_chunk(&mut out, sse(7, 13).as_bytes());
+                out.extend_from_slice(LAST_CHUNK);
+            }
+            let _ = written.send(Instant::now());
+            stream.write_all(&out)?;
+            std::thread::sleep(ms(4));
+        }
+        Ok(true)
+    }))
+}
+
+/// KoboldCpp and other servers on Python's `http.server` leave Nagle's algorithm on.
+#[test]
+fn events_of_a_backend_with_nagle_on_are_not_delayed() {
+    const EVENTS: usize = 4;
+    for event_bytes in [100, 700] {
+        let (sender, written) = unbounded();
+        let backend = Backend::vllm_with(&["m"], move |_| write_with_nagle(sender.clone(), EVENTS, event_bytes));
+        let rig = Rig::new(&backend);
+        let mut delays = Vec::new();
+        for _ in 0..10 {
+            let id = rig.session.job("m", json!({}));
+            let (mut body, mut events) = (String::new(), 0);
+            while events < EVENTS {
+                body += &String::from_utf8(rig.session.chunk(&id)).expect("UTF-8");
+                let received = Instant::now();
+                // A chunk holds several events if they came late.
+                while events < body.matches("\n\n").count().min(EVENTS) {
+                    let sent = written.recv_timeout(SOON).expect("it was written");
+                    delays.push(received.saturating_duration_since(sent));
+                    events += 1;
+                }
+            }
+            rig.session.outcome(&id).done();
+            written.recv_timeout(SOON).expect("the end was written");
+        }
+        delays.sort_unstable();
+        // The kernel delays an acknowledgement by up to 40 ms. On a loaded machine many events are late for other reasons.
+        let lower_quartile = delays[delays.len() / 4];
+        assert!(lower_quartile < ms(10), "events of {event_bytes} bytes are late: {delays:?}");
+    }
 }
