@@ -35,6 +35,7 @@ impl HttpBackend {
         if kind.health_path().is_none() {
             // The listing is the health check.
             models = Ok(models?);
+            probe.readiness()?;
             latency = started.elapsed();
         }
         let unloaded = match &models {

@@ -60,6 +60,9 @@ pub enum BackendError {
     /// The model is still loading.
     #[error("the backend is still loading its model: {0}")]
     Loading(HttpStatus),
+    /// A gateway says that it cannot serve, although it lists models.
+    #[error("the backend says that it is not ready: HTTP {0}")]
+    NotReady(u16),
     /// The backend does not have the model.
     #[error("the backend does not have the model: {0}")]
     ModelNotFound(HttpStatus),
@@ -110,21 +113,39 @@ pub enum BackendError {
     Panicked,
 }
 
+/// Whose health a failed job counts against.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The backend's: it cannot be reached, or says that it cannot serve.
+    Backend,
+    /// The model's, if its jobs keep failing like this.
+    Model,
+    /// Nobody's: the request, the deadline or this machine caused the failure.
+    Neither,
+}
+
 impl BackendError {
     /// Whether the request caused the failure, so that it counts neither against the agent nor against the backend.
     pub fn is_requesters_fault(&self) -> bool {
         matches!(self, BackendError::BadRequest(_) | BackendError::UnreadableRequest(_))
     }
 
-    /// Whether the failure counts against the backend's health: a connection error, or a 5xx status.
-    pub fn is_backends_fault(&self) -> bool {
+    /// Whose health the failure counts against.
+    pub fn fault(&self) -> Fault {
         match self {
-            BackendError::Unreachable(_) | BackendError::NotHttp(_) | BackendError::Broken(_) => true,
-            BackendError::BadGateway(s)
-            | BackendError::Loading(s)
-            | BackendError::LoadFailed(s)
-            | BackendError::Overloaded(s)
-            | BackendError::Status(s) => s.status >= 500,
+            BackendError::Unreachable(_) | BackendError::NotHttp(_) | BackendError::Broken(_) => Fault::Backend,
+            BackendError::BadGateway(s) if s.status >= 500 => Fault::Backend,
+            BackendError::Loading(s) | BackendError::Overloaded(s) if s.status == 503 => Fault::Backend,
+            // The request may have caused it.
+            BackendError::Status(s) | BackendError::LoadFailed(s) if s.status >= 500 => Fault::Model,
+            _ => Fault::Neither,
+        }
+    }
+
+    /// Whether the server responded with a failure of its own, or of the servers behind it, and does not say that it is loading.
+    pub fn is_server_error(&self) -> bool {
+        match self {
+            BackendError::BadGateway(s) | BackendError::Overloaded(s) | BackendError::Status(s) => s.status >= 500,
             _ => false,
         }
     }
@@ -172,6 +193,7 @@ impl BackendError {
             | BackendError::FailingJobs(_)
             | BackendError::ProbeTimeout(_)
             | BackendError::NotHttp(_)
+            | BackendError::NotReady(_)
             | BackendError::MissingKey(_)
             | BackendError::UnreadableRequest(_)
             | BackendError::Broken(_)

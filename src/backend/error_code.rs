@@ -43,6 +43,7 @@ impl BackendError {
             | BackendError::FailingJobs(_)
             | BackendError::ProbeTimeout(_)
             | BackendError::NotHttp(_)
+            | BackendError::NotReady(_)
             | BackendError::BadGateway(_) => Some(ErrorCode::BackendUnreachable),
             // 405 and 501, and the 200 of LM Studio.
             BackendError::RouteNotFound(s) | BackendError::FormatNotServed(_, s) if s.status != 404 => {

@@ -66,8 +66,46 @@ const OVERLOADED: Texts = &[
 ];
 
 /// A gateway has no server to pass the request to, or cannot reach it.
-const UNREACHABLE: Texts =
-    &[&["connection refused"], &["econnrefused"], &["no healthy upstream"], &["upstream connect error"]];
+/// smg and the routers of SGLang and vLLM (written with `reqwest`), llama.cpp's router, LiteLLM, Envoy, and proxies written in Go
+/// and JavaScript.
+const UNREACHABLE: Texts = &[
+    &["connection refused"],
+    &["econnrefused"],
+    &["no healthy"],
+    &["upstream connect error"],
+    &["no_available_workers"],
+    &["no available workers"],
+    &["no available servers"],
+    &["no workers are"],
+    &["error sending request"],
+    &["upstream_connection_failed"],
+    &["proxy error"],
+    &["could not establish connection"],
+    &["apiconnectionerror"],
+    &["connection error"],
+    &["fetch failed"],
+];
+
+/// The server rejects the request, in spite of the status. llama.cpp responds like this to a picture for a text model, to messages or
+/// tools of the wrong type, to an unknown `reasoning_format`, and to `/v1/messages` without messages.
+const REQUEST_REJECTED: Texts = &[
+    &["is not supported"],
+    &["are not supported"],
+    &["unsupported"],
+    &["failed to parse"],
+    &["is required"],
+    &["missing required"],
+    &["unknown reasoning"],
+    &["unknown tool"],
+    &["cannot use"],
+    &["json.exception"],
+    &["must alternate"],
+    &["must be a"],
+];
+
+/// The part of a 5xx response that says whose failure it is, in bytes. What follows may quote the request, and a customer must not be
+/// able to blame a failure on the backend.
+const BLAME_MAX: usize = 160;
 
 /// The server does not know the path of the request.
 const ROUTE_MISSING: Texts = &[
@@ -108,6 +146,8 @@ impl BackendError {
         let response = HttpStatus { status, body: truncated_body(body) };
         let text = response.body.to_ascii_lowercase();
         let says = |texts| contains_any(&text, texts);
+        let beginning = String::from_utf8_lossy(&text.as_bytes()[..text.len().min(BLAME_MAX)]);
+        let blames = |texts| contains_any(&beginning, texts);
         match status {
             401 | 403 => BackendError::AuthRejected(response),
             413 => BackendError::BadRequest(response),
@@ -122,7 +162,8 @@ impl BackendError {
             404 | 405 | 501 if is_bare(&response.body) => BackendError::RouteNotFound(response),
             404 | 410 => BackendError::ModelNotFound(response),
             400 | 422 => BackendError::BadRequest(response),
-            500.. if says(UNREACHABLE) => BackendError::BadGateway(response),
+            500 if blames(REQUEST_REJECTED) => BackendError::BadRequest(response),
+            500.. if blames(UNREACHABLE) => BackendError::BadGateway(response),
             500.. if status == 503 || says(OVERLOADED) => BackendError::Overloaded(response),
             _ => BackendError::Status(response),
         }

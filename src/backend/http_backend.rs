@@ -102,7 +102,7 @@ impl Backend for HttpBackend {
         let probe = self.start_probe();
         let result = match self.kind.health_path() {
             Some(_) => probe.health(),
-            None => probe.listing().map(drop),
+            None => probe.listing().and_then(|_| probe.readiness()),
         };
         Ok(match result {
             Ok(()) => {
@@ -115,7 +115,10 @@ impl Backend for HttpBackend {
 
     fn probe(&self) -> BackendResult<ProbedModels> {
         let probe = self.start_probe();
-        let probed = probe.health().and_then(|()| self.models(&probe));
+        let probed = probe.health().and_then(|()| self.models(&probe)).and_then(|models| {
+            probe.readiness()?;
+            Ok(models)
+        });
         probed.inspect_err(|e| {
             self.support.learn_from_probe(e);
             self.known().expire_undated();

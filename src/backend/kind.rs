@@ -84,6 +84,11 @@ impl Kind {
             Kind::LmStudio | Kind::OpenAi | Kind::Venice | Kind::OpenRouter => None,
         }
     }
+
+    /// Whether a server of this kind may be a gateway, which goes on listing models while no server behind it can be reached.
+    pub(super) fn may_be_gateway(self) -> bool {
+        self == Kind::OpenAi
+    }
 }
 
 impl fmt::Display for Kind {

@@ -26,7 +26,7 @@ use std::fmt;
 use uuid::Uuid;
 
 pub use diagnosis::Diagnosis;
-pub use error::{BackendError, BackendResult, ERROR_BODY_MAX, HttpStatus};
+pub use error::{BackendError, BackendResult, ERROR_BODY_MAX, Fault, HttpStatus};
 pub use error_code::ErrorCode;
 pub use exclusion::{ExcludedModel, Exclusion, ListingLimit, MODELS_MAX, ProbedModels, summary};
 pub use http::{ApiKey, Client, Interrupt, RequestBody, read_bounded};

@@ -12,6 +12,12 @@ use super::{BackendError, BackendResult, Kind};
 /// Time limit of one probe, all its requests together.
 pub const PROBE_TIME: Duration = Duration::from_secs(3);
 
+/// Time limit of each question whether a gateway is ready, so that the rest of the probe has its time.
+const READINESS_TIME: Duration = Duration::from_millis(500);
+
+/// The response of servers that are built with FastAPI to a path that they do not have.
+const FASTAPI_NOT_FOUND: &[u8] = br#"{"detail":"Not Found"}"#;
+
 /// Largest part of a response that a probe reads, in bytes. The listing of OpenRouter's 500 models is about as large.
 const RESPONSE_BYTES_MAX: usize = 1 << 20;
 
@@ -51,6 +57,31 @@ impl<'a> Probe<'a> {
     /// The response to a successful health check.
     pub fn health_response(&self) -> Option<&Body> {
         self.health.get()
+    }
+
+    /// Asks a gateway whether it is ready. Only a 5xx is a no: a server that lacks the path, or does not respond to it in time, has no
+    /// opinion.
+    pub fn readiness(&self) -> BackendResult<()> {
+        if !self.kind.may_be_gateway() {
+            return Ok(());
+        }
+        let Some(response) = self.ask_readiness("/readiness")? else { return Ok(()) };
+        // LiteLLM, which is such a server, requests a paid completion of each model for `/health`. It has this path instead.
+        if response == FASTAPI_NOT_FOUND && self.ask_readiness("/health/readiness")?.is_none() {
+            return Ok(());
+        }
+        self.ask_readiness("/health").map(drop)
+    }
+
+    /// Asks at one path. Returns `None` if the server is ready, and the response if it has no opinion.
+    fn ask_readiness(&self, path: &str) -> BackendResult<Option<Vec<u8>>> {
+        let url = format!("{}{path}", self.root);
+        match self.exchange(|lease, time| lease.get(&url, time.min(READINESS_TIME))) {
+            Ok((200..300, _)) => Ok(None),
+            Ok((status @ 500.., _)) => Err(BackendError::NotReady(status)),
+            Ok((_, body)) => Ok(Some(body.bytes)),
+            Err(_) => Ok(Some(Vec::new())),
+        }
     }
 
     /// `GET` of the model listing.

@@ -1,18 +1,18 @@
-//! The slots of a backend, and the outcomes of its recent jobs. A [`BackendHandle`] outlives the catalogs that contain it.
+//! A backend that jobs are routed to: its slots, its health, and when it last sent a part of an answer. A [`BackendHandle`] outlives
+//! the catalogs that contain it.
 //!
 //! Invariant: each [`Slot`] is counted once and released once, when it is dropped.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::backend::{Backend, BackendResult, JobResult};
+use super::health::{Health, Verdict};
+use crate::backend::{Backend, BackendResult, JobResult, Kind};
 
-/// Consecutive failed jobs after which a backend is withdrawn from the offer. Only failures that the backend caused count.
-pub const FAILURES_MAX: u32 = 3;
-/// Time after a withdrawal during which successful probes do not restore the offer: a backend can be healthy and still fail its
-/// jobs.
-pub const QUARANTINE: Duration = Duration::from_secs(4);
+/// Time without a byte after which jobs in flight no longer show that their backend works. Prompts are processed, and slow models
+/// generate, in silence.
+const SILENCE_MAX: Duration = Duration::from_secs(15);
 
 /// A backend that jobs can be routed to.
 pub struct BackendHandle {
@@ -21,20 +21,24 @@ pub struct BackendHandle {
     /// Limit of concurrent jobs.
     pub slots_max: u32,
     taken: AtomicU32,
+    created: Instant,
+    /// When the last part of an answer arrived, in milliseconds since `created`; 0 before the first.
+    answered_ms: AtomicU64,
     health: Mutex<Health>,
-}
-
-#[derive(Default)]
-struct Health {
-    /// Consecutive failures that the backend caused.
-    failures: u32,
-    failing_since: Option<Instant>,
 }
 
 impl BackendHandle {
     /// A handle without jobs.
     pub fn new(backend: Arc<dyn Backend>, slots_max: u32) -> Arc<BackendHandle> {
-        Arc::new(BackendHandle { backend, slots_max, taken: AtomicU32::new(0), health: Mutex::default() })
+        let is_hosted = Kind::from_name(backend.kind()).is_some_and(Kind::is_hosted);
+        Arc::new(BackendHandle {
+            backend,
+            slots_max,
+            taken: AtomicU32::new(0),
+            created: Instant::now(),
+            answered_ms: AtomicU64::new(0),
+            health: Mutex::new(Health::new(!is_hosted)),
+        })
     }
 
     /// Number of free slots.
@@ -49,39 +53,42 @@ impl BackendHandle {
         Some(Slot(self.clone()))
     }
 
-    /// Records the outcome of a job. Returns whether this outcome marked the backend as failing. Failures caused by the request,
-    /// the deadline or this machine neither count nor reset the count.
-    pub fn record_outcome(&self, outcome: &BackendResult<JobResult>) -> bool {
-        let mut health = self.health();
-        match outcome {
-            Ok(_) => health.failures = 0,
-            Err(e) if e.is_backends_fault() => health.failures = health.failures.saturating_add(1),
-            Err(_) => {}
-        }
-        let starts_failing = health.failures >= FAILURES_MAX && health.failing_since.is_none();
-        if starts_failing {
-            health.failing_since = Some(Instant::now());
-        }
-        starts_failing
+    /// Records the outcome of a job for `model_id` that began at `began`.
+    pub fn record_outcome(&self, model_id: &str, began: Instant, outcome: &BackendResult<JobResult>) -> Verdict {
+        self.health().record(model_id, began, outcome, Instant::now())
     }
 
-    /// Whether the backend must be withdrawn because its jobs fail.
-    pub fn is_failing(&self) -> bool {
-        self.health().failing_since.is_some()
+    /// Records that a part of an answer has arrived.
+    pub fn mark_answering(&self) {
+        let elapsed = u64::try_from(self.created.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.answered_ms.store(elapsed.max(1), Ordering::Relaxed);
     }
 
-    /// Records the success of a probe that began at `started`. Returns whether the backend may be offered.
-    pub fn probe_succeeded(&self, started: Instant) -> bool {
-        let mut health = self.health();
-        match health.failing_since {
-            Some(since) if started < since + QUARANTINE => return false,
-            Some(_) => *health = Health::default(),
-            None => {}
-        }
-        true
+    /// Whether a part of an answer has arrived since `since`, or shortly before while its jobs are in flight.
+    pub fn is_answering(&self, since: Instant) -> bool {
+        let Some(last) = self.last_answer() else { return false };
+        last >= since || (self.taken.load(Ordering::SeqCst) > 0 && last.elapsed() <= SILENCE_MAX)
     }
 
-    fn health(&self) -> MutexGuard<'_, Health> {
+    /// Whether a part of an answer has arrived within this time, and since the last failure.
+    pub fn serves_jobs(&self, within: Duration) -> bool {
+        let last_failure = self.health().last_failure();
+        self.last_answer().is_some_and(|last| last.elapsed() <= within && last_failure.is_none_or(|at| last > at))
+    }
+
+    /// When the last part of an answer arrived.
+    fn last_answer(&self) -> Option<Instant> {
+        let ms = self.answered_ms.load(Ordering::Relaxed);
+        (ms > 0).then(|| self.created + Duration::from_millis(ms))
+    }
+
+    /// Whether a completion may be requested that no customer asked for.
+    pub fn may_try(&self) -> bool {
+        self.health().may_try()
+    }
+
+    /// The health, locked.
+    pub(super) fn health(&self) -> MutexGuard<'_, Health> {
         self.health.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -105,14 +112,10 @@ impl Drop for Slot {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::{BackendError, HttpBackend, HttpStatus, Kind};
+    use crate::backend::HttpBackend;
 
     fn handle(slots_max: u32) -> Arc<BackendHandle> {
         BackendHandle::new(Arc::new(HttpBackend::new(Kind::Vllm, None, None)), slots_max)
-    }
-
-    fn status(status: u16) -> BackendResult<JobResult> {
-        Err(BackendError::from_status(status, b""))
     }
 
     #[test]
@@ -128,40 +131,16 @@ mod tests {
     }
 
     #[test]
-    fn three_consecutive_failures_mark_a_backend_as_failing() {
-        let refused = || Err(BackendError::Unreachable("refused".into()));
-        let neither = [
-            status(400),
-            status(413),
-            status(422),
-            status(429),
-            status(404),
-            Err(BackendError::Cancelled),
-            Err(BackendError::DeadlinePassed),
-        ];
+    fn parts_of_answers_are_a_sign_of_life_since_then_or_while_jobs_are_in_flight() {
         let handle = handle(1);
-        assert!(!handle.record_outcome(&status(500)) && !handle.record_outcome(&refused()));
-        assert!(!handle.record_outcome(&Ok(JobResult::default())));
-        assert!(!handle.record_outcome(&status(502)) && !handle.record_outcome(&refused()));
-        for outcome in &neither {
-            assert!(!handle.record_outcome(outcome), "{outcome:?}");
-        }
-        assert!(!handle.is_failing());
-        assert!(handle.record_outcome(&status(503)));
-        assert!(handle.is_failing());
-        assert!(!handle.record_outcome(&status(500)), "reported once");
-    }
-
-    #[test]
-    fn probe_after_the_quarantine_restores_a_failing_backend() {
-        let handle = handle(1);
-        for _ in 0..FAILURES_MAX {
-            handle.record_outcome(&Err(BackendError::Status(HttpStatus { status: 500, body: String::new() })));
-        }
-        let now = Instant::now();
-        assert!(!handle.probe_succeeded(now));
-        assert!(!handle.record_outcome(&Ok(JobResult::default())) && handle.is_failing());
-        assert!(handle.probe_succeeded(now + QUARANTINE));
-        assert!(!handle.is_failing() && !handle.record_outcome(&status(500)), "the count starts from 0");
+        let before = Instant::now();
+        assert!(!handle.is_answering(before) && !handle.serves_jobs(SILENCE_MAX));
+        handle.mark_answering();
+        let since = handle.last_answer().expect("an answer");
+        assert!(handle.is_answering(since) && handle.serves_jobs(SILENCE_MAX));
+        let later = since + Duration::from_millis(1);
+        assert!(!handle.is_answering(later));
+        let _slot = handle.try_acquire_slot().expect("a slot");
+        assert!(handle.is_answering(later));
     }
 }

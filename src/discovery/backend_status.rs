@@ -1,17 +1,24 @@
 //! The state of one backend: the results of its last probes, and whether it is offered.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
-use super::backend_handle::FAILURES_MAX;
+use super::health::FAILURES_MAX;
+use super::trial::{Purpose, Trial, TrialOutcome};
 use super::{BackendHandle, BackendOffer, Listing, OfferTerms, ResolvedModel};
 use crate::backend::{BackendError, BackendResult, ProbedModels};
+use crate::logging::sanitize_for_log;
 
 /// The listed models, or why there are none.
 pub type ProbeResult = BackendResult<ProbedModels>;
 
 /// Maximum number of consecutive probe timeouts for which a serving backend stays in the offer: it may be busy serving.
 const TIMEOUTS_MAX: u32 = 1;
+
+/// Time after an answer during which a 5xx to a probe does not end the offer: two probe rounds. A gateway with several servers may
+/// answer 5xx because one of them is down, while the others serve.
+const ANSWER_COUNTS_FOR: Duration = Duration::from_secs(60);
 
 /// A backend and the results of its last probes.
 pub struct BackendStatus {
@@ -23,6 +30,10 @@ pub struct BackendStatus {
     not_offered: ProbedModels,
     /// Why the backend is not offered; `None` while it is.
     unavailable: Option<BackendError>,
+    /// A 5xx to the last probe, while a trial decides whether the backend serves nevertheless.
+    doubt: Option<BackendError>,
+    /// The listed models that are not offered because their jobs fail, and the reasons.
+    withdrawn: BTreeMap<String, String>,
     /// When the backend was first probed, or last became available or unavailable.
     since: Option<SystemTime>,
     last_error: Option<(SystemTime, String)>,
@@ -40,6 +51,8 @@ impl BackendStatus {
             last_listing: None,
             not_offered: ProbedModels::default(),
             unavailable: None,
+            doubt: None,
+            withdrawn: BTreeMap::new(),
             since: None,
             last_error: None,
             timeouts: 0,
@@ -56,14 +69,24 @@ impl BackendStatus {
         self.offer.backend.id()
     }
 
-    /// Whether the backend is part of the offer.
+    /// Whether models of the backend are part of the offer.
     pub fn is_offered(&self) -> bool {
+        self.is_available() && !self.all_withdrawn()
+    }
+
+    /// Whether the backend can serve, if any of its models can.
+    fn is_available(&self) -> bool {
         self.last_listing.is_some() && self.unavailable.is_none()
+    }
+
+    fn all_withdrawn(&self) -> bool {
+        !self.withdrawn.is_empty() && self.models().is_some_and(|listed| listed <= self.withdrawn.len())
     }
 
     /// Why the backend is not offered; `None` if it is, and before the first probe.
     pub fn unavailable(&self) -> Option<String> {
-        self.unavailable.as_ref().map(redacted_reason)
+        let withdrawn = || self.withdrawn.iter().next().filter(|_| self.all_withdrawn()).map(of_model);
+        self.unavailable.as_ref().map(redacted_reason).or_else(withdrawn)
     }
 
     /// Number of models in the last listing; `None` before the first.
@@ -76,6 +99,11 @@ impl BackendStatus {
         &self.not_offered
     }
 
+    /// The models of the last listing that are not offered because their jobs fail, and the reasons.
+    pub fn withdrawn(&self) -> &BTreeMap<String, String> {
+        &self.withdrawn
+    }
+
     /// When the backend last became available or unavailable.
     pub fn since(&self) -> Option<SystemTime> {
         self.since
@@ -86,41 +114,101 @@ impl BackendStatus {
         self.last_error.as_ref()
     }
 
-    /// The last listing, for the catalog.
-    pub fn listing(&self) -> Option<Listing> {
-        Some(Listing { backend: self.handle.clone(), models: self.last_listing.clone()? })
+    /// The listed models for the catalog: those to offer, or if not `offered`, the others.
+    pub fn listing(&self, offered: bool) -> Option<Listing> {
+        let is_offered = |model: &ResolvedModel| self.is_available() && !self.withdrawn.contains_key(&model.model_id);
+        let listed = self.last_listing.as_ref()?.iter();
+        let models = listed.filter(|model| is_offered(model) == offered).cloned().collect();
+        Some(Listing { backend: self.handle.clone(), models })
     }
 
     /// Whether the backend should be probed again soon.
     pub fn may_serve_soon(&self) -> bool {
-        use BackendError::{Exhausted, FailingJobs, Loading, Overloaded, ProbeTimeout};
-        let soon = |e: &_| matches!(e, Exhausted(_) | Loading(_) | Overloaded(_) | ProbeTimeout(_) | FailingJobs(_));
+        use BackendError::{Exhausted, FailingJobs, Loading, NotReady, Overloaded, ProbeTimeout};
+        let soon = |e: &_| {
+            matches!(e, Exhausted(_) | Loading(_) | NotReady(_) | Overloaded(_) | ProbeTimeout(_) | FailingJobs(_))
+        };
         self.timeouts > 0 || self.unavailable.as_ref().is_some_and(soon)
     }
 
-    /// Withdraws the backend from the offer if its jobs fail. Returns whether the availability has changed.
-    pub fn withdraw_if_failing(&mut self) -> bool {
-        self.unavailable.is_none()
-            && self.handle.is_failing()
-            && self.set_unavailable(Some(BackendError::FailingJobs(FAILURES_MAX)))
+    /// Withdraws the backend, or models of it, if the jobs fail, and restores the models that were withdrawn for a limited time. Returns
+    /// whether the availability has changed.
+    pub fn apply_health(&mut self) -> bool {
+        let withdraw = self.unavailable.is_none() && self.handle.health().is_failing();
+        let is_change = withdraw && self.set_unavailable(Some(BackendError::FailingJobs(FAILURES_MAX)));
+        self.handle.health().release(Instant::now());
+        is_change | self.update_withdrawn()
+    }
+
+    /// Updates the withdrawn models. Logs each change, and returns whether there was one.
+    fn update_withdrawn(&mut self) -> bool {
+        let withdrawn = self.handle.health().withdrawn();
+        if withdrawn == self.withdrawn {
+            return false;
+        }
+        let was_offered = self.is_offered();
+        let before = std::mem::replace(&mut self.withdrawn, withdrawn);
+        for model in self.withdrawn.iter().filter(|(model_id, _)| !before.contains_key(*model_id)) {
+            log::warn!("{}: not offered: {}", self.id(), of_model(model));
+        }
+        let is_listed = |id: &str| self.last_listing.iter().flatten().any(|model| model.model_id == id);
+        for model_id in before.keys().filter(|id| !self.withdrawn.contains_key(*id) && is_listed(id)) {
+            log::info!("{}: offered again: {}", self.id(), sanitize_for_log(model_id));
+        }
+        if was_offered != self.is_offered() {
+            self.since = Some(SystemTime::now());
+            if let Some(why) = self.unavailable() {
+                self.last_error = Some((SystemTime::now(), why));
+            }
+        }
+        true
+    }
+
+    /// When [`BackendStatus::apply_health`] or [`BackendStatus::due_trial`] will have something to do.
+    pub fn health_due(&self) -> Option<Instant> {
+        self.handle.health().next_due().filter(|_| self.unavailable.is_none() || self.doubt.is_some())
+    }
+
+    /// The trial to run now. None is run while all slots are taken, as a job would have to wait for it.
+    pub fn due_trial(&self) -> Option<Trial> {
+        if self.handle.slots_free() == 0 || self.health_due().is_none() {
+            return None;
+        }
+        let purpose = if self.doubt.is_some() { Purpose::Backend } else { Purpose::Model };
+        let model_id = self.handle.health().due_trial(Instant::now())?.to_owned();
+        Some(Trial { model_id, purpose })
+    }
+
+    /// Applies the outcome of a trial. Returns whether the availability has changed.
+    pub fn apply_trial(&mut self, trial: &Trial, outcome: &TrialOutcome) -> bool {
+        let has_passed = *outcome == TrialOutcome::Passed;
+        if has_passed {
+            self.handle.mark_answering();
+        }
+        let (now, model_id) = (Instant::now(), &trial.model_id);
+        log::info!("{}: {}: a trial {outcome}", self.id(), sanitize_for_log(model_id));
+        if trial.purpose == Purpose::Model {
+            self.handle.health().record_trial(model_id, outcome, now);
+            return self.update_withdrawn();
+        }
+        // It says whether the backend serves, and nothing about this model in particular.
+        self.handle.health().record_trial(model_id, &TrialOutcome::Passed, now);
+        match self.doubt.take() {
+            Some(_) if has_passed && self.handle.health().is_failing() => false,
+            Some(doubt) => self.set_unavailable(Some(doubt).filter(|_| !has_passed)) | self.update_withdrawn(),
+            // A probe has succeeded meanwhile.
+            None => self.update_withdrawn(),
+        }
     }
 
     /// Applies the result of a probe. Returns whether the availability has changed.
     pub fn apply_probe(&mut self, result: ProbeResult, started: Instant, terms: &OfferTerms) -> bool {
-        self.timeouts = match result {
-            Err(BackendError::ProbeTimeout(_)) => self.timeouts + 1,
-            _ => 0,
-        };
-        let id = self.id();
         let is_serving = self.since.is_some() && self.unavailable.is_none();
-        if is_serving && (1..=TIMEOUTS_MAX).contains(&self.timeouts) {
-            log::info!("{id}: probe timed out; still offered until the next probe");
-            return false;
-        }
-        if let (true, Err(BackendError::Exhausted(why))) = (is_serving, &result) {
-            // The failure is local and says nothing about the backend.
-            log::info!("{id}: not probed: {why}; still offered until the next probe");
-            return false;
+        self.doubt = None;
+        match &result {
+            Ok(_) => self.timeouts = 0,
+            Err(e) if self.is_outweighed(e, started, is_serving) => return false,
+            Err(_) => {}
         }
         let ready = self.offer.backend.ready();
         let (listed, error) = match result {
@@ -131,12 +219,65 @@ impl BackendStatus {
         if let Some(listed) = listed {
             let mut selected = self.offer.select(listed);
             let models = std::mem::take(&mut selected.models);
-            self.last_listing = Some(self.offer.price(models, terms).models);
+            self.set_listing(self.offer.price(models, terms).models, is_serving);
             self.set_not_offered(selected);
         }
         let failing_jobs =
-            || (!self.handle.probe_succeeded(started)).then_some(BackendError::FailingJobs(FAILURES_MAX));
-        self.set_unavailable(error.or_else(failing_jobs))
+            || (!self.handle.health().probe_succeeded(started)).then_some(BackendError::FailingJobs(FAILURES_MAX));
+        let unavailable = error.or_else(failing_jobs);
+        self.set_unavailable(unavailable) | self.update_withdrawn()
+    }
+
+    /// Whether the backend stays in the offer although its probe failed: the failure is local, or the backend was seen to serve, or
+    /// a trial will decide.
+    fn is_outweighed(&mut self, e: &BackendError, started: Instant, is_serving: bool) -> bool {
+        let id = self.offer.backend.id();
+        self.timeouts = match e {
+            // Bytes of answers are a sign of life: the server is too busy to answer probes.
+            BackendError::ProbeTimeout(_) if self.handle.is_answering(started) => 1,
+            BackendError::ProbeTimeout(_) => self.timeouts + 1,
+            _ => 0,
+        };
+        match e {
+            BackendError::ProbeTimeout(_) if is_serving && self.timeouts <= TIMEOUTS_MAX => {
+                log::info!("{id}: probe timed out; still offered until the next probe");
+                true
+            }
+            // The failure is local and says nothing about the backend.
+            BackendError::Exhausted(why) if is_serving => {
+                log::info!("{id}: not probed: {why}; still offered until the next probe");
+                true
+            }
+            e if e.is_server_error() && is_serving && self.handle.serves_jobs(ANSWER_COUNTS_FOR) => {
+                log::info!("{id}: the probe failed ({}); still offered, as it answers jobs", e.for_log());
+                true
+            }
+            e if e.is_server_error() && self.suspect_first_model() => {
+                self.doubt = Some(e.clone());
+                is_serving
+            }
+            _ => false,
+        }
+    }
+
+    /// Has a model tried, because a probe got a 5xx. Returns false if no trial can tell more than the probe.
+    fn suspect_first_model(&mut self) -> bool {
+        let may_serve = self.unavailable.as_ref().is_none_or(BackendError::is_server_error);
+        let model = self.last_listing.iter().flatten().find(|model| !self.withdrawn.contains_key(&model.model_id));
+        let Some(model) = model.filter(|_| may_serve && self.handle.may_try()) else { return false };
+        self.handle.health().suspect(&model.model_id, Instant::now());
+        true
+    }
+
+    /// Sets the listing, and forgets the health of models that are not in it.
+    fn set_listing(&mut self, listing: Vec<ResolvedModel>, was_serving: bool) {
+        let mut health = self.handle.health();
+        health.retain_models(|model_id| listing.iter().any(|model| model.model_id == model_id));
+        if !was_serving {
+            health.server_returned(Instant::now());
+        }
+        drop(health);
+        self.last_listing = Some(listing);
     }
 
     /// Sets the models that are not offered, and logs a change.
@@ -168,6 +309,11 @@ impl BackendStatus {
         self.unavailable = unavailable;
         is_change
     }
+}
+
+/// A withdrawn model and the reason, as shown to the operator.
+fn of_model((model_id, why): (&String, &String)) -> String {
+    format!("{}: {why}", sanitize_for_log(model_id))
 }
 
 /// The reason as shown to the operator. A response to a probe contains no prompt, but may contain an API key.

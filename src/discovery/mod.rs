@@ -7,6 +7,8 @@
 
 mod catalog;
 mod local;
+mod health;
+mod trial;
 mod backend_handle;
 mod backend_status;
 mod probe_threads;
@@ -20,6 +22,7 @@ use serde::Serialize;
 pub use backend_handle::{BackendHandle, Slot};
 pub use backend_status::BackendStatus;
 pub use catalog::{Catalog, Listing, OfferFeed};
+pub use health::Verdict;
 pub use local::{LocalBackend, find_local};
 pub use probe_threads::probe_all;
 pub use prober::{ProbeRounds, Prober};

@@ -14,8 +14,9 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::backend_status::ProbeResult;
 use super::probe_threads::{ROUND_TIME_MAX, start_probes, unanswered};
+use super::trial::{self, Trial, TrialOutcome};
 use super::{BackendOffer, BackendStatus, Catalog, OfferFeed, OfferTerms};
-use crate::sys::jitter;
+use crate::sys::{jitter, threads};
 
 /// Interval between rounds, varied by up to a fifth.
 const REFRESH: Duration = Duration::from_secs(30);
@@ -24,6 +25,8 @@ const REFRESH: Duration = Duration::from_secs(30);
 const REFRESH_SOON: Duration = Duration::from_secs(5);
 /// Time for which the first offer waits for all probes. After that, one available backend is enough.
 const FIRST_OFFER_GRACE: Duration = Duration::from_secs(1);
+/// Time until a trial that could not be started when it was due is considered again.
+const TRIAL_RETRY: Duration = Duration::from_secs(1);
 /// Minimum time between rounds that failing jobs request.
 const REFRESH_SPACING: Duration = Duration::from_secs(1);
 
@@ -47,6 +50,8 @@ struct Inbox {
 struct PendingInput {
     requests: Requests,
     results: Vec<Arrival>,
+    /// The outcome of the trial that was running.
+    trial: Option<(usize, Trial, TrialOutcome)>,
     /// Set when the last handle was dropped.
     is_over: bool,
 }
@@ -103,6 +108,7 @@ impl Prober {
             requests: Requests::default(),
             due: None,
             last_round: Instant::now(),
+            is_trying: false,
         };
         (Prober(Arc::new(Handle { inbox })), rounds)
     }
@@ -117,6 +123,11 @@ impl Prober {
     /// Requests a round, because the backend of a job was missing. Does not block.
     pub fn request_refresh(&self) {
         self.0.inbox.add(|pending| pending.requests.refresh = true);
+    }
+
+    /// Requests the trial of models whose jobs fail. Does not block.
+    pub fn try_suspects(&self) {
+        self.0.inbox.add(|_| ());
     }
 
     /// Withdraws backends whose jobs fail from the offer, until a probe succeeds.
@@ -147,6 +158,8 @@ pub struct ProbeRounds {
     /// When the next round starts; `None` before the first request.
     due: Option<Instant>,
     last_round: Instant,
+    /// Whether a trial is running; one at a time, so that they take little from the jobs.
+    is_trying: bool,
 }
 
 /// A round in progress.
@@ -168,24 +181,40 @@ impl ProbeRounds {
 
     /// When to call [`ProbeRounds::poll`] next, unless woken before.
     pub fn next_wakeup(&self) -> Option<Instant> {
-        match &self.round {
+        let round = match &self.round {
             Some(round) if round.has_offer && !round.waiters.is_empty() => Some(round.started + FIRST_OFFER_GRACE),
             Some(round) => Some(round.started + self.round_time_max),
             None => self.due,
+        };
+        round.into_iter().chain(self.health_due()).min()
+    }
+
+    /// When the next trial or release of a model is due. A trial that is overdue waits for a slot.
+    fn health_due(&self) -> Option<Instant> {
+        if self.is_trying || self.offers.is_paused() {
+            return None;
         }
+        let due = self.backends.iter().filter_map(BackendStatus::health_due).min()?;
+        Some(due.max(Instant::now() + TRIAL_RETRY))
     }
 
     /// Applies probe results, and starts the next round when it is due. Returns whether the offer or the state of a backend has
     /// changed; `None` once the last [`Prober`] was dropped.
     pub fn poll(&mut self) -> Option<bool> {
-        let PendingInput { requests, results, is_over } = std::mem::take(&mut *self.inbox.pending());
+        let PendingInput { requests, results, trial, is_over } = std::mem::take(&mut *self.inbox.pending());
         if is_over {
             return None;
         }
         let results = self.current_results(results);
         let mut is_change = false;
+        if let Some((index, trial, outcome)) = trial {
+            self.is_trying = false;
+            let backend = &mut self.backends[index];
+            is_change |= backend.apply_trial(&trial, &outcome);
+            self.requests.withdraw |= backend.may_serve_soon();
+        }
         for backend in &mut self.backends {
-            is_change |= backend.withdraw_if_failing();
+            is_change |= backend.apply_health();
         }
         if is_change || !results.is_empty() {
             is_change |= self.apply_probes(results);
@@ -202,6 +231,7 @@ impl ProbeRounds {
                 self.release_waiters();
             }
         }
+        self.start_trial();
         Some(is_change)
     }
 
@@ -228,6 +258,22 @@ impl ProbeRounds {
             });
         }
         results
+    }
+
+    /// Starts the trial that is due, if any. While the operator has paused the agent, the machine is not to be used.
+    fn start_trial(&mut self) {
+        if self.is_trying || self.offers.is_paused() {
+            return;
+        }
+        let due = self.backends.iter().enumerate().find_map(|(index, backend)| Some((index, backend.due_trial()?)));
+        let Some((index, trial)) = due else { return };
+        let (backend, inbox) = (self.backends[index].offer().backend.clone(), self.inbox.clone());
+        let run = move || {
+            let outcome = trial::run(&*backend, &trial);
+            inbox.add(|pending| pending.trial = Some((index, trial, outcome)));
+        };
+        // Without a thread, the trial stays due.
+        self.is_trying = threads::spawn("trial", run).is_ok();
     }
 
     fn apply_probes(&mut self, results: Vec<(usize, ProbeResult)>) -> bool {
@@ -298,9 +344,7 @@ impl ProbeRounds {
     }
 
     fn publish(&self) -> bool {
-        let listings = |offered: bool| {
-            self.backends.iter().filter(move |b| b.is_offered() == offered).filter_map(BackendStatus::listing).collect()
-        };
+        let listings = |offered: bool| self.backends.iter().filter_map(|b| b.listing(offered)).collect();
         self.offers.publish(Catalog::new(listings(true), listings(false)))
     }
 }
@@ -310,7 +354,7 @@ mod tests {
     use super::*;
     use crate::backend::{Backend, BackendError, BackendHealth, BackendModel, BackendResult, Job, JobResult, JobSink};
     use crate::config::{Price, Pricing};
-    use crate::discovery::backend_handle::FAILURES_MAX;
+    use crate::discovery::health::FAILURES_MAX;
 
     const LIMIT: Duration = Duration::from_secs(10);
 
@@ -427,7 +471,7 @@ mod tests {
         assert_offered(1);
         let backend = offers.snapshot().candidates("m").remove(0);
         for _ in 0..FAILURES_MAX {
-            backend.record_outcome(&Err(BackendError::Unreachable("refused".into())));
+            backend.record_outcome("m", Instant::now(), &Err(BackendError::Unreachable("refused".into())));
         }
         prober.withdraw_failing();
         assert_offered(0);

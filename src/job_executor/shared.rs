@@ -1,6 +1,7 @@
 //! The state that an executor shares with its workers and its deadline thread.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::in_flight::InFlightJob;
 use super::outbox::Outbox;
@@ -8,7 +9,7 @@ use super::stats::{JobStats, Outcome};
 use super::table::JobTable;
 use super::token_limit::TokenLimit;
 use crate::backend::{BackendError, BackendResult, JobResult};
-use crate::discovery::{BackendHandle, OfferFeed, Prober};
+use crate::discovery::{BackendHandle, OfferFeed, Prober, Verdict};
 use crate::link::protocol::{self, ErrorCode};
 
 /// The dependencies of an executor, which outlive it.
@@ -35,12 +36,20 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// Updates the health of a backend from the outcome of a job that it ran.
-    pub fn update_backend_health(&self, backend: &BackendHandle, outcome: &BackendResult<JobResult>) {
-        let is_newly_failing = backend.record_outcome(outcome);
+    /// Updates the health of a backend from the outcome of a job for `model_id` that it ran since `began`.
+    pub fn update_backend_health(
+        &self,
+        backend: &BackendHandle,
+        model_id: &str,
+        began: Instant,
+        outcome: &BackendResult<JobResult>,
+    ) {
+        let verdict = backend.record_outcome(model_id, began, outcome);
         let Some(prober) = &self.deps.prober else { return };
-        if is_newly_failing {
-            prober.withdraw_failing();
+        match verdict {
+            Verdict::Unchanged => {}
+            Verdict::BackendFails => prober.withdraw_failing(),
+            Verdict::ModelFails => prober.try_suspects(),
         }
         if outcome.as_ref().is_err_and(BackendError::invalidates_offer) {
             prober.request_refresh();

@@ -7,6 +7,7 @@ use super::in_flight::{InFlightJob, Work};
 use super::shared::Shared;
 use super::stats::Outcome;
 use crate::backend::{BackendError, BackendResult, Interrupt, JobResult, JobSink};
+use crate::discovery::BackendHandle;
 use crate::link::protocol::{self, JobChunks};
 
 /// The remaining time at or below which a job is not sent to a backend, in milliseconds.
@@ -19,7 +20,8 @@ pub fn run(shared: &Shared, in_flight: &Arc<InFlightJob>) {
     let mut guard = TerminalGuard { shared, in_flight, outcome: Err(BackendError::Panicked) };
     let Some(work) = in_flight.take_work() else { return };
     let Work { mut job, permit: _permit, mut backend, fallback_route } = work;
-    let mut relay = JobRelay { shared, in_flight, chunks: JobChunks::of(in_flight.job_id), has_sent: false };
+    let chunks = JobChunks::of(in_flight.job_id);
+    let mut relay = JobRelay { shared, in_flight, backend: backend.clone(), chunks, has_sent: false };
     let mut fallback_route = fallback_route.into_iter();
     loop {
         // The deadline includes the time in the queue and at other backends. Rounded up, so that a job that was just admitted
@@ -31,6 +33,7 @@ pub fn run(shared: &Shared, in_flight: &Arc<InFlightJob>) {
             return;
         }
         guard.outcome = Err(BackendError::Panicked);
+        let began = Instant::now();
         // The last backend alone holds the request, and drops it once it is sent.
         let kept = (fallback_route.len() > 0).then(|| job.clone());
         guard.outcome = backend.backend.execute_raw(job, &mut relay);
@@ -38,7 +41,7 @@ pub fn run(shared: &Shared, in_flight: &Arc<InFlightJob>) {
         if in_flight.is_cancelled() {
             return;
         }
-        shared.update_backend_health(&backend, &guard.outcome);
+        shared.update_backend_health(&backend, &in_flight.model_id, began, &guard.outcome);
         let Some(kept) = kept else { return };
         job = kept;
         match &guard.outcome {
@@ -51,6 +54,7 @@ pub fn run(shared: &Shared, in_flight: &Arc<InFlightJob>) {
                     job.job_id
                 );
                 backend = slot.backend().clone();
+                relay.backend = backend.clone();
                 in_flight.attach_slot(slot);
             }
             _ => return,
@@ -62,6 +66,8 @@ pub fn run(shared: &Shared, in_flight: &Arc<InFlightJob>) {
 struct JobRelay<'a> {
     shared: &'a Shared,
     in_flight: &'a Arc<InFlightJob>,
+    /// The backend that the answer comes from.
+    backend: Arc<BackendHandle>,
     chunks: JobChunks,
     /// Whether part of an answer has been sent, so that the job cannot fail over.
     has_sent: bool,
@@ -74,6 +80,7 @@ impl JobSink for JobRelay<'_> {
         }
         self.still_wanted()?;
         self.has_sent = true;
+        self.backend.mark_answering();
         let frame = self.chunks.frame(bytes);
         self.shared.outbox.send_chunk(self.in_flight, frame)
     }

@@ -313,6 +313,8 @@ impl StateFileWriter {
 
 impl From<&BackendStatus> for Backend {
     fn from(status: &BackendStatus) -> Backend {
+        let excluded = status.not_offered().excluded.iter().map(NotOffered::from);
+        let withdrawn = status.withdrawn().iter().map(NotOffered::from);
         Backend {
             id: status.id().to_owned(),
             kind: status.offer().backend.kind().to_owned(),
@@ -323,7 +325,7 @@ impl From<&BackendStatus> for Backend {
             last_error: status
                 .last_error()
                 .map(|(at, message)| BackendError { at: rfc3339(*at), message: message.clone() }),
-            not_offered: status.not_offered().excluded.iter().map(NotOffered::from).collect(),
+            not_offered: excluded.chain(withdrawn).collect(),
             listing_limit: status.not_offered().limit.map(|limit| limit.to_string()),
         }
     }
@@ -332,6 +334,12 @@ impl From<&BackendStatus> for Backend {
 impl From<&ExcludedModel> for NotOffered {
     fn from(excluded: &ExcludedModel) -> NotOffered {
         NotOffered { model_id: excluded.model.model_id.clone(), reason: excluded.reason.to_string() }
+    }
+}
+
+impl From<(&String, &String)> for NotOffered {
+    fn from((model_id, reason): (&String, &String)) -> NotOffered {
+        NotOffered { model_id: model_id.clone(), reason: reason.clone() }
     }
 }
 

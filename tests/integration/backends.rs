@@ -244,6 +244,7 @@ fn base_urls_work_with_and_without_slash_path_and_v1() {
     for (kind, suffix, api) in cases {
         let backend = Backend::new(move |request| match request.target.rsplit('/').next() {
             Some("health" | "models") => Answer::Json(200, listing(&["m"])),
+            Some("readiness") => Answer::Json(404, json!({})),
             _ => Answer::Hold,
         });
         let rig = Rig::with(|setup| with_kind(setup, kind, &format!("{}{suffix}", backend.url())));

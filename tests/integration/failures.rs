@@ -309,8 +309,6 @@ fn slow_corrupted_responses_end_the_job_once_and_the_agent_survives() {
 
 #[test]
 fn error_message_quotes_at_most_512_bytes_of_the_body() {
-    let backend = Backend::vllm(&["m"]);
-    let rig = Rig::new(&backend);
     let bodies: [Vec<u8>; 4] = [
         vec![b'A'; 1 << 20],
         "é".repeat(2000).into_bytes(),
@@ -318,6 +316,9 @@ fn error_message_quotes_at_most_512_bytes_of_the_body() {
         b"x".iter().copied().chain("𝄞".repeat(500).bytes()).collect(),
     ];
     for body in bodies {
+        // An agent for each: after three failures, it would try the model.
+        let backend = Backend::vllm(&["m"]);
+        let rig = Rig::new(&backend);
         let id = rig.session.job("m", json!({}));
         let mut held = backend.next();
         held.send(response(500, "text/plain", &body));

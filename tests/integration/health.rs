@@ -1,4 +1,5 @@
-//! How failed jobs affect the offer: a backend that fails them is withdrawn, even if its health check passes.
+//! How failed jobs affect the offer: a backend that fails them is withdrawn, even if its health check passes. What a request may have
+//! caused is in `field::health`.
 
 use std::time::Instant;
 
@@ -60,11 +61,13 @@ fn failure_count_ignores_client_errors_cancels_and_deadlines() {
     let backend = answering_as_asked();
     let rig = Rig::new(&backend);
     for _ in 0..2 {
-        for answer in [json!(500), json!(500), json!("good")] {
+        for answer in [json!("break"), json!("break"), json!("good")] {
             run(&rig.session, answer);
         }
     }
-    for answer in [json!(500), json!(500), json!(400), json!(413), json!(422), json!(429), json!(404), json!(400)] {
+    for answer in
+        [json!("break"), json!("break"), json!(400), json!(413), json!(422), json!(429), json!(404), json!(400)]
+    {
         run(&rig.session, answer).error();
     }
     for _ in 0..3 {
@@ -79,7 +82,7 @@ fn failure_count_ignores_client_errors_cancels_and_deadlines() {
         backend.next().wait_hang_up();
     }
     rig.session.assert_no_frame("another offer", QUIET, is_offer);
-    run(&rig.session, 500).error();
+    run(&rig.session, "break").error();
     assert_eq!(rig.session.frame("capabilities", SOON)["models"], json!([]), "the third failure in a row");
 }
 
@@ -89,7 +92,7 @@ fn slow_withdrawn_backend_is_replaced_by_the_next_that_lists_the_model() {
     let rig = Rig::with(|setup| setup.backend(failing.toml()).backend(other.toml().replace("vllm", "openai")));
     assert_eq!(rig.session.capabilities["models"][0]["backend"], "vllm");
     for _ in 0..3 {
-        run(&rig.session, 500).error();
+        run(&rig.session, "break").error();
     }
     let offer = rig.session.frame("capabilities", SOON);
     assert_eq!(offer["models"][0]["backend"], "openai", "{offer}");
@@ -112,7 +115,7 @@ fn withdrawn_backend_gets_no_job_while_another_serves_the_model() {
     let running = rig.session.job("m", json!({}));
     let held = busy.next();
     for _ in 0..3 {
-        run(&rig.session, 500).error();
+        run(&rig.session, "break").error();
     }
     assert_eq!(rig.session.frame("capabilities", SOON)["models"][0]["max_concurrent"], 1);
     let posts = failing.posts();

@@ -241,6 +241,7 @@ fn serving(
     move |request| match request.line().as_str() {
         "GET /health" => Answer::Raw(response(200, "text/plain", "")),
         "GET /v1/models" => Answer::Json(200, list.clone()),
+        _ if request.method == "GET" => Answer::Raw(response(404, "text/plain", "no such path")),
         _ => jobs(request),
     }
 }

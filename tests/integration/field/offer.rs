@@ -385,6 +385,7 @@ fn slow_listing_of_5_mb_keeps_no_other_backend_from_being_probed() {
             Answer::Json(200, listing(&["first", "second"]))
         }
         "GET /v1/models" => Answer::Json(200, listing(&["first"])),
+        _ if request.method == "GET" => Answer::Json(404, json!({})),
         _ => Answer::Hold,
     });
     let rig = Rig::with(|setup| setup.backend(toml("lmstudio", &large)).backend(toml("openai", &small)));
@@ -473,6 +474,7 @@ fn slow_probe_that_trickles_keeps_no_other_backend_from_being_probed() {
         let small = Backend::new(move |request| match request.line().as_str() {
             "GET /v1/models" if count.fetch_add(1, Ordering::SeqCst) > 0 => Answer::Json(200, listing(&["a", "b"])),
             "GET /v1/models" => Answer::Json(200, listing(&["a"])),
+            _ if request.method == "GET" => Answer::Json(404, json!({})),
             _ => Answer::Hold,
         });
         let first = format!("kind = \"lmstudio\"\nurl = \"{scheme}://{}\"", trickling.address);
