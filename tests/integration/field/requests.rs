@@ -1,5 +1,7 @@
 //! Requests of any size and shape: what a backend receives of them, and what they cost in memory.
 
+use std::time::Instant;
+
 use serde_json::json;
 use uuid::Uuid;
 
@@ -13,7 +15,7 @@ const PEAK_BASE_BYTES: usize = 64 * MIB;
 
 fn frame(id: &str, model: &str, request: &str, format: &str) -> String {
     format!(
-        r#"{{"type":"job","job_id":"{id}","model_id":"{model}","request":{request},"format":"{format}","deadline_ms":60000}}"#
+        r#"{{"type":"job","job_id":"{id}","model_id":"{model}","request":{request},"format":"{format}","deadline_ms":600000}}"#
     )
 }
 
@@ -179,11 +181,12 @@ fn assert_peak(what: &str, requests: &[String]) {
     for (id, request) in ids.iter().zip(requests) {
         rig.session.send_text(&frame(id, "m", request, "openai"));
     }
-    let mut held = Vec::new();
-    wait_until("all requests have arrived", || {
-        held.extend(backends.iter().filter_map(|backend| backend.try_next(ms(50))));
-        held.len() == requests.len()
-    });
+    let mut held: Vec<Held> = Vec::new();
+    let began = Instant::now();
+    while held.len() < requests.len() {
+        assert!(began.elapsed() < 6 * SOON, "{what}: {} of {} requests have arrived", held.len(), requests.len());
+        held.extend(backends.iter().filter_map(|backend| backend.try_next(ms(20))));
+    }
     for held in held {
         let body = &held.request.body;
         assert!(requests.iter().any(|request| begins_alike(request, body)), "{what}: {} bytes arrived", body.len());
@@ -241,8 +244,8 @@ fn slow_frame_of_64_mib_that_is_no_job_takes_little_more_than_its_text() {
     const FRAME_BYTES_MAX: usize = 64 * MIB;
     let backend = Backend::vllm(&["m"]);
     let rig = Rig::new(&backend);
-    let peak_after = |head: &str, unit: &str, tail: &str| {
-        let count = (FRAME_BYTES_MAX - head.len() - tail.len()) / unit.len();
+    let peak_after = |bytes: usize, head: &str, unit: &str, tail: &str| {
+        let count = (bytes - head.len() - tail.len()) / unit.len();
         rig.session.send_text(&format!("{head}{}{tail}", unit.repeat(count)));
         // The answer shows that the frame has been read.
         let job = rig.session.job("unknown", json!({}));
@@ -250,16 +253,13 @@ fn slow_frame_of_64_mib_that_is_no_job_takes_little_more_than_its_text() {
         rig.agent.peak_kib() as usize
     };
     let no_request = format!(r#"{{"type":"job","job_id":"{}","model_id":"m","x":""#, Uuid::new_v4());
-    for (head, unit, tail) in [
-        (r#"{"x":""#, r"\u00e9", r#"","type":"news"}"#),
-        (r#"{"type":"news"#, "s", r#""}"#),
-        (no_request.as_str(), "x", r#""}"#),
+    for (bytes, head, unit, tail) in [
+        (FRAME_BYTES_MAX, r#"{"x":""#, r"\u00e9", r#"","type":"news"}"#),
+        (FRAME_BYTES_MAX, r#"{"type":"news"#, "s", r#""}"#),
+        (FRAME_BYTES_MAX, &no_request, "x", r#""}"#),
+        (8 * MIB, r#"{"type":"news","x":"#, "[", "]}"),
     ] {
-        let (peak, limit) = (peak_after(head, unit, tail), (FRAME_BYTES_MAX + PEAK_BASE_BYTES / 2) >> 10);
+        let (peak, limit) = (peak_after(bytes, head, unit, tail), (FRAME_BYTES_MAX + PEAK_BASE_BYTES / 2) >> 10);
         assert!(peak < limit, "{head}: a peak of {peak} KiB, of {limit}");
     }
-    // The parser notes a byte for each level.
-    let (peak, limit) =
-        (peak_after(r#"{"type":"news","x":"#, "[", "]}"), (PEAK_BASE_BYTES + FRAME_BYTES_MAX * 5 / 2) >> 10);
-    assert!(peak < limit, "deep arrays: a peak of {peak} KiB, of {limit}");
 }
