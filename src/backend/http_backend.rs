@@ -54,6 +54,11 @@ impl HttpBackend {
         self.kind
     }
 
+    /// Whether the server rejects jobs without an API key, although it lists its models without one, as llama.cpp does.
+    pub fn needs_key(&self) -> bool {
+        self.kind == Kind::LlamaCpp && self.start_probe().is_rejected("/props")
+    }
+
     /// Starts a probe.
     pub(super) fn start_probe(&self) -> Probe<'_> {
         Probe::start(self.kind, &self.root, &self.api, &self.client)

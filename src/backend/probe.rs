@@ -96,6 +96,12 @@ impl<'a> Probe<'a> {
         answer(self.exchange(|lease, time| lease.get(&url, time)))
     }
 
+    /// Whether the server rejects the API key, or the lack of one, for one of its own routes.
+    pub fn is_rejected(&self, path: &str) -> bool {
+        let url = format!("{}{path}", self.root);
+        matches!(self.exchange(|lease, time| lease.get(&url, time)), Ok((401 | 403, _)))
+    }
+
     /// As [`Probe::ask`], for a `POST` of JSON.
     pub fn ask_with(&self, path: &str, body: &RequestBody) -> Option<Body> {
         let url = format!("{}{path}", self.root);

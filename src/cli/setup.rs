@@ -19,7 +19,7 @@ use super::{CliError, backends_of, print, print_raw, validate};
 use crate::agent::shutdown::Stop;
 use crate::backend::{BackendModel, BaseUrl, Kind};
 use crate::config::{BackendConfig, Config, FILE_BYTES_MAX};
-use crate::discovery::{LocalBackend, find_local, probe_all};
+use crate::discovery::{LocalBackend, LocalServers, find_local, probe_all};
 use crate::instance::identity::Identity;
 use crate::instance::{AgentPaths, running_agent};
 use crate::logging;
@@ -141,18 +141,33 @@ fn discover_backends(config: Option<&Config>) -> (Vec<BackendConfig>, Vec<Advert
             Err(e) => print_line("backend", &format!("{id}: kept, but not serving now: {}", e.for_operator())),
         }
     }
-    let is_new = |found: &LocalBackend| !named.iter().any(|named| is_same_server(named, &found.config));
+    let is_new = |found: &BackendConfig| !named.iter().any(|named| is_same_server(named, found));
     let mut configs = Vec::new();
-    for LocalBackend { config, models } in find_local().into_iter().filter(is_new) {
+    let LocalServers { found, needing_key } = find_local();
+    for LocalBackend { config, models } in found.into_iter().filter(|found| is_new(&found.config)) {
         advertised.push(self::advertised(&config, models));
         let url = config.url.as_ref().map_or("", BaseUrl::as_str);
         print_backend(&format!("{} at {url}", config.kind), advertised.last());
         configs.push(config);
     }
+    for config in needing_key.iter().filter(|config| is_new(config)) {
+        print_line("backend", &key_wanted(config));
+    }
     if advertised.is_empty() {
         print_line("backend", "no server is answering; pairing works without one");
     }
     (configs, advertised)
+}
+
+/// What to do about a server that rejects requests without an API key.
+fn key_wanted(config: &BackendConfig) -> String {
+    let (kind, url) = (config.kind, config.url.as_ref().map_or("", BaseUrl::as_str));
+    let port = url.rsplit_once(':').map_or(url, |(_, port)| port);
+    let variable = format!("{}_API_KEY", kind.name().to_ascii_uppercase());
+    format!(
+        "a server at :{port} wants a key: api_key_env; if it is yours, put the key in an environment variable and add it to \
+         agent.toml: `[[backends]]`, `kind = \"{kind}\"`, `url = \"{url}\"`, `api_key_env = \"{variable}\"`"
+    )
 }
 
 fn advertised(config: &BackendConfig, models: Vec<BackendModel>) -> Advertised {

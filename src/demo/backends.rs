@@ -25,7 +25,7 @@ pub(super) fn choose(config: Option<&Config>) -> io::Result<Chosen> {
     let record = Arc::new(Recording::default());
     let (configs, echo) = match config {
         Some(config) => (config.backends.clone(), None),
-        None => match find_local() {
+        None => match find_local().found {
             found if found.is_empty() => {
                 let echo = echo::start()?;
                 let url = BaseUrl::parse(&format!("http://{}", echo.address)).map_err(io::Error::other)?;

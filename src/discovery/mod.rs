@@ -23,7 +23,7 @@ pub use backend_handle::{BackendHandle, Slot};
 pub use backend_status::BackendStatus;
 pub use catalog::{Catalog, Listing, OfferFeed};
 pub use health::Verdict;
-pub use local::{LocalBackend, find_local};
+pub use local::{LocalBackend, LocalServers, find_local};
 pub use probe_threads::probe_all;
 pub use prober::{ProbeRounds, Prober};
 

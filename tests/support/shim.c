@@ -4,11 +4,13 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <netdb.h>
+#include <netinet/in.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -44,6 +46,19 @@ int getaddrinfo(const char *name, const char *service, const struct addrinfo *hi
     size_t length = strlen(name);
     int is_here = length > 5 && strcmp(name + length - 5, ".test") == 0;
     return real(is_here ? "127.0.0.1" : name, service, hints, found);
+}
+
+// Connections to the port of this machine before the colon in FAULT_PORT go to the port behind it.
+int connect(int socket, const struct sockaddr *address, socklen_t length) {
+    int (*real)(int, const struct sockaddr *, socklen_t) = dlsym(RTLD_NEXT, "connect");
+    const char *ports = getenv("FAULT_PORT");
+    struct sockaddr_in redirected;
+    if (ports && address->sa_family == AF_INET && ntohs(((struct sockaddr_in *)address)->sin_port) == atoi(ports)) {
+        memcpy(&redirected, address, sizeof redirected);
+        redirected.sin_port = htons(atoi(strchr(ports, ':') + 1));
+        address = (struct sockaddr *)&redirected;
+    }
+    return real(socket, address, length);
 }
 
 // No thread starts while there is a file FAULT_THREADS, which grows by a byte for each that was refused.

@@ -1,5 +1,5 @@
-//! Faults of the clock, the disk, file locks, thread creation and name lookups, injected by a library that is preloaded into the
-//! agent.
+//! Faults of the clock, the disk, file locks, thread creation, name lookups and fixed ports, injected by a library that is preloaded into
+//! the agent.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -40,6 +40,11 @@ impl Shim {
             ("FAULT_LOCK", &shim.lock()),
         ];
         variables.into_iter().fold(setup, |setup, (name, path)| setup.env(name, path.to_str().expect("UTF-8")))
+    }
+
+    /// Configures the agent to find the server at port `to` at port `from`, which is fixed and may be in use.
+    pub fn redirect(setup: Setup, from: u16, to: u16) -> Setup {
+        Self::load(setup).env("FAULT_PORT", &format!("{from}:{to}"))
     }
 
     /// The shim of an agent whose setup loads it.

@@ -540,3 +540,41 @@ fn output_that_cannot_be_written_is_exit_1_and_a_closed_pipe_is_not() {
         assert_eq!(status.expect("the binary").code(), Some(0), "{command}");
     }
 }
+
+/// A server that is started with `--api-key`: vLLM and LM Studio do not list their models then, llama.cpp does.
+#[test]
+fn server_on_a_usual_port_that_wants_a_key_is_named_by_setup() {
+    let lists = |request: &Request| match request.line().as_str() {
+        "GET /v1/models" => Answer::Json(200, json!({"data": [{"id": "m"}]})),
+        "GET /health" => Answer::Json(200, json!({"status": "ok"})),
+        _ => Answer::Json(401, json!({"error": {"message": "Invalid API Key", "code": 401}})),
+    };
+    let hides = |_: &Request| Answer::Json(401, json!({"error": "Unauthorized"}));
+    let forbids = |request: &Request| match request.target.as_str() {
+        "/health" => Answer::Json(200, json!({})),
+        _ => Answer::Json(403, json!({"detail": "no"})),
+    };
+    type Routes = fn(&Request) -> Answer;
+    let cases: [(u16, &str, Routes); 4] =
+        [(9931, "llamacpp", lists), (8080, "llamacpp", hides), (1234, "lmstudio", hides), (8000, "vllm", forbids)];
+    side_by_side(cases, |(port, kind, routes)| {
+        let server = Backend::new(routes);
+        let market = Backend::new(|request| match request.line().as_str() {
+            "POST /v1/host/pair/issue" => {
+                let issued = json!({"pair_code": "AB-12", "poll_token": "t", "expires_at": "2020-01-01T00:00:00Z"});
+                Answer::Json(200, issued)
+            }
+            _ => Answer::Json(
+                200,
+                json!({"status": "active", "host_token": "t", "provider_id": "p", "model_config": []}),
+            ),
+        });
+        let setup = Shim::redirect(Setup::new("ws://127.0.0.1:9/"), port, server.address().port());
+        let mut paired = setup.start_command(&["setup", "--coordinator", &market.url()]);
+        assert_eq!(paired.wait(SOON).code(), Some(0), "{}", paired.stderr.text());
+        let line = paired.stdout.wait_line(&[&format!("a server at :{port} wants a key: api_key_env"), kind]);
+        assert!(line.contains(&format!("http://localhost:{port}")), "{line}");
+        let file = std::fs::read_to_string(setup.scratch.join("agent.toml")).expect("agent.toml");
+        assert!(!file.contains(&format!(":{port}")), "it could not serve yet: {file}");
+    });
+}
