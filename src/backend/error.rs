@@ -66,6 +66,9 @@ pub enum BackendError {
     /// The backend does not have the model.
     #[error("the backend does not have the model: {0}")]
     ModelNotFound(HttpStatus),
+    /// The backend has the model, which serves another purpose than chat.
+    #[error("the model cannot chat: {0}")]
+    CannotChat(HttpStatus),
     /// The backend lists the model, and cannot load it.
     #[error("the backend cannot load the model: {0}")]
     LoadFailed(HttpStatus),
@@ -153,14 +156,17 @@ impl BackendError {
     /// Whether the job can fail over to another backend: this one is missing, not ready or at capacity, or lacks the model or the
     /// format, and has sent nothing.
     pub fn may_fail_over(&self) -> bool {
-        use BackendError::{FormatNotServed, LoadFailed, ModelNotFound, Overloaded, RouteNotFound};
-        let lacks = matches!(self, ModelNotFound(_) | LoadFailed(_) | RouteNotFound(_) | FormatNotServed(..));
+        use BackendError::{CannotChat, FormatNotServed, LoadFailed, ModelNotFound, Overloaded, RouteNotFound};
+        let lacks =
+            matches!(self, ModelNotFound(_) | CannotChat(_) | LoadFailed(_) | RouteNotFound(_) | FormatNotServed(..));
         lacks || self.is_absent() || matches!(self, Overloaded(_))
     }
 
-    /// Whether the offer may be out of date: the backend or the model is missing.
+    /// Whether the offer may be out of date: the backend or the model is missing, or cannot chat.
     pub fn invalidates_offer(&self) -> bool {
-        self.is_absent() || matches!(self, BackendError::ModelNotFound(_))
+        use BackendError::{CannotChat, FormatNotServed, ModelNotFound};
+        let lacks = matches!(self, ModelNotFound(_) | CannotChat(_) | FormatNotServed(WireFormat::Openai, _));
+        lacks || self.is_absent()
     }
 
     /// Whether the backend is missing or not yet ready.
@@ -175,6 +181,7 @@ impl BackendError {
             BackendError::BadGateway(s)
             | BackendError::Loading(s)
             | BackendError::ModelNotFound(s)
+            | BackendError::CannotChat(s)
             | BackendError::LoadFailed(s)
             | BackendError::RouteNotFound(s)
             | BackendError::Overloaded(s)

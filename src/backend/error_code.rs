@@ -51,6 +51,7 @@ impl BackendError {
             }
             BackendError::Loading(_)
             | BackendError::ModelNotFound(_)
+            | BackendError::CannotChat(_)
             | BackendError::LoadFailed(_)
             | BackendError::RouteNotFound(_)
             | BackendError::FormatNotServed(..) => Some(ErrorCode::ModelNotLoaded),

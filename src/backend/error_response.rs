@@ -119,6 +119,15 @@ const ROUTE_MISSING: Texts = &[
     &["no route matched"],
 ];
 
+/// How a message begins that says that the model cannot chat. Only the beginning counts: the rest may quote the request.
+const CANNOT_CHAT: [&str; 5] = [
+    "the model does not support chat completions",
+    "the model does not support the chat completions",
+    "this server does not support completions",
+    "this server does not support chat completions",
+    "this is not a chat model",
+];
+
 /// What a message consists of if it says only that the path or the method is unknown.
 const BARE_WORDS: [&str; 17] = [
     "404",
@@ -149,6 +158,7 @@ impl BackendError {
         let beginning = String::from_utf8_lossy(&text.as_bytes()[..text.len().min(BLAME_MAX)]);
         let blames = |texts| contains_any(&beginning, texts);
         match status {
+            400 | 404 | 422 | 500 | 501 if cannot_chat(&response.body) => BackendError::CannotChat(response),
             401 | 403 => BackendError::AuthRejected(response),
             413 => BackendError::BadRequest(response),
             _ if OVERLOADED_STATUSES.contains(&status) => BackendError::Overloaded(response),
@@ -192,12 +202,25 @@ fn is_bare(body: &str) -> bool {
     if body.starts_with('<') {
         return true;
     }
+    is_bare_text(&message_of(body))
+}
+
+/// The message of an error body, in lower case. Empty if a JSON body contains none.
+fn message_of(body: &str) -> String {
     let json: Option<Value> = serde_json::from_str(body).ok();
     let message = json.as_ref().map_or(Some(body), |json| {
         let messages = [&json["detail"], &json["error"]["message"], &json["message"], &json["error"]];
         messages.into_iter().find_map(Value::as_str)
     });
-    is_bare_text(&message.unwrap_or_default().to_ascii_lowercase())
+    message.unwrap_or_default().to_ascii_lowercase()
+}
+
+/// Whether an error body says that the model cannot chat.
+fn cannot_chat(body: &str) -> bool {
+    let message = message_of(body);
+    // Ollama: `"nomic-embed-text" does not support chat`.
+    let rest = message.strip_prefix('"').and_then(|rest| rest.split_once('"')).map(|(_, rest)| rest);
+    rest == Some(" does not support chat") || CANNOT_CHAT.iter().any(|start| message.starts_with(start))
 }
 
 fn is_bare_text(message: &str) -> bool {

@@ -1,5 +1,6 @@
 //! [`HttpBackend`] implements [`Backend`] for an HTTP server of any [`Kind`].
 
+use std::collections::HashSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -71,9 +72,15 @@ impl HttpBackend {
         let known = self.known().clone();
         let known = model_details::fill_in(self.kind, &mut models, probe, &known);
         *self.known() = known;
+        let ids: HashSet<&str> = models.iter().map(|listed| &*listed.model.model_id).collect();
+        self.support.retain_models(|model_id| ids.contains(model_id));
+        let refused = |model_id: &str| {
+            let response = self.support.refusal(model_id)?;
+            Some(Exclusion::NotChat(format!("the server said so with HTTP {}", response.status)))
+        };
         let mut probed = ProbedModels { limit, ..ProbedModels::default() };
         for Listed { model, exclusion, .. } in models {
-            match exclusion {
+            match exclusion.or_else(|| refused(&model.model_id)) {
                 None => probed.models.push(model),
                 Some(reason) => {
                     let native = model.native && !matches!(reason, Exclusion::Remote(_));
@@ -154,7 +161,7 @@ impl Backend for HttpBackend {
         // The body shares the text of the request, which is freed with it once it is sent.
         drop(request);
         let outcome = relay(&self.client, &url, body, Duration::from_millis(u64::from(deadline_ms)), sink);
-        let result = self.support.learn(format, outcome, &self.id);
+        let result = self.support.learn(format, &model_id, outcome, &self.id);
         if let Err(BackendError::ModelNotFound(_)) = result {
             self.known().expire(&model_id);
         }

@@ -36,7 +36,7 @@ pub struct Listed {
     pub exclusion: Option<Exclusion>,
     /// Whether a llama.cpp router lists the model, which also lists models that it has not loaded.
     pub routed: bool,
-    /// Whether the entry names vLLM as the server of the model.
+    /// Whether the entry is one of vLLM's.
     pub is_of_vllm: bool,
 }
 
@@ -78,7 +78,7 @@ fn listed(kind: Kind, entry: &Value) -> Option<Listed> {
         model: BackendModel { model_id, context_window, native: !kind.is_hosted() },
         exclusion,
         routed: status.is_some(),
-        is_of_vllm: entry["owned_by"] == "vllm",
+        is_of_vllm: entry["owned_by"] == "vllm" || (kind == Kind::Vllm && entry["max_model_len"].is_number()),
     })
 }
 

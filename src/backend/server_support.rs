@@ -1,10 +1,11 @@
 //! What a server supports, learned from its responses to jobs.
 //!
-//! Invariants: a format that was served is not lost by one response, which a request may have provoked. What the server lacks is
+//! Invariants: what was served, a format or a model, is not lost by one response, which a request may have provoked. What the server lacks is
 //! forgotten after [`FORGET_AFTER`], and when the server was unreachable or failed a probe: it may be another version when it is
 //! back. The OpenAI format is never known to be missing: every kind of server has it, and a gateway whose server restarts may
 //! respond as if it did not.
 
+use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,8 @@ pub struct ServerSupport(Mutex<Known>);
 #[derive(Debug, Default)]
 struct Known {
     anthropic: Support,
+    /// Whether the models can chat.
+    models: HashMap<String, Support>,
 }
 
 #[derive(Debug, Default)]
@@ -29,7 +32,7 @@ enum Support {
     #[default]
     Unknown,
     Served,
-    /// The route is missing, as this response has shown.
+    /// It is missing, as this response has shown.
     Missing(HttpStatus, Instant),
 }
 
@@ -47,16 +50,45 @@ impl ServerSupport {
         }
     }
 
+    /// How the server refused to let the model chat, if it did.
+    pub fn refusal(&self, model_id: &str) -> Option<HttpStatus> {
+        match self.known().models.get(model_id) {
+            Some(Support::Missing(response, since)) if since.elapsed() < FORGET_AFTER => Some(response.clone()),
+            _ => None,
+        }
+    }
+
+    /// Forgets the models that `is_listed` does not name.
+    pub fn retain_models(&self, is_listed: impl Fn(&str) -> bool) {
+        self.known().models.retain(|model_id, _| is_listed(model_id));
+    }
+
     /// Learns from the outcome of a job in this format. Returns the outcome, in which a missing route is a format that is not
     /// served. `id` names the server in the log.
-    pub fn learn(&self, format: WireFormat, outcome: BackendResult<JobResult>, id: &str) -> BackendResult<JobResult> {
+    pub fn learn(
+        &self,
+        format: WireFormat,
+        model_id: &str,
+        outcome: BackendResult<JobResult>,
+        id: &str,
+    ) -> BackendResult<JobResult> {
         let mut known = self.known();
         match outcome {
             Ok(result) => {
+                if !matches!(known.models.get(model_id), Some(Support::Served)) {
+                    known.models.insert(model_id.to_owned(), Support::Served);
+                }
                 if format == WireFormat::Anthropic {
                     known.anthropic = Support::Served;
                 }
                 Ok(result)
+            }
+            Err(BackendError::CannotChat(response)) => {
+                let support = known.models.entry(model_id.to_owned()).or_default();
+                if !matches!(support, Support::Served) {
+                    *support = Support::Missing(response.clone(), Instant::now());
+                }
+                Err(BackendError::CannotChat(response))
             }
             Err(BackendError::RouteNotFound(response)) => {
                 let e = BackendError::FormatNotServed(format, response.clone());

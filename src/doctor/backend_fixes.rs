@@ -30,7 +30,7 @@ pub fn fix_of(e: &BackendError, kind: Kind) -> String {
         BackendError::DeadlinePassed => {
             "jobs usually have this deadline: load the model in advance and keep it loaded, or offer a smaller one"
         }
-        BackendError::BadRequest(_) => {
+        BackendError::BadRequest(_) | BackendError::CannotChat(_) => {
             "if this is not a chat model, exclude it: list the others in `models` of this backend"
         }
         BackendError::Exhausted(_) => "ulimit -n; ulimit -u; free -m",

@@ -229,6 +229,54 @@ fn model_that_cannot_chat_is_not_offered_even_if_models_names_it() {
     }
 }
 
+/// Servers that do not say what a model is for say it when they are asked to chat: vLLM before its routes depended on the model,
+/// llama.cpp with `--embeddings`, Ollama, OpenAI.
+#[test]
+fn model_that_refuses_to_chat_is_withdrawn_unless_it_has_chatted() {
+    const VLLM: &str = "The model does not support Chat Completions API";
+    let message = |text: &str| json!({"error": {"message": text, "type": "BadRequestError"}});
+    let is_refusal = [
+        ("vllm", 400, json!({"object": "error", "message": VLLM, "type": "BadRequestError", "code": 400})),
+        ("openai", 501, message(VLLM)),
+        ("llamacpp", 501, message("This server does not support completions. Start it without `--embeddings`")),
+        ("ollama", 400, message("\"m\" does not support chat")),
+        (
+            "openai",
+            404,
+            message("This is not a chat model and thus not supported in the v1/chat/completions endpoint."),
+        ),
+    ];
+    side_by_side(is_refusal, |(kind, status, body)| {
+        let list = listing(&["m", "other"]);
+        let backend = Backend::new(move |request| match request.line().as_str() {
+            "GET /v1/models" => Answer::Json(200, list.clone()),
+            "POST /v1/chat/completions" if request.json()["model"] == "m" => Answer::Json(status, body.clone()),
+            "POST /v1/chat/completions" => Answer::Hold,
+            _ => Answer::Json(404, json!({})),
+        });
+        let rig = Rig::with(|setup| setup.backend(toml(kind, &backend)));
+        assert_eq!(ids(&rig.session.capabilities), ["m", "other"], "{kind}");
+        let outcome = rig.session.outcome(&rig.session.job("m", json!({})));
+        assert_eq!(outcome.error(), "model_not_loaded", "{kind}: {}", outcome.message());
+        assert_eq!(ids(&rig.session.frame("capabilities", SOON)), ["other"], "{kind} {status}");
+        let status = command(&rig.setup, &["status"]);
+        assert!(status.contains("not offered: m (not a chat model"), "{status}");
+    });
+    // A request that provokes such a text withdraws nothing.
+    let quoted = format!("messages.0.content: invalid value `{VLLM}`");
+    let backend = Backend::vllm_with(&["m"], move |request| match request.json()["answer"].as_str() {
+        Some("quote") => Answer::Json(400, message(&quoted)),
+        Some("refuse") => Answer::Json(400, message(VLLM)),
+        _ => Answer::Raw(response(200, "text/event-stream", sse(1, 2))),
+    });
+    let rig = Rig::new(&backend);
+    let run = |answer: &str| rig.session.outcome(&rig.session.job("m", json!({"answer": answer})));
+    assert_eq!(run("quote").error(), "internal");
+    run("chat").done();
+    assert_eq!(run("refuse").error(), "model_not_loaded");
+    rig.session.assert_no_frame("an offer without a model that has chatted", QUIET, is_offer);
+}
+
 /// Ollama lists models that run on ollama.com, on the operator's account, among the local ones.
 #[test]
 fn cloud_model_of_ollama_is_offered_only_if_models_names_it() {
