@@ -1,15 +1,18 @@
 //! `pause` and `resume`: withdraw and restore the offer. The request is a marker file beside the identity, so that it outlives
 //! the agent.
 
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::args::Globals;
 use super::{CliError, agent_paths};
+use crate::config::Config;
 use crate::instance::wake_socket;
 use crate::instance::{AgentPaths, LockError, running_agent};
 use crate::observe::State;
-use crate::sys::files;
+use crate::sys::shell_quote::shell_quote;
+use crate::sys::{files, operator_path};
 
 /// How long to wait for an agent that can be woken, which takes milliseconds.
 const APPLY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -38,7 +41,22 @@ pub fn pause(globals: &Globals) -> Result<(), CliError> {
             out!("paused: nothing is offered until `usepod-agent resume`; {jobs} job(s) in flight will finish\n");
         }
     }
+    if let Ok(program) = operator_path::this_program() {
+        out!("for a schedule, paste lines like these with `crontab -e`:\n");
+        for (hour, command) in [(18, "pause"), (23, "resume")] {
+            out!("  {}\n", crontab_line(hour, &program, command, globals.config.as_deref()));
+        }
+    }
     Ok(())
+}
+
+/// A crontab line that runs this program each day. cron's PATH does not contain it, and cron treats `%` as a line end.
+fn crontab_line(hour: u32, program: &Path, command: &str, config: Option<&Path>) -> String {
+    let word = |path: &Path| shell_quote(&path.to_string_lossy()).replace('%', "\\%");
+    let config = config.and_then(|path| operator_path::absolute(&Config::named(path)).ok());
+    let config = config.map_or_else(String::new, |path| format!(" --config {}", word(&path)));
+    // Without its output, of which cron would make a mail. Errors remain.
+    format!("0 {hour} * * * {} {command}{config} >/dev/null", word(program))
 }
 
 /// Undoes [`pause`].

@@ -95,6 +95,14 @@ impl Supervisor {
         }
     }
 
+    /// The program that the supervisor starts.
+    pub fn program(&self) -> Option<String> {
+        match self {
+            Supervisor::Cron(table) => table.program(),
+            Supervisor::Systemd(unit) => unit.program(),
+        }
+    }
+
     /// The name of the supervisor and where it is installed, for the operator.
     pub fn description(&self) -> String {
         match self {

@@ -15,7 +15,7 @@ use super::{STOP_MARGIN, ServiceCommand, command, error_text};
 use crate::config;
 use crate::instance::LIVENESS_TIMEOUT;
 use crate::instance::takeover::TERM_TIMEOUT;
-use crate::sys::files;
+use crate::sys::{files, user};
 
 /// The unit's name.
 pub const UNIT: &str = "usepod-agent.service";
@@ -25,6 +25,7 @@ const SYSTEM_FOLDER: &str = "/etc/systemd/system";
 /// The configuration file, for the other commands; systemd ignores keys that begin with `X-`.
 const CONFIG_KEY: &str = "X-Config=";
 const USER_KEY: &str = "User=";
+const EXEC_KEY: &str = "ExecStart=";
 
 /// Restrictions that need no privileges to enforce.
 const HARDENING: &str = "\
@@ -108,6 +109,34 @@ impl Unit {
         Some(value.strip_prefix('"')?.strip_suffix('"')?.to_owned())
     }
 
+    /// The program that the unit starts.
+    pub fn program(&self) -> Option<String> {
+        let value = self.value_of(EXEC_KEY)?;
+        let mut word = String::new();
+        let mut characters = value.strip_prefix('"')?.chars();
+        loop {
+            match characters.next()? {
+                '"' => return Some(word.replace("%%", "%")),
+                '\\' => word.push(characters.next()?),
+                c => word.push(c),
+            }
+        }
+    }
+
+    /// Whether the user's units run while the user is not logged in; `None` if that is unknown, or if this is a system unit.
+    pub fn lingers(&self) -> Option<bool> {
+        if !self.is_users {
+            return None;
+        }
+        let output = command("loginctl").args(["show-user", &user::name(), "--property=Linger"]).output().ok()?;
+        match String::from_utf8_lossy(&output.stdout).trim() {
+            "Linger=yes" => Some(true),
+            "Linger=no" => Some(false),
+            // What `loginctl` says of a user who has no session, as under cron, and does not linger.
+            _ => error_text(&output).contains("not logged in or lingering").then_some(false),
+        }
+    }
+
     fn value_of(&self, key: &str) -> Option<String> {
         let text = String::from_utf8(files::read_bounded(&self.path, UNIT_BYTES_MAX).ok()?).ok()?;
         text.lines().find_map(|line| line.strip_prefix(key)).map(str::to_owned)
@@ -126,7 +155,7 @@ impl Unit {
             "# Written by `usepod-agent service install --systemd`, removed by `usepod-agent service uninstall`.\n\
              [Unit]\nDescription=Use Pod provider agent\n{CONFIG_KEY}\"{}\"\nConditionPathExists=!{}\n{after}\
              StartLimitIntervalSec=0\n\n\
-             [Service]\nType=notify\nWatchdogSec={}\nWatchdogSignal=SIGTERM\nTimeoutAbortSec={}\nExecStart={}\n{user}WorkingDirectory=~\nRestart=always\nRestartSec=10\n\
+             [Service]\nType=notify\nWatchdogSec={}\nWatchdogSignal=SIGTERM\nTimeoutAbortSec={}\n{EXEC_KEY}{}\n{user}WorkingDirectory=~\nRestart=always\nRestartSec=10\n\
              KillSignal=SIGTERM\nTimeoutStopSec={}\n\n{HARDENING}",
             config,
             content.stopped.to_string_lossy().replace('%', "%%"),
@@ -268,6 +297,16 @@ mod tests {
     }
 
     #[test]
+    fn program_is_read_as_it_was_written() {
+        let path = std::env::temp_dir().join(format!("usepod-program-{}", std::process::id()));
+        let unit = Unit { path: path.clone(), is_users: true };
+        let binary = "/opt/100% \"x\" \\y/usepod-agent";
+        fs::write(&path, text(&unit, &ServiceCommand { binary: binary.into(), ..command() }, None)).expect("written");
+        assert_eq!(unit.program().as_deref(), Some(binary));
+        fs::remove_file(path).expect("removed");
+    }
+
+    #[test]
     fn text_is_accepted_by_systemd() {
         let folder = std::env::temp_dir().join(format!("usepod-unit-{}", std::process::id()));
         fs::create_dir_all(&folder).expect("a folder");
@@ -275,7 +314,7 @@ mod tests {
             let unit = Unit { path: folder.join(UNIT), is_users };
             let uid = (!is_users).then(|| Uid::current().as_raw());
             fs::write(&unit.path, text(&unit, &command(), uid)).expect("written");
-            assert_eq!(unit.config(), Some(command().config));
+            assert_eq!((unit.config(), unit.program()), (Some(command().config), Some(command().binary)));
             match std::process::Command::new("systemd-analyze").arg("verify").arg("--man=no").arg(&unit.path).output() {
                 Ok(output) => {
                     let said = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -8,6 +8,7 @@ pub mod files;
 pub mod jitter;
 pub mod malloc;
 pub mod oom;
+pub mod operator_path;
 pub mod permissions;
 pub mod printable;
 pub mod sd_notify;

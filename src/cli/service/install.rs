@@ -11,19 +11,21 @@ use crate::config::{self, Config};
 use crate::service::crontab::Crontab;
 use crate::service::systemd::{Content, UNIT, Unit};
 use crate::service::{ServiceCommand, Supervisor, is_cron_running};
-use crate::sys::files;
 use crate::sys::permissions::{Exposure, check_folder, check_path};
 use crate::sys::shell_quote::shell_quote;
 use crate::sys::user::{self, this_user};
+use crate::sys::{files, operator_path};
 
 /// Environment variables that the agent uses and that a supervisor does not pass on.
 const PROXY_VARIABLES: [&str; 4] = ["HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"];
 
 /// Installs the agent under cron or systemd.
 pub fn run(globals: &Globals, systemd: bool) -> Result<(), CliError> {
+    // In the working folder of the operator, which `load` leaves.
+    let program = operator_path::this_program().map_err(|e| format!("failed to find the file of this program: {e}"))?;
     let unit = if systemd { Some(Unit::of_this_user()?) } else { None };
     let target = ServiceTarget::load(&Config::find(globals.config.as_deref())?, globals.allow_insecure, unit.as_ref())?;
-    let command = service_command(&target, globals)?;
+    let command = service_command(&program, &target, globals)?;
     check_paths(&target, &command)?;
     // A user who is not allowed to use cron has no crontab.
     let has_no_crontab = |e: &String| systemd && e.contains("not allowed");
@@ -92,13 +94,12 @@ fn check_paths(target: &ServiceTarget, command: &ServiceCommand) -> Result<(), C
     check_folder(folder, uid).map_err(|exposure| refused("identity", exposure))
 }
 
-fn service_command(target: &ServiceTarget, globals: &Globals) -> Result<ServiceCommand, String> {
-    let binary = std::env::current_exe().map_err(|e| format!("failed to find the file of this program: {e}"))?;
-    if !binary.exists() {
+fn service_command(program: &Path, target: &ServiceTarget, globals: &Globals) -> Result<ServiceCommand, String> {
+    if !program.exists() {
         return Err("the file of this program has been replaced since it was started; run the new one".into());
     }
     Ok(ServiceCommand {
-        binary: ServiceCommand::path(&binary)?,
+        binary: ServiceCommand::path(program)?,
         config: ServiceCommand::path(&target.path)?,
         log_level: globals.log_level,
         allow_insecure: globals.allow_insecure,
@@ -127,7 +128,7 @@ fn install_block(command: &ServiceCommand) -> Result<(String, Vec<String>), CliE
              cron starts the agent within a minute; to start it now: `usepod-agent service start`\n"
         ),
         Some(_) => format!(
-            "changed in your crontab:\n  {line}\n\
+            "changed in your crontab, to run at boot and every minute:\n  {line}\n\
              a running agent is not affected; to apply the change: `usepod-agent service restart`\n"
         ),
     };

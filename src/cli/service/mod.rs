@@ -26,7 +26,7 @@ use crate::service::{
 use crate::sys::file_access::with_access_of;
 use crate::sys::printable::PrintableWriter;
 use crate::sys::terminal::{Terminal, wrap};
-use crate::sys::{files, user};
+use crate::sys::{files, operator_path, user};
 
 /// The exit code of `status` if no agent is running, and of the other actions if no supervisor is installed.
 const NOT_RUNNING: u8 = 3;
@@ -79,7 +79,7 @@ struct ServiceTarget {
 impl ServiceTarget {
     /// Loads a configuration as a supervisor does: with the home folder as the working folder.
     fn load(path: &Path, allow_insecure: bool, supervisor: Option<&Unit>) -> Result<ServiceTarget, CliError> {
-        let path = std::path::absolute(path)
+        let path = operator_path::absolute(path)
             .map_err(|e| CliError::Runtime(format!("the working folder does not exist: {e}")))?;
         let home = user::home().unwrap_or_default();
         let _ = std::env::set_current_dir(&home);
