@@ -432,6 +432,7 @@ fn crontab_names_the_program_by_the_operators_own_path() {
     fs::copy(binary(), version.join("usepod-agent")).expect("a copy");
     std::os::unix::fs::symlink("versions/0.4.0", home.join("current")).expect("a link");
     std::os::unix::fs::symlink("../current/usepod-agent", home.join("bin/usepod-agent")).expect("a link");
+    set_mode(setup.scratch.write("other/usepod-agent", "#!/bin/sh\n"), 0o755);
     let resolved = fs::canonicalize(version.join("usepod-agent")).expect("the copy").display().to_string();
     let (home, config) = (home.display(), config.display());
     let cases = [
@@ -440,7 +441,7 @@ fn crontab_names_the_program_by_the_operators_own_path() {
         (format!("cd '{home}/current' && ./usepod-agent"), format!("{home}/current/usepod-agent")),
         ("usepod-agent".to_owned(), format!("{home}/bin/usepod-agent")),
         // Another program of that name comes first on the PATH.
-        (format!("PATH=/bin; exec -a true {resolved}"), resolved.clone()),
+        (format!("PATH={home}/other:$PATH; exec -a usepod-agent {resolved}"), resolved.clone()),
     ];
     for (called, expected) in cases {
         let script = format!("{called} service install --allow-insecure --config '{config}'");
