@@ -323,3 +323,33 @@ fn redacted_reason(e: &BackendError) -> String {
         _ => e.for_operator(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{HttpBackend, HttpStatus, Kind};
+    use crate::config::{Price, Pricing};
+
+    #[test]
+    fn no_trial_is_due_while_all_slots_are_taken_or_the_backend_is_unavailable() {
+        let backend = Arc::new(HttpBackend::new(Kind::Vllm, None, None));
+        let price = Price { input_per_1m: 1, output_per_1m: 1 };
+        let terms = OfferTerms { pricing: Pricing { default: price, models: Default::default() }, max_concurrent: 1 };
+        let mut status =
+            BackendStatus::new(BackendOffer { backend, allowed_models: None, max_concurrent: None }, &terms);
+        for _ in 0..FAILURES_MAX {
+            let response = HttpStatus { status: 500, body: String::new() };
+            status.handle.record_outcome("m", Instant::now(), &Err(BackendError::Status(response)));
+        }
+        let trial = Trial { model_id: "m".into(), purpose: Purpose::Model };
+        assert_eq!(status.due_trial(), Some(trial.clone()));
+        let slot = status.handle.try_acquire_slot();
+        assert_eq!(status.due_trial(), None);
+        drop(slot);
+        status.unavailable = Some(BackendError::Unreachable("refused".into()));
+        assert_eq!(status.due_trial(), None);
+        status.unavailable = None;
+        assert!(!status.apply_trial(&trial, &TrialOutcome::Passed), "it was not withdrawn");
+        assert_eq!(status.due_trial(), None);
+    }
+}

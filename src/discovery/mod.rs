@@ -2,8 +2,8 @@
 //!
 //! [`ProbeRounds`], driven by the housekeeping thread, owns the state of the backends ([`BackendStatus`]) and alone publishes
 //! catalogs. Each round probes all backends concurrently, so a hung backend delays only itself. Readers take a snapshot and hold no
-//! lock. A [`BackendHandle`] records how a backend's jobs end: a backend that fails them is withdrawn from the offer, regardless of
-//! its health check.
+//! lock. A [`BackendHandle`] records how a backend's jobs end: a backend or a model that fails them is withdrawn from the offer,
+//! regardless of the health check, a model only after a trial (`health` and `trial` say when).
 
 mod catalog;
 mod local;

@@ -76,7 +76,7 @@ fn failure_count_ignores_client_errors_cancels_and_deadlines() {
         rig.session.cancel(&cancelled);
         held.wait_hang_up();
         let mut late = job(&uuid::Uuid::new_v4().to_string(), "m", json!({"answer": "silence"}));
-        late["deadline_ms"] = json!(50);
+        late["deadline_ms"] = json!(300);
         rig.session.send(&late);
         assert_eq!(rig.session.outcome(late["job_id"].as_str().expect("an id")).error(), "backend_timeout");
         backend.next().wait_hang_up();

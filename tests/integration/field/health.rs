@@ -151,6 +151,27 @@ fn only_model_that_fails_leaves_the_agent_without_a_healthy_backend() {
     });
 }
 
+/// The operator wants the machine for himself.
+#[test]
+fn slow_paused_agent_tries_no_model() {
+    let backend = Backend::vllm_with(&["bad"], |_| Answer::Raw(response(500, "text/plain", "CUDA error")));
+    let rig = Rig::new(&backend);
+    for _ in 0..3 {
+        run(&rig, "bad", json!({})).error();
+    }
+    assert_eq!(rig.session.frame("capabilities", SOON)["models"], json!([]));
+    let command = |name: &str| {
+        let ran = cli(rig.setup.scratch.path(), &[name, "--config", "agent.toml"], &[]);
+        assert_eq!(ran.code, Some(0), "{ran:?}");
+    };
+    command("pause");
+    assert_eq!(trials(&backend).len(), 1);
+    rig.session.assert_no_frame("an offer", secs(6), is_offer);
+    assert_eq!(trials(&backend).len(), 1, "the next one was due after 4 s");
+    command("resume");
+    wait_until("the model is tried again", || trials(&backend).len() == 2);
+}
+
 /// A completion that no customer pays for costs the operator money.
 #[test]
 fn slow_model_of_a_hosted_backend_is_withdrawn_for_a_limited_time_and_never_tried() {
