@@ -4,6 +4,8 @@ use std::fmt;
 
 use ureq::http::Uri;
 
+use crate::net::is_loopback;
+
 /// A kind of backend. If two backends list the same model, the one with the lesser kind is offered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
@@ -148,6 +150,12 @@ impl BaseUrl {
     /// The address.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// Whether nobody on the network can read what is sent there: it is encrypted, or does not leave this machine.
+    pub fn is_private(&self) -> bool {
+        let uri: Result<Uri, _> = self.0.parse();
+        uri.is_ok_and(|uri| uri.scheme_str() == Some("https") || uri.host().is_some_and(is_loopback))
     }
 
     /// The root of the server's own routes: the address without a trailing `/v1`.

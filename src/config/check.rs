@@ -152,7 +152,14 @@ fn backend_url(section: &Section<'_>, kind: Kind) -> Result<Option<BaseUrl>, Con
     let example = kind.default_urls().first().unwrap_or(&"http://localhost:8000");
     let fix = format!("write an address such as url = \"{example}\"");
     match section.string("url", &fix)? {
-        Some(url) => BaseUrl::parse(url.value).map(Some).map_err(|e| url.error_at(&e.to_string(), &fix)),
+        Some(url) => match BaseUrl::parse(url.value) {
+            Ok(base) if kind.is_hosted() && !base.is_private() => {
+                let what = "http:// is not encrypted, so others could read the API key and the prompts";
+                Err(url.error_at(what, "begin the URL with https://"))
+            }
+            Ok(base) => Ok(Some(base)),
+            Err(e) => Err(url.error_at(&e.to_string(), &fix)),
+        },
         None if kind.is_hosted() => Ok(None),
         None => Err(section.missing("url", &format!("a {kind} backend needs one: {fix}"))),
     }

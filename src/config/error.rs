@@ -36,10 +36,12 @@ impl ConfigError {
         ConfigError::new(format!("{}: {what}", file.display()), fix)
     }
 
-    /// No file was found.
-    pub(super) fn not_found(looked_at: &[PathBuf]) -> ConfigError {
+    /// No file was found, or the last one is ignored because it, or its folder, belongs to another user.
+    pub(super) fn not_found(looked_at: &[PathBuf], is_of_stranger: bool) -> ConfigError {
         let places: Vec<String> = looked_at.iter().map(|p| format!("`{}`", p.display())).collect();
-        let fault = format!("no agent.toml found; looked at {}", places.join(" and "));
+        let why =
+            if is_of_stranger { ", which is ignored because it or its folder belongs to another user" } else { "" };
+        let fault = format!("no agent.toml found; looked at {}{why}", places.join(" and "));
         let fix = "usepod-agent setup; or name another file with --config FILE";
         ConfigError { is_not_found: true, ..ConfigError::new(fault, fix) }
     }

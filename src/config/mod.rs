@@ -11,11 +11,15 @@ mod unknown_keys;
 
 use std::collections::HashMap;
 use std::fmt;
+use std::fs::{self, Metadata};
+use std::io;
 use std::ops::RangeInclusive;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use log::LevelFilter;
+use nix::unistd::Uid;
 use tungstenite::http::Uri;
 
 pub use error::ConfigError;
@@ -203,11 +207,16 @@ impl Config {
         if let Some(named) = named {
             return Ok(Config::named(named));
         }
-        let candidates: Vec<PathBuf> = Config::default_path().into_iter().chain(["./agent.toml".into()]).collect();
-        match candidates.iter().find(|c| c.exists()) {
-            Some(found) => Ok(found.clone()),
-            None => Err(ConfigError::not_found(&candidates)),
+        let own = Config::default_path();
+        if let Some(own) = own.as_ref().filter(|own| own.exists()) {
+            return Ok(own.clone());
         }
+        let here = PathBuf::from("./agent.toml");
+        let is_of_stranger = here.exists() && !is_ours(&here);
+        if here.exists() && !is_of_stranger {
+            return Ok(here);
+        }
+        Err(ConfigError::not_found(&own.into_iter().chain([here]).collect::<Vec<_>>(), is_of_stranger))
     }
 
     /// The path given with `--config`, with `~` expanded.
@@ -303,6 +312,14 @@ impl PartialConfig {
 /// Removes the byte-order mark that some editors add.
 pub fn without_bom(text: &str) -> &str {
     text.strip_prefix('\u{feff}').unwrap_or(text)
+}
+
+/// Whether a file in the working folder, the symlink if it is one, and the folder belong to this user or root. In a folder such as
+/// `/tmp`, a stranger may have left one.
+fn is_ours(file: &Path) -> bool {
+    let trusted = [0, Uid::effective().as_raw()];
+    let is_trusted = |found: io::Result<Metadata>| found.is_ok_and(|found| trusted.contains(&found.uid()));
+    is_trusted(fs::metadata(".")) && is_trusted(fs::symlink_metadata(file)) && is_trusted(fs::metadata(file))
 }
 
 /// The directory for configuration files of this user; `None` without a home directory.

@@ -2,9 +2,11 @@
 
 use std::fs;
 use std::io::{self, ErrorKind};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::sys::statvfs::{FsFlags, statvfs};
+use nix::unistd::Uid;
 
 use super::report::Report;
 use crate::config::{Config, PartialConfig};
@@ -12,7 +14,7 @@ use crate::instance::identity::{
     IDENTITY_LOST_FIX, Identity, IdentityError, UNEXPECTED_PROVIDER_ID_FIX, unexpected_provider_id,
 };
 use crate::instance::{AgentPaths, LockError, running_agent};
-use crate::sys::files;
+use crate::sys::{files, permissions};
 
 /// The minimum of free disk space, in bytes: more than identity, lock, state and log need.
 const FREE_BYTES_MIN: u64 = 16 << 20;
@@ -68,10 +70,31 @@ pub fn identity(report: &mut Report<'_>, path: &Path, config: &PartialConfig) {
             if let Some(mode) = files::open_to_others(&metadata) {
                 let what = format_args!("`{shown_path}` has mode {mode:04o}, so other users can use your key");
                 report.fail("identity", what, format_args!("chmod 600 '{shown_path}'"));
+            } else if let Err(exposure) = permissions::check_file(path, agents_user(config)) {
+                report.fail("identity", format_args!("{exposure}, and can replace your key"), exposure.fix());
             }
             enrollment(report, path, config, files::open_to_others(&metadata).is_none());
         }
     }
+}
+
+/// Checks that no other user can create files beside the identity, such as a lock that keeps the agent from starting.
+pub fn folder(report: &mut Report<'_>, key_path: &Path, config: &PartialConfig) {
+    // If the identity is a symlink, the files are beside its target.
+    let target = fs::canonicalize(key_path).unwrap_or_else(|_| key_path.to_owned());
+    let uid = agents_user(config);
+    let check = |file: &Path| permissions::check_folder(file.parent().unwrap_or(Path::new("/")), uid);
+    if let Err(exposure) = check(key_path).and_then(|()| check(&target)) {
+        let what = format_args!("{exposure}, so they can plant files beside your identity");
+        let fix = format_args!("{}; or set [identity] key_path to a folder of your own", exposure.fix());
+        report.fail("folder", what, fix);
+    }
+}
+
+/// The user that runs the agent: this one, or for root the owner of the configuration, as under a system unit.
+fn agents_user(config: &PartialConfig) -> Uid {
+    let owner = fs::metadata(&config.path).ok().map(|found| Uid::from_raw(found.uid()));
+    Some(Uid::effective()).filter(|uid| !uid.is_root()).or(owner).unwrap_or(Uid::effective())
 }
 
 fn enrollment(report: &mut Report<'_>, path: &Path, config: &PartialConfig, is_private: bool) {
@@ -153,7 +176,7 @@ pub fn disk(report: &mut Report<'_>, key_path: &Path) {
     let free = free.map(|disk| (disk.blocks_available() as u64).saturating_mul(disk.fragment_size() as u64));
     if read_only {
         report.fail("disk", format_args!("`{path}` is mounted read-only"), READ_ONLY_FIX);
-    } else if let Err(e) = write_test_file(&folder) {
+    } else if let Err(e) = files::check_folder_writable(&folder, &[b'\n'; TEST_FILE_BYTES]) {
         report.fail("disk", format_args!("failed to write to `{path}`: {e}"), write_fix(&e, &folder));
     } else if let Some(free) = free.filter(|free| *free < FREE_BYTES_MIN) {
         let what = format_args!("{} MiB free at `{path}`, too little for the state file and the log", free >> 20);
@@ -175,13 +198,6 @@ fn write_fix(e: &io::Error, folder: &Path) -> String {
         ErrorKind::ReadOnlyFilesystem => READ_ONLY_FIX.into(),
         _ => format!("give it to the user that runs the agent: chown USER '{}'", folder.display()),
     }
-}
-
-/// Writes a file as the agent does, and removes it.
-fn write_test_file(folder: &Path) -> io::Result<()> {
-    let path = folder.join(format!(".usepod-doctor-{}", std::process::id()));
-    files::write_atomic(&path, &[b'\n'; TEST_FILE_BYTES])?;
-    fs::remove_file(&path)
 }
 
 /// The folder of a file, or its nearest ancestor that exists: the agent creates the missing ones.

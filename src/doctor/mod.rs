@@ -52,6 +52,7 @@ pub fn examine(options: &Options<'_>, out: &mut dyn Write, terminal: Terminal) -
     let instance = config.key_path.as_ref().ok().map(|key_path| {
         let paths = AgentPaths::beside(key_path);
         local::identity(&mut report, key_path, &config);
+        local::folder(&mut report, key_path, &config);
         let is_running = local::lock(&mut report, &paths);
         local::disk(&mut report, key_path);
         (paths, is_running)

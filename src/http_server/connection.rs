@@ -3,13 +3,15 @@
 //! Invariant: a connection is reused only if the request was read and the response written completely.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{IpAddr, TcpStream};
+use std::net::TcpStream;
 use std::time::SystemTime;
 
 use httparse::Status;
 use serde_json::{Value, json};
 use tungstenite::http::StatusCode;
+use tungstenite::http::uri::Authority;
 
+use crate::net;
 use crate::sys::{datetime, sockets};
 
 /// Limit of a request body, in bytes. Requests may contain images; the agent accepts messages of the same size.
@@ -144,16 +146,11 @@ fn refuse_foreign_pages(host: Option<&str>, origin: Option<&str>) -> Result<(), 
     }
 }
 
-/// Whether a Host header, in lower case, names this machine.
+/// Whether a Host header names this machine.
 fn is_loopback(host: &str) -> bool {
-    let bracketed = host.strip_prefix('[').and_then(|rest| rest.split_once(']'));
-    let (name, port) = bracketed.or_else(|| host.split_once(':')).unwrap_or((host, ""));
-    let port = port.strip_prefix(':').unwrap_or(port);
-    let is_this_machine = match name.parse::<IpAddr>() {
-        Ok(address) => address.to_canonical().is_loopback() && address.is_ipv6() == bracketed.is_some(),
-        Err(_) => name == "localhost" && bracketed.is_none(),
-    };
-    is_this_machine && port.bytes().all(|b| b.is_ascii_digit())
+    let Ok(authority) = host.parse::<Authority>() else { return false };
+    let has_port_or_none = authority.port_u16().is_some() || authority.host() == host;
+    has_port_or_none && !host.contains('@') && net::is_loopback(authority.host())
 }
 
 impl Exchange<'_> {
@@ -346,7 +343,6 @@ mod tests {
             "0.0.0.0",
             "::1",
             "",
-            "[127.0.0.1]",
             "[::2]",
             "192.0.2.1",
             "localhost:80@evil.example",

@@ -9,16 +9,16 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
-use nix::errno::Errno;
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::Signal;
 use nix::time::{ClockId, clock_gettime};
-use nix::unistd::Pid;
+use nix::unistd::Uid;
 
 use super::{AgentPaths, wake_socket};
-use crate::sys::files;
+use crate::sys::{files, process};
 
 /// Time without a sign of life after which an agent is unresponsive. A working agent shows a sign of life at least every 45 s
 /// while connected, and at least every 75 s otherwise, with the longest delay between two connection attempts.
@@ -45,13 +45,22 @@ pub struct LockOwner {
 impl LockOwner {
     /// The running process that the lock file identifies.
     pub(super) fn running(paths: &AgentPaths) -> Option<LockOwner> {
-        LockOwner::read(&paths.lock()).filter(LockOwner::is_running)
+        let lock = paths.lock();
+        LockOwner::read(&lock).filter(|owner| owner.is_running() && may_name(&lock, owner.pid))
+    }
+
+    /// The pid of a running process that the lock file names but has no right to name: whoever owns the file could have a command
+    /// signal that process.
+    pub fn foreign(paths: &AgentPaths) -> Option<u32> {
+        let lock = paths.lock();
+        let owner = LockOwner::read(&lock).filter(LockOwner::is_running)?;
+        (!may_name(&lock, owner.pid)).then_some(owner.pid)
     }
 
     /// The running agent, as it describes itself over its wake socket.
     pub(super) fn ask(paths: &AgentPaths) -> Option<LockOwner> {
         let answer = wake_socket::ask_process(&paths.wake())?;
-        let mut owner = LockOwner::parse(&answer)?;
+        let mut owner = LockOwner::parse(&answer).filter(|owner| may_name(&paths.wake(), owner.pid))?;
         // An answer contains the age of the last sign of life.
         owner.last_liveness = monotonic().saturating_sub(owner.last_liveness);
         owner.is_recorded = false;
@@ -99,12 +108,7 @@ impl LockOwner {
     /// # Errors
     /// The process belongs to another user.
     pub fn signal(&self, signal: Signal) -> io::Result<()> {
-        // Larger pids do not exist.
-        let Some(pid) = i32::try_from(self.pid).ok().filter(|_| self.is_running()) else { return Ok(()) };
-        match kill(Pid::from_raw(pid), signal) {
-            Ok(()) | Err(Errno::ESRCH) => Ok(()),
-            Err(e) => Err(e.into()),
-        }
+        process::signal(self.pid, signal, || self.is_running())
     }
 
     /// Whether both are the same process, regardless of liveness.
@@ -142,6 +146,17 @@ pub(super) fn start_of(pid: &str) -> Option<u64> {
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
     let has_ended = matches!(fields.next()?, "Z" | "X");
     fields.nth(18).filter(|_| !has_ended)?.parse().ok()
+}
+
+/// Whether a file, which is this user's own or of root, may say that this process is the agent: the process belongs to the owner of
+/// the file. Everybody else who can write to the folder could have root or this user signal one of their own processes. A file that
+/// only root can write to is trusted; root also trusts other users about their own processes.
+fn may_name(file: &Path, pid: u32) -> bool {
+    let Ok(found) = fs::symlink_metadata(file) else { return false };
+    let (owner, this_user) = (found.uid(), Uid::effective().as_raw());
+    let is_roots = owner == 0 && found.mode() & 0o022 == 0;
+    let is_ours = owner == this_user || owner == 0 || this_user == 0;
+    !found.is_symlink() && (is_roots || (is_ours && process::user_of(pid) == Some(owner)))
 }
 
 /// The time of the monotonic clock, which is the same for all processes until the next boot.

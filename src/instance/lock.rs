@@ -4,9 +4,9 @@
 //! shows that no agent is running: the content of the file names its owner, which may be in another container, on another host, or
 //! unable to write.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -80,6 +80,13 @@ impl LockError {
                     _ => ("", &**path),
                 };
                 let chown = format!("chown {recursive}{} '{}'", user::name(), path.display());
+                // A symlink or a FIFO, for example.
+                if why.kind() == ErrorKind::InvalidInput {
+                    return format!(
+                        "remove it: rm '{}'; `usepod-agent doctor` shows who else can write there",
+                        path.display()
+                    );
+                }
                 if is_permission(why) {
                     return format!("as root, give it to the user that runs the agent: {chown}");
                 }
@@ -102,7 +109,7 @@ pub fn running_agent(paths: &AgentPaths) -> Result<Option<LockOwner>, LockError>
         return Ok(Some(owner.up_to_date(paths)));
     }
     let path = paths.lock();
-    let file = match files::open_regular(&path) {
+    let file = match files::open_no_follow(&path, false) {
         Ok(file) => file,
         Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
         Err(why) => return Err(LockError::Unusable { path, why }),
@@ -136,11 +143,10 @@ fn take(file: &File, lock: fn(&File) -> Result<(), TryLockError>, paths: &AgentP
 }
 
 fn open(path: &Path) -> Result<File, LockError> {
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false).custom_flags(libc::O_NONBLOCK);
-    let writable = files::owner_only(&mut options).open(path).and_then(files::require_regular);
+    let writable = files::open_no_follow(path, true);
     // Locking needs no write permission; only writing the content does.
-    let file = writable.or_else(|e| files::open_regular(path).map_err(|now| if is_missing(&now) { e } else { now }));
+    let file =
+        writable.or_else(|e| files::open_no_follow(path, false).map_err(|now| if is_missing(&now) { e } else { now }));
     file.map_err(|why| match path.symlink_metadata() {
         Err(e) if is_missing(&e) => LockError::Missing { path: path.to_owned(), why },
         _ => LockError::Unusable { path: path.to_owned(), why },

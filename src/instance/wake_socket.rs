@@ -7,11 +7,13 @@
 
 use std::io;
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use nix::fcntl::AT_FDCWD;
+use nix::sys::stat::{FchmodatFlags, Mode, fchmodat};
 
 use crate::sys::files;
 
@@ -57,7 +59,9 @@ impl WakeSocket {
         // A killed agent leaves its socket behind.
         files::remove_marker(path)?;
         let socket = UnixDatagram::bind(path)?;
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+        // Not through a symlink that may have replaced the socket.
+        let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+        fchmodat(AT_FDCWD, path, mode, FchmodatFlags::NoFollowSymlink)?;
         let waker = UnixDatagram::unbound()?;
         waker.connect(path)?;
         WakeSocket::new(socket, waker, Some(path.to_owned()))

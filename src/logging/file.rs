@@ -7,7 +7,7 @@
 //! currently has the name. Two agents that share a log file lose no lines, but if both rotate it at the same time, older lines are
 //! dropped early.
 
-use std::fs::{self, File, Metadata, OpenOptions};
+use std::fs::{self, File, Metadata};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -97,7 +97,7 @@ impl LogFile {
             Err(e) if e.kind() == io::ErrorKind::NotFound => files::create_folder_of(&self.path)?,
             Err(e) => return Err(e),
         }
-        let file = files::owner_only(OpenOptions::new().read(true).append(true).create(true)).open(&self.path)?;
+        let file = files::open_for_append(&self.path)?;
         let found = file.metadata()?;
         refuse_other_than_files(&found)?;
         let mut last = [b'\n'];

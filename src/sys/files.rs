@@ -1,17 +1,26 @@
 //! Reads files up to a limit, and replaces them atomically.
+//!
+//! Invariant: nothing is written through a symlink of another user than this one and root, who may have planted it in a folder that
+//! others can write to.
 
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
+use nix::unistd::Uid;
+
+use super::user;
 
 /// How long a pipe may take to be written and closed.
 const PIPE_TIMEOUT: Duration = Duration::from_secs(5);
 /// The time between two reads of a pipe that is empty.
 const PIPE_POLL_INTERVAL: Duration = Duration::from_millis(5);
+/// Maximum number of symlinks that are followed, as in the kernel.
+const LINKS_MAX: usize = 40;
 /// Minimum age of a temporary file that counts as left behind by a crash; writing one takes milliseconds.
 const LEFTOVER_AGE: Duration = Duration::from_secs(60);
 
@@ -68,8 +77,8 @@ fn open_nonblocking(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)
 }
 
-/// Replaces the content of `path` atomically and durably: the content is synced to the disk. The file gets mode 0600; a symlink is
-/// followed, not replaced.
+/// Replaces the content of `path` atomically and durably: the content is synced to the disk. The file gets mode 0600; a symlink of
+/// this user or root is followed, not replaced.
 ///
 /// # Errors
 /// The first operation that failed; `path` is unchanged, and no temporary file is left.
@@ -84,10 +93,10 @@ pub fn write_atomic(path: &Path, content: &[u8]) -> io::Result<()> {
 /// The first operation that failed; `path` is unchanged.
 pub fn replace_without_fsync(path: &Path, content: &[u8]) -> io::Result<()> {
     let temporary = with_suffix(path, ".new");
-    let written = owner_only(OpenOptions::new().write(true).create(true).truncate(true))
-        .open(&temporary)
-        .and_then(|mut file| file.write_all(content))
-        .and_then(|()| fs::rename(&temporary, path));
+    // Left behind by a crash, or planted.
+    remove_marker(&temporary)?;
+    let mut file = owner_only(OpenOptions::new().write(true).create_new(true)).open(&temporary)?;
+    let written = file.write_all(content).and_then(|()| fs::rename(&temporary, path));
     written.inspect_err(|_| {
         let _ = fs::remove_file(&temporary);
     })
@@ -169,6 +178,21 @@ pub fn check_writable(path: &Path) -> io::Result<()> {
     write_via_temporary(path, b"", |temporary, _| fs::remove_file(temporary))
 }
 
+/// Checks whether files of this size can be created in `folder`.
+///
+/// # Errors
+/// The reason why not.
+pub fn check_folder_writable(folder: &Path, content: &[u8]) -> io::Result<()> {
+    let path = folder.join(format!(".usepod-agent.new-{}", uuid::Uuid::new_v4().simple()));
+    let written = write_new(&path, content);
+    let removed = match &written {
+        // It is the file of another process.
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        _ => remove_marker(&path),
+    };
+    written.and(removed)
+}
+
 /// Removes the temporary files of `path` that crashes have left behind, but none that may still be in use.
 pub fn remove_leftovers(path: &Path) {
     let Ok((target, prefix)) = target_and_prefix(path) else { return };
@@ -184,10 +208,64 @@ pub fn remove_leftovers(path: &Path) {
 
 /// The file that `path` refers to, and the prefix of the names of its temporary files.
 fn target_and_prefix(path: &Path) -> io::Result<(PathBuf, String)> {
-    let target = fs::canonicalize(path).or_else(|_| std::path::absolute(path))?;
+    let target = match fs::canonicalize(path) {
+        Ok(target) => {
+            check_links(path)?;
+            target
+        }
+        Err(_) => std::path::absolute(path)?,
+    };
     let name = target.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy();
     let prefix = format!(".{name}.new-");
     Ok((target, prefix))
+}
+
+/// Opens a regular file for reading, or for reading and writing, and then creates it if it does not exist. A symlink is refused.
+///
+/// # Errors
+/// The file can be neither opened nor created, or is not a regular file.
+pub fn open_no_follow(path: &Path, writable: bool) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    owner_only(options.read(true).write(writable).create(writable).truncate(false));
+    options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path).map_err(explain_link).and_then(require_regular)
+}
+
+/// Opens a file for appending, and creates it if it does not exist. A symlink of this user or root is followed.
+///
+/// # Errors
+/// The file can be neither opened nor created, or is a symlink of another user.
+pub fn open_for_append(path: &Path) -> io::Result<File> {
+    let flags = if check_links(path)? { 0 } else { libc::O_NOFOLLOW };
+    let mut options = OpenOptions::new();
+    owner_only(options.read(true).append(true).create(true)).custom_flags(flags).open(path).map_err(explain_link)
+}
+
+/// Follows the symlinks at `path`, each of which must belong to this user or root. Returns whether there is one.
+fn check_links(path: &Path) -> io::Result<bool> {
+    let mut path = std::path::absolute(path)?;
+    for followed in 0..LINKS_MAX {
+        match fs::symlink_metadata(&path) {
+            Ok(found) if found.is_symlink() && ![0, Uid::effective().as_raw()].contains(&found.uid()) => {
+                let what = format!("`{}` is a symlink of another user, {}", path.display(), user::name_of(found.uid()));
+                return Err(io::Error::new(io::ErrorKind::PermissionDenied, what));
+            }
+            Ok(found) if found.is_symlink() => {
+                let target = fs::read_link(&path)?;
+                path.pop();
+                path.push(target);
+            }
+            _ => return Ok(followed > 0),
+        }
+    }
+    Err(Errno::ELOOP.into())
+}
+
+/// Names the reason of an `O_NOFOLLOW` that failed, which the system calls a loop.
+fn explain_link(e: io::Error) -> io::Error {
+    match e.raw_os_error() {
+        Some(libc::ELOOP) => io::Error::new(io::ErrorKind::InvalidInput, "it is a symlink"),
+        _ => e,
+    }
 }
 
 fn write_new(path: &Path, content: &[u8]) -> io::Result<()> {

@@ -11,6 +11,7 @@ pub mod oom;
 pub mod operator_path;
 pub mod permissions;
 pub mod printable;
+pub mod process;
 pub mod sd_notify;
 pub mod shell_quote;
 pub mod sockets;

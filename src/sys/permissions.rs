@@ -69,6 +69,15 @@ pub fn check_path(path: &Path, uid: Uid) -> Result<(), Exposure> {
     Ok(())
 }
 
+/// Checks the owner and the mode of a file alone, and of the symlink that leads to it.
+///
+/// # Errors
+/// The first exposure.
+pub fn check_file(path: &Path, uid: Uid) -> Result<(), Exposure> {
+    check(path, uid, true)?;
+    fs::canonicalize(path).map_or(Ok(()), |target| check(&target, uid, true))
+}
+
 /// Checks that only `uid` and root can create files in `folder`, or in its nearest ancestor that exists.
 ///
 /// # Errors

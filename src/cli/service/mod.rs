@@ -5,18 +5,17 @@
 mod install;
 
 use std::io::{self, Write as _};
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use log::LevelFilter;
-use nix::unistd::{Uid, User};
+use nix::unistd::User;
 
 use super::args::{Action, Globals, Service};
 use super::stdout::Stdout;
 use super::{CliError, print, print_error};
 use crate::config::Config;
-use crate::instance::{AgentPaths, running_agent};
+use crate::instance::{AgentPaths, LockOwner, running_agent};
 use crate::logging::{self, rotated_path};
 use crate::service::crontab::Crontab;
 use crate::service::systemd::{self, UNIT, Unit};
@@ -186,20 +185,18 @@ fn stop(globals: &Globals) -> Result<(), CliError> {
 
 /// Stops the running agent, regardless of how it was started.
 fn stop_running(target: &ServiceTarget) -> Result<(), CliError> {
-    let Some(owner) = running_agent(&target.paths).map_err(|e| e.to_string())? else {
-        print("no agent is running\n");
-        return Ok(());
-    };
-    // The owner of the lock file controls the pid in it, and must not make root kill the process of another user.
-    let user_of = |path: &Path| std::fs::metadata(path).map(|found| found.uid()).ok();
-    let process = PathBuf::from(format!("/proc/{}", owner.pid));
-    if Uid::effective().is_root() && user_of(&process) != user_of(&target.paths.lock()) {
-        let (pid, lock) = (owner.pid, target.paths.lock());
+    // The owner of the lock file controls the pid in it, and must not have this process kill that of another user.
+    if let Some(pid) = LockOwner::foreign(&target.paths) {
+        let lock = target.paths.lock();
         return Err(CliError::Runtime(format!(
             "`{}` names pid {pid}, a process of another user; if that is the agent, stop it by hand: kill {pid}",
             lock.display()
         )));
     }
+    let Some(owner) = running_agent(&target.paths).map_err(|e| e.to_string())? else {
+        print("no agent is running\n");
+        return Ok(());
+    };
     let (began, timeout) = (Instant::now(), target.drain + STOP_MARGIN);
     let pid = owner.pid;
     print_wrapped(&format!("stopping pid {pid}: it finishes its jobs; waiting up to {} s", timeout.as_secs()));

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::symlink;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, unbounded};
@@ -333,4 +334,97 @@ fn warnings_that_are_only_counted_are_logged_before_the_agent_ends() {
     agent.wait(SOON);
     agent.stderr.whole();
     assert_eq!(agent.warning_count(), 100, "{:?}", agent.warnings());
+}
+
+#[test]
+fn links_planted_beside_the_identity_are_not_followed() {
+    let (backend, coordinator) = (Backend::vllm(&["m"]), Coordinator::new());
+    // Named by the pid that the doctor will have: the shell becomes the doctor.
+    let plant = "ln -s ../precious .usepod-agent/.usepod-doctor-$$";
+    let setup = Setup::new(&coordinator.url()).backend(backend.toml());
+    let home = &setup.scratch;
+    let precious = home.write("precious", "a file of this user");
+    let beside = |name: &str| home.join(&format!(".usepod-agent/identity.key{name}"));
+    fs::create_dir(home.join(".usepod-agent")).expect("a folder");
+    for name in [".lock", ".state", ".state.new", ".wake"] {
+        symlink("../precious", beside(name)).expect("a link");
+    }
+    let mut agent = setup.start();
+    agent.wait(SOON);
+    assert!(agent.stderr.whole().contains("symlink"), "the lock is not on the target: {}", agent.stderr.text());
+    fs::remove_file(beside(".lock")).expect("removed");
+    let _agent = setup.start();
+    let _session = coordinator.session();
+    wait_until("the state is written", || fs::read_to_string(beside(".state")).is_ok_and(|text| text.contains("pid")));
+    assert!(fs::symlink_metadata(beside(".state")).expect("the state").is_file());
+    let config = setup.write();
+    let doctor = format!("{plant}; exec \"$0\" doctor --allow-insecure --no-inference -c '{}'", config.display());
+    let ran = std::process::Command::new("sh").args(["-c", &doctor]).arg(binary()).current_dir(home.path()).output();
+    let ran = Ran::from(ran.expect("a shell"));
+    assert!(ran.stdout.contains("is writable"), "{ran:?}");
+    let left = names_in(&home.join(".usepod-agent"));
+    assert_eq!(left.iter().filter(|name| name.starts_with(".usepod")).count(), 1, "only the link is left: {left:?}");
+    assert_eq!(fs::read_to_string(&precious).expect("the file"), "a file of this user");
+    assert_eq!(mode(&precious), 0o644);
+}
+
+/// As ssh refuses a key in such a folder.
+#[test]
+fn doctor_fails_for_an_identity_folder_that_other_users_can_write_to() {
+    let setup = Setup::new(&format!("ws://{}/", nobody_at("127.0.0.94")));
+    let config = setup.write();
+    let home = &setup.scratch;
+    identity_with(home, config.to_str().expect("UTF-8"), "x");
+    let folder = home.join(".usepod-agent");
+    let doctor =
+        || cli(home.path(), &["doctor", "-c", config.to_str().expect("UTF-8"), "--allow-insecure"], &[]).stdout;
+    assert!(!doctor().contains("✗ folder"), "a private folder");
+    // A key elsewhere is looked for where it is.
+    let away = home.join("away");
+    fs::create_dir(&away).expect("a folder");
+    for (exposed, mode) in [(&folder, 0o777), (&folder, 0o1777), (&away, 0o703)] {
+        if exposed == &away {
+            fs::rename(folder.join("identity.key"), away.join("identity.key")).expect("moved");
+            symlink(away.join("identity.key"), folder.join("identity.key")).expect("a link");
+        }
+        set_mode(exposed, mode);
+        let text = doctor();
+        assert!(text.contains("✗ folder") && text.contains("chmod go-w"), "{mode:o}: {text}");
+        assert!(text.contains(exposed.to_str().expect("UTF-8")), "{mode:o}: {text}");
+        set_mode(exposed, 0o700);
+        assert!(!doctor().contains("✗ folder"), "{mode:o}");
+    }
+    set_mode(home.join(".usepod-agent"), 0o750);
+    assert!(!doctor().contains("✗ folder"), "others may read the folder");
+}
+
+#[test]
+fn hosted_backend_over_http_beyond_loopback_is_refused() {
+    let home = Scratch::new();
+    let of = |kind: &str, url: &str| {
+        let toml = format!(
+            "[coordinator]\nurl = \"wss://c.example/\"\n[[backends]]\nkind = \"{kind}\"\nurl = \"{url}\"\napi_key_env = \"KEY\"\n\
+             [pricing]\ndefault_input_per_1m = 1\ndefault_output_per_1m = 1\n"
+        );
+        let path = home.write("agent.toml", toml);
+        cli(home.path(), &["enroll", "-c", path.to_str().expect("UTF-8")], &[])
+    };
+    for (kind, url) in [
+        ("openrouter", "http://openrouter.ai/api/v1"),
+        ("venice", "HTTP://api.venice.ai/api/v1"),
+        ("venice", "http://192.0.2.7:8080"),
+        ("openrouter", "http://localhost.example"),
+    ] {
+        let printed = of(kind, url).fails(2, &["agent.toml:5", "not encrypted", "https://"]);
+        assert!(printed.contains(url), "{printed}");
+    }
+    for (kind, url) in [
+        ("openrouter", "https://openrouter.ai/api/v1"),
+        ("venice", "http://127.0.0.1:8080"),
+        ("openrouter", "http://[::1]:8080"),
+        // A server of the operator's own network.
+        ("vllm", "http://192.0.2.7:8000"),
+    ] {
+        assert_eq!(of(kind, url).code, Some(0), "{kind} {url}");
+    }
 }

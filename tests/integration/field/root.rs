@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, chown, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 
 use crate::support::*;
 
@@ -29,7 +29,7 @@ impl Machine {
         for (name, text) in [("systemctl", ""), ("crontab", "echo 'no crontab for root' >&2; exit 1\n")] {
             set_mode(machine.0.write(&format!("bin/{name}"), format!("#!/bin/sh\n{text}")), 0o755);
         }
-        for folder in ["home", "of-root"] {
+        for folder in ["home", "of-root", "home-of-root"] {
             fs::create_dir(machine.path(folder)).expect("a folder");
         }
         chown(machine.path("home"), Some(USER), Some(USER)).expect("the user's home");
@@ -57,7 +57,7 @@ impl Machine {
         let mut command = Command::new("unshare");
         command.args(["-m", "sh", "-c", &script]).arg(binary()).current_dir(self.0.path()).env_clear();
         let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", self.path("bin").display());
-        command.env("HOME", self.path("of-root")).env("PATH", path).env("COLUMNS", "1000");
+        command.env("HOME", self.path("home-of-root")).env("PATH", path).env("COLUMNS", "1000");
         command.output().expect("a shell").into()
     }
 
@@ -195,4 +195,164 @@ fn root_is_told_to_keep_keys_in_a_file_that_only_its_owner_can_read() {
     let file = machine.path("home/.config/usepod-agent/agent.env");
     let words = ["systemctl --user edit", &format!("EnvironmentFile={}", file.display())];
     assert!(words.iter().all(|word| printed.contains(word)) && !printed.contains("Environment="), "{printed}");
+}
+
+/// Runs a command as this user, in a home of theirs.
+fn as_user(machine: &Machine, uid: u32, arguments: &[&str], folder: &Path) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args([&*format!("--reuid={uid}"), &format!("--regid={uid}"), "--clear-groups"]).args(arguments);
+    command
+        .current_dir(folder)
+        .env_clear()
+        .env("HOME", machine.path("home"))
+        .env("COLUMNS", "1000")
+        .env("LANG", "C.UTF-8");
+    command.env("PATH", format!("{}:/usr/bin:/bin", machine.path("bin").display()));
+    command
+}
+
+/// A process that must not be ended, but at the end of the test.
+struct Bystander(Child);
+
+impl Drop for Bystander {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Another user, who may write to the folder of the identity.
+const STRANGER: u32 = 65533;
+
+#[test]
+fn root_lock_that_another_user_planted_names_nobody() {
+    let Some(machine) = Machine::new() else { return };
+    let home = machine.path("home");
+    let agent = binary();
+    let agent = agent.to_str().expect("UTF-8");
+    let key = home.join("identity.key");
+    let config = machine.config("home/agent.toml", USER, key.to_str().expect("UTF-8"), "");
+    let config = config.to_str().expect("UTF-8");
+    set_mode(&home, 0o777);
+    for victim in [USER, 0] {
+        let mut bystander =
+            Bystander(as_user(&machine, victim, &["sleep", "600"], &home).spawn().expect("a bystander"));
+        let pid = bystander.0.id();
+        wait_until("it is the user's", || {
+            fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "sleep")
+        });
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("its stat");
+        let started = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(19)).expect("a start");
+        // Its last sign of life was long ago, or will be: it looks hung, or at work.
+        for liveness in ["0", "99999999999"] {
+            let lock = machine.0.write("home/identity.key.lock", format!("{pid}\n{started}\n{liveness}\n"));
+            chown(&lock, Some(STRANGER), Some(STRANGER)).expect("an owner");
+            set_mode(&lock, 0o666);
+            let run = |arguments: &[&str]| {
+                let arguments = [&[agent], arguments, &["-c", config]].concat();
+                Ran::from(as_user(&machine, victim, &arguments, &home).output().expect("the agent"))
+            };
+            run(&["status"]).fails(3, &["not running"]);
+            run(&["service", "stop"]).fails(1, &["of another user"]);
+            let doctor = run(&["doctor", "--no-inference"]);
+            assert!(!doctor.stdout.contains(&pid.to_string()) && doctor.stdout.contains("✗ folder"), "{doctor:?}");
+            assert!(bystander.0.try_wait().expect("its state").is_none(), "uid {victim}: the bystander was ended");
+        }
+        let _ = fs::remove_file(home.join("identity.key.stopped"));
+    }
+}
+
+#[test]
+fn root_files_are_not_written_through_links_of_another_user() {
+    let Some(machine) = Machine::new() else { return };
+    let coordinator = Coordinator::new();
+    let folder = machine.path("of-root");
+    let key = folder.join("identity.key");
+    let toml = TOML.replace("wss://c.example/", &coordinator.url());
+    let toml = machine.0.write("agent.toml", format!("{toml}[identity]\nkey_path = {key:?}\n"));
+    let precious = machine.0.write("precious", "a file of root");
+    let link = |name: &str, target: &Path, owner: u32| {
+        let path = folder.join(name);
+        let _ = fs::remove_file(&path);
+        symlink(target, &path).expect("a link");
+        std::os::unix::fs::lchown(&path, Some(owner), Some(owner)).expect("an owner");
+    };
+    set_mode(&folder, 0o777);
+    link("agent.log", &precious, STRANGER);
+    link("agent.log.1", &precious, STRANGER);
+    let arguments = ["run", "--cron", "--allow-insecure", "-c", toml.to_str().expect("UTF-8")];
+    let mut agent = Agent::run(machine.0.path(), &arguments);
+    let session = coordinator.session();
+    agent.stderr.wait_line(&["log lines are lost", "symlink of another user"]);
+    agent.signal("TERM");
+    agent.wait(SOON);
+    drop(session);
+    assert_eq!(fs::read_to_string(&precious).expect("the file"), "a file of root");
+    // The identity and the log may be links of the agent's own user, or of root.
+    let (elsewhere, log) = (machine.path("key"), machine.path("log"));
+    fs::rename(&key, &elsewhere).expect("moved");
+    link("identity.key", &elsewhere, 0);
+    for (owner, is_followed) in [(0, true), (STRANGER, false)] {
+        let log = log.with_file_name(format!("log-{owner}"));
+        let toml = machine.0.write("agent.toml", {
+            let text = TOML.replace("wss://c.example/", &coordinator.url());
+            format!("{text}[identity]\nkey_path = {key:?}\n[observability]\nlog_file = {:?}\n", folder.join("own.log"))
+        });
+        link("own.log", &log, owner);
+        link("identity.key", &elsewhere, owner);
+        let mut agent = Agent::run(machine.0.path(), &["run", "--allow-insecure", "-c", toml.to_str().expect("UTF-8")]);
+        let session = coordinator.accept().authenticate(Some(&format!("prov_{owner}")));
+        if is_followed {
+            wait_line_in(&log, &["connected as"]);
+        }
+        agent.signal("TERM");
+        agent.wait(SOON);
+        drop(session);
+        assert_eq!(log.exists(), is_followed, "{owner}");
+        let stored = fs::read_to_string(&elsewhere).expect("the identity").contains(&format!("prov_{owner}"));
+        assert_eq!(stored, is_followed, "{owner}");
+    }
+}
+
+#[test]
+fn root_and_users_take_no_agent_toml_from_a_stranger_in_the_working_folder() {
+    let Some(machine) = Machine::new() else { return };
+    let agent = binary();
+    let agent = agent.to_str().expect("UTF-8");
+    let shared = machine.path("shared");
+    fs::create_dir(&shared).expect("a folder");
+    let key = machine.path("home/identity.key");
+    let enroll = |uid: u32| {
+        let ran = as_user(&machine, uid, &[agent, "enroll"], &shared).output().expect("the agent");
+        Ran::from(ran)
+    };
+    let refuses = |uid: u32| enroll(uid).fails(2, &["no agent.toml found", "./agent.toml", "belongs to another user"]);
+    let config = machine.config("shared/agent.toml", STRANGER, key.to_str().expect("UTF-8"), "");
+    set_mode(&shared, 0o1777);
+    // The file of a stranger, in a folder of root.
+    refuses(USER);
+    refuses(0);
+    // The user's own file, and root's.
+    for owner in [USER, 0] {
+        chown(&config, Some(owner), None).expect("an owner");
+        assert_eq!(enroll(USER).code, Some(0), "{owner}");
+    }
+    // In a folder of a stranger.
+    chown(&shared, Some(STRANGER), None).expect("an owner");
+    refuses(USER);
+    refuses(0);
+    // A link of a stranger to a file of the user.
+    chown(&shared, Some(0), None).expect("an owner");
+    let target = machine.config("home/other.toml", USER, key.to_str().expect("UTF-8"), "");
+    fs::remove_file(&config).expect("removed");
+    symlink(target, &config).expect("a link");
+    std::os::unix::fs::lchown(&config, Some(STRANGER), None).expect("an owner");
+    refuses(USER);
+    refuses(0);
+    std::os::unix::fs::lchown(&config, Some(USER), None).expect("an owner");
+    assert_eq!(enroll(USER).code, Some(0));
+    // Named on the command line, it is the operator's decision.
+    let config = machine.config("shared/named.toml", STRANGER, key.to_str().expect("UTF-8"), "");
+    let named = [agent, "enroll", "-c", config.to_str().expect("UTF-8")];
+    assert!(as_user(&machine, USER, &named, &shared).output().expect("the agent").status.success());
 }
