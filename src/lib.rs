@@ -47,6 +47,9 @@
 //! | queued job frames | [`link::write_queues::DATA_LANE_MAX`] |
 //! | queued control messages | [`link::write_queues::CONTROL_LANE_MAX`] |
 //! | requests in flight, total size | [`job_executor::REQUEST_BYTES_MAX`] |
+//! | jobs that wait for the first offer | as many as may be in flight, and as large |
+//! | addresses of a host name | `ADDRESSES_MAX` in `net::resolve` |
+//! | the head of a response to a dial, and what is read of a refusal | `HEAD_BYTES_MAX`, `BODY_BYTES_MAX` in [`link::response`] |
 //! | input buffer of a backend connection | `INPUT_MAX` in `backend::http::tcp`; twice that for a response head |
 //! | wait for the end of a complete response | `DONE_GRACE` and `FINISHED_GRACE` in `backend::stream::completion` |
 //! | tasks queued for a worker | `TASKS_MAX` in `worker_pool` |

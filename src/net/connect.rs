@@ -14,7 +14,7 @@ use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrIn, Sock
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 
 /// Connects to the first address that accepts. Attempts start in the order of the addresses, alternating between IPv4 and IPv6, and
-/// run concurrently. `None` means no time limit.
+/// run concurrently; after one that fails, the next starts at once. `None` means no time limit.
 ///
 /// # Errors
 /// The error of the first address; `TimedOut` if it did not respond in time; `NotFound` if there is no address.
@@ -30,7 +30,7 @@ pub fn connect_any(addresses: &[SocketAddr], until: Option<Instant>) -> io::Resu
             }
             return Err(race.into_error());
         }
-        if next_start <= now || race.pending.is_empty() {
+        if std::mem::take(&mut race.has_failed) || next_start <= now {
             match untried.next() {
                 Some((rank, address)) => {
                     next_start = now + ATTEMPT_DELAY;
@@ -65,6 +65,8 @@ struct Race {
     pending: Vec<(usize, TcpStream)>,
     /// The error of the address with the lowest rank among those that failed.
     failure: Option<(usize, io::Error)>,
+    /// Whether an attempt has failed since the last one started.
+    has_failed: bool,
 }
 
 impl Race {
@@ -76,6 +78,7 @@ impl Race {
     }
 
     fn fail(&mut self, rank: usize, error: io::Error) {
+        self.has_failed = true;
         if self.failure.as_ref().is_none_or(|(lowest, _)| rank < *lowest) {
             self.failure = Some((rank, error));
         }

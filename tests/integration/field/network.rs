@@ -288,6 +288,12 @@ fn refused_upgrade_is_named_in_log_status_and_doctor() {
     ];
     side_by_side(cases, |(coordinator, words)| {
         let setup = Setup::new(&coordinator.url());
+        // Over TLS, too.
+        let authority = Authority::new();
+        let proxy = TlsProxy::new(&authority, Flaw::None, coordinator.address());
+        let secure = Setup::new(&proxy.url());
+        let ca_file = authority.write(&secure.scratch);
+        secure.coordinator(&format!("ca_file = {ca_file:?}")).start().stderr.wait_line(&words);
         let agent = setup.start();
         let mut in_log = words.clone();
         in_log.push("not connected");
