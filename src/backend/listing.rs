@@ -72,14 +72,21 @@ fn listed(kind: Kind, entry: &Value) -> Option<Listed> {
     }
     // llama.cpp lists the training context only.
     let context_window = if kind == Kind::LlamaCpp { None } else { stated_window(entry) };
-    let exclusion =
-        text(&entry["remote_host"]).map(Exclusion::Remote).or_else(|| other_than_chat(entry).map(Exclusion::NotChat));
+    let purpose = || other_than_chat(entry).or_else(|| started_for(&entry["status"]["args"]));
+    let exclusion = text(&entry["remote_host"]).map(Exclusion::Remote).or_else(|| purpose().map(Exclusion::NotChat));
     Some(Listed {
         model: BackendModel { model_id, context_window, native: !kind.is_hosted() },
         exclusion,
         routed: status.is_some(),
         is_of_vllm: entry["owned_by"] == "vllm" || (kind == Kind::Vllm && entry["max_model_len"].is_number()),
     })
+}
+
+/// The option with which a llama.cpp router starts a model that cannot chat.
+fn started_for(args: &Value) -> Option<String> {
+    const OPTIONS: [&str; 4] = ["--embedding", "--embeddings", "--rerank", "--reranking"];
+    let mut args = args.as_array()?.iter().filter_map(Value::as_str);
+    args.find(|arg| OPTIONS.contains(arg)).map(str::to_owned)
 }
 
 /// A text that is not empty.

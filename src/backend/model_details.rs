@@ -54,9 +54,9 @@ struct KnownModel {
 pub struct KnownModels(HashMap<String, KnownModel>);
 
 impl KnownModels {
-    /// Asks for the details of a model again: a job did not find it.
+    /// Asks for the details of a model again, unless its digest shows whether it was replaced: a job did not find it.
     pub fn expire(&mut self, model_id: &str) {
-        if let Some(known) = self.0.get_mut(model_id) {
+        if let Some(known) = self.0.get_mut(model_id).filter(|known| known.digest.is_none()) {
             known.is_stale = true;
         }
     }
