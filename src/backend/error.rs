@@ -162,6 +162,16 @@ impl BackendError {
         lacks || self.is_absent() || matches!(self, Overloaded(_))
     }
 
+    /// Whether the backend rejected the request in words that name `stream_options` or what the agent sets in it.
+    pub fn names_stream_options(&self) -> bool {
+        match self {
+            BackendError::BadRequest(s) | BackendError::Status(s) => {
+                s.body.contains("stream_options") || s.body.contains("include_usage")
+            }
+            _ => false,
+        }
+    }
+
     /// Whether the offer may be out of date: the backend or the model is missing, or cannot chat.
     pub fn invalidates_offer(&self) -> bool {
         use BackendError::{CannotChat, FormatNotServed, ModelNotFound};

@@ -13,7 +13,7 @@ use super::model_details::{self, KnownModels};
 use super::probe::Probe;
 use super::request::body_of;
 use super::server_support::ServerSupport;
-use super::stream::relay;
+use super::stream::{Exchange, post};
 use super::{Backend, BackendError, BackendHealth, BackendModel, Job, JobResult, JobSink, RawJob, WireFormat};
 
 /// An HTTP server of a known kind.
@@ -91,6 +91,32 @@ impl HttpBackend {
         Ok(probed)
     }
 
+    /// Posts the request of a job, once more without the `stream_options` that the agent adds if the server rejects them. Frees the
+    /// request, which may be 64 MB, once it is sent: the response may take minutes.
+    fn post(&self, job: RawJob, started: Instant, sink: &mut dyn JobSink) -> BackendResult<Exchange<'_>> {
+        let route = match job.format {
+            WireFormat::Openai => "chat/completions",
+            WireFormat::Anthropic => "messages",
+        };
+        let url = format!("{}/{route}", self.api);
+        let deadline = Duration::from_millis(u64::from(job.deadline_ms));
+        let body = body_of(&job, self.support.reports_usage());
+        let e = match post(&self.client, &url, &body, deadline, sink) {
+            Err(e) if e.names_stream_options() => e,
+            done => return done,
+        };
+        let plain = body_of(&job, false);
+        let time = deadline.saturating_sub(started.elapsed());
+        // The request may have its own options.
+        if plain.content_length() == body.content_length() || time.is_zero() {
+            return Err(e);
+        }
+        let exchange = post(&self.client, &url, &plain, time, sink)?;
+        // Not if that fails, too: the error may quote a request that is wrong in another way.
+        self.support.learn_no_usage(&self.id);
+        Ok(exchange)
+    }
+
     fn known(&self) -> MutexGuard<'_, KnownModels> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -150,17 +176,15 @@ impl Backend for HttpBackend {
     }
 
     fn execute_raw(&self, job: RawJob, sink: &mut dyn JobSink) -> BackendResult<JobResult> {
+        let (started, model_id, format) = (Instant::now(), job.model_id.clone(), job.format);
         self.client.ready()?;
-        self.support.check(job.format)?;
-        let route = match job.format {
-            WireFormat::Openai => "chat/completions",
-            WireFormat::Anthropic => "messages",
-        };
-        let (url, body) = (format!("{}/{route}", self.api), body_of(&job));
-        let RawJob { model_id, request, format, deadline_ms, .. } = job;
-        // The body shares the text of the request, which is freed with it once it is sent.
-        drop(request);
-        let outcome = relay(&self.client, &url, body, Duration::from_millis(u64::from(deadline_ms)), sink);
+        self.support.check(format)?;
+        let usage = self.post(job, started, sink).and_then(|exchange| exchange.relay(sink));
+        let outcome = usage.map(|usage| JobResult {
+            input_tokens: usage.input,
+            output_tokens: usage.output,
+            duration_ms: u32::try_from(started.elapsed().as_millis()).unwrap_or(u32::MAX),
+        });
         let result = self.support.learn(format, &model_id, outcome, &self.id);
         if let Err(BackendError::ModelNotFound(_)) = result {
             self.known().expire(&model_id);

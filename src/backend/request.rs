@@ -18,8 +18,9 @@ const STREAM_OPTIONS: &str = r#""stream_options":{"include_usage":true}"#;
 /// Length of the longest key that matters, `stream_options`, with each character escaped.
 const KEY_BYTES_MAX: usize = 2 + 14 * r"\u0000".len();
 
-/// The body for the request of `job`. A request that is not an object is sent unchanged.
-pub fn body_of(job: &RawJob) -> RequestBody {
+/// The body for the request of `job`. A request that is not an object is sent unchanged. `asks_for_usage`: whether to add
+/// `stream_options` to an OpenAI request that has none.
+pub fn body_of(job: &RawJob, asks_for_usage: bool) -> RequestBody {
     let text = job.request.shared();
     let mut body = BodyBuilder::new(text.clone());
     if !text.starts_with('{') {
@@ -34,7 +35,7 @@ pub fn body_of(job: &RawJob) -> RequestBody {
         stream: Some(r#""stream":true"#.to_owned()),
         // In order, so that what was not offered cannot be reached.
         model: Some(format!(r#""model":{}"#, serde_json::Value::from(job.model_id.as_str()))),
-        stream_options: (job.format == WireFormat::Openai).then(|| STREAM_OPTIONS.to_owned()),
+        stream_options: (asks_for_usage && job.format == WireFormat::Openai).then(|| STREAM_OPTIONS.to_owned()),
     };
     // The text is an object, so this cannot fail.
     let _ = serde_json::Deserializer::from_str(&text).deserialize_map(Entries { text: &text, splicer: &mut splicer });
@@ -140,7 +141,7 @@ mod tests {
     fn sent(model_id: &str, request: &str, format: WireFormat) -> String {
         let request = RequestText::new(serde_json::from_str(request).expect("JSON")).expect("within the limits");
         let job = RawJob { job_id: uuid::Uuid::nil(), model_id: model_id.into(), request, format, deadline_ms: 1 };
-        let (body, mut text) = (body_of(&job), String::new());
+        let (body, mut text) = (body_of(&job, true), String::new());
         body.reader().read_to_string(&mut text).expect("UTF-8");
         assert_eq!(text.len(), body.content_length());
         text

@@ -1,9 +1,9 @@
 //! What a server supports, learned from its responses to jobs.
 //!
-//! Invariants: what was served, a format or a model, is not lost by one response, which a request may have provoked. What the server lacks is
-//! forgotten after [`FORGET_AFTER`], and when the server was unreachable or failed a probe: it may be another version when it is
-//! back. The OpenAI format is never known to be missing: every kind of server has it, and a gateway whose server restarts may
-//! respond as if it did not.
+//! Invariants: what was served, a format or a model, is not lost by one response, which a request may have provoked. What the
+//! server lacks is forgotten after [`FORGET_AFTER`], and when the server was unreachable or failed a probe: it may be another
+//! version when it is back. The OpenAI format is never known to be missing: every kind of server has it, and a gateway whose
+//! server restarts may respond as if it did not.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -25,6 +25,8 @@ struct Known {
     anthropic: Support,
     /// Whether the models can chat.
     models: HashMap<String, Support>,
+    /// When the server last rejected `stream_options`.
+    no_usage: Option<Instant>,
 }
 
 #[derive(Debug, Default)]
@@ -105,6 +107,17 @@ impl ServerSupport {
                 Err(e)
             }
         }
+    }
+
+    /// Whether the server may be asked to report the usage at the end of a stream, with `stream_options`.
+    pub fn reports_usage(&self) -> bool {
+        self.known().no_usage.is_none_or(|since| since.elapsed() >= FORGET_AFTER)
+    }
+
+    /// Learns that the server rejects `stream_options`, and serves the same request without. `id` names it in the log.
+    pub fn learn_no_usage(&self, id: &str) {
+        self.known().no_usage = Some(Instant::now());
+        log::warn!("{id}: rejects stream_options, so it may not report the tokens of its jobs");
     }
 
     /// Learns from the error of a probe. A timeout, or a lack of local resources, says nothing about the server.

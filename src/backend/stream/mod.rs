@@ -9,4 +9,4 @@ mod report;
 mod usage;
 mod bounded_json;
 
-pub use relay::relay;
+pub use relay::{Exchange, post};

@@ -12,8 +12,9 @@ use ureq::http::Response;
 use super::answer::Answer;
 use super::completion::Completion;
 use super::report::Progress;
+use super::usage::Usage;
 use crate::backend::http::{AgentLease, Client, RequestBody, connect_error, read_bounded};
-use crate::backend::{BackendError, BackendResult, ERROR_BODY_MAX, JobResult, JobSink};
+use crate::backend::{BackendError, BackendResult, ERROR_BODY_MAX, JobSink};
 
 /// Largest chunk, in bytes of the response.
 const CHUNK_MAX: usize = 16 << 10;
@@ -30,19 +31,31 @@ const ERROR_READ_TIME: Duration = Duration::from_secs(1);
 /// Precision of connect timeouts, which are whole milliseconds: a timeout derived from the deadline may fire just before it.
 const CONNECT_PRECISION: Duration = Duration::from_millis(1);
 
-/// Posts `body` to `url` and relays the response into `sink`, all within `deadline`.
-pub fn relay(
-    client: &Client,
+/// A request that was answered with a successful status. Its response is still to be relayed.
+pub struct Exchange<'a> {
+    lease: AgentLease<'a>,
+    response: Response<Body>,
+}
+
+/// Posts the request, within `time`. From then on, the sink's owner can interrupt the exchange.
+pub fn post<'a>(
+    client: &'a Client,
     url: &str,
-    body: RequestBody,
-    deadline: Duration,
+    body: &RequestBody,
+    time: Duration,
     sink: &mut dyn JobSink,
-) -> BackendResult<JobResult> {
+) -> BackendResult<Exchange<'a>> {
     let started = Instant::now();
     let lease = client.lease();
-    let response = post(&lease, url, &body, deadline, sink)?;
-    // The body may be 60 MB, and the response may take minutes.
-    drop(body);
+    sink.interrupt_with(lease.interrupt());
+    sink.still_wanted()?;
+    let response = lease.post(url, body, time).or_else(|e| {
+        sink.still_wanted()?;
+        if time.saturating_sub(started.elapsed()) <= CONNECT_PRECISION {
+            return Err(BackendError::DeadlinePassed);
+        }
+        Err(connect_error(e))
+    })?;
     let status = response.status().as_u16();
     if !(200..300).contains(&status) {
         // The status is sufficient if the body breaks off or stalls.
@@ -51,35 +64,22 @@ pub fn relay(
         sink.still_wanted()?;
         return Err(client.status_error(status, &error_body));
     }
-    let mut answer = Answer::of(&response);
-    let end = relay_body(&lease, response.into_body(), &mut answer, sink)?;
-    let usage = answer.finish(sink)?;
-    if end == BodyEnd::Reached {
-        lease.give_back();
-    }
-    sink.cached_tokens(usage.cached.unwrap_or(0));
-    let duration_ms = u32::try_from(started.elapsed().as_millis()).unwrap_or(u32::MAX);
-    Ok(JobResult { input_tokens: usage.input, output_tokens: usage.output, duration_ms })
+    Ok(Exchange { lease, response })
 }
 
-/// Posts the request. From then on, the sink's owner can interrupt the exchange.
-fn post(
-    lease: &AgentLease<'_>,
-    url: &str,
-    body: &RequestBody,
-    deadline: Duration,
-    sink: &mut dyn JobSink,
-) -> BackendResult<Response<Body>> {
-    let started = Instant::now();
-    sink.interrupt_with(lease.interrupt());
-    sink.still_wanted()?;
-    lease.post(url, body, deadline).or_else(|e| {
-        sink.still_wanted()?;
-        if deadline.saturating_sub(started.elapsed()) <= CONNECT_PRECISION {
-            return Err(BackendError::DeadlinePassed);
+impl Exchange<'_> {
+    /// Relays the response into `sink`. Returns its usage.
+    pub fn relay(self, sink: &mut dyn JobSink) -> BackendResult<Usage> {
+        let Exchange { lease, response } = self;
+        let mut answer = Answer::of(&response);
+        let end = relay_body(&lease, response.into_body(), &mut answer, sink)?;
+        let usage = answer.finish(sink)?;
+        if end == BodyEnd::Reached {
+            lease.give_back();
         }
-        Err(connect_error(e))
-    })
+        sink.cached_tokens(usage.cached.unwrap_or(0));
+        Ok(usage)
+    }
 }
 
 /// How the relay of a body ended.

@@ -860,3 +860,73 @@ fn events_of_a_backend_with_nagle_on_are_not_delayed() {
         assert!(lower_quartile < ms(10), "events of {event_bytes} bytes are late: {delays:?}");
     }
 }
+
+/// Servers that do not know `stream_options`, which the agent adds: FlowiseAI/Flowise#2866, gpustack/gpustack#429,
+/// modelscope/ms-agent#489, openai/openai-python#2296.
+#[test]
+fn stream_options_that_the_backend_rejects_are_left_out() {
+    let cases: &[(u16, &str)] = &[
+        (
+            400,
+            r#"{"error":{"message":"Unrecognized request argument supplied: stream_options","type":"invalid_request_error"}}"#,
+        ),
+        (400, r#"{"error":{"message":"Extra inputs are not permitted, field: 'stream_options'"}}"#),
+        (
+            400,
+            r#"{"object":"error","message":"[{'type': 'extra_forbidden', 'loc': ('body', 'stream_options'), 'msg': 'Extra inputs are not permitted', 'input': {}}]"}"#,
+        ),
+        (
+            422,
+            r#"{"detail":[{"type":"extra_forbidden","loc":["body","stream_options"],"msg":"Extra inputs are not permitted","input":{"include_usage":true}}]}"#,
+        ),
+        (400, r#"{"error":{"message":"json: unknown field \"include_usage\""}}"#),
+        (500, r#"{"error":"create() got an unexpected keyword argument 'stream_options'"}"#),
+    ];
+    side_by_side(cases, |(status, body)| {
+        let backend = Backend::vllm(&["m"]);
+        let rig = Rig::new(&backend);
+        let id = rig.session.job("m", json!({"n": 1}));
+        let held = backend.next();
+        assert!(held.request.json().get("stream_options").is_some());
+        let mut expected = held.request.json();
+        expected.as_object_mut().expect("an object").remove("stream_options");
+        let mut held = held;
+        held.send(response(*status, "application/json", body));
+        held.keep();
+        let held = backend.next();
+        assert_eq!(held.request.json(), expected);
+        held.finish();
+        assert_eq!(rig.session.outcome(&id).done()["tokens"]["output"], 13, "{status} {body}");
+        // Remembered.
+        let id = rig.session.job("m", json!({}));
+        let held = backend.next();
+        assert!(held.request.json().get("stream_options").is_none(), "{}", held.request.body_text());
+        held.finish();
+        rig.session.outcome(&id).done();
+        assert_eq!(backend.posts(), 3);
+    });
+}
+
+/// The options of the customer, and an error that quotes a request which is wrong in another way.
+#[test]
+fn stream_options_are_left_out_only_if_that_helps() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let rejection = response(400, "application/json", r#"{"error":{"message":"stream_options: not permitted"}}"#);
+    let id = rig.session.job("m", json!({"stream_options": {"include_usage": true}}));
+    answer(&backend, &rejection);
+    assert_eq!(rig.session.outcome(&id).error(), "internal");
+    assert_eq!(backend.posts(), 1);
+
+    let id = rig.session.job("m", json!({"temperature": 9}));
+    answer(&backend, &rejection);
+    answer(&backend, &rejection);
+    assert_eq!(rig.session.outcome(&id).error(), "internal");
+    assert_eq!(backend.posts(), 3);
+
+    let id = rig.session.job("m", json!({}));
+    let held = backend.next();
+    assert!(held.request.json().get("stream_options").is_some());
+    held.finish();
+    rig.session.outcome(&id).done();
+}
