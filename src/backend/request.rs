@@ -15,6 +15,9 @@ use super::{RawJob, WireFormat};
 /// Makes a server report the usage at the end of its stream.
 const STREAM_OPTIONS: &str = r#""stream_options":{"include_usage":true}"#;
 
+/// Keys that name models to try if that of the job fails: two of OpenRouter, one of LiteLLM. They are left out.
+const FURTHER_MODELS: [&str; 3] = ["models", "route", "fallbacks"];
+
 /// Length of the longest key that matters, `stream_options`, with each character escaped.
 const KEY_BYTES_MAX: usize = 2 + 14 * r"\u0000".len();
 
@@ -33,7 +36,7 @@ pub fn body_of(job: &RawJob, asks_for_usage: bool) -> RequestBody {
         end: 1,
         is_empty: true,
         stream: Some(r#""stream":true"#.to_owned()),
-        // In order, so that what was not offered cannot be reached.
+        // Whatever the request names: what was not offered cannot be reached.
         model: Some(format!(r#""model":{}"#, serde_json::Value::from(job.model_id.as_str()))),
         stream_options: (asks_for_usage && job.format == WireFormat::Openai).then(|| STREAM_OPTIONS.to_owned()),
     };
@@ -56,22 +59,24 @@ struct Splicer {
 }
 
 impl Splicer {
-    /// The next entry of the request. An entry that the agent sets is set once: it must not matter which of several a server reads.
+    /// The next entry of the request. An entry that the agent sets is set once, whatever the case of its key: it must not matter which
+    /// of several a server reads, and servers in Go also read `Model`.
     fn splice(&mut self, key: &str, entry: Range<usize>) {
         let separator = self.end..entry.start;
         self.end = entry.end;
-        let set = match key {
-            "stream" => self.stream.take(),
-            "model" => self.model.take(),
-            // OpenRouter's, which name further models.
-            "models" | "route" => None,
-            _ => {
-                if key == "stream_options" {
-                    self.stream_options = None;
-                }
-                self.separate(separator);
-                return self.body.keep(entry);
+        let is = |name: &str| key.eq_ignore_ascii_case(name);
+        let set = if is("stream") {
+            self.stream.take()
+        } else if is("model") {
+            self.model.take()
+        } else if FURTHER_MODELS.into_iter().any(is) {
+            None
+        } else {
+            if key == "stream_options" {
+                self.stream_options = None;
             }
+            self.separate(separator);
+            return self.body.keep(entry);
         };
         if let Some(set) = set {
             self.separate(separator);
@@ -170,7 +175,7 @@ mod tests {
     /// Objects with any of the keys that matter, in any order, number and spelling, and others.
     #[test]
     fn body_differs_from_the_request_in_the_keys_of_the_agent_only() {
-        const ENTRIES: [(&str, &str); 13] = [
+        const ENTRIES: [(&str, &str); 15] = [
             ("model", r#""model":"own""#),
             ("model", r#""mod\u0065l":{"model":[]}"#),
             ("stream", r#""stream":false"#),
@@ -182,7 +187,9 @@ mod tests {
             ("stream_options", r#""stream\u005foptions":{"a":1.50}"#),
             ("", r#""":{"model":"own","stream":false}"#),
             ("", r#""\"model":"\",\"model\":""#),
-            ("", r#""Model":[{},"stream",1E400]"#),
+            ("model", r#""Mod\u0045l":[{},"stream",1E400]"#),
+            ("models", r#""fallbacks":["x"]"#),
+            ("", r#""Models ":[{},"stream",1E400]"#),
             ("", r#""messages":[ {"content" : "\u00e9 {"} ]"#),
         ];
         arbtest::arbtest(|u| {

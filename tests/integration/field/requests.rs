@@ -66,15 +66,19 @@ fn model_of_the_job_is_forced_however_the_request_names_another() {
         (r#"{"model":"a","\u006d\u006f\u0064\u0065\u006C":"b" }"#, format!(r#"{{"model":"a",{stream} }}"#)),
         (r#"{"model":["b"],"model":{"model":"b"}}"#, format!(r#"{{"model":"a",{stream}}}"#)),
         (r#"{"model":null}"#, format!(r#"{{"model":"a",{stream}}}"#)),
-        (r#"{"Model":"b"}"#, format!(r#"{{"Model":"b",{stream},"model":"a"}}"#)),
+        // Servers in Go heed keys in any case, and the last of several (golang/go#14750).
+        (r#"{"Model":"b"}"#, format!(r#"{{"model":"a",{stream}}}"#)),
+        (r#"{"model":"a","n":1,"MODE\u006C":"b"}"#, format!(r#"{{"model":"a","n":1,{stream}}}"#)),
+        (r#"{"modell":"b","model ":"b"}"#, format!(r#"{{"modell":"b","model ":"b",{stream},"model":"a"}}"#)),
         (r#"{ }"#, format!(r#"{{{stream},"model":"a" }}"#)),
-        // Those of OpenRouter name further models.
+        // OpenRouter and LiteLLM try these if the model fails.
         (r#"{"models":["b"]}"#, format!(r#"{{{stream},"model":"a"}}"#)),
         (r#"{ "models" : ["b"] , "n":1}"#, format!(r#"{{"n":1,{stream},"model":"a"}}"#)),
         (
             r#"{"n":1 , "route":"fallback", "z":2 , "mode\u006cs":[]}"#,
             format!(r#"{{"n":1, "z":2,{stream},"model":"a"}}"#),
         ),
+        (r#"{"n":1,"fallbacks":["b"]}"#, format!(r#"{{"n":1,{stream},"model":"a"}}"#)),
         (r#"{"route":1,"models":2,"route":3}"#, format!(r#"{{{stream},"model":"a"}}"#)),
         // Without a stream, nothing would reach the customer before the end.
         (r#"{"str\u0065am":false,"stream":false,"n":1}"#, format!(r#"{{"stream":true,"n":1,{usage},"model":"a"}}"#)),
@@ -237,6 +241,25 @@ fn slow_memory_of_a_request_of_12_mb_is_that_of_its_text_whatever_it_holds() {
     for (what, request) in cases {
         assert_peak(what, &[request]);
     }
+}
+
+/// Fragments are joined, so the last of them and the message are held at the same time.
+#[test]
+fn slow_memory_of_a_request_of_60_mib_in_fragments_is_as_promised() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    backend.forget();
+    let id = Uuid::new_v4().to_string();
+    let text = frame(&id, "m", &format!(r#"{{"text":"{}"}}"#, "x".repeat(60 * MIB)), "openai");
+    let fragments: Vec<_> = text.as_bytes().chunks(20 * MIB).collect();
+    for (nth, fragment) in fragments.iter().enumerate() {
+        let opcode = if nth == 0 { TEXT } else { CONTINUATION };
+        rig.session.send_raw(&encode(opcode, nth + 1 == fragments.len(), fragment));
+    }
+    backend.next_within(6 * SOON).finish();
+    rig.session.outcome(&id).done();
+    let (peak, limit) = (rig.agent.peak_kib() as usize, (PEAK_BASE_BYTES + text.len() * 5 / 2) >> 10);
+    assert!(peak < limit, "a peak of {peak} KiB, of {limit}");
 }
 
 #[test]
