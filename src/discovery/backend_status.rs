@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use super::health::FAILURES_MAX;
 use super::trial::{Purpose, Trial, TrialOutcome};
 use super::{BackendHandle, BackendOffer, Listing, OfferTerms, ResolvedModel};
 use crate::backend::{BackendError, BackendResult, ProbedModels};
 use crate::logging::sanitize_for_log;
+use crate::sys::moment::Moment;
 
 /// The listed models, or why there are none.
 pub type ProbeResult = BackendResult<ProbedModels>;
@@ -35,8 +36,8 @@ pub struct BackendStatus {
     /// The listed models that are not offered because their jobs fail, and the reasons.
     withdrawn: BTreeMap<String, String>,
     /// When the backend was first probed, or last became available or unavailable.
-    since: Option<SystemTime>,
-    last_error: Option<(SystemTime, String)>,
+    since: Option<Moment>,
+    last_error: Option<(Moment, String)>,
     /// Consecutive probe timeouts.
     timeouts: u32,
 }
@@ -105,12 +106,12 @@ impl BackendStatus {
     }
 
     /// When the backend last became available or unavailable.
-    pub fn since(&self) -> Option<SystemTime> {
+    pub fn since(&self) -> Option<Moment> {
         self.since
     }
 
     /// The last reason for not offering the backend, and when the reason was found.
-    pub fn last_error(&self) -> Option<&(SystemTime, String)> {
+    pub fn last_error(&self) -> Option<&(Moment, String)> {
         self.last_error.as_ref()
     }
 
@@ -156,9 +157,9 @@ impl BackendStatus {
             log::info!("{}: offered again: {}", self.id(), sanitize_for_log(model_id));
         }
         if was_offered != self.is_offered() {
-            self.since = Some(SystemTime::now());
+            self.since = Some(Moment::now());
             if let Some(why) = self.unavailable() {
-                self.last_error = Some((SystemTime::now(), why));
+                self.last_error = Some((Moment::now(), why));
             }
         }
         true
@@ -299,7 +300,7 @@ impl BackendStatus {
                 Some(why) => log::warn!("{id}: not offered: {}", why.for_log()),
             }
         }
-        let now = SystemTime::now();
+        let now = Moment::now();
         if self.since.is_none() || self.unavailable.is_none() != unavailable.is_none() {
             self.since = Some(now);
         }

@@ -6,11 +6,11 @@
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use super::rejection::RejectReason;
 use crate::link::protocol::{ErrorCode, Heartbeat};
-use crate::sys::datetime::rfc3339;
+use crate::sys::moment::Moment;
 
 /// Time that latency and speed cover.
 const WINDOW: Duration = Duration::from_secs(300);
@@ -100,7 +100,7 @@ pub struct Totals {
 #[derive(Debug, Clone)]
 pub struct LastJob {
     /// When the job ended.
-    pub at: SystemTime,
+    pub at: Moment,
     /// The job's model.
     pub model_id: String,
     /// The error code; `None` for a job that was answered in full.
@@ -113,7 +113,7 @@ pub struct LastJob {
 #[derive(Debug, Clone)]
 pub struct LastError {
     /// When the job ended.
-    pub at: SystemTime,
+    pub at: Moment,
     /// The code that the coordinator received.
     pub code: ErrorCode,
     /// The reason, for the operator. Contains no text from a backend.
@@ -154,7 +154,7 @@ impl JobStats {
 
 impl Totals {
     fn record(&mut self, outcome: Outcome<'_>) {
-        let at = SystemTime::now();
+        let at = Moment::now();
         match outcome {
             Outcome::Done { model_id, latency, input_tokens, output_tokens } => {
                 self.done += 1;
@@ -186,7 +186,7 @@ impl Totals {
 struct Window {
     /// The jobs, ordered by the time of their end.
     jobs: VecDeque<WindowJob>,
-    last_error: Option<(SystemTime, ErrorCode)>,
+    last_error: Option<(Moment, ErrorCode)>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -210,7 +210,7 @@ impl Window {
             Outcome::Done { latency, output_tokens, .. } => self.push(ended, latency, output_tokens, false),
             Outcome::Failed { latency, output_tokens, code, is_requesters_fault: false, .. } => {
                 self.push(ended, latency, output_tokens, true);
-                self.last_error = Some((SystemTime::now(), code));
+                self.last_error = Some((Moment::now(), code));
             }
             Outcome::Failed { .. } | Outcome::Cancelled { .. } | Outcome::Lost | Outcome::Rejected(_) => {}
         }
@@ -246,7 +246,7 @@ impl Window {
             p50_latency_ms: percentile(&latencies, 50).unwrap_or(0),
             p95_latency_ms: percentile(&latencies, 95).unwrap_or(0),
             error_rate_60s: if ended == 0 { 0.0 } else { failed as f64 / ended as f64 },
-            last_error_at: self.last_error.map(|(at, _)| rfc3339(at)),
+            last_error_at: self.last_error.map(|(at, _)| at.rfc3339()),
             last_error_code: self.last_error.map(|(_, code)| code.as_str()),
         }
     }

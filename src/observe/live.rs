@@ -3,9 +3,9 @@
 //! Invariant: an update never waits for the disk; it wakes the housekeeping thread, which writes the state file.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
 
 use crate::instance::wake_socket::Waker;
+use crate::sys::moment::Moment;
 
 /// The live state.
 pub struct LiveState {
@@ -29,7 +29,7 @@ type InFlight = Box<dyn Fn() -> u32 + Send>;
 
 struct Inner {
     connection: Connection,
-    connection_since: SystemTime,
+    connection_since: Moment,
     provider_id: Option<String>,
     in_flight: InFlight,
     is_draining: bool,
@@ -45,7 +45,7 @@ pub struct Snapshot {
     /// The connection.
     pub connection: Connection,
     /// When the agent connected or disconnected.
-    pub connection_since: SystemTime,
+    pub connection_since: Moment,
     /// The id that the coordinator gave the agent.
     pub provider_id: Option<String>,
     /// The jobs in flight.
@@ -59,7 +59,7 @@ impl LiveState {
     pub fn new(provider_id: Option<&str>, waker: Waker) -> LiveState {
         let inner = Inner {
             connection: Connection::Connecting(None),
-            connection_since: SystemTime::now(),
+            connection_since: Moment::now(),
             provider_id: provider_id.map(str::to_owned),
             in_flight: Box::new(|| 0),
             is_draining: false,
@@ -74,7 +74,7 @@ impl LiveState {
     pub fn not_connected(&self, connection: Connection) {
         self.update(|inner| {
             if inner.connection == Connection::Connected {
-                inner.connection_since = SystemTime::now();
+                inner.connection_since = Moment::now();
                 inner.in_flight = Box::new(|| 0);
             }
             inner.connection = connection;
@@ -86,7 +86,7 @@ impl LiveState {
     pub fn connected(&self, provider_id: Option<&str>) {
         self.update(|inner| {
             inner.connection = Connection::Connected;
-            inner.connection_since = SystemTime::now();
+            inner.connection_since = Moment::now();
             inner.provider_id = provider_id.map(str::to_owned);
         });
     }

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -23,8 +23,8 @@ use crate::instance::{AgentPaths, LockOwner};
 use crate::job_executor::stats::{self, JobStats, Totals};
 use crate::job_executor::token_limit::TokenLimit;
 use crate::link::protocol::{AGENT_VERSION, ErrorCode};
-use crate::sys::datetime::rfc3339;
 use crate::sys::files;
+use crate::sys::moment::{self, Moment};
 
 /// Maximum size of a state file that is read, in bytes; each model takes about 200.
 const STATE_BYTES_MAX: u64 = 16 << 20;
@@ -81,6 +81,11 @@ pub struct State {
     pub last_job: Option<LastJob>,
     /// The last job that failed.
     pub last_error: Option<LastError>,
+    /// The boot during which the file was written.
+    pub boot_id: String,
+    /// When the file was written, in milliseconds since that boot. The dates above are by the wall clock of that moment: durations
+    /// are the difference to `written_at`, and the age of the file is counted from here.
+    pub written_uptime_ms: u64,
 }
 
 /// A configured backend.
@@ -219,6 +224,12 @@ impl State {
         State::deserialize(Value::Object(keys))
     }
 
+    /// Time since the file was written; `None` if that was before the last boot.
+    pub fn age(&self) -> Option<Duration> {
+        let is_of_this_boot = !self.boot_id.is_empty() && self.boot_id == moment::boot_id();
+        is_of_this_boot.then(|| Moment::after_boot(self.written_uptime_ms).elapsed())
+    }
+
     /// Reads the state file that `owner` has written; `None` if `owner` has not written one yet.
     pub fn read_own(paths: &AgentPaths, owner: &LockOwner) -> Option<State> {
         State::read(paths).ok().filter(|state| state.pid == owner.pid)
@@ -242,6 +253,10 @@ pub struct Sources {
 pub struct StateFileWriter {
     path: PathBuf,
     sources: Sources,
+    /// When the agent started.
+    started: Moment,
+    /// When the agent entered its state.
+    since: Moment,
     /// The state as last written.
     state: State,
     /// Why the last write failed.
@@ -252,14 +267,15 @@ impl StateFileWriter {
     /// Creates a writer for an agent that starts now.
     pub fn new(path: PathBuf, identity: &Identity, coordinator: String, sources: Sources) -> StateFileWriter {
         let state = State {
-            started_at: rfc3339(SystemTime::now()),
             public_key: identity.public_key_base64(),
             coordinator,
             agent_version: AGENT_VERSION.to_owned(),
             pid: std::process::id(),
+            boot_id: moment::boot_id(),
             ..State::default()
         };
-        StateFileWriter { path, sources, state, failure: None }
+        let now = Moment::now();
+        StateFileWriter { path, sources, started: now, since: now, state, failure: None }
     }
 
     /// Replaces the file. A failure is logged once per reason.
@@ -282,12 +298,16 @@ impl StateFileWriter {
         let (snapshot, catalog) = (live.snapshot(), offers.snapshot());
         let state = &mut self.state;
         state.written += 1;
-        state.written_at = rfc3339(SystemTime::now());
+        let now = Moment::now();
+        state.written_at = now.rfc3339();
+        state.written_uptime_ms = now.since_boot();
+        state.started_at = self.started.rfc3339();
         let Condition { name, reason } = condition::of(&snapshot, offers, &catalog, backends, token_limit);
         if state.state != name {
             state.state = name.to_owned();
-            state.since = Some(state.written_at.clone());
+            self.since = now;
         }
+        state.since = Some(self.since.rfc3339());
         state.reason = reason;
         state.serving = name == condition::SERVING;
         if state.serving {
@@ -295,7 +315,7 @@ impl StateFileWriter {
         }
         state.paused = offers.is_paused();
         state.connected = snapshot.connection == Connection::Connected;
-        state.connection_since = Some(rfc3339(snapshot.connection_since));
+        state.connection_since = Some(snapshot.connection_since.rfc3339());
         state.provider_id = snapshot.provider_id;
         state.backends = backends.iter().map(Backend::from).collect();
         state.models = offers.visible_offer(&catalog).iter().map(Model::from).collect();
@@ -319,12 +339,12 @@ impl From<&BackendStatus> for Backend {
             id: status.id().to_owned(),
             kind: status.offer().backend.kind().to_owned(),
             offered: status.is_offered(),
-            since: status.since().map(rfc3339),
+            since: status.since().map(Moment::rfc3339),
             models: status.models(),
             error: status.unavailable(),
             last_error: status
                 .last_error()
-                .map(|(at, message)| BackendError { at: rfc3339(*at), message: message.clone() }),
+                .map(|(at, message)| BackendError { at: at.rfc3339(), message: message.clone() }),
             not_offered: excluded.chain(withdrawn).collect(),
             listing_limit: status.not_offered().limit.map(|limit| limit.to_string()),
         }
@@ -359,7 +379,7 @@ impl From<&ResolvedModel> for Model {
 impl From<stats::LastJob> for LastJob {
     fn from(job: stats::LastJob) -> LastJob {
         LastJob {
-            at: rfc3339(job.at),
+            at: job.at.rfc3339(),
             model_id: Some(job.model_id),
             outcome: job.error.map_or("done", ErrorCode::as_str).to_owned(),
             duration_ms: u64::try_from(job.latency.as_millis()).unwrap_or(u64::MAX),
@@ -369,7 +389,7 @@ impl From<stats::LastJob> for LastJob {
 
 impl From<stats::LastError> for LastError {
     fn from(error: stats::LastError) -> LastError {
-        LastError { at: rfc3339(error.at), code: error.code.as_str().to_owned(), message: error.reason }
+        LastError { at: error.at.rfc3339(), code: error.code.as_str().to_owned(), message: error.reason }
     }
 }
 
@@ -433,7 +453,7 @@ mod tests {
             r#""p50_latency_ms":0,"p95_latency_ms":0,"tokens_per_sec_p50":0.0,"jobs":{"in_flight":0,"done":0,"failed":0,"#,
             r#""cancelled":0,"lost":0,"refused":0,"refused_by_cause":{}},"tokens":{"input":0,"output":0},"#,
             r#""last_job":{"at":"","model_id":null,"outcome":"","duration_ms":0},"#,
-            r#""last_error":{"at":"","code":"","message":""}}"#,
+            r#""last_error":{"at":"","code":"","message":""},"boot_id":"","written_uptime_ms":0}"#,
         );
         let text = serde_json::to_string(&state).expect("JSON");
         assert_eq!(text, expected);

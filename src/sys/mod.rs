@@ -7,6 +7,7 @@ pub mod file_access;
 pub mod files;
 pub mod jitter;
 pub mod malloc;
+pub mod moment;
 pub mod oom;
 pub mod operator_path;
 pub mod permissions;

@@ -147,7 +147,7 @@ impl Report {
         // was just rewritten does, whatever the clock of its file system shows.
         let is_old = |age: &Duration| report.has_file && !is_fresh && *age >= LIVENESS_TIMEOUT;
         let is_unwritable = |age: Duration| is_old(&age) || (report.has_file && !is_fresh && !owner.is_recorded);
-        if file_age(paths).is_some_and(is_unwritable) {
+        if file_age(paths).max(report.state.age()).is_some_and(is_unwritable) {
             let what = "it cannot write its files; its log says why (is the disk full? is it read-only?)";
             report.last_state = Some(report.state.state.clone());
             report.state.since = None;

@@ -21,7 +21,7 @@ const YELLOW: &str = "33";
 /// Renders the page.
 pub fn page(report: &Report, terminal: Terminal) -> String {
     let Report { state, has_file, is_running, notes, .. } = report;
-    let mut page = Page { text: String::new(), terminal };
+    let mut page = Page { text: String::new(), terminal, now: present(state) };
     headline(&mut page, state, *is_running);
     for note in notes {
         page.advice(&text(note));
@@ -39,11 +39,29 @@ pub fn page(report: &Report, terminal: Terminal) -> String {
 struct Page {
     text: String,
     terminal: Terminal,
+    /// The present in Unix seconds, as [`present`] returns it.
+    now: i64,
+}
+
+/// The present by the wall clock that showed the dates in the state, which may have been corrected since. Only a state of another
+/// version, or of an earlier boot, is compared with the wall clock of this moment.
+fn present(state: &State) -> i64 {
+    let counted = || {
+        let age = i64::try_from(state.age()?.as_secs()).ok()?;
+        datetime::parse_rfc3339(&state.written_at)?.checked_add(age)
+    };
+    counted().unwrap_or_else(datetime::now)
 }
 
 impl Page {
     fn line(&mut self, label: &str, text: &str) {
         self.text += &wrap(&format!("{:LABEL_WIDTH$}", format!("  {label}")), text, self.terminal.width);
+    }
+
+    /// The time since a date in the state, with no-break spaces; `None` if `date` is not a date.
+    fn ago(&self, date: &str) -> Option<String> {
+        let passed = self.now - datetime::parse_rfc3339(date)?;
+        Some(datetime::format_duration(u64::try_from(passed).unwrap_or(0)).replace(' ', "\u{a0}"))
     }
 
     fn advice(&mut self, text: &str) {
@@ -54,7 +72,8 @@ impl Page {
 /// Prints the state of the agent, and what the operator can do about it.
 fn headline(page: &mut Page, state: &State, is_running: bool) {
     let name = text(&state.state);
-    let since = state.since.as_deref().and_then(ago).map_or_else(String::new, |ago| format!(" for {ago}"));
+    let since =
+        state.since.as_deref().and_then(|date| page.ago(date)).map_or_else(String::new, |ago| format!(" for {ago}"));
     let reason = state.reason.as_deref().map_or_else(String::new, |reason| format!(": {}", text(reason)));
     let (what, advice) = match name.as_str() {
         "serving" => (format!("serving{since}"), ""),
@@ -89,7 +108,11 @@ fn headline(page: &mut Page, state: &State, is_running: bool) {
         "starting" => ("not serving: the agent has just started".to_owned(), ""),
         "stopped" => ("not running: stopped by the operator".to_owned(), "`usepod-agent service start` starts it"),
         "not_running" => {
-            let seen = ago(&state.written_at).map_or_else(String::new, |ago| format!(" (last seen {ago} ago)"));
+            let seen = if state.age().is_none() && !state.boot_id.is_empty() {
+                " (last seen before the last boot)".to_owned()
+            } else {
+                page.ago(&state.written_at).map_or_else(String::new, |ago| format!(" (last seen {ago} ago)"))
+            };
             (format!("not running{seen}"), "`usepod-agent service status` shows what should start it")
         }
         _ => (format!("not serving: {name}{since}{reason}"), ""),
@@ -106,10 +129,14 @@ fn headline(page: &mut Page, state: &State, is_running: bool) {
 }
 
 fn agent(page: &mut Page, state: &State) {
-    let up = ago(&state.started_at).map_or_else(String::new, |up| format!(", up {up}"));
+    let up = page.ago(&state.started_at).map_or_else(String::new, |up| format!(", up {up}"));
     let who = state.provider_id.as_deref().map_or_else(|| "not yet enrolled".to_owned(), text);
     page.line("agent", &format!("{}, pid {}{up}, {who}", text(&state.agent_version), state.pid));
-    let since = state.connection_since.as_deref().and_then(ago).map_or_else(String::new, |ago| format!(" for {ago}"));
+    let since = state
+        .connection_since
+        .as_deref()
+        .and_then(|date| page.ago(date))
+        .map_or_else(String::new, |ago| format!(" for {ago}"));
     let link = if state.connected { "connected" } else { "not connected" };
     page.line("coordinator", &format!("{}, {link}{since}", text(&state.coordinator)));
 }
@@ -117,7 +144,11 @@ fn agent(page: &mut Page, state: &State) {
 fn backends(page: &mut Page, state: &State) {
     let mut label = "backends";
     for backend in &state.backends {
-        let since = backend.since.as_deref().and_then(ago).map_or_else(String::new, |ago| format!(" for {ago}"));
+        let since = backend
+            .since
+            .as_deref()
+            .and_then(|date| page.ago(date))
+            .map_or_else(String::new, |ago| format!(" for {ago}"));
         let condition = match &backend.error {
             _ if backend.offered => format!("healthy{since}, {} model(s)", backend.models.unwrap_or_default()),
             Some(why) => format!("not offered{since}: {}", text(why)),
@@ -125,7 +156,7 @@ fn backends(page: &mut Page, state: &State) {
         };
         let last_error = backend.last_error.as_ref().filter(|_| backend.offered);
         let last = last_error
-            .and_then(|error| Some(format!("; last error {} ago: {}", ago(&error.at)?, text(&error.message))))
+            .and_then(|error| Some(format!("; last error {} ago: {}", page.ago(&error.at)?, text(&error.message))))
             .unwrap_or_default();
         let excluded = backend.not_offered.iter().map(|model| (model.model_id.as_str(), text(&model.reason)));
         let excluded = summary(excluded, backend.listing_limit.as_deref().map(text)).filter(|_| backend.offered);
@@ -189,22 +220,16 @@ fn jobs(page: &mut Page, state: &State) {
     };
     page.line("latency", &latency);
     if let Some(LastJob { at, model_id, outcome, duration_ms }) = &state.last_job
-        && let Some(ago) = ago(at)
+        && let Some(ago) = page.ago(at)
     {
         let model = model_id.as_deref().map(text).unwrap_or_default();
         page.line("last job", &format!("{ago} ago: {model} {}, {duration_ms} ms", text(outcome)));
     }
     if let Some(LastError { at, code, message }) = &state.last_error
-        && let Some(ago) = ago(at)
+        && let Some(ago) = page.ago(at)
     {
         page.line("last error", &format!("{ago} ago: {}: {}", text(code), text(message)));
     }
-}
-
-/// The time since a date, with no-break spaces; `None` if `date` is not a date.
-fn ago(date: &str) -> Option<String> {
-    let passed = datetime::now() - datetime::parse_rfc3339(date)?;
-    Some(datetime::format_duration(u64::try_from(passed).unwrap_or(0)).replace(' ', "\u{a0}"))
 }
 
 #[cfg(test)]

@@ -548,3 +548,52 @@ fn user_unit_without_linger_is_a_failure_with_the_command() {
         assert_eq!(report.contains("loginctl enable-linger"), expected.starts_with('✗'), "{answer}: {report}");
     });
 }
+
+/// A machine without a battery for its clock starts in 1970, and steps to the present once it has a network; or back.
+#[test]
+fn clock_that_steps_56_years_changes_no_duration() {
+    const YEARS: i64 = 56 * 365 * 86_400;
+    for (before, after) in [(-YEARS, 0), (0, -YEARS), (0, 3 * YEARS)] {
+        let backend = Backend::vllm(&["m"]);
+        let coordinator = Coordinator::new();
+        let setup = Shim::load(Setup::new(&coordinator.url()).backend(backend.toml()));
+        let shim = Shim::of(&setup);
+        shim.set_clock_off_by(before);
+        let mut agent = setup.start();
+        let session = coordinator.session();
+        let id = session.job("m", json!({}));
+        backend.next().finish();
+        session.outcome(&id).done();
+        wait_until("it serves", || status(&setup).0["state"] == "serving");
+        shim.set_clock_off_by(after);
+        let assert_durations = |page: &str| {
+            assert!(!page.contains("\u{a0}d\u{a0}"), "days, {before} to {after}: {page}");
+        };
+        // With the new clock in both, and with `status` still on another one.
+        let page = run(&setup, &["status"]).ok();
+        assert_durations(&page);
+        assert!(page.starts_with("serving for ") && page.contains("last job"), "{page}");
+        let other_clock = with_refusing_coordinator(&setup);
+        assert_durations(&run(&other_clock, &["status"]).ok());
+        // The dates are those of the clock.
+        let started = status(&setup).0["started_at"].as_str().expect("a date").to_owned();
+        let shown = time::OffsetDateTime::now_utc() + time::Duration::seconds(after);
+        assert!(started.starts_with(&shown.year().to_string()), "{started} is not of {shown}");
+        agent.signal("TERM");
+        agent.wait(SOON);
+        let page = run(&other_clock, &["status"]);
+        assert!(page.stdout.starts_with("not running (last seen "), "{page:?}");
+        assert_durations(&page.stdout);
+    }
+}
+
+#[test]
+fn state_of_an_earlier_boot_has_no_duration() {
+    let rig = Rig::new(&Backend::vllm(&["m"]));
+    drop(rig.agent);
+    let path = rig.setup.identity().with_file_name("identity.key.state");
+    let mut state: Value = serde_json::from_slice(&fs::read(&path).expect("the state file")).expect("JSON");
+    state["boot_id"] = json!("00000000-0000-4000-8000-000000000000");
+    fs::write(&path, state.to_string()).expect("the state file");
+    run(&rig.setup, &["status"]).fails(3, &["not running (last seen before the last boot)"]);
+}
