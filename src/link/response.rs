@@ -26,6 +26,9 @@ const TEXT_CHARS_MAX: usize = 90;
 /// Maximum time for which a `Retry-After` is heeded.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(300);
 
+/// What to do about a response that is not the coordinator's, such as a captive portal's.
+pub const FROM_BETWEEN: &str = "something in between answers: log in there, or correct the URL";
+
 /// The head of a response.
 pub struct Head {
     /// The status code.
@@ -139,7 +142,7 @@ impl fmt::Display for Refusal {
             write!(f, ", to be tried again after {} s", time.as_secs())?;
         }
         if self.is_from_between {
-            f.write_str("; something in between answers: log in there, or correct the URL")?;
+            write!(f, "; {FROM_BETWEEN}")?;
         }
         if !self.excerpt.is_empty() {
             write!(f, "; it says: {}", self.excerpt)?;

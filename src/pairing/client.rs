@@ -9,6 +9,7 @@ use ureq::{Body, Error};
 use super::{Advertised, CoordinatorUrls, Issued, ModelTerms, Paired};
 use crate::backend::{Client, RequestBody, read_bounded};
 use crate::link::protocol::AGENT_VERSION;
+use crate::link::response::FROM_BETWEEN;
 use crate::logging::sanitize_for_log;
 use crate::net::tls::ExtraRoots;
 use crate::sys::datetime;
@@ -111,12 +112,16 @@ impl PairingClient {
             }
             200..=299 => match serde_json::from_slice(&body) {
                 Ok(document @ Value::Object(_)) => Ok((document, date)),
-                _ => Err(PairingError::Transient(format!("the response of {url} is not a JSON object"))),
+                _ => {
+                    Err(PairingError::Transient(format!("the response of {url} is not a JSON object; {FROM_BETWEEN}")))
+                }
             },
             300..=399 => {
                 let target = location.map_or_else(String::new, |to| format!(" to `{}`", sanitize_for_log(&to)));
-                Err(PairingError::Permanent(format!("{}, a redirect{target}; redirects are not followed", place())))
+                let what = format!("{}, a redirect{target}; redirects are not followed; {FROM_BETWEEN}", place());
+                Err(PairingError::Permanent(what))
             }
+            511 => Err(PairingError::Transient(format!("{}; {FROM_BETWEEN}{}", place(), message_in(&body)))),
             408 | 429 | 500.. => Err(PairingError::Transient(format!("{}{}", place(), message_in(&body)))),
             _ => Err(PairingError::Permanent(format!("{}{}", place(), message_in(&body)))),
         }

@@ -584,3 +584,27 @@ fn server_on_a_usual_port_that_wants_a_key_is_named_by_setup() {
         assert!(!file.contains(&format!(":{port}")), "it could not serve yet: {file}");
     });
 }
+
+/// In a hotel, setup meets the portal before the agent does.
+#[test]
+fn captive_portal_is_named_by_setup() {
+    let portal = |status: u16, more: &str| {
+        let head = format!("HTTP/1.1 {status} Portal\r\nContent-Type: text/html\r\nContent-Length: 20\r\n{more}\r\n");
+        format!("{head}<html>Sign in</html>").into_bytes()
+    };
+    let responses = [
+        portal(200, ""),
+        portal(511, ""),
+        portal(302, "Location: http://portal.test/\r\n"),
+        portal(307, "Location: /\r\n"),
+    ];
+    side_by_side(responses, |response| {
+        let market = Backend::new(move |_| Answer::RawThenClose(response.clone()));
+        let home = Scratch::new();
+        let setup = Agent::run(home.path(), &["setup", "--coordinator", &market.url()]);
+        // A redirect ends setup with an error, anything else is retried.
+        wait_until("the portal is named", || {
+            (setup.stdout.text() + &setup.stderr.text()).contains("something in between answers: log in there")
+        });
+    });
+}
