@@ -4,9 +4,9 @@
 //! shows that no agent is running: the content of the file names its owner, which may be in another container, on another host, or
 //! unable to write.
 
-use std::fs::{File, TryLockError};
+use std::fs::{File, Permissions, TryLockError};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -161,7 +161,8 @@ impl InstanceLock {
     pub fn acquire(paths: &AgentPaths) -> Result<InstanceLock, LockError> {
         let file = open(&paths.lock())?;
         take(&file, File::try_lock, paths)?;
-        // The lock file of an older version may be longer.
+        // The lock file of an older version may be longer, and one that others can write to could name any process.
+        let _ = file.set_permissions(Permissions::from_mode(0o600));
         let _ = file.set_len(TEXT_BYTES);
         let lock = InstanceLock { file: Some(file), owner: Mutex::new(this_process()) };
         lock.record_liveness();

@@ -9,4 +9,6 @@ mod live;
 mod state_file;
 
 pub use live::{Connection, LiveState};
-pub use state_file::{Backend, BackendError, Jobs, LastError, LastJob, Model, Sources, State, StateFileWriter, Tokens};
+pub use state_file::{
+    Backend, BackendError, Jobs, LastError, LastJob, Model, NotOffered, Sources, State, StateFileWriter, Tokens,
+};

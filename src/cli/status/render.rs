@@ -6,6 +6,7 @@ use crate::cli::offer::{OfferRow, table};
 use crate::logging::sanitize_for_log as text;
 use crate::observe::{Jobs, LastError, LastJob, State, Tokens};
 use crate::sys::datetime;
+use crate::sys::printable::printable;
 use crate::sys::terminal::{Terminal, wrap};
 
 /// Maximum number of models listed by name; an agent may have hundreds.
@@ -55,7 +56,7 @@ fn present(state: &State) -> i64 {
 
 impl Page {
     fn line(&mut self, label: &str, text: &str) {
-        self.text += &wrap(&format!("{:LABEL_WIDTH$}", format!("  {label}")), text, self.terminal.width);
+        self.add(&wrap(&format!("{:LABEL_WIDTH$}", format!("  {label}")), text, self.terminal.width));
     }
 
     /// The time since a date in the state, with no-break spaces; `None` if `date` is not a date.
@@ -65,7 +66,12 @@ impl Page {
     }
 
     fn advice(&mut self, text: &str) {
-        self.text += &wrap("  -> ", text, self.terminal.width);
+        self.add(&wrap("  -> ", text, self.terminal.width));
+    }
+
+    /// The only way into the page, but for its own colors.
+    fn add(&mut self, text: &str) {
+        self.text += &printable(text);
     }
 }
 
@@ -119,7 +125,7 @@ fn headline(page: &mut Page, state: &State, is_running: bool) {
     };
     let color = if name == "serving" { GREEN } else { YELLOW };
     let what = wrap("", &what, page.terminal.width);
-    page.text += &format!("{}\n", page.terminal.styled(color, what.trim_end()));
+    page.text += &format!("{}\n", page.terminal.styled(color, printable(&what).trim_end()));
     if !advice.is_empty() {
         page.advice(advice);
     }
@@ -186,9 +192,9 @@ fn models(page: &mut Page, state: &State) {
             backend,
         })
         .collect();
-    page.text += &table(&rows, 4, page.terminal.width);
+    page.add(&table(&rows, 4, page.terminal.width));
     if let Some(more) = models.len().checked_sub(MODELS_SHOWN).filter(|more| *more > 0) {
-        page.text += &wrap("    ", &format!("and {more} more: `usepod-agent status --json`"), page.terminal.width);
+        page.add(&wrap("    ", &format!("and {more} more: `usepod-agent status --json`"), page.terminal.width));
     }
 }
 
@@ -235,7 +241,7 @@ fn jobs(page: &mut Page, state: &State) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::observe::{Backend, BackendError, Model};
+    use crate::observe::{Backend, BackendError, Model, NotOffered};
 
     const PLAIN: Terminal = Terminal { width: 60, is_utf8: false, is_live: false, has_color: false };
 
@@ -273,6 +279,8 @@ mod tests {
         let healthy = Backend {
             offered: true,
             last_error: Some(BackendError { at: at(), message: hostile() }),
+            not_offered: vec![NotOffered { model_id: hostile(), reason: hostile() }],
+            listing_limit: Some(hostile()),
             ..Backend::default()
         };
         let state = State {

@@ -353,10 +353,13 @@ fn links_planted_beside_the_identity_are_not_followed() {
     agent.wait(SOON);
     assert!(agent.stderr.whole().contains("symlink"), "the lock is not on the target: {}", agent.stderr.text());
     fs::remove_file(beside(".lock")).expect("removed");
+    // A lock that others can write to could name any process.
+    set_mode(home.write(".usepod-agent/identity.key.lock", ""), 0o666);
     let _agent = setup.start();
     let _session = coordinator.session();
     wait_until("the state is written", || fs::read_to_string(beside(".state")).is_ok_and(|text| text.contains("pid")));
     assert!(fs::symlink_metadata(beside(".state")).expect("the state").is_file());
+    assert_eq!(mode(beside(".lock")), 0o600);
     let config = setup.write();
     let doctor = format!("{plant}; exec \"$0\" doctor --allow-insecure --no-inference -c '{}'", config.display());
     let ran = std::process::Command::new("sh").args(["-c", &doctor]).arg(binary()).current_dir(home.path()).output();
