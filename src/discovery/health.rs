@@ -1,13 +1,13 @@
 //! The health of a backend and of its models, as the outcomes of jobs and trials show it. Knows no clock and no I/O: callers pass the
 //! time.
 //!
-//! - A connection error or a 502 to 504 counts against the backend. Any other 5xx counts against the model only, because the request
-//!   may have caused it.
-//! - A model whose jobs keep failing is *suspect*. A suspect model of a local backend is tried with one completion of one token, and is
-//!   withdrawn only if that fails. A hosted backend charges for completions: its model is withdrawn for a limited time instead.
+//! - Connection errors and 502 to 504 count against the backend. Any other 5xx counts against the model only, because the request may
+//!   have caused it.
+//! - A model whose jobs keep failing is *suspect*. On a local backend, it is tried with a completion of one token, and is withdrawn only
+//!   if that fails. A hosted backend charges for completions, so its model is withdrawn for a limited time instead.
 //!
-//! Invariants: a customer whose requests fail can cause at most one trial per pause, which doubles with each trial; a withdrawal by
-//! jobs alone ends by itself.
+//! Invariants: the pause between two trials of a model doubles with each trial, so that customers whose requests fail cannot keep the
+//! backend busy with trials. A withdrawal that no trial has confirmed ends by itself.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
@@ -17,13 +17,13 @@ use crate::backend::{BackendResult, Fault, JobResult};
 
 /// Consecutive failures after which a backend is withdrawn from the offer, or a model is suspect.
 pub const FAILURES_MAX: u32 = 3;
-/// Minimum number of connection errors and 502 to 504 among the failures for which a backend is withdrawn.
+/// Minimum number of connection errors and 502 to 504 among the failures that withdraw a backend.
 const BACKEND_FAILURES_MIN: u32 = 2;
 /// Time after a withdrawal during which successful probes do not restore the offer: a backend can be healthy and still fail its
-/// jobs. Also the time between two trials of a model. Doubles with each relapse, and with each trial.
-pub const QUARANTINE: Duration = Duration::from_secs(4);
+/// jobs. Doubles with each relapse. Also the pause between two trials of a model, which doubles with each trial.
+const QUARANTINE: Duration = Duration::from_secs(4);
 /// Maximum of the same time.
-pub const QUARANTINE_MAX: Duration = Duration::from_secs(300);
+const QUARANTINE_MAX: Duration = Duration::from_secs(300);
 
 const _: () = assert!(QUARANTINE.as_secs() <= QUARANTINE_MAX.as_secs());
 const _: () = assert!(BACKEND_FAILURES_MIN <= FAILURES_MAX);
@@ -161,7 +161,7 @@ impl Health {
         }
     }
 
-    /// The model becomes suspect: has it tried as soon as a trial is due, or withdraws the model of a hosted backend.
+    /// Makes the model suspect, so that a trial becomes due; withdraws it if the backend is hosted.
     pub fn suspect(&mut self, model_id: &str, now: Instant) {
         let may_try = self.may_try;
         self.model(model_id, now).suspect(may_try, now);
@@ -220,7 +220,7 @@ impl Health {
         self.models.values().filter(|model| model.trust != Trust::Trusted).map(|model| model.due).min()
     }
 
-    /// The server was away and may have been repaired: suspect models are tried at once.
+    /// Makes all trials due at once: the server was away, and may have been repaired.
     pub fn server_returned(&mut self, now: Instant) {
         self.models.values_mut().for_each(|model| model.due = model.due.min(now));
     }

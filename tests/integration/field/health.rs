@@ -151,7 +151,7 @@ fn only_model_that_fails_leaves_the_agent_without_a_healthy_backend() {
     });
 }
 
-/// The operator wants the machine for himself.
+/// The operator needs the machine for other work.
 #[test]
 fn slow_paused_agent_tries_no_model() {
     let backend = Backend::vllm_with(&["bad"], |_| Answer::Raw(response(500, "text/plain", "CUDA error")));
@@ -385,6 +385,26 @@ fn gateway_without_a_server_behind_it_is_backend_unreachable_and_the_next_backen
         rig.session.outcome(&id).done();
         assert_eq!(run(&rig, "alone", request).error(), "backend_unreachable", "{body}");
     });
+}
+
+/// A model that fails on one backend is served by the next that lists it.
+#[test]
+fn model_that_fails_is_served_by_another_backend_that_lists_it() {
+    let failing = Backend::vllm_with(&["m", "n"], |request| match request.json()["model"] == "m" {
+        true => Answer::Raw(response(500, "text/plain", "CUDA error")),
+        false => answer_of_success(),
+    });
+    let other = Backend::vllm_with(&["m"], |_| answer_of_success());
+    let rig = Rig::with(|setup| setup.backend(failing.toml()).backend(other.toml().replace("vllm", "openai")));
+    for _ in 0..3 {
+        run(&rig, "m", json!({})).error();
+    }
+    let offer = rig.session.frame("capabilities", SOON);
+    let kinds: Vec<_> = offer["models"].as_array().expect("models").iter().map(|model| &model["backend"]).collect();
+    assert_eq!((offered(&offer), kinds), (vec!["m", "n"], vec![&json!("openai"), &json!("vllm")]));
+    run(&rig, "m", json!({})).done();
+    run(&rig, "n", json!({})).done();
+    assert_eq!(other.posts(), 1);
 }
 
 /// Like gonka-ai/gonka#1421: a saturated engine misses the deadline of its health check, and a healthy node is restarted.
