@@ -87,6 +87,11 @@ impl Kind {
         }
     }
 
+    /// Whether a job for a listed model may make a server of this kind load it.
+    pub fn loads_on_demand(self) -> bool {
+        matches!(self, Kind::LmStudio | Kind::Ollama)
+    }
+
     /// Whether a server of this kind may be a gateway, which goes on listing models while no server behind it can be reached.
     pub(super) fn may_be_gateway(self) -> bool {
         self == Kind::OpenAi

@@ -82,11 +82,6 @@ impl BackendHandle {
         (ms > 0).then(|| self.created + Duration::from_millis(ms))
     }
 
-    /// Whether a completion may be requested that no customer asked for.
-    pub fn may_try(&self) -> bool {
-        self.health().may_try()
-    }
-
     /// The health, locked.
     pub(super) fn health(&self) -> MutexGuard<'_, Health> {
         self.health.lock().unwrap_or_else(PoisonError::into_inner)

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::health::FAILURES_MAX;
+use super::health::{FAILURES_MAX, Health};
 use super::trial::{Purpose, Trial, TrialOutcome};
 use super::{BackendHandle, BackendOffer, Listing, OfferTerms, ResolvedModel};
-use crate::backend::{BackendError, BackendResult, ProbedModels};
+use crate::backend::{BackendError, BackendResult, Kind, ProbedModels};
 use crate::logging::sanitize_for_log;
 use crate::sys::moment::Moment;
 
@@ -253,7 +253,7 @@ impl BackendStatus {
                 log::info!("{id}: the probe failed ({}); still offered, as it answers jobs", e.for_log());
                 true
             }
-            e if e.is_server_error() && self.suspect_first_model() => {
+            e if e.is_server_error() && self.suspect_some_model() => {
                 self.doubt = Some(e.clone());
                 is_serving
             }
@@ -262,12 +262,21 @@ impl BackendStatus {
     }
 
     /// Has a model tried, because a probe got a 5xx. Returns false if no trial can tell more than the probe.
-    fn suspect_first_model(&mut self) -> bool {
+    fn suspect_some_model(&self) -> bool {
         let may_serve = self.unavailable.as_ref().is_none_or(BackendError::is_server_error);
-        let model = self.last_listing.iter().flatten().find(|model| !self.withdrawn.contains_key(&model.model_id));
-        let Some(model) = model.filter(|_| may_serve && self.handle.may_try()) else { return false };
-        self.handle.health().suspect(&model.model_id, Instant::now());
+        let mut health = self.handle.health();
+        let Some(model_id) = self.model_to_try(&health).filter(|_| may_serve && health.may_try()) else { return false };
+        health.suspect(&model_id, Instant::now());
         true
+    }
+
+    /// The offered model that served last, else the first, unless the trial might load it and unload another.
+    fn model_to_try(&self, health: &Health) -> Option<String> {
+        let listed = self.last_listing.iter().flatten().map(|model| &model.model_id);
+        let mut offered = listed.filter(|model_id| !self.withdrawn.contains_key(*model_id));
+        let loads_on_demand = Kind::from_name(self.offer.backend.kind()).is_some_and(Kind::loads_on_demand);
+        let served = offered.clone().find(|model_id| health.last_served() == Some(model_id));
+        served.or_else(|| offered.next().filter(|_| !loads_on_demand)).cloned()
     }
 
     /// Sets the listing, and forgets the health of models that are not in it.
@@ -328,7 +337,7 @@ fn redacted_reason(e: &BackendError) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::{HttpBackend, HttpStatus, Kind};
+    use crate::backend::{HttpBackend, HttpStatus};
     use crate::config::{Price, Pricing};
 
     #[test]

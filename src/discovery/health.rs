@@ -49,6 +49,8 @@ pub struct Health {
     failing_since: Option<Instant>,
     /// Withdrawals since the last successful job, except the current one.
     relapses: u32,
+    /// The model of the last successful job.
+    last_served: Option<String>,
     /// The models with failed jobs; at most those of the listing.
     models: HashMap<String, ModelHealth>,
 }
@@ -98,6 +100,7 @@ impl Health {
             backend_failures: 0,
             failing_since: None,
             relapses: 0,
+            last_served: None,
             models: HashMap::new(),
         }
     }
@@ -159,6 +162,14 @@ impl Health {
         if let Some(model) = self.models.get_mut(model_id) {
             model.restore();
         }
+        if self.last_served.as_deref() != Some(model_id) {
+            self.last_served = Some(model_id.to_owned());
+        }
+    }
+
+    /// The model of the last successful job.
+    pub fn last_served(&self) -> Option<&str> {
+        self.last_served.as_deref()
     }
 
     /// Makes the model suspect, so that a trial becomes due; withdraws it if the backend is hosted.

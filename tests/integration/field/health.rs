@@ -278,6 +278,25 @@ fn server_that_fails_its_probe_and_a_trial_is_withdrawn() {
     assert_eq!(offered(&rig.session.frame("capabilities", SOON)), ["m"], "the probe succeeds again");
 }
 
+/// A trial of a model that has served nothing may load it, and unload the one that is in use.
+#[test]
+fn failed_probe_makes_no_server_load_a_model() {
+    let fails = Arc::new(AtomicBool::new(false));
+    let is_failing = fails.clone();
+    let backend = Backend::new(move |request| match request.line().as_str() {
+        "GET /v1/models" if is_failing.load(Ordering::SeqCst) => Answer::Raw(response(500, "text/plain", "")),
+        "GET /v1/models" => Answer::Json(200, json!({"data": [{"id": "m"}, {"id": "n"}]})),
+        _ if request.method == "GET" => Answer::Json(404, json!({})),
+        _ if request.json()["status"].is_u64() => Answer::Raw(response(404, "text/plain", "no such model")),
+        _ => answer_of_success(),
+    });
+    let rig = Rig::with(|setup| setup.backend(backend.toml().replace("vllm", "lmstudio")));
+    fails.store(true, Ordering::SeqCst);
+    start_a_probe(&rig, "m");
+    assert_eq!(rig.session.frame("capabilities", SOON)["models"], json!([]));
+    assert!(trials(&backend).is_empty());
+}
+
 /// Path, status, body.
 type ReadinessAnswer = (&'static str, u16, &'static str);
 
