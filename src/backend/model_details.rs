@@ -160,19 +160,19 @@ fn ollama(listed: &[Listed], probe: &Probe<'_>, known: &KnownModels) -> Vec<Lear
     let names = ["name", "model"];
     let asked = if probe.health_response().is_none() { probe.ask("/api/tags") } else { None };
     let tags = probe.health_response().or(asked.as_ref());
-    let tag = |entry: &Value| (text(&entry["digest"]), text(&entry["remote_host"]));
-    let tags = tags.map(|tags| by_name(tags, "models", &names, &["name", "model", "digest", "remote_host"], tag));
-    let tags = tags.unwrap_or_default();
+    let tag = |entry: &Value| (text(&entry["digest"]), exclusion_by_ollama(entry));
+    let fields = ["name", "model", "digest", "remote_host", "capabilities", "details"];
+    let tags = tags.map(|tags| by_name(tags, "models", &names, &fields, tag)).unwrap_or_default();
     let length = |entry: &Value| window(&entry["context_length"]);
     let running = probe.ask("/api/ps");
     let running = running.map(|ps| by_name(&ps, "models", &names, &["name", "model", "context_length"], length));
 
     let before_asking = |listed: &Listed| {
         let id = &listed.model.model_id;
-        let (digest, host) = tags.get(id).cloned().unwrap_or_default();
-        let remote = host.or_else(|| has_cloud_name(id).then(|| "ollama.com".to_owned())).map(Exclusion::Remote);
-        let remote = remote.map(|remote| Details { window: None, exclusion: Some(remote) });
-        let details = remote.or_else(|| known.current(id, digest.as_ref()));
+        let (digest, exclusion) = tags.get(id).cloned().unwrap_or_default();
+        let exclusion = exclusion.or_else(|| has_cloud_name(id).then(|| Exclusion::Remote("ollama.com".to_owned())));
+        let excluded = exclusion.map(|exclusion| Details { window: None, exclusion: Some(exclusion) });
+        let details = excluded.or_else(|| known.current(id, digest.as_ref()));
         let running = match &running {
             None => Running::Unanswered,
             Some(running) => running.get(id).copied().flatten().map_or(Running::AsConfigured, Running::With),
@@ -193,12 +193,22 @@ fn ollama(listed: &[Listed], probe: &Probe<'_>, known: &KnownModels) -> Vec<Lear
 
 /// The details from `/api/show`.
 fn shown(response: &Body) -> Details {
-    let fields = response.fields(&["parameters", "capabilities", "remote_host"]);
-    let exclusion = match text(&fields["remote_host"]) {
-        Some(host) => Some(Exclusion::Remote(host)),
-        None => other_than_chat(&fields).map(Exclusion::NotChat),
-    };
-    Details { window: fields["parameters"].as_str().and_then(num_ctx), exclusion }
+    let fields = response.fields(&["parameters", "capabilities", "remote_host", "details"]);
+    let window = fields["parameters"].as_str().and_then(num_ctx);
+    Details { window, exclusion: exclusion_by_ollama(&fields) }
+}
+
+/// Why a model is not offered, from its entry in `/api/tags` or its `/api/show`. Versions before 0.6.4 state no capabilities.
+fn exclusion_by_ollama(fields: &Value) -> Option<Exclusion> {
+    if let Some(host) = text(&fields["remote_host"]) {
+        return Some(Exclusion::Remote(host));
+    }
+    if fields["capabilities"].is_array() {
+        return other_than_chat(fields).map(Exclusion::NotChat);
+    }
+    // Models of the BERT families compute embeddings.
+    let family = text(&fields["details"]["family"]).filter(|family| family.ends_with("bert"));
+    family.map(Exclusion::NotChat)
 }
 
 /// Whether Ollama's library names cloud models like this: `gpt-oss:120b-cloud`, `glm-4.6:cloud`.

@@ -141,6 +141,33 @@ fn model_that_cannot_chat_is_not_offered_and_validate_and_status_say_why() {
             &[],
             "",
         ),
+        // Before it stated capabilities, an Ollama showed the family of the architecture.
+        (
+            "ollama",
+            vec![
+                ("GET /v1/models", listing(&["all-minilm:latest", "llama3:latest"])),
+                (
+                    "GET /api/tags",
+                    json!({"models": [{"name": "all-minilm:latest", "details": {"family": "bert", "families": ["bert"]}},
+                                      {"name": "llama3:latest", "details": {"family": "llama", "families": null}}]}),
+                ),
+                ("POST /api/show", json!({"parameters": "num_ctx 4096"})),
+            ],
+            &["llama3:latest"],
+            &["all-minilm:latest"],
+            "bert",
+        ),
+        (
+            "ollama",
+            vec![
+                ("GET /v1/models", listing(&["bge-m3:latest"])),
+                ("GET /api/tags", json!({"models": [{"model": "bge-m3:latest", "capabilities": ["embedding"]}]})),
+                ("POST /api/show", json!({})),
+            ],
+            &[],
+            &["bge-m3:latest"],
+            "embedding",
+        ),
         // An older Ollama states no capabilities.
         ("ollama", vec![("GET /v1/models", listing(&["llava"])), ("POST /api/show", json!({}))], &["llava"], &[], ""),
         // vLLM's pooling models, and a model that transcribes speech.
