@@ -54,6 +54,7 @@
 //! | wait for the end of a complete response | `DONE_GRACE` and `FINISHED_GRACE` in `backend::stream::completion` |
 //! | tasks queued for a worker | `TASKS_MAX` in `worker_pool` |
 //! | JSON values in one request, and their depth | `VALUES_MAX` and `DEPTH_MAX` in `backend::raw_job` |
+//! | log lines of a warning that a peer can repeat | `INTERVAL` in `logging::repeats` |
 //! | queued log lines | `QUEUE_LINES_MAX` in `logging` |
 //! | a log file, and its rotated predecessor | `FILE_BYTES_MAX` in `logging::file` |
 //! | concurrent jobs | [`config::MAX_CONCURRENT_RANGE`] |

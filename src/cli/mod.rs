@@ -1,7 +1,7 @@
 //! The command line: one file per command, and here the code that the commands share.
 //!
-//! stdout is for the result of a command, stderr for logs and errors. Both get printable text only: [`print`] and
-//! [`print_to_stderr`] escape the rest, wherever it comes from. [`CliError`] is the complete list of errors, and
+//! stdout is for the result of a command, stderr for logs and errors. Both get printable text only: `print` and
+//! `print_to_stderr` escape the rest, wherever it comes from. [`CliError`] is the complete list of errors, and
 //! [`CliError::exit_code`] of exit codes.
 
 /// `print!` for results: a closed stdout is not an error.
