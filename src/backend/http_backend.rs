@@ -26,7 +26,7 @@ pub struct HttpBackend {
     api: String,
     client: Client,
     support: ServerSupport,
-    /// What the last probe learnt about the models.
+    /// What the last probe learned about the models.
     known: Mutex<KnownModels>,
 }
 

@@ -72,9 +72,9 @@ impl KnownModels {
     }
 }
 
-/// What a probe has learnt about a model.
+/// What a probe has learned about a model.
 #[derive(Debug, Clone, Default)]
-struct Learnt {
+struct Learned {
     /// `None` if the question was not answered.
     details: Option<Details>,
     digest: Option<String>,
@@ -92,15 +92,15 @@ enum Running {
     Unanswered,
 }
 
-impl Learnt {
-    fn details(details: Option<Details>) -> Learnt {
-        Learnt { details, ..Learnt::default() }
+impl Learned {
+    fn details(details: Option<Details>) -> Learned {
+        Learned { details, ..Learned::default() }
     }
 }
 
 /// Completes the listed models. Returns what is known about them.
 pub fn fill_in(kind: Kind, listed: &mut [Listed], probe: &Probe<'_>, known: &KnownModels) -> KnownModels {
-    let learnt = match kind {
+    let learned = match kind {
         _ if listed.is_empty() => return KnownModels::default(),
         Kind::LlamaCpp => llamacpp(listed, probe),
         Kind::LmStudio => lmstudio(listed, probe),
@@ -108,7 +108,7 @@ pub fn fill_in(kind: Kind, listed: &mut [Listed], probe: &Probe<'_>, known: &Kno
         Kind::Vllm | Kind::OpenAi => vllm(listed, probe, known),
         Kind::Venice | Kind::OpenRouter => return KnownModels::default(),
     };
-    let complete = |(listed, Learnt { details, digest, running }): (&mut Listed, Learnt)| {
+    let complete = |(listed, Learned { details, digest, running }): (&mut Listed, Learned)| {
         let before = known.0.get(&listed.model.model_id);
         let is_stale = details.is_none();
         let details = details.or_else(|| Some(before?.details.clone())).unwrap_or_default();
@@ -121,12 +121,12 @@ pub fn fill_in(kind: Kind, listed: &mut [Listed], probe: &Probe<'_>, known: &Kno
         listed.exclusion = listed.exclusion.take().or_else(|| details.exclusion.clone());
         (listed.model.model_id.clone(), KnownModel { details, digest, is_stale, window })
     };
-    KnownModels(listed.iter_mut().zip(learnt).map(complete).collect())
+    KnownModels(listed.iter_mut().zip(learned).map(complete).collect())
 }
 
 /// The window from `/props`. A router reports 0 for itself, so `/props` is queried for each model by name. Only a llama.cpp router, which
 /// lists the status of its models and answers `/props` without a name, heeds `autoload=false`; llama-swap starts the model.
-fn llamacpp(listed: &[Listed], probe: &Probe<'_>) -> Vec<Learnt> {
+fn llamacpp(listed: &[Listed], probe: &Probe<'_>) -> Vec<Learned> {
     const SETTINGS: &str = "default_generation_settings";
     let of_props = |props: Option<Body>| {
         props.map(|props| Details { window: window(&props.fields(&[SETTINGS])[SETTINGS]["n_ctx"]), exclusion: None })
@@ -141,10 +141,10 @@ fn llamacpp(listed: &[Listed], probe: &Probe<'_>) -> Vec<Learnt> {
     let is_asked = |listed: &&Listed| listed.routed && has_own;
     let mut answers = ask_each(listed.iter().filter(is_asked).collect(), of_model).into_iter();
     let details = |listed: &Listed| if is_asked(&listed) { answers.next().flatten() } else { own.clone() };
-    listed.iter().map(details).map(Learnt::details).collect()
+    listed.iter().map(details).map(Learned::details).collect()
 }
 
-fn lmstudio(listed: &[Listed], probe: &Probe<'_>) -> Vec<Learnt> {
+fn lmstudio(listed: &[Listed], probe: &Probe<'_>) -> Vec<Learned> {
     let fields = ["id", "type", "loaded_context_length", "max_context_length"];
     let details = |entry: &Value| Details {
         window: window(&entry["loaded_context_length"]).or_else(|| window(&entry["max_context_length"])),
@@ -152,11 +152,11 @@ fn lmstudio(listed: &[Listed], probe: &Probe<'_>) -> Vec<Learnt> {
     };
     let answer = probe.ask("/api/v0/models").map(|models| by_name(&models, "data", &["id"], &fields, details));
     let of_model = |listed: &Listed| Some(answer.as_ref()?.get(&listed.model.model_id).cloned().unwrap_or_default());
-    listed.iter().map(of_model).map(Learnt::details).collect()
+    listed.iter().map(of_model).map(Learned::details).collect()
 }
 
 /// The window of the running model, else the configured one; never the maximum of the model.
-fn ollama(listed: &[Listed], probe: &Probe<'_>, known: &KnownModels) -> Vec<Learnt> {
+fn ollama(listed: &[Listed], probe: &Probe<'_>, known: &KnownModels) -> Vec<Learned> {
     let names = ["name", "model"];
     let asked = if probe.health_response().is_none() { probe.ask("/api/tags") } else { None };
     let tags = probe.health_response().or(asked.as_ref());
@@ -177,18 +177,18 @@ fn ollama(listed: &[Listed], probe: &Probe<'_>, known: &KnownModels) -> Vec<Lear
             None => Running::Unanswered,
             Some(running) => running.get(id).copied().flatten().map_or(Running::AsConfigured, Running::With),
         };
-        Learnt { details, digest, running }
+        Learned { details, digest, running }
     };
-    let mut learnt: Vec<Learnt> = listed.iter().map(before_asking).collect();
-    let unknown: Vec<usize> = (0..learnt.len()).filter(|index| learnt[*index].details.is_none()).collect();
+    let mut learned: Vec<Learned> = listed.iter().map(before_asking).collect();
+    let unknown: Vec<usize> = (0..learned.len()).filter(|index| learned[*index].details.is_none()).collect();
     let show = |index: &usize| {
         let request = json!({ "model": listed[*index].model.model_id });
         probe.ask_with("/api/show", &request.to_string().into()).map(|response| shown(&response))
     };
     for (index, details) in unknown.iter().zip(ask_each(unknown.iter().collect(), show)) {
-        learnt[*index].details = details;
+        learned[*index].details = details;
     }
-    learnt
+    learned
 }
 
 /// The details from `/api/show`.
@@ -224,7 +224,7 @@ fn num_ctx(parameters: &str) -> Option<u32> {
 }
 
 /// vLLM lists pooling models like chat models, but offers only the routes that its model serves.
-fn vllm(listed: &[Listed], probe: &Probe<'_>, known: &KnownModels) -> Vec<Learnt> {
+fn vllm(listed: &[Listed], probe: &Probe<'_>, known: &KnownModels) -> Vec<Learned> {
     let current = |listed: &Listed| known.current(&listed.model.model_id, None);
     let is_asked = listed.iter().any(|listed| listed.is_of_vllm && current(listed).is_none());
     let details = |api: Body| Details { window: None, exclusion: routes_without_chat(&api).map(Exclusion::NotChat) };
@@ -233,7 +233,7 @@ fn vllm(listed: &[Listed], probe: &Probe<'_>, known: &KnownModels) -> Vec<Learnt
         true => answer.clone().or_else(|| current(listed)),
         false => Some(Details::default()),
     };
-    listed.iter().map(of_model).map(Learnt::details).collect()
+    listed.iter().map(of_model).map(Learned::details).collect()
 }
 
 /// What a server with this OpenAPI description serves, if it does not serve chat. A proxy may list no routes at all.

@@ -405,7 +405,7 @@ fn lora_adapter_has_the_window_of_its_parent() {
 
 /// At 60 ms a question, one question after another would not fit into the time of a probe.
 #[test]
-fn slow_hundred_ollama_models_are_all_learnt_and_not_asked_again() {
+fn slow_hundred_ollama_models_are_all_learned_and_not_asked_again() {
     let names: Vec<String> = (0..100).map(|n| format!("m-{n:02}:latest")).collect();
     let list = listing(&names.iter().map(String::as_str).collect::<Vec<_>>());
     // From the second listing on, one model is another one.
