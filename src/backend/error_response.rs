@@ -87,10 +87,11 @@ const UNREACHABLE: Texts = &[
 ];
 
 /// The server rejects the request, in spite of the status. llama.cpp responds like this to a picture for a text model, to messages or
-/// tools of the wrong type, to an unknown `reasoning_format`, and to `/v1/messages` without messages.
+/// tools of the wrong type, to an unknown `reasoning_format`, and to `/v1/messages` without messages; transformers to a bad temperature.
 const REQUEST_REJECTED: Texts = &[
     &["is not supported"],
     &["are not supported"],
+    &["does not support"],
     &["unsupported"],
     &["failed to parse"],
     &["is required"],
@@ -98,9 +99,15 @@ const REQUEST_REJECTED: Texts = &[
     &["unknown reasoning"],
     &["unknown tool"],
     &["cannot use"],
-    &["json.exception"],
     &["must alternate"],
     &["must be a"],
+    &["has to be"],
+    &["exceeds", "context"],
+    &["json.exception"],
+    &["validation error"],
+    &["invalid request"],
+    &["invalid_request_error"],
+    &["badrequesterror"],
 ];
 
 /// The part of a 5xx response that says whose failure it is, in bytes. What follows may quote the request, and a customer must not be
@@ -225,4 +232,40 @@ fn cannot_chat(body: &str) -> bool {
 
 fn is_bare_text(message: &str) -> bool {
     message.split(|c: char| !c.is_ascii_alphanumeric()).all(|word| word.is_empty() || BARE_WORDS.contains(&word))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Fault;
+
+    #[test]
+    fn beginning_of_a_500_says_whose_failure_it_is() {
+        let table = [
+            (
+                r#"{"error":{"code":500,"message":"image input is not supported - hint: …","type":"server_error"}}"#,
+                Fault::Neither,
+            ),
+            (r#"{"error":"this model does not support images"}"#, Fault::Neither),
+            (r#"{"detail":"`temperature` (=-1.0) has to be a strictly positive float"}"#, Fault::Neither),
+            ("the request exceeds the available context size", Fault::Neither),
+            (r#"{"error":{"message":"litellm.BadRequestError: no","code":"500"}}"#, Fault::Neither),
+            (r#"{"error":{"code":500,"message":"proxy error: Could not establish connection"}}"#, Fault::Backend),
+            ("Request failed: error sending request for url (http://127.0.0.1:8001/)", Fault::Backend),
+            (r#"{"error":"dial tcp 127.0.0.1:5800: connect: connection refused"}"#, Fault::Backend),
+            ("Internal Server Error", Fault::Model),
+            ("CUDA error: operation not supported", Fault::Model),
+            ("", Fault::Model),
+        ];
+        for (body, fault) in table {
+            let error = BackendError::from_status(500, body.as_bytes());
+            assert_eq!((error.fault(), error.is_requesters_fault()), (fault, fault == Fault::Neither), "{body}");
+        }
+        // A customer cannot choose: what is quoted counts neither way.
+        let quoting =
+            |words: &str| format!("{{\"error\":\"{} {words}\"}}", "an unexpected exception occurred ".repeat(6));
+        for words in ["connection refused", "proxy error", "is not supported"] {
+            assert_eq!(BackendError::from_status(500, quoting(words).as_bytes()).fault(), Fault::Model, "{words}");
+        }
+    }
 }
