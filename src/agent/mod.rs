@@ -28,6 +28,7 @@ use crate::job_executor::token_limit::TokenLimit;
 use crate::link::Dialer;
 use crate::link::handshake::{self, HandshakeError};
 use crate::link::protocol::OfferLimits;
+use crate::link::writer::HEARTBEAT_INTERVAL;
 use crate::logging::sanitize_for_log;
 use crate::observe::{Connection, LiveState, Sources, StateFileWriter};
 use crate::sys::{jitter, sd_notify};
@@ -139,7 +140,7 @@ impl Agent {
             let ended = log_and_record_end(&attempt, &live);
             let delay = backoff.delay_after(ended, jitter::random()).max(attempt.retry_after());
             log::info!("reconnecting in {} ms", delay.as_millis());
-            let _ = stop.signal().recv_timeout(delay);
+            wait(delay, stop, &live);
         }
         live.not_connected(Connection::Connecting(None));
         drop(prober);
@@ -189,6 +190,19 @@ impl Agent {
         let authenticated = Instant::now();
         let end = session::serve(half, &first_offer, context);
         Attempt::Served(end, authenticated.elapsed())
+    }
+}
+
+/// Waits before the next attempt, at most until `stop` is requested. The delay may be longer than an agent may show no sign of life.
+fn wait(delay: Duration, stop: &Stop, live: &LiveState) {
+    let until = Instant::now() + delay;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let waited = stop.signal().recv_timeout(left.min(HEARTBEAT_INTERVAL));
+        if waited != Err(RecvTimeoutError::Timeout) || until <= Instant::now() {
+            return;
+        }
+        live.mark_alive();
     }
 }
 

@@ -36,7 +36,7 @@ pub struct Args {
     /// log level: off, error, warn, info, debug or trace (default: the one in agent.toml, else info)
     #[argh(option, from_str_fn(level), arg_name = "level")]
     log_level: Option<LevelFilter>,
-    /// allow a ws:// coordinator, which is not encrypted
+    /// allow a ws:// coordinator on another machine, unencrypted
     #[argh(switch)]
     allow_insecure: bool,
     #[argh(subcommand)]

@@ -338,10 +338,19 @@ fn slow_retry_after_is_the_least_delay_before_the_next_dial() {
     });
     // It is heeded for 5 minutes at most, and a proxy may send it, too.
     let proxy = refusing("HTTP/1.1 503 Busy\r\nRetry-After: 86400\r\n\r\nmaintenance");
-    let agent =
-        Setup::new("wss://coordinator.example/").env("HTTPS_PROXY", &format!("http://{}", proxy.address())).start();
+    let waiting = Setup::new("wss://coordinator.example/").env("HTTPS_PROXY", &format!("http://{}", proxy.address()));
+    let agent = waiting.start();
     agent.stderr.wait_line(&["the proxy in HTTPS_PROXY", "503 Busy", "maintenance"]);
     agent.stderr.wait_line(&["reconnecting in 300000 ms"]);
+    // `run --cron` ends an agent that shows no sign of life for three minutes.
+    let silent = || {
+        let (_, json) = waiting.start_command(&["status", "--json"]).finish(SOON);
+        let status: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+        status["silent_seconds"].as_u64().expect("a number")
+    };
+    assert!(silent() < 5);
+    std::thread::sleep(secs(17));
+    assert!(silent() < 5, "{} s without a sign of life", silent());
 }
 
 /// Each text is escaped once, wherever it is shown.
