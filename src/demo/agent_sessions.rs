@@ -142,10 +142,13 @@ impl Sessions {
         }
     }
 
-    /// Ends a connection: its jobs are lost, and its offer is withdrawn.
+    /// Ends a connection: its jobs are lost, and its offer is withdrawn. The end of another connection than that of the current agent
+    /// says nothing about the agent.
     pub(super) fn leave(&self, connection: u64, end: &str) {
         let mut state = self.lock();
-        end.clone_into(&mut state.last_seen);
+        if state.agent.as_ref().is_none_or(|agent| agent.connection == connection) {
+            end.clone_into(&mut state.last_seen);
+        }
         state.agent.take_if(|agent| agent.connection == connection);
         self.changed.notify_all();
     }

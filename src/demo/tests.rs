@@ -99,6 +99,30 @@ fn submit(coordinator: &Coordinator) -> Result<Job, CoordinatorError> {
 }
 
 #[test]
+fn last_seen_is_that_of_the_current_agent_whatever_other_connections_do() {
+    let coordinator = Coordinator::start().unwrap();
+    let mut agent = ScriptedAgent::dial(&coordinator);
+    let nonce = STANDARD.decode(agent.frame("auth_challenge")["nonce"].as_str().unwrap()).unwrap();
+    agent.authenticate(&nonce);
+    agent.frame("auth_ok");
+    let seen = coordinator.last_seen();
+    assert!(seen.contains("sent no capabilities"), "{seen}");
+    let mut stray = ScriptedAgent::dial(&coordinator);
+    stray.frame("auth_challenge");
+    stray.send(&json!({"type": "nonsense"}));
+    // The coordinator closes the connection, then records its end.
+    while stray.0.read().is_ok() {}
+    let waited = std::time::Instant::now();
+    while waited.elapsed() < Duration::from_millis(100) {
+        assert_eq!(coordinator.last_seen(), seen);
+    }
+    drop(agent);
+    while coordinator.last_seen() == seen {
+        assert!(waited.elapsed() < LIMIT, "the end of the agent itself counts");
+    }
+}
+
+#[test]
 fn job_is_sent_and_its_events_arrive_in_order() {
     let coordinator = Coordinator::start().unwrap();
     assert!(matches!(submit(&coordinator), Err(CoordinatorError::NoAgent)));

@@ -36,10 +36,7 @@ pub enum LockError {
     #[error("an agent with this identity is already running as pid {}; stop that one first", .0.pid)]
     Held(LockOwner),
     /// A process that cannot be seen from here holds the lock.
-    #[error(
-        "an agent with this identity runs in another container or on another host: it holds `{}`, and no process here does; \
-         stop it there, or give each agent its own [identity] key_path", .0.display()
-    )]
+    #[error("{}; {}", self.fault(), self.fix())]
     HeldElsewhere(PathBuf),
     /// There is no lock file, and none can be created.
     #[error("`{}` cannot be locked, because it cannot be created: {why}", path.display())]
@@ -66,6 +63,10 @@ impl LockError {
             LockError::Unusable { path, why } => {
                 format!("`{}` cannot be locked ({why}), so it is unknown whether an agent is running", path.display())
             }
+            LockError::HeldElsewhere(path) => format!(
+                "an agent with this identity runs in another container or on another host; no process here holds `{}`",
+                path.display()
+            ),
             other => other.to_string(),
         }
     }
@@ -95,7 +96,9 @@ impl LockError {
                      if it belongs to another user, as root: {chown}"
                 )
             }
-            _ => "stop that agent where it runs, or give each agent its own [identity] key_path".to_owned(),
+            _ => {
+                "use the same command where that agent runs, or give each agent its own [identity] key_path".to_owned()
+            }
         }
     }
 }

@@ -53,7 +53,7 @@ fn age_liveness(setup: &Setup) {
     fs::write(lock_of(setup), lines.join("\n") + "\n").expect("the lock file");
 }
 
-/// As on SD cards that turn read-only, and on disks that fail.
+/// As on SD cards that turn read-only (yi-hack#56), and on disks that fail.
 #[test]
 fn slow_disk_that_turns_read_only_ends_no_agent_and_its_status_is_unknown() {
     side_by_side([Errno::EROFS, Errno::EIO, Errno::ENOSPC], |errno| {
@@ -135,7 +135,7 @@ fn lock_held_by_nobody_visible_is_an_agent_elsewhere() {
     coordinator.session();
 }
 
-/// A lock file that root has left behind, and NFS without a lock manager.
+/// A lock file that root has left behind, and NFS without a lock manager (anyvm#35).
 #[test]
 fn lock_that_cannot_be_tried_is_a_failure_with_the_chown_and_no_start() {
     type Break = fn(Setup) -> Setup;
@@ -421,7 +421,7 @@ fn with_crontab(setup: Setup) -> Setup {
     setup.env("PATH", &path)
 }
 
-/// As Homebrew, asdf and many operators install programs.
+/// As Homebrew, asdf and many operators install programs (kandev#1162, sciclaw#15).
 #[test]
 fn crontab_names_the_program_by_the_operators_own_path() {
     let setup = with_crontab(Setup::new(&format!("ws://{}/", nobody_at("127.0.0.77"))));
@@ -429,7 +429,9 @@ fn crontab_names_the_program_by_the_operators_own_path() {
     let home = setup.scratch.path();
     let version = home.join("versions/0.4.0");
     fs::create_dir_all(&version).expect("a folder");
-    fs::copy(binary(), version.join("usepod-agent")).expect("a copy");
+    // By another process: a file that this one writes is busy while another thread's child inherits it.
+    let copied = Command::new("cp").arg(binary()).arg(version.join("usepod-agent")).status();
+    assert!(copied.expect("cp").success());
     std::os::unix::fs::symlink("versions/0.4.0", home.join("current")).expect("a link");
     std::os::unix::fs::symlink("../current/usepod-agent", home.join("bin/usepod-agent")).expect("a link");
     set_mode(setup.scratch.write("other/usepod-agent", "#!/bin/sh\n"), 0o755);
@@ -459,6 +461,7 @@ fn crontab_names_the_program_by_the_operators_own_path() {
     assert!(report.contains(&resolved) && report.contains("service install"), "{report}");
 }
 
+/// whenever#15: each deployment added another header.
 #[test]
 fn header_that_crontab_l_prints_does_not_grow_and_edited_times_can_be_uninstalled() {
     const HEADER: &str = "# DO NOT EDIT";
@@ -549,7 +552,8 @@ fn user_unit_without_linger_is_a_failure_with_the_command() {
     });
 }
 
-/// A machine without a battery for its clock starts in 1970, and steps to the present once it has a network; or back.
+/// A machine without a battery for its clock starts in 1970, and steps to the present once it has a network; or back (collectd#1510,
+/// psutil#658).
 #[test]
 fn clock_that_steps_56_years_changes_no_duration() {
     const YEARS: i64 = 56 * 365 * 86_400;
