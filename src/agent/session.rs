@@ -1,5 +1,5 @@
 //! A session: one authenticated connection, from `auth_ok` to its end. A session runs in the caller's thread, which reads the
-//! socket. The first offer is sent when the backends have been probed; until then, jobs wait in [`EarlyJobs`].
+//! socket. The first offer is sent when the backends have been probed; until then, jobs wait in `EarlyJobs`.
 //!
 //! Invariants: the reading thread blocks only on its socket; everything it sends is queued for the writer. When a session
 //! ends, its jobs end: no backend computes answers that cannot be delivered.

@@ -48,7 +48,7 @@ pub enum ListingLimit {
     Models,
     /// The size of a response to a probe.
     Bytes,
-    /// [`MODEL_ID_BYTES_MAX`].
+    /// `MODEL_ID_BYTES_MAX`.
     IdLength,
 }
 

@@ -1,7 +1,7 @@
 //! A datagram socket that wakes the housekeeping thread, from any thread of this process and from other processes of this user, and
 //! answers one question: how the agent is. No second thread has to listen, and no file has to be written.
 //!
-//! Invariants: waking never blocks, and an answer waits at most [`REPLY_TIMEOUT`]. Every wake-up is followed by a return from
+//! Invariants: waking never blocks, and an answer waits at most `REPLY_TIMEOUT`. Every wake-up is followed by a return from
 //! [`WakeSocket::wait`]; several wake-ups may share one return. A wake-up carries no request but the question, so a process that
 //! can send one can do no harm.
 

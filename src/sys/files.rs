@@ -57,7 +57,7 @@ pub fn read_bounded(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
 /// Reads a file of at most `bytes_max` bytes that may also be a pipe, such as `/dev/stdin` or the `<(…)` of a shell.
 ///
 /// # Errors
-/// The file cannot be read, is too large (`FileTooLarge`), or has not ended within [`PIPE_TIMEOUT`] (`TimedOut`).
+/// The file cannot be read, is too large (`FileTooLarge`), or has not ended within `PIPE_TIMEOUT` (`TimedOut`).
 pub fn read_bounded_or_pipe(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
     let (mut file, mut content) = (open_nonblocking(path)?, Vec::new());
     let deadline = Instant::now() + PIPE_TIMEOUT;
