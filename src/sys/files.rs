@@ -120,12 +120,16 @@ pub fn create_atomic(path: &Path, content: &[u8]) -> io::Result<()> {
     })
 }
 
-/// Creates an empty file and its folder, unless they exist. Works on a full disk; a symlink at `path` is not followed.
+/// Creates an empty file and its folder, unless they exist. Works on a full disk; a symlink at `path` is replaced.
 ///
 /// # Errors
 /// The file cannot be created.
 pub fn create_marker(path: &Path) -> io::Result<()> {
     create_folder_of(path)?;
+    // Without a target, it would not count as a marker.
+    if fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink()) {
+        remove_marker(path)?;
+    }
     match owner_only(OpenOptions::new().write(true).create_new(true)).open(path) {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
         _ => Ok(()),

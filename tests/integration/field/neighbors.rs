@@ -365,6 +365,9 @@ fn links_planted_beside_the_identity_are_not_followed() {
     let ran = std::process::Command::new("sh").args(["-c", &doctor]).arg(binary()).current_dir(home.path()).output();
     let ran = Ran::from(ran.expect("a shell"));
     assert!(ran.stdout.contains("is writable"), "{ran:?}");
+    symlink("../nowhere", beside(".paused")).expect("a link");
+    cli(home.path(), &["pause", "-c", config.to_str().expect("UTF-8")], &[]);
+    assert!(fs::symlink_metadata(beside(".paused")).expect("the marker").is_file() && !home.join("nowhere").exists());
     let left = names_in(&home.join(".usepod-agent"));
     assert_eq!(left.iter().filter(|name| name.starts_with(".usepod")).count(), 1, "only the link is left: {left:?}");
     assert_eq!(fs::read_to_string(&precious).expect("the file"), "a file of this user");
