@@ -261,7 +261,7 @@ fn gateway_that_serves_stays_offered_although_a_probe_gets_a_5xx() {
 }
 
 #[test]
-fn server_that_fails_its_probe_and_a_trial_is_withdrawn() {
+fn slow_server_that_fails_its_probe_and_a_trial_is_withdrawn() {
     let fails = Arc::new(AtomicBool::new(false));
     let is_failing = fails.clone();
     let backend = Backend::new(move |request| match request.line().as_str() {
