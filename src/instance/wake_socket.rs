@@ -5,7 +5,9 @@
 //! [`WakeSocket::wait`]; several wake-ups may share one return. A wake-up carries no request but the question, so a process that
 //! can send one can do no harm.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
@@ -25,6 +27,8 @@ const QUESTION: &[u8] = b"?";
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long the answer may wait for a process whose queue is full.
 const REPLY_TIMEOUT: Duration = Duration::from_millis(10);
+/// Maximum length of a socket's path, in bytes: `sun_path` without the final zero.
+const ADDRESS_BYTES_MAX: usize = 107;
 /// Maximum size of an answer, in bytes.
 const ANSWER_BYTES_MAX: usize = 256;
 
@@ -54,16 +58,16 @@ impl WakeSocket {
     /// Creates a socket that other processes of this user can wake, at a path that only this process uses.
     ///
     /// # Errors
-    /// The path is longer than about 100 bytes, or its folder is not writable.
+    /// The name is longer than about 80 bytes, or its folder is not writable.
     pub fn at(path: &Path) -> io::Result<WakeSocket> {
         // A killed agent leaves its socket behind.
         files::remove_marker(path)?;
-        let socket = UnixDatagram::bind(path)?;
+        let socket = with_short_path(path, |short| UnixDatagram::bind(short))?;
         // Not through a symlink that may have replaced the socket.
         let mode = Mode::S_IRUSR | Mode::S_IWUSR;
         fchmodat(AT_FDCWD, path, mode, FchmodatFlags::NoFollowSymlink)?;
         let waker = UnixDatagram::unbound()?;
-        waker.connect(path)?;
+        with_short_path(path, |short| waker.connect(short))?;
         WakeSocket::new(socket, waker, Some(path.to_owned()))
     }
 
@@ -125,12 +129,23 @@ impl Waker {
     }
 }
 
+/// Calls `action` with a path to the same file that is short enough for a socket's address: the folder is opened and named by its
+/// descriptor. The action must not keep the path.
+fn with_short_path<T>(path: &Path, action: impl FnOnce(&Path) -> io::Result<T>) -> io::Result<T> {
+    let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else { return action(path) };
+    if path.as_os_str().len() <= ADDRESS_BYTES_MAX {
+        return action(path);
+    }
+    let folder = File::open(folder)?;
+    action(&Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string()).join(name))
+}
+
 /// Wakes another process; false if it has no socket.
 pub fn wake_process(path: &Path) -> bool {
     let send = || {
         let socket = UnixDatagram::unbound()?;
         socket.set_nonblocking(true)?;
-        socket.send_to(EXTERNAL_WAKE, path)
+        with_short_path(path, |short| socket.send_to(EXTERNAL_WAKE, short))
     };
     match send() {
         Ok(_) => true,
@@ -147,7 +162,7 @@ pub fn ask_process(path: &Path) -> Option<String> {
         socket.set_write_timeout(Some(ANSWER_TIMEOUT))?;
         socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
         // A connected socket receives only from its peer.
-        socket.connect(path)?;
+        with_short_path(path, |short| socket.connect(short))?;
         socket.send(QUESTION)?;
         let mut answer = vec![0; ANSWER_BYTES_MAX];
         let length = socket.recv(&mut answer)?;
@@ -184,6 +199,28 @@ mod tests {
         let wake_socket = WakeSocket::private().expect("sockets");
         wake_socket.waker().wake();
         assert_eq!(wake_socket.wait(None, String::new), Wakeup::Internal);
+    }
+
+    #[test]
+    fn socket_in_a_folder_with_a_long_path_is_reached() {
+        let top = std::env::temp_dir().join(format!("usepod-long-{}", std::process::id()));
+        let folder = top.join("x".repeat(120));
+        std::fs::create_dir_all(&folder).expect("a folder");
+        let path = folder.join("identity.key.wake");
+        assert!(!wake_process(&path));
+        let wake_socket = WakeSocket::at(&path).expect("a socket");
+        assert!(path.exists() && wake_process(&path));
+        assert_eq!(wake_socket.wait(None, String::new), Wakeup::External);
+        wake_socket.waker().wake();
+        assert_eq!(wake_socket.wait(None, String::new), Wakeup::Internal);
+        std::thread::scope(|scope| {
+            let asking = scope.spawn(|| ask_process(&path));
+            assert_eq!(wake_socket.wait(None, || "well".to_owned()), Wakeup::External);
+            assert_eq!(asking.join().expect("no panic").as_deref(), Some("well"));
+        });
+        drop(wake_socket);
+        assert!(!path.exists());
+        std::fs::remove_dir_all(top).expect("removed");
     }
 
     #[test]

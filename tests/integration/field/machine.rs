@@ -318,7 +318,7 @@ fn slow_configuration_may_come_from_a_pipe_that_is_written() {
     let text = setup.toml();
     let mut child = Command::new(binary());
     child.args(["enroll", "--allow-insecure", "--config", "/dev/stdin"]).env("HOME", setup.scratch.path());
-    let mut child = child.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("started");
+    let mut child = child.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("started");
     let mut stdin = child.stdin.take().expect("a pipe");
     let (start, end) = text.split_at(text.len() / 2);
     stdin.write_all(start.as_bytes()).expect("written");
