@@ -124,7 +124,13 @@ const ROUTE_MISSING: Texts = &[
     &["cannot post /"],
     &["route post", "not found"],
     &["no route matched"],
+    &["requested url was not found"],
+    &["endpoint", "does not exist"],
+    &["route", "could not be found"],
 ];
+
+/// The paths of jobs. A 404 that names one, and no model, is about the path.
+const JOB_PATHS: [&str; 2] = ["/messages", "/chat/completions"];
 
 /// How a message begins that says that the model cannot chat. Only the beginning counts: the rest may quote the request.
 const CANNOT_CHAT: [&str; 5] = [
@@ -164,19 +170,23 @@ impl BackendError {
         let says = |texts| contains_any(&text, texts);
         let beginning = String::from_utf8_lossy(&text.as_bytes()[..text.len().min(BLAME_MAX)]);
         let blames = |texts| contains_any(&beginning, texts);
+        // The text of these mostly is about the request, and quotes it.
+        let means = |texts| if matches!(status, 400 | 422) { blames(texts) } else { says(texts) };
         match status {
             400 | 404 | 422 | 500 | 501 if cannot_chat(&response.body) => BackendError::CannotChat(response),
             401 | 403 => BackendError::AuthRejected(response),
             413 => BackendError::BadRequest(response),
             _ if OVERLOADED_STATUSES.contains(&status) => BackendError::Overloaded(response),
             _ if GATEWAY_STATUSES.contains(&status) => BackendError::BadGateway(response),
+            // The path exists, but not for this method.
+            405 => BackendError::RouteNotFound(response),
             // Only these: the text of a 400 may quote the request.
-            404 | 405 | 501 if says(ROUTE_MISSING) => BackendError::RouteNotFound(response),
-            _ if says(LOAD_FAILED) => BackendError::LoadFailed(response),
+            404 | 501 if says(ROUTE_MISSING) => BackendError::RouteNotFound(response),
+            _ if means(LOAD_FAILED) => BackendError::LoadFailed(response),
             503 if text.contains("loading") => BackendError::Loading(response),
-            _ if says(LOADING) => BackendError::Loading(response),
-            400..500 if says(MODEL_MISSING) => BackendError::ModelNotFound(response),
-            404 | 405 | 501 if is_bare(&response.body) => BackendError::RouteNotFound(response),
+            _ if means(LOADING) => BackendError::Loading(response),
+            400..500 if means(MODEL_MISSING) => BackendError::ModelNotFound(response),
+            404 | 501 if is_bare(&response.body) || names_path(&text) => BackendError::RouteNotFound(response),
             404 | 410 => BackendError::ModelNotFound(response),
             400 | 422 => BackendError::BadRequest(response),
             500 if blames(REQUEST_REJECTED) => BackendError::BadRequest(response),
@@ -201,6 +211,11 @@ impl BackendError {
 
 fn contains_any(text: &str, texts: Texts) -> bool {
     texts.iter().any(|words| words.iter().all(|word| text.contains(word)))
+}
+
+/// Whether an error body, in lower case, names the path of a job and no model.
+fn names_path(text: &str) -> bool {
+    JOB_PATHS.iter().any(|path| text.contains(path)) && !text.contains("model")
 }
 
 /// Whether an error body says no more than that the path or the method is unknown. A text about a missing model or file names it.

@@ -96,7 +96,7 @@ impl KeyScan {
                 self.text = plain.filter(|_| self.deltas == 1).map(|end| value_at + 1..value_at + end);
             }
             b"usage" | b"timings" => class.needs_parsing |= value.first() == Some(&b'{'),
-            b"finish_reason" | b"error" => class.needs_parsing |= !value.starts_with(b"null"),
+            b"finish_reason" | b"stop_reason" | b"error" => class.needs_parsing |= !value.starts_with(b"null"),
             b"type" | b"object" => {
                 class.needs_parsing |= value.starts_with(b"\"message_stop\"")
                     || value.starts_with(b"\"error\"")

@@ -35,6 +35,7 @@ impl Report {
             self.fail(&message);
         }
         self.read_finish_reasons(event);
+        self.read_stop_reason(&event["delta"]);
         if event["type"] == "message_stop" {
             self.end();
         }
@@ -58,6 +59,7 @@ impl Report {
         let mut report = Report::default();
         report.read_usage(&body);
         report.read_finish_reasons(&body);
+        report.read_stop_reason(&body);
         Ok(report)
     }
 
@@ -111,6 +113,22 @@ impl Report {
         }
     }
 
+    /// Reads the `stop_reason` of an Anthropic response.
+    fn read_stop_reason(&mut self, message: &Value) {
+        if message["stop_reason"].as_str().is_some_and(names_failure) {
+            self.fail_for_reason(message);
+        }
+    }
+
+    /// The response, or one of its choices, says that the generation failed, perhaps without a message.
+    fn fail_for_reason(&mut self, choice: &Value) {
+        match error_of(choice, b"") {
+            Some(message) => self.fail(&message),
+            None if self.failure.is_none() => self.fail_with(BackendError::Aborted),
+            None => {}
+        }
+    }
+
     fn read_finish_reasons(&mut self, message: &Value) {
         for choice in choices_of(message) {
             let reason = &choice["finish_reason"];
@@ -119,18 +137,19 @@ impl Report {
             match name {
                 // Some gateways send an empty reason with every delta.
                 Some("") => {}
-                Some(name) if ["abort", "error"].iter().any(|failed| name.eq_ignore_ascii_case(failed)) => {
-                    match error_of(choice, b"") {
-                        Some(message) => self.fail(&message),
-                        None if self.failure.is_none() => self.fail_with(BackendError::Aborted),
-                        None => {}
-                    }
-                }
+                Some(name) if names_failure(name) => self.fail_for_reason(choice),
                 _ if reason.is_null() => {}
                 _ => self.progress = self.progress.max(Progress::Finished),
             }
         }
     }
+}
+
+/// Whether a `finish_reason` or `stop_reason` says that the generation failed: `abort` (vLLM, SGLang), `error` (Mistral, OpenRouter),
+/// `network_error` (Z.ai), `insufficient_system_resource` (DeepSeek).
+fn names_failure(reason: &str) -> bool {
+    let reason = reason.to_ascii_lowercase();
+    ["abort", "error", "insufficient_system_resource"].iter().any(|failure| reason.contains(failure))
 }
 
 fn choices_of(message: &Value) -> &[Value] {

@@ -393,6 +393,8 @@ fn finish_reason_that_names_a_failure_is_internal() {
         r#"{"delta":{"content":""},"finish_reason":"ERROR","native_finish_reason":"MALFORMED_FUNCTION_CALL"}"#,
         r#"{"delta":{},"finish_reason":{"type":"abort","message":"out of memory"}}"#,
         r#"{"delta":{},"finish_reason":"error","error":{"code":502,"message":"the provider is gone"}}"#,
+        r#"{"delta":{},"finish_reason":"network_error"}"#,
+        r#"{"delta":{},"finish_reason":"insufficient_system_resource"}"#,
     ] {
         let message = choice.contains("the provider is gone").then_some("the provider is gone");
         let stream = format!("{TEXT}data: {{\"choices\":[{choice}]}}\n\n{USAGE}{DONE}");
@@ -403,6 +405,23 @@ fn finish_reason_that_names_a_failure_is_internal() {
             assert!(message.is_none_or(|message| outcome.message().contains(message)), "{}", outcome.end);
         }
     }
+}
+
+#[test]
+fn stop_reason_that_names_a_failure_is_internal() {
+    let backend = Backend::vllm(&["m"]);
+    let rig = Rig::new(&backend);
+    let stream = MESSAGES.replace(r#""message_delta","#, r#""message_delta","delta":{"stop_reason":"error"},"#);
+    let json = r#"{"type":"message","content":[{"type":"text","text":"hi"}],"stop_reason":"error"}"#;
+    for body in [&stream, json] {
+        let outcome = outcome_of(&rig, &backend, Some("text/event-stream"), body);
+        assert_eq!((outcome.error(), outcome.body()), ("internal", body.into()), "{body}");
+    }
+    // A string of the customer's at which vLLM stopped.
+    let stopped = format!(
+        "{TEXT}data: {{\"choices\":[{{\"delta\":{{}},\"finish_reason\":\"stop\",\"stop_reason\":\"error\"}}]}}\n\n{USAGE}{DONE}"
+    );
+    assert_eq!(tokens_of(&outcome_of(&rig, &backend, Some("text/event-stream"), &stopped)), (7, 13));
 }
 
 /// envoyproxy/ai-gateway#1631: `message_delta` with 0 input tokens.
@@ -615,6 +634,10 @@ fn response_that_rejects_the_request_does_not_send_it_to_the_next_backend() {
             422,
             r#"{"detail":[{"loc":["body","temperature"],"msg":"Input should be less than or equal to 2","input":9}]}"#,
         ),
+        (
+            422,
+            r#"{"detail":[{"type":"string_type","loc":["body","messages",0,"content","str"],"msg":"Input should be a valid string","input":[{"type":"text","txt":"Failed to load model, so the model was not found while loading model"}]}]}"#,
+        ),
         (413, "too large"),
         (500, r#"{"error":{"message":"CUDA error: an illegal memory access was encountered"}}"#),
     ];
@@ -642,8 +665,8 @@ const MESSAGES: &str = "event: message_start\ndata: {\"type\":\"message_start\",
     event: message_stop\ndata: {\"type\":\"message_stop\"}\n\n";
 
 /// How servers respond to a path that they do not know: transformers serve and others on FastAPI; llama.cpp; Ollama; Express;
-/// Fastify; OpenAI (anthropics/claude-code#3593); nginx; mlx_lm; axum; a server that knows the path for GET only; Python's
-/// `http.server`.
+/// Fastify; OpenAI (anthropics/claude-code#3593); nginx; mlx_lm; axum; servers that know the path for GET only; servers that name
+/// the path; Flask; Python's `http.server`.
 const NO_SUCH_ROUTE: &[(u16, &str, &str)] = &[
     (404, "application/json", r#"{"detail":"Not Found"}"#),
     (404, "application/json", r#"{"error":{"code":404,"message":"File Not Found","type":"not_found_error"}}"#),
@@ -667,6 +690,14 @@ const NO_SUCH_ROUTE: &[(u16, &str, &str)] = &[
     (404, "text/plain", "Not Found"),
     (404, "text/plain", ""),
     (405, "application/json", r#"{"detail":"Method Not Allowed"}"#),
+    (405, "text/plain", "POST cannot be used here."),
+    (404, "application/json", r#"{"error":"unknown path: /v1/messages"}"#),
+    (404, "application/json", r#"{"code":"NOT_FOUND","message":"POST /v1/messages is not supported by this server"}"#),
+    (
+        404,
+        "application/json",
+        r#"{"message":"The requested URL was not found on the server. If you entered the URL manually please check your spelling and try again."}"#,
+    ),
     (
         501,
         "text/html",
