@@ -25,6 +25,8 @@ pub struct HttpBackend {
     /// Root of the OpenAI and Anthropic routes.
     api: String,
     client: Client,
+    /// Whether the models run on the operator's own hardware.
+    is_own: bool,
     support: ServerSupport,
     /// What the last probe learned about the models.
     known: Mutex<KnownModels>,
@@ -38,6 +40,8 @@ impl HttpBackend {
             (Some(url), Some(_)) => (url.as_str().to_owned(), url.as_str().to_owned()),
             (Some(url), None) => (url.root().to_owned(), format!("{}/v1", url.root())),
         };
+        // A key for a server on the internet may belong to a service that charges.
+        let may_charge = api_key_env.is_some() && url.as_ref().is_none_or(|url| !url.is_in_local_network());
         let client = Client::new(&root, kind.is_hosted(), ApiKey::from_env(api_key_env));
         HttpBackend {
             kind,
@@ -45,6 +49,7 @@ impl HttpBackend {
             root,
             api,
             client,
+            is_own: !kind.is_hosted() && !may_charge,
             support: ServerSupport::default(),
             known: Mutex::default(),
         }
@@ -79,12 +84,13 @@ impl HttpBackend {
             Some(Exclusion::NotChat(format!("the server said so with HTTP {}", response.status)))
         };
         let mut probed = ProbedModels { limit, ..ProbedModels::default() };
-        for Listed { model, exclusion, .. } in models {
+        for Listed { mut model, exclusion, .. } in models {
+            model.native = self.is_own;
             match exclusion.or_else(|| refused(&model.model_id)) {
                 None => probed.models.push(model),
                 Some(reason) => {
-                    let native = model.native && !matches!(reason, Exclusion::Remote(_));
-                    probed.excluded.push(ExcludedModel { model: BackendModel { native, ..model }, reason });
+                    model.native &= !matches!(reason, Exclusion::Remote(_));
+                    probed.excluded.push(ExcludedModel { model, reason });
                 }
             }
         }

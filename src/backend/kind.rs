@@ -1,6 +1,7 @@
 //! The kinds of backend: name, rank, default addresses and health check of each.
 
 use std::fmt;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ureq::http::Uri;
 
@@ -104,6 +105,9 @@ impl fmt::Display for Kind {
     }
 }
 
+/// The ends of names that exist only within a network.
+const LOCAL_DOMAINS: [&str; 7] = [".localhost", ".local", ".lan", ".internal", ".home.arpa", ".localdomain", ".ts.net"];
+
 /// A validated `http` or `https` address. A trailing slash is removed.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct BaseUrl(String);
@@ -163,10 +167,33 @@ impl BaseUrl {
         uri.is_ok_and(|uri| uri.scheme_str() == Some("https") || uri.host().is_some_and(is_loopback))
     }
 
+    /// Whether the server is on this machine or in its network, as far as the address shows it.
+    pub fn is_in_local_network(&self) -> bool {
+        let uri: Option<Uri> = self.0.parse().ok();
+        let host = uri.as_ref().and_then(Uri::host).unwrap_or_default().trim_matches(['[', ']', '.']);
+        match host.parse() {
+            Ok(IpAddr::V4(ip)) => is_local_v4(ip),
+            Ok(IpAddr::V6(ip)) => match ip.to_ipv4_mapped() {
+                Some(ip) => is_local_v4(ip),
+                None => ip.is_loopback() || ip.is_unique_local() || ip.is_unicast_link_local(),
+            },
+            Err(_) => {
+                let host = host.to_ascii_lowercase();
+                !host.contains('.') || LOCAL_DOMAINS.iter().any(|domain| host.ends_with(domain))
+            }
+        }
+    }
+
     /// The root of the server's own routes: the address without a trailing `/v1`.
     pub fn root(&self) -> &str {
         self.0.strip_suffix("/v1").unwrap_or(&self.0).trim_end_matches('/')
     }
+}
+
+fn is_local_v4(ip: Ipv4Addr) -> bool {
+    // 100.64.0.0/10 is what Tailscale uses.
+    let is_shared = ip.octets()[0] == 100 && ip.octets()[1] & 0xc0 == 64;
+    ip.is_loopback() || ip.is_private() || ip.is_link_local() || ip.is_unspecified() || is_shared
 }
 
 impl fmt::Display for BaseUrl {
@@ -190,6 +217,30 @@ mod tests {
             ("https://[::1]:8000/x/v1", "https://[::1]:8000/x"),
         ] {
             assert_eq!(BaseUrl::parse(given).expect(given).root(), root);
+        }
+    }
+
+    #[test]
+    fn base_url_is_in_the_local_network_if_the_address_shows_it() {
+        for (host, is_local) in [
+            ("localhost:1", true),
+            ("127.0.0.9", true),
+            ("[::1]:1", true),
+            ("[::ffff:10.0.0.1]", true),
+            ("192.168.1.2:8000", true),
+            ("100.101.2.3", true),
+            ("[fd00::1]", true),
+            ("gpu-box", true),
+            ("GPU.LAN:1/v1", true),
+            ("api.groq.com/openai/v1", false),
+            ("8.8.8.8", false),
+            ("100.200.2.3", false),
+            ("[2001:db8::1]:443", false),
+            ("local", true),
+            ("evil-local.com", false),
+        ] {
+            let url = BaseUrl::parse(&format!("http://{host}")).expect(host);
+            assert_eq!(url.is_in_local_network(), is_local, "{host}");
         }
     }
 

@@ -220,6 +220,8 @@ impl BackendStatus {
         if let Some(listed) = listed {
             let mut selected = self.offer.select(listed);
             let models = std::mem::take(&mut selected.models);
+            let remote = models.iter().filter(|model| !model.native).map(|model| model.model_id.clone()).collect();
+            self.handle.health().set_remote(remote);
             self.set_listing(self.offer.price(models, terms).models, is_serving);
             self.set_not_offered(selected);
         }
@@ -265,7 +267,7 @@ impl BackendStatus {
     fn suspect_some_model(&self) -> bool {
         let may_serve = self.unavailable.as_ref().is_none_or(BackendError::is_server_error);
         let mut health = self.handle.health();
-        let Some(model_id) = self.model_to_try(&health).filter(|_| may_serve && health.may_try()) else { return false };
+        let Some(model_id) = self.model_to_try(&health).filter(|_| may_serve) else { return false };
         health.suspect(&model_id, Instant::now());
         true
     }
@@ -273,7 +275,8 @@ impl BackendStatus {
     /// The offered model that served last, else the first, unless the trial might load it and unload another.
     fn model_to_try(&self, health: &Health) -> Option<String> {
         let listed = self.last_listing.iter().flatten().map(|model| &model.model_id);
-        let mut offered = listed.filter(|model_id| !self.withdrawn.contains_key(*model_id));
+        let mut offered =
+            listed.filter(|model_id| !self.withdrawn.contains_key(*model_id) && health.may_try(model_id));
         let loads_on_demand = Kind::from_name(self.offer.backend.kind()).is_some_and(Kind::loads_on_demand);
         let served = offered.clone().find(|model_id| health.last_served() == Some(model_id));
         served.or_else(|| offered.next().filter(|_| !loads_on_demand)).cloned()

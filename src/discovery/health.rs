@@ -1,15 +1,15 @@
 //! The health of a backend and of its models, as the outcomes of jobs and trials show it. Knows no clock and no I/O: callers pass the
 //! time.
 //!
-//! - Connection errors and 502 to 504 count against the backend. Any other 5xx counts against the model only, because the request may
-//!   have caused it.
+//! - Connection errors and 502 to 504 count against the backend, and against the model in case the others serve. Any other 5xx counts
+//!   against the model only, because the request may have caused it.
 //! - A model whose jobs keep failing is *suspect*. On a local backend, it is tried with a completion of one token, and is withdrawn only
-//!   if that fails. A hosted backend charges for completions, so its model is withdrawn for a limited time instead.
+//!   if that fails. A model that runs elsewhere may cost money, so it is withdrawn for a limited time instead.
 //!
 //! Invariants: the pause between two trials of a model doubles with each trial, so that customers whose requests fail cannot keep the
 //! backend busy with trials. A withdrawal that no trial has confirmed ends by itself.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use super::trial::TrialOutcome;
@@ -43,6 +43,8 @@ pub enum Verdict {
 pub struct Health {
     /// Whether a model may be tried; false for hosted backends, which charge for it.
     may_try: bool,
+    /// The models that run elsewhere, on the operator's account, and are not tried.
+    remote: HashSet<String>,
     failures: Failures,
     /// The number of consecutive failures that were the backend's.
     backend_failures: u32,
@@ -66,7 +68,9 @@ struct Failures {
 struct ModelHealth {
     failures: Failures,
     trust: Trust,
-    /// The time until the next trial, or until a hosted model is restored.
+    /// Whether the model is tried; if not, its withdrawal ends by itself.
+    may_try: bool,
+    /// The time until the next trial, or until the withdrawal ends.
     pause: Duration,
     due: Instant,
 }
@@ -96,6 +100,7 @@ impl Health {
     pub fn new(may_try: bool) -> Health {
         Health {
             may_try,
+            remote: HashSet::new(),
             failures: Failures::default(),
             backend_failures: 0,
             failing_since: None,
@@ -105,9 +110,9 @@ impl Health {
         }
     }
 
-    /// Whether a model may be tried.
-    pub fn may_try(&self) -> bool {
-        self.may_try
+    /// Whether the model may be tried.
+    pub fn may_try(&self, model_id: &str) -> bool {
+        self.may_try && !self.remote.contains(model_id)
     }
 
     /// When the last failure was counted.
@@ -146,7 +151,9 @@ impl Health {
             self.models.values_mut().filter(|model| !model.is_withdrawn()).for_each(ModelHealth::restore);
             return Verdict::BackendFails;
         }
-        if fault == Fault::Model && self.model(model_id, now).count(began, now) {
+        // While the backend is withdrawn, its failures say nothing about the model.
+        let may_be_the_models = fault == Fault::Model || self.failing_since.is_none();
+        if may_be_the_models && self.model(model_id, now).count(began, now) {
             self.suspect(model_id, now);
             return Verdict::ModelFails;
         }
@@ -172,9 +179,9 @@ impl Health {
         self.last_served.as_deref()
     }
 
-    /// Makes the model suspect, so that a trial becomes due; withdraws it if the backend is hosted.
+    /// Makes the model suspect, so that a trial becomes due; withdraws it if it may not be tried.
     pub fn suspect(&mut self, model_id: &str, now: Instant) {
-        let may_try = self.may_try;
+        let may_try = self.may_try(model_id);
         self.model(model_id, now).suspect(may_try, now);
     }
 
@@ -200,6 +207,11 @@ impl Health {
         true
     }
 
+    /// Sets the models that run elsewhere, on the operator's account.
+    pub fn set_remote(&mut self, remote: HashSet<String>) {
+        self.remote = remote;
+    }
+
     /// Forgets the models that the backend no longer lists.
     pub fn retain_models(&mut self, is_listed: impl Fn(&str) -> bool) {
         self.models.retain(|model_id, _| is_listed(model_id));
@@ -214,16 +226,16 @@ impl Health {
         withdrawn.collect()
     }
 
-    /// Restores the models of a hosted backend whose time is over. Returns whether there were any.
+    /// Restores the models whose withdrawal ends by itself. Returns whether there were any.
     pub fn release(&mut self, now: Instant) -> bool {
-        let due = self.models.values_mut().filter(|model| model.trust != Trust::Trusted && model.due <= now);
-        !self.may_try && due.map(ModelHealth::restore).count() > 0
+        let due = self.models.values_mut().filter(|model| model.is_due(now) && !model.may_try);
+        due.map(ModelHealth::restore).count() > 0
     }
 
     /// The model whose trial is due first.
     pub fn due_trial(&self, now: Instant) -> Option<&str> {
-        let due = self.models.iter().filter(|(_, model)| model.trust != Trust::Trusted && model.due <= now);
-        due.min_by_key(|(_, model)| model.due).filter(|_| self.may_try).map(|(model_id, _)| model_id.as_str())
+        let due = self.models.iter().filter(|(_, model)| model.is_due(now) && model.may_try);
+        due.min_by_key(|(_, model)| model.due).map(|(model_id, _)| model_id.as_str())
     }
 
     /// When the next trial or release is due.
@@ -255,7 +267,7 @@ impl Health {
 
 impl ModelHealth {
     fn new(now: Instant) -> ModelHealth {
-        ModelHealth { failures: Failures::default(), trust: Trust::Trusted, pause: QUARANTINE, due: now }
+        ModelHealth { failures: Failures::default(), trust: Trust::Trusted, may_try: true, pause: QUARANTINE, due: now }
     }
 
     /// Counts a failure. Returns whether the model has become suspect.
@@ -267,6 +279,7 @@ impl ModelHealth {
         if now > self.due + QUARANTINE_MAX {
             self.pause = QUARANTINE;
         }
+        self.may_try = may_try;
         if may_try {
             self.trust = Trust::Suspect;
             self.due = self.due.max(now);
@@ -275,6 +288,11 @@ impl ModelHealth {
             self.due = now + self.pause;
             self.pause = doubled(self.pause, 1);
         }
+    }
+
+    /// Whether a trial or the end of the withdrawal is due.
+    fn is_due(&self, now: Instant) -> bool {
+        self.trust != Trust::Trusted && self.due <= now
     }
 
     fn is_withdrawn(&self) -> bool {
@@ -369,6 +387,33 @@ mod tests {
             let mut bench = Bench::new(true);
             assert_eq!(mixed.map(|code| bench.job("m", &status(code)))[2], Verdict::BackendFails, "{mixed:?}");
         }
+    }
+
+    #[test]
+    fn model_whose_gateway_cannot_reach_its_server_is_suspect_while_others_serve() {
+        for outcome in [refused(), status(502), status(503), Err(BackendError::Broken("reset".into()))] {
+            let mut bench = Bench::new(true);
+            let verdicts = [0; 3].map(|_| {
+                bench.job("good", &ok());
+                bench.job("bad", &outcome)
+            });
+            assert_eq!(verdicts, [Verdict::Unchanged, Verdict::Unchanged, Verdict::ModelFails], "{outcome:?}");
+            assert!(bench.trial(failed()) && bench.withdrawn() == ["bad"], "{outcome:?}");
+        }
+    }
+
+    #[test]
+    fn model_that_runs_elsewhere_is_never_tried_and_its_withdrawal_ends_by_itself() {
+        let mut bench = Bench::new(true);
+        bench.health.set_remote(["cloud".to_owned()].into());
+        for model_id in ["cloud", "local"] {
+            (0..FAILURES_MAX).for_each(|_| _ = bench.job(model_id, &status(500)));
+        }
+        assert_eq!(bench.withdrawn(), ["cloud"]);
+        assert_eq!(bench.health.due_trial(bench.now), Some("local"));
+        bench.now += QUARANTINE;
+        assert!(bench.health.release(bench.now) && bench.withdrawn().is_empty());
+        assert_eq!(bench.health.due_trial(bench.now), Some("local"));
     }
 
     #[test]

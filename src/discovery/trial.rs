@@ -1,7 +1,7 @@
 //! A trial: one completion of one token, by which a model whose jobs fail shows whether it serves. Runs like a job, so that it fails
 //! like one.
 //!
-//! Invariants: a trial is limited in tokens, bytes and time, and is never run on a hosted backend, which would charge for it.
+//! Invariants: a trial is limited in tokens, bytes and time, and is never run where the operator may be charged for it.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
