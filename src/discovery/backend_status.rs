@@ -275,8 +275,7 @@ impl BackendStatus {
     /// The offered model that served last, else the first, unless the trial might load it and unload another.
     fn model_to_try(&self, health: &Health) -> Option<String> {
         let listed = self.last_listing.iter().flatten().map(|model| &model.model_id);
-        let mut offered =
-            listed.filter(|model_id| !self.withdrawn.contains_key(*model_id) && health.may_try(model_id));
+        let mut offered = listed.filter(|model_id| !self.withdrawn.contains_key(*model_id) && health.may_try(model_id));
         let loads_on_demand = Kind::from_name(self.offer.backend.kind()).is_some_and(Kind::loads_on_demand);
         let served = offered.clone().find(|model_id| health.last_served() == Some(model_id));
         served.or_else(|| offered.next().filter(|_| !loads_on_demand)).cloned()
