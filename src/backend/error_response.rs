@@ -142,25 +142,8 @@ const CANNOT_CHAT: [&str; 5] = [
 ];
 
 /// What a message consists of if it says only that the path or the method is unknown.
-const BARE_WORDS: [&str; 17] = [
-    "404",
-    "405",
-    "501",
-    "the",
-    "requested",
-    "page",
-    "file",
-    "resource",
-    "endpoint",
-    "route",
-    "path",
-    "url",
-    "method",
-    "not",
-    "found",
-    "allowed",
-    "implemented",
-];
+const BARE_WORDS: &str = "404 405 501 http error unknown no such this the requested page file resource endpoint route path url method \
+    does was could be not found exist allowed implemented supported on server";
 
 impl BackendError {
     /// The cause that an unsuccessful HTTP response indicates.
@@ -246,7 +229,46 @@ fn cannot_chat(body: &str) -> bool {
 }
 
 fn is_bare_text(message: &str) -> bool {
-    message.split(|c: char| !c.is_ascii_alphanumeric()).all(|word| word.is_empty() || BARE_WORDS.contains(&word))
+    message
+        .split(|c: char| !c.is_ascii_alphanumeric())
+        .all(|word| word.is_empty() || BARE_WORDS.split(' ').any(|bare| bare == word))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cause_follows_from_the_status_or_the_text() {
+        use BackendError::{BadGateway, LoadFailed, ModelNotFound, Overloaded, RouteNotFound, Status};
+        let cases: &[(u16, &str, fn(HttpStatus) -> BackendError)] = &[
+            (509, "", Overloaded),
+            (500, r#"{"error":"Server busy: the queue is full"}"#, Overloaded),
+            (527, "", BadGateway),
+            (598, "", BadGateway),
+            (500, r#"{"error":"dial tcp 127.0.0.1:9999: connect: connection refused"}"#, BadGateway),
+            (500, r#"{"error":"error loading model /models/blobs/sha256-1"}"#, LoadFailed),
+            (500, r#"{"error":"unable to load model: /models/blobs/sha256-1"}"#, LoadFailed),
+            (400, r#"{"error":"Model loading was stopped due to insufficient system resources."}"#, LoadFailed),
+            (
+                404,
+                r#"{"error":{"code":"DeploymentNotFound","message":"The API deployment does not exist."}}"#,
+                ModelNotFound,
+            ),
+            (410, "deprecated", ModelNotFound),
+            (404, r#"{"error":{"message":"Unknown request URL: POST /v1/messages. Please check it."}}"#, RouteNotFound),
+            (404, r#"{"message":"no Route matched with those values"}"#, RouteNotFound),
+            (404, r#"{"error":{"code":404,"message":"Resource not found","type":""}}"#, RouteNotFound),
+            (404, r#"{"status":404,"error":"Not Found","path":"/v1/messages"}"#, RouteNotFound),
+            (404, r#"{"error":"This endpoint does not exist."}"#, RouteNotFound),
+            (405, "", RouteNotFound),
+            (501, r#"{"error":{"code":501,"message":"This server does not support embeddings."}}"#, Status),
+        ];
+        for (status, body, cause) in cases {
+            let response = HttpStatus { status: *status, body: (*body).to_owned() };
+            assert_eq!(BackendError::from_status(*status, body.as_bytes()), cause(response));
+        }
+    }
 }
 
 #[cfg(test)]
