@@ -237,11 +237,14 @@ fn is_bare_text(message: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::Fault;
 
     #[test]
     fn cause_follows_from_the_status_or_the_text() {
         use BackendError::{BadGateway, LoadFailed, ModelNotFound, Overloaded, RouteNotFound, Status};
-        let cases: &[(u16, &str, fn(HttpStatus) -> BackendError)] = &[
+        type Cause = fn(HttpStatus) -> BackendError;
+
+        let cases: &[(u16, &str, Cause)] = &[
             (509, "", Overloaded),
             (500, r#"{"error":"Server busy: the queue is full"}"#, Overloaded),
             (527, "", BadGateway),
@@ -269,12 +272,6 @@ mod tests {
             assert_eq!(BackendError::from_status(*status, body.as_bytes()), cause(response));
         }
     }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::backend::Fault;
 
     #[test]
     fn beginning_of_a_500_says_whose_failure_it_is() {

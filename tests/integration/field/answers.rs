@@ -544,6 +544,8 @@ fn cached_tokens_that_the_prompt_tokens_include_are_not_counted_twice() {
 fn two_backends() -> (Backend, Backend, Rig) {
     let (first, second) = (Backend::vllm(&["m"]), Backend::vllm(&["m"]));
     let rig = Rig::with(|setup| setup.backend(first.toml()).backend(second.toml().replace("vllm", "openai")));
+    // The first offer does not wait for a slow second backend.
+    rig.agent.stderr.wait_line(&[&second.url(), "serving 1 model"]);
     (first, second, rig)
 }
 
