@@ -40,11 +40,11 @@ const CHAT: [&str; 15] = [
     "any-to-any",
     "conversational",
 ];
-/// Parts of other words for the same.
-const CHAT_PARTS: [&str; 2] = ["chat", "completion"];
+/// Parts of other words for the same, or for what only such a model does.
+const CHAT_PARTS: [&str; 6] = ["chat", "completion", "tool", "function-call", "reasoning", "thinking"];
 
 /// Parts of the words for other purposes.
-const OTHER_PARTS: [&str; 20] = [
+const OTHER_PARTS: [&str; 17] = [
     "embed",
     "rerank",
     "feature-extraction",
@@ -57,15 +57,15 @@ const OTHER_PARTS: [&str; 20] = [
     "transcri",
     "speech",
     "whisper",
-    "stt",
-    "tts",
-    "asr",
     "audio",
     "image",
     "video",
     "upscale",
     "inpaint",
 ];
+
+/// Abbreviations of other purposes, which occur in unrelated words too.
+const OTHER_ABBREVIATIONS: [&str; 3] = ["stt", "tts", "asr"];
 
 /// The first purpose that the fields state, if none of the stated purposes is chat.
 pub fn other_than_chat(fields: &Value) -> Option<String> {
@@ -81,7 +81,12 @@ pub fn other_than_chat(fields: &Value) -> Option<String> {
     if words.iter().any(|word| CHAT.contains(&word.as_str()) || has_any(word, &CHAT_PARTS)) {
         return None;
     }
-    words.into_iter().find(|word| has_any(word, &OTHER_PARTS))
+    let is_other = |word: &String| {
+        let is_abbreviation = |part| OTHER_ABBREVIATIONS.contains(&part);
+        // What a model reads says nothing about its purpose.
+        !word.contains("input") && (has_any(word, &OTHER_PARTS) || word.split('-').any(is_abbreviation))
+    };
+    words.into_iter().find(is_other)
 }
 
 /// The purposes in a value: a word, a list of words, or an object whose keys are purposes with true or whose `type` is one.
@@ -119,6 +124,12 @@ mod tests {
             (json!({"task": "automatic-speech-recognition"}), Some("automatic-speech-recognition")),
             (json!({"architecture": {"input_modalities": ["image"], "output_modalities": ["text", "image"]}}), None),
             (json!({"architecture": {"input_modalities": ["text"], "output_modalities": ["image"]}}), Some("image")),
+            (json!({"type": "tts"}), Some("tts")),
+            (json!({"labels": ["kokoro", "realtime-tts"]}), Some("realtime-tts")),
+            (json!({"labels": ["fasttext", "megawatts"]}), None),
+            (json!({"capabilities": ["vision", "audio", "tools"]}), None),
+            (json!({"capabilities": {"image_input": true, "audio_input": true, "function_calling": true}}), None),
+            (json!({"capabilities": {"image_input": true}}), None),
             (json!({"mode": "audio_transcription"}), Some("audio-transcription")),
             (json!({"type": "model", "task": null, "capabilities": 7, "labels": [1, {}]}), None),
             (json!({}), None),
