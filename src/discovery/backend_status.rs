@@ -31,8 +31,8 @@ pub struct BackendStatus {
     not_offered: ProbedModels,
     /// Why the backend is not offered; `None` while it is.
     unavailable: Option<BackendError>,
-    /// A 5xx to the last probe, while a trial decides whether the backend serves nevertheless.
-    doubt: Option<BackendError>,
+    /// A 5xx to the last probe, while the trial of this model decides whether the backend serves nevertheless.
+    doubt: Option<(BackendError, String)>,
     /// The listed models that are not offered because their jobs fail, and the reasons.
     withdrawn: BTreeMap<String, String>,
     /// When the backend was first probed, or last became available or unavailable.
@@ -167,7 +167,12 @@ impl BackendStatus {
 
     /// When [`BackendStatus::apply_health`] or [`BackendStatus::due_trial`] will have something to do.
     pub fn health_due(&self) -> Option<Instant> {
-        self.handle.health().next_due().filter(|_| self.unavailable.is_none() || self.doubt.is_some())
+        let health = self.handle.health();
+        match (&self.unavailable, &self.doubt) {
+            (None, _) => health.next_due(),
+            (Some(_), Some((_, model_id))) => health.trial_due(model_id),
+            (Some(_), None) => None,
+        }
     }
 
     /// The trial to run now. None is run while all slots are taken, as a job would have to wait for it.
@@ -175,9 +180,19 @@ impl BackendStatus {
         if self.handle.slots_free() == 0 || self.health_due().is_none() {
             return None;
         }
-        let purpose = if self.doubt.is_some() { Purpose::Backend } else { Purpose::Model };
-        let model_id = self.handle.health().due_trial(Instant::now())?.to_owned();
-        Some(Trial { model_id, purpose })
+        let (health, now) = (self.handle.health(), Instant::now());
+        match &self.doubt {
+            // Only this model: another may be known to fail while the backend serves.
+            Some((_, model_id)) if health.trial_due(model_id).is_some_and(|due| due <= now) => {
+                Some(Trial { model_id: model_id.clone(), purpose: Purpose::Backend })
+            }
+            _ if self.unavailable.is_some() => None,
+            _ => {
+                let model_id = health.due_trial(now)?.to_owned();
+                let is_withdrawn = self.withdrawn.contains_key(&model_id);
+                Some(Trial { model_id, purpose: if is_withdrawn { Purpose::Withdrawn } else { Purpose::Model } })
+            }
+        }
     }
 
     /// Applies the outcome of a trial. Returns whether the availability has changed.
@@ -188,7 +203,7 @@ impl BackendStatus {
         }
         let (now, model_id) = (Instant::now(), &trial.model_id);
         log::info!("{}: {}: a trial {outcome}", self.id(), sanitize_for_log(model_id));
-        if trial.purpose == Purpose::Model {
+        if trial.purpose != Purpose::Backend {
             self.handle.health().record_trial(model_id, outcome, now);
             return self.update_withdrawn();
         }
@@ -196,7 +211,7 @@ impl BackendStatus {
         self.handle.health().record_trial(model_id, &TrialOutcome::Passed, now);
         match self.doubt.take() {
             Some(_) if has_passed && self.handle.health().is_failing() => false,
-            Some(doubt) => self.set_unavailable(Some(doubt).filter(|_| !has_passed)) | self.update_withdrawn(),
+            Some((doubt, _)) => self.set_unavailable(Some(doubt).filter(|_| !has_passed)) | self.update_withdrawn(),
             // A probe has succeeded meanwhile.
             None => self.update_withdrawn(),
         }
@@ -255,21 +270,25 @@ impl BackendStatus {
                 log::info!("{id}: the probe failed ({}); still offered, as it answers jobs", e.for_log());
                 true
             }
-            e if e.is_server_error() && self.suspect_some_model() => {
-                self.doubt = Some(e.clone());
-                is_serving
+            e if e.is_server_error() => {
+                self.doubt = self.suspect_some_model(is_serving).map(|model_id| (e.clone(), model_id));
+                self.doubt.is_some() && is_serving
             }
             _ => false,
         }
     }
 
-    /// Has a model tried, because a probe got a 5xx. Returns false if no trial can tell more than the probe.
-    fn suspect_some_model(&self) -> bool {
+    /// Has a model tried, because a probe got a 5xx: at once if the backend is offered meanwhile. Returns the model; `None` if no trial
+    /// can tell more than the probe.
+    fn suspect_some_model(&self, is_serving: bool) -> Option<String> {
         let may_serve = self.unavailable.as_ref().is_none_or(BackendError::is_server_error);
-        let mut health = self.handle.health();
-        let Some(model_id) = self.model_to_try(&health).filter(|_| may_serve) else { return false };
-        health.suspect(&model_id, Instant::now());
-        true
+        let (mut health, now) = (self.handle.health(), Instant::now());
+        let model_id = self.model_to_try(&health).filter(|_| may_serve)?;
+        health.suspect(&model_id, now);
+        if is_serving {
+            health.hasten_trial(&model_id, now);
+        }
+        Some(model_id)
     }
 
     /// The offered model that served last, else the first, unless the trial might load it and unload another.
@@ -339,7 +358,7 @@ fn redacted_reason(e: &BackendError) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::{HttpBackend, HttpStatus};
+    use crate::backend::{BackendModel, HttpBackend, HttpStatus};
     use crate::config::{Price, Pricing};
 
     #[test]
@@ -363,5 +382,36 @@ mod tests {
         status.unavailable = None;
         assert!(!status.apply_trial(&trial, &TrialOutcome::Passed), "it was not withdrawn");
         assert_eq!(status.due_trial(), None);
+    }
+
+    #[test]
+    fn backend_in_doubt_is_judged_at_once_by_a_model_that_is_not_withdrawn() {
+        let backend = Arc::new(HttpBackend::new(Kind::Vllm, None, None));
+        let price = Price { input_per_1m: 1, output_per_1m: 1 };
+        let terms = OfferTerms { pricing: Pricing { default: price, models: Default::default() }, max_concurrent: 1 };
+        let offer = BackendOffer { backend, allowed_models: None, max_concurrent: None };
+        let mut status = BackendStatus::new(offer, &terms);
+        // Answers are recorded with a precision of 1 ms.
+        std::thread::sleep(Duration::from_millis(1));
+        let model = |id: &str| BackendModel { model_id: id.into(), context_window: None, native: true };
+        let listed = || ProbedModels::from(vec![model("bad"), model("good")]);
+        assert!(status.apply_probe(Ok(listed()), Instant::now(), &terms));
+        let error = || BackendError::Status(HttpStatus { status: 500, body: String::new() });
+        for _ in 0..FAILURES_MAX {
+            status.handle.record_outcome("bad", Instant::now(), &Err(error()));
+        }
+        let trial = status.due_trial().expect("a trial");
+        assert!(status.apply_trial(&trial, &TrialOutcome::Failed("HTTP 500".into())));
+        status.handle.health().server_returned(Instant::now());
+        assert_eq!(status.due_trial(), Some(Trial { model_id: "bad".into(), purpose: Purpose::Withdrawn }));
+        // The second time, an earlier trial of the model has just ended.
+        for _ in 0..2 {
+            assert!(!status.apply_probe(Err(error()), Instant::now(), &terms));
+            let trial = Trial { model_id: "good".into(), purpose: Purpose::Backend };
+            assert_eq!(status.due_trial(), Some(trial.clone()));
+            assert!(!status.apply_trial(&trial, &TrialOutcome::Passed));
+            status.handle.record_outcome("good", Instant::now(), &Err(error()));
+            assert!(status.is_offered() && status.withdrawn().contains_key("bad"));
+        }
     }
 }

@@ -238,6 +238,19 @@ impl Health {
         due.min_by_key(|(_, model)| model.due).map(|(model_id, _)| model_id.as_str())
     }
 
+    /// When the trial of this model is due.
+    pub fn trial_due(&self, model_id: &str) -> Option<Instant> {
+        let model = self.models.get(model_id).filter(|model| model.trust != Trust::Trusted && model.may_try)?;
+        Some(model.due)
+    }
+
+    /// Makes the trial of this model due at once.
+    pub fn hasten_trial(&mut self, model_id: &str, now: Instant) {
+        if let Some(model) = self.models.get_mut(model_id) {
+            model.due = model.due.min(now);
+        }
+    }
+
     /// When the next trial or release is due.
     pub fn next_due(&self) -> Option<Instant> {
         self.models.values().filter(|model| model.trust != Trust::Trusted).map(|model| model.due).min()

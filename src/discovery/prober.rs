@@ -50,8 +50,8 @@ struct Inbox {
 struct PendingInput {
     requests: Requests,
     results: Vec<Arrival>,
-    /// The outcome of the trial that was running.
-    trial: Option<(usize, Trial, TrialOutcome)>,
+    /// The outcomes of trials.
+    trials: Vec<(usize, Trial, TrialOutcome)>,
     /// Set when the last handle was dropped.
     is_over: bool,
 }
@@ -108,7 +108,7 @@ impl Prober {
             requests: Requests::default(),
             due: None,
             last_round: Instant::now(),
-            is_trying: false,
+            trying: BTreeSet::new(),
         };
         (Prober(Arc::new(Handle { inbox })), rounds)
     }
@@ -158,8 +158,8 @@ pub struct ProbeRounds {
     /// When the next round starts; `None` before the first request.
     due: Option<Instant>,
     last_round: Instant,
-    /// Whether a trial is running; one at a time, so that they take little from the jobs.
-    is_trying: bool,
+    /// The backends with a running trial; one at a time each, so that they take little from the jobs.
+    trying: BTreeSet<usize>,
 }
 
 /// A round in progress.
@@ -191,24 +191,25 @@ impl ProbeRounds {
 
     /// When the next trial or release of a model is due. A trial that is overdue waits for a slot.
     fn health_due(&self) -> Option<Instant> {
-        if self.is_trying || self.offers.is_paused() {
+        if self.offers.is_paused() {
             return None;
         }
-        let due = self.backends.iter().filter_map(BackendStatus::health_due).min()?;
+        let idle = self.backends.iter().enumerate().filter(|(index, _)| !self.trying.contains(index));
+        let due = idle.filter_map(|(_, backend)| backend.health_due()).min()?;
         Some(due.max(Instant::now() + TRIAL_RETRY))
     }
 
     /// Applies probe results, and starts the next round when it is due. Returns whether the offer or the state of a backend has
     /// changed; `None` once the last [`Prober`] was dropped.
     pub fn poll(&mut self) -> Option<bool> {
-        let PendingInput { requests, results, trial, is_over } = std::mem::take(&mut *self.inbox.pending());
+        let PendingInput { requests, results, trials, is_over } = std::mem::take(&mut *self.inbox.pending());
         if is_over {
             return None;
         }
         let results = self.current_results(results);
         let mut is_change = false;
-        if let Some((index, trial, outcome)) = trial {
-            self.is_trying = false;
+        for (index, trial, outcome) in trials {
+            self.trying.remove(&index);
             let backend = &mut self.backends[index];
             is_change |= backend.apply_trial(&trial, &outcome);
             self.requests.withdraw |= backend.may_serve_soon();
@@ -231,7 +232,7 @@ impl ProbeRounds {
                 self.release_waiters();
             }
         }
-        self.start_trial();
+        self.start_trials();
         Some(is_change)
     }
 
@@ -260,20 +261,24 @@ impl ProbeRounds {
         results
     }
 
-    /// Starts the trial that is due, if any. While the operator has paused the agent, the machine is not to be used.
-    fn start_trial(&mut self) {
-        if self.is_trying || self.offers.is_paused() {
+    /// Starts the trials that are due. While the operator has paused the agent, the machine is not to be used.
+    fn start_trials(&mut self) {
+        if self.offers.is_paused() {
             return;
         }
-        let due = self.backends.iter().enumerate().find_map(|(index, backend)| Some((index, backend.due_trial()?)));
-        let Some((index, trial)) = due else { return };
-        let (backend, inbox) = (self.backends[index].offer().backend.clone(), self.inbox.clone());
-        let run = move || {
-            let outcome = trial::run(&*backend, &trial);
-            inbox.add(|pending| pending.trial = Some((index, trial, outcome)));
-        };
-        // Without a thread, the trial stays due.
-        self.is_trying = threads::spawn("trial", run).is_ok();
+        for (index, status) in self.backends.iter().enumerate() {
+            let is_idle = |_: &Trial| !self.trying.contains(&index);
+            let Some(trial) = status.due_trial().filter(is_idle) else { continue };
+            let (backend, inbox) = (status.offer().backend.clone(), self.inbox.clone());
+            let run = move || {
+                let outcome = trial::run(&*backend, &trial);
+                inbox.add(|pending| pending.trials.push((index, trial, outcome)));
+            };
+            // Without a thread, the trial stays due.
+            if threads::spawn("trial", run).is_ok() {
+                self.trying.insert(index);
+            }
+        }
     }
 
     fn apply_probes(&mut self, results: Vec<(usize, ProbeResult)>) -> bool {

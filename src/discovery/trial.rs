@@ -15,6 +15,10 @@ use crate::backend::{Backend, BackendError, BackendResult, Fault, Job, JobSink, 
 /// Time limit for the trial of a model: servers were seen to take most of this to report that a model cannot be loaded.
 const MODEL_TRIAL_TIME: Duration = Duration::from_secs(30);
 
+/// Time limit for the trial of a withdrawn model: large models take minutes to load, and servers stop loading if the client hangs up.
+/// Ollama's own limit.
+const WITHDRAWN_TRIAL_TIME: Duration = Duration::from_secs(300);
+
 /// Time limit for the trial of a backend whose probe failed.
 const BACKEND_TRIAL_TIME: Duration = Duration::from_secs(5);
 
@@ -56,14 +60,17 @@ pub struct Trial {
 pub enum Purpose {
     /// The jobs of the model keep failing.
     Model,
+    /// The model is withdrawn: does it serve again?
+    Withdrawn,
     /// The probe of the backend failed: does it serve nevertheless?
     Backend,
 }
 
-/// Tries a model. Blocks for at most [`MODEL_TRIAL_TIME`].
+/// Tries a model. Blocks for at most [`WITHDRAWN_TRIAL_TIME`].
 pub fn run(backend: &dyn Backend, trial: &Trial) -> TrialOutcome {
     let time = match trial.purpose {
         Purpose::Model => MODEL_TRIAL_TIME,
+        Purpose::Withdrawn => WITHDRAWN_TRIAL_TIME,
         Purpose::Backend => BACKEND_TRIAL_TIME,
     };
     let job = Job {
@@ -78,6 +85,10 @@ pub fn run(backend: &dyn Backend, trial: &Trial) -> TrialOutcome {
     let outcome = catch_unwind(AssertUnwindSafe(|| backend.execute(&job, &mut sink)));
     match outcome.unwrap_or(Err(BackendError::Panicked)) {
         Ok(_) | Err(BackendError::Cancelled) => TrialOutcome::Passed,
+        // It rejects the trial instead of failing. Jobs must show whether it serves.
+        Err(BackendError::BadRequest(response)) if trial.purpose == Purpose::Withdrawn && response.status < 500 => {
+            TrialOutcome::Passed
+        }
         Err(e) if is_failure(&e) => TrialOutcome::Failed(e.for_log()),
         Err(e) => TrialOutcome::Inconclusive(e.for_log()),
     }

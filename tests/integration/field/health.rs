@@ -137,6 +137,25 @@ fn slow_model_that_always_fails_is_withdrawn_alone_until_a_trial_succeeds() {
     });
 }
 
+/// Some models require more than one token.
+#[test]
+fn slow_withdrawn_model_returns_although_its_server_rejects_the_trial() {
+    let fails = Arc::new(AtomicBool::new(true));
+    let is_failing = fails.clone();
+    let backend = Backend::vllm_with(&["m"], move |request| match is_failing.load(Ordering::SeqCst) {
+        true => Answer::Raw(response(500, "text/plain", "out of memory")),
+        false if is_trial(request) => Answer::Raw(response(400, "text/plain", "max_tokens must be at least 16")),
+        false => answer_of_success(),
+    });
+    let rig = Rig::new(&backend);
+    for _ in 0..3 {
+        run(&rig, "m", json!({})).error();
+    }
+    assert_eq!(rig.session.frame("capabilities", SOON)["models"], json!([]));
+    fails.store(false, Ordering::SeqCst);
+    assert_eq!(offered(&rig.session.frame("capabilities", secs(10))), ["m"]);
+}
+
 #[test]
 fn only_model_that_fails_leaves_the_agent_without_a_healthy_backend() {
     let backend = Backend::vllm_with(&["m"], |_| Answer::Raw(response(500, "text/plain", "CUDA error")));
