@@ -28,11 +28,11 @@
 //! - When a session ends, its jobs end.
 //! - No lock is held across a blocking send, a join or I/O.
 //! - Job-serving threads never wait for the disk; the log and the state file are written by dedicated threads.
-//! - The lock file tells a working agent from a hung one, even on a full disk; if it is out of date, the agent's answer over the wake
-//!   socket does. Liveness is recorded only after a heartbeat was written and data was received from the coordinator, or while the
+//! - The lock file distinguishes a working agent from a hung one, even on a full disk; if it is out of date, the agent is asked over
+//!   its wake socket. Liveness is recorded only after a heartbeat was written and data was received from the coordinator, or while the
 //!   agent tries to connect.
-//! - A request is never parsed into a tree, and never copied but out of its frame: the memory for requests is that of their text, and
-//!   that of one frame.
+//! - A request is never parsed into a tree, and is copied only once, out of its frame: requests take the memory of their text, plus
+//!   one frame.
 //! - Prompts, completions, keys, seeds and enrollment codes are never logged, at any level.
 //!
 //! # Modules
@@ -47,9 +47,9 @@
 //! | queued job frames | [`link::write_queues::DATA_LANE_MAX`] |
 //! | queued control messages | [`link::write_queues::CONTROL_LANE_MAX`] |
 //! | requests in flight, total size | [`job_executor::REQUEST_BYTES_MAX`] |
-//! | jobs that wait for the first offer | as many as may be in flight, and as large |
+//! | jobs that wait for the first offer | number and total size as for jobs in flight; 5 s (`FIRST_OFFER_TIMEOUT` in `agent::session`) |
 //! | addresses of a host name | `ADDRESSES_MAX` in `net::resolve` |
-//! | the head of a response to a dial, and what is read of a refusal | `HEAD_BYTES_MAX`, `BODY_BYTES_MAX` in [`link::response`] |
+//! | the head of a response to a dial, and the body of a refusal | `HEAD_BYTES_MAX`, `BODY_BYTES_MAX` in [`link::response`] |
 //! | input buffer of a backend connection | `INPUT_MAX` in `backend::http::tcp`; twice that for a response head |
 //! | wait for the end of a complete response | `DONE_GRACE` and `FINISHED_GRACE` in `backend::stream::completion` |
 //! | tasks queued for a worker | `TASKS_MAX` in `worker_pool` |

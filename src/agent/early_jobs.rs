@@ -1,7 +1,7 @@
 //! Jobs that arrive before the first offer. Which backend serves them is known only once the backends have been probed.
 //!
-//! Invariants: the jobs held are bounded in number and size. A job is dispatched, rejected or cancelled exactly once, in the order
-//! of arrival.
+//! Invariants: the held jobs are bounded in number and size. Each is dispatched, rejected or cancelled exactly once; dispatching
+//! follows the order of arrival.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -16,7 +16,7 @@ use crate::link::write_queues::LaneError;
 pub struct EarlyJobs {
     executor: Arc<JobExecutor>,
     jobs_max: usize,
-    /// `None` from the first offer on.
+    /// The held jobs; `None` after the first offer.
     held: Mutex<Option<Vec<Held>>>,
 }
 
@@ -45,12 +45,12 @@ impl EarlyJobs {
             return Ok(());
         }
         if jobs.len() >= self.jobs_max {
-            let message = "the agent has no offer yet, and as many jobs are waiting for it as it may run";
+            let message = "the agent has no offer yet, and max_concurrent jobs are already waiting for it";
             return self.executor.reject(job.job_id, RejectReason::AtCapacity, message);
         }
         let held_bytes: usize = jobs.iter().map(|held| held.job.request.len()).sum();
         if held_bytes + job.request.len() > REQUEST_BYTES_MAX {
-            let message = "the requests that wait for the first offer leave too little memory for one of this size";
+            let message = "the requests that wait for the first offer leave too little memory for this one";
             return self.executor.reject(job.job_id, RejectReason::NoMemory, message);
         }
         jobs.push(Held { job, arrived: Instant::now() });
@@ -68,7 +68,7 @@ impl EarlyJobs {
         self.executor.reject(job_id, reason, message)
     }
 
-    /// Ends the job without a frame.
+    /// Ends the job, held or in flight, without a frame.
     pub fn cancel(&self, job_id: Uuid) {
         if let Some(jobs) = self.held().as_mut() {
             jobs.retain(|held| held.job.job_id != job_id);
@@ -76,7 +76,7 @@ impl EarlyJobs {
         self.executor.cancel(job_id);
     }
 
-    /// Dispatches the held jobs, with what is left of their deadlines. Holds no further ones.
+    /// Dispatches the held jobs with the rest of their deadlines. Later jobs are dispatched at once.
     pub fn release(&self) {
         // Locked throughout, so that a cancel finds each job either here or in the executor. A dispatch does not block.
         let mut held = self.held();
@@ -93,7 +93,7 @@ impl EarlyJobs {
     }
 }
 
-/// Whether a job with this id is held, which is logged: another with the same id is not answered.
+/// Whether a job with this id is held. If so, logs that the new job is ignored: an answer would end the held one.
 fn is_held(jobs: &[Held], job_id: Uuid) -> bool {
     let is_held = jobs.iter().any(|held| held.job.job_id == job_id);
     if is_held {

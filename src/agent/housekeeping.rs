@@ -1,6 +1,5 @@
 //! The housekeeping thread: sleeps on the wake socket, runs probe rounds, records liveness in the lock file and for
-//! systemd's watchdog, applies the operator's
-//! pause, writes the state file, and returns freed memory to the system.
+//! systemd's watchdog, applies the operator's pause, writes the state file, and returns freed memory to the system.
 //!
 //! Invariants: the thread blocks only on the wake socket and on writing its files; no thread that serves jobs waits for it.
 

@@ -33,7 +33,7 @@ use crate::logging::sanitize_for_log;
 use crate::observe::{Connection, LiveState, Sources, StateFileWriter};
 use crate::sys::{jitter, sd_notify};
 
-/// How long a stopping agent waits until its last state is on the disk, which may hang.
+/// How long a stopping agent waits for its last state to be written: the disk may hang.
 const LAST_WRITE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// An agent, ready to run.
@@ -64,7 +64,7 @@ pub struct InstanceHandle {
 
 /// How one connection ended.
 enum Attempt {
-    /// Before `auth_ok`. The next attempt must not come earlier than after this time, if there is one.
+    /// Before `auth_ok`. The duration is the minimum delay before the next attempt, if the server requested one.
     Failed(Connection, Option<Duration>),
     /// After `auth_ok`; how long the session lasted.
     Served(SessionEnd, Duration),
@@ -193,7 +193,8 @@ impl Agent {
     }
 }
 
-/// Waits before the next attempt, at most until `stop` is requested. The delay may be longer than an agent may show no sign of life.
+/// Waits before the next attempt, at most until `stop` is requested. Shows signs of life meanwhile, because the delay may exceed
+/// the liveness timeout.
 fn wait(delay: Duration, stop: &Stop, live: &LiveState) {
     let until = Instant::now() + delay;
     loop {

@@ -66,10 +66,10 @@ pub enum BackendError {
     /// The backend does not have the model.
     #[error("the backend does not have the model: {0}")]
     ModelNotFound(HttpStatus),
-    /// The backend has the model, which serves another purpose than chat.
+    /// The backend has the model, but it serves another purpose than chat.
     #[error("the model cannot chat: {0}")]
     CannotChat(HttpStatus),
-    /// The backend lists the model, and cannot load it.
+    /// The backend lists the model, but cannot load it.
     #[error("the backend cannot load the model: {0}")]
     LoadFailed(HttpStatus),
     /// The backend does not know the path of the request.
@@ -145,7 +145,7 @@ impl BackendError {
         }
     }
 
-    /// Whether the server responded with a failure of its own, or of the servers behind it, and does not say that it is loading.
+    /// Whether the server reported a failure of its own or of the servers behind it, other than that it is loading.
     pub fn is_server_error(&self) -> bool {
         match self {
             BackendError::BadGateway(s) | BackendError::Overloaded(s) | BackendError::Status(s) => s.status >= 500,

@@ -65,9 +65,8 @@ const OVERLOADED: Texts = &[
     &["no slot available"],
 ];
 
-/// A gateway has no server to pass the request to, or cannot reach it.
-/// smg and the routers of SGLang and vLLM (written with `reqwest`), llama.cpp's router, LiteLLM, Envoy, and proxies written in Go
-/// and JavaScript.
+/// A gateway has no server to pass the request to, or cannot reach it. Texts of smg and the routers of SGLang and vLLM (written with
+/// `reqwest`), llama.cpp's router, LiteLLM, Envoy, and proxies written in Go and JavaScript.
 const UNREACHABLE: Texts = &[
     &["connection refused"],
     &["econnrefused"],
@@ -86,8 +85,8 @@ const UNREACHABLE: Texts = &[
     &["fetch failed"],
 ];
 
-/// The server rejects the request, in spite of the status. llama.cpp responds like this to a picture for a text model, to messages or
-/// tools of the wrong type, to an unknown `reasoning_format`, and to `/v1/messages` without messages; transformers to a bad temperature.
+/// The server rejects the request, although the status is a 5xx. llama.cpp does so for a picture for a text model, messages or tools
+/// of the wrong type, an unknown `reasoning_format`, and `/v1/messages` without messages; transformers for a bad temperature.
 const REQUEST_REJECTED: Texts = &[
     &["is not supported"],
     &["are not supported"],
@@ -110,8 +109,8 @@ const REQUEST_REJECTED: Texts = &[
     &["badrequesterror"],
 ];
 
-/// The part of a 5xx response that says whose failure it is, in bytes. What follows may quote the request, and a customer must not be
-/// able to blame a failure on the backend.
+/// The length of the beginning of a 5xx response that is searched for these texts, in bytes. The rest may quote the request, and a
+/// customer must not be able to blame a failure on the backend.
 const BLAME_MAX: usize = 160;
 
 /// The server does not know the path of the request.
@@ -132,7 +131,7 @@ const ROUTE_MISSING: Texts = &[
 /// The paths of jobs. A 404 that names one, and no model, is about the path.
 const JOB_PATHS: [&str; 2] = ["/messages", "/chat/completions"];
 
-/// How a message begins that says that the model cannot chat. Only the beginning counts: the rest may quote the request.
+/// The beginnings of messages that say that the model cannot chat. Only the beginning is compared: the rest may quote the request.
 const CANNOT_CHAT: [&str; 5] = [
     "the model does not support chat completions",
     "the model does not support the chat completions",
@@ -141,7 +140,7 @@ const CANNOT_CHAT: [&str; 5] = [
     "this is not a chat model",
 ];
 
-/// What a message consists of if it says only that the path or the method is unknown.
+/// The words of messages that say only that the path or the method is unknown.
 const BARE_WORDS: &str = "404 405 501 http error unknown no such this the requested page file resource endpoint route path url method \
     does was could be not found exist allowed implemented supported on server";
 
@@ -153,7 +152,7 @@ impl BackendError {
         let says = |texts| contains_any(&text, texts);
         let beginning = String::from_utf8_lossy(&text.as_bytes()[..text.len().min(BLAME_MAX)]);
         let blames = |texts| contains_any(&beginning, texts);
-        // The text of these mostly is about the request, and quotes it.
+        // Most texts with these statuses are about the request, and quote it.
         let means = |texts| if matches!(status, 400 | 422) { blames(texts) } else { says(texts) };
         match status {
             400 | 404 | 422 | 500 | 501 if cannot_chat(&response.body) => BackendError::CannotChat(response),
@@ -180,7 +179,7 @@ impl BackendError {
     }
 
     /// The cause that a response with a successful status indicates if it contains an error with this message instead of an answer.
-    /// LM Studio responds so to a path that it does not know.
+    /// LM Studio sends one for an unknown path.
     pub fn from_reported(status: u16, message: &str) -> BackendError {
         let body = truncated_body(message.as_bytes());
         let text = body.to_ascii_lowercase();
@@ -201,7 +200,7 @@ fn names_path(text: &str) -> bool {
     JOB_PATHS.iter().any(|path| text.contains(path)) && !text.contains("model")
 }
 
-/// Whether an error body says no more than that the path or the method is unknown. A text about a missing model or file names it.
+/// Whether an error body says only that the path or the method is unknown. A text about a missing model or file would name it.
 fn is_bare(body: &str) -> bool {
     // The page of a web server, which does not know models.
     if body.starts_with('<') {

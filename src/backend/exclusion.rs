@@ -5,19 +5,19 @@ use std::fmt;
 use super::BackendModel;
 use crate::logging::sanitize_for_log;
 
-/// Limit of models per backend; OpenRouter has about 500.
+/// Maximum number of models per backend; OpenRouter has about 500.
 pub const MODELS_MAX: usize = 1000;
-/// Longest id of a model, in bytes. File names, which some servers use as ids, have at most 255.
+/// Maximum length of a model id, in bytes. File names, which some servers use as ids, have at most 255.
 pub const MODEL_ID_BYTES_MAX: usize = 512;
 /// The maximum number of models that a summary names; the others are counted.
 const NAMES_MAX: usize = 6;
 
-/// What a backend lists.
+/// The models that a backend lists.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ProbedModels {
     /// The models that can be offered.
     pub models: Vec<BackendModel>,
-    /// The other models.
+    /// The models that cannot be offered, with the reasons.
     pub excluded: Vec<ExcludedModel>,
     /// The limit that the listing exceeds; entries beyond it are ignored.
     pub limit: Option<ListingLimit>,

@@ -73,7 +73,7 @@ impl HttpBackend {
     /// The listed models, with their context windows, and without those that cannot be offered.
     pub(super) fn models(&self, probe: &Probe<'_>) -> BackendResult<ProbedModels> {
         let Listing { mut models, limit } = listing::parse(self.kind, &probe.listing()?)?;
-        // Cloned, because the lock must not be held during the questions.
+        // Cloned, because the lock must not be held during the queries.
         let known = self.known().clone();
         let known = model_details::fill_in(self.kind, &mut models, probe, &known);
         *self.known() = known;
@@ -97,8 +97,8 @@ impl HttpBackend {
         Ok(probed)
     }
 
-    /// Posts the request of a job, once more without the `stream_options` that the agent adds if the server rejects them. Frees the
-    /// request, which may be 64 MB, once it is sent: the response may take minutes.
+    /// Posts the request of a job. If the server rejects the `stream_options` that the agent adds, posts it again without them. Frees
+    /// the request, which may be 64 MB, once it is sent: the response may take minutes.
     fn post(&self, job: RawJob, started: Instant, sink: &mut dyn JobSink) -> BackendResult<Exchange<'_>> {
         let route = match job.format {
             WireFormat::Openai => "chat/completions",
@@ -118,7 +118,7 @@ impl HttpBackend {
             return Err(e);
         }
         let exchange = post(&self.client, &url, &plain, time, sink)?;
-        // Not if that fails, too: the error may quote a request that is wrong in another way.
+        // Not if the repetition fails too: the error may quote a request that is wrong in another way.
         self.support.learn_no_usage(&self.id);
         Ok(exchange)
     }

@@ -15,7 +15,7 @@ use super::{BackendError, BackendModel, BackendResult, Kind};
 /// The fields of an entry that are read, besides [`PURPOSE_FIELDS`].
 const FIELDS: [&str; 9] =
     ["id", "status", "parent", "root", "owned_by", "remote_host", "context_length", "max_model_len", "context_window"];
-/// Longest chain of models that are based on one another.
+/// Maximum length of a chain of models that are based on one another.
 const ANCESTORS_MAX: usize = 4;
 
 /// A parsed listing.
@@ -89,7 +89,7 @@ fn started_for(args: &Value) -> Option<String> {
     args.find(|arg| OPTIONS.contains(arg)).map(str::to_owned)
 }
 
-/// A text that is not empty.
+/// The string, unless it is empty.
 fn text(value: &Value) -> Option<String> {
     value.as_str().filter(|text| !text.is_empty()).map(str::to_owned)
 }

@@ -1,8 +1,8 @@
 //! Queries a server for what its model listing leaves out: the context window that a model actually runs with, and whether the model
 //! can chat and runs on this machine. Each kind reports them on different routes.
 //!
-//! Invariants: a question changes nothing on the server, so it never loads a model. If a question is not answered, what was known
-//! before applies, and a model of which nothing is known is offered.
+//! Invariants: a query changes nothing on the server; in particular, it never loads a model. If a query fails, the previous details
+//! still apply, and a model without any is offered.
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -22,14 +22,14 @@ use crate::sys::threads;
 
 /// What is escaped in the value of a query.
 const QUERY_VALUE: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
-/// Concurrent questions about the models of one server. At 60 ms each, the time of a probe is enough for 200 models.
+/// Maximum number of concurrent queries to one server. At 60 ms each, a probe has time for 200 models.
 const CONCURRENT_QUESTIONS: usize = 4;
 /// Routes of vLLM for models that cannot chat.
 const OTHER_ROUTES: [&str; 6] =
     ["/pooling", "/v1/embeddings", "/classify", "/score", "/v1/audio/transcriptions", "/v1/audio/speech"];
 const CHAT_ROUTE: &str = "/v1/chat/completions";
 
-/// What a server has said about a model.
+/// What a server reports about a model.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct Details {
     /// The configured context window.
@@ -54,14 +54,15 @@ struct KnownModel {
 pub struct KnownModels(HashMap<String, KnownModel>);
 
 impl KnownModels {
-    /// Asks for the details of a model again, unless its digest shows whether it was replaced: a job did not find it.
+    /// Marks the details of a model as out of date, because a job did not find it. A digest makes this unnecessary: it shows whether
+    /// the model was replaced.
     pub fn expire(&mut self, model_id: &str) {
         if let Some(known) = self.0.get_mut(model_id).filter(|known| known.digest.is_none()) {
             known.is_stale = true;
         }
     }
 
-    /// Asks for the details of all models without a digest again: the server failed, and may come back with other models.
+    /// Marks the details of all models without a digest as out of date: the server failed, and may come back with other models.
     pub fn expire_undated(&mut self) {
         self.0.values_mut().filter(|known| known.digest.is_none()).for_each(|known| known.is_stale = true);
     }
@@ -75,7 +76,7 @@ impl KnownModels {
 /// What a probe has learned about a model.
 #[derive(Debug, Clone, Default)]
 struct Learned {
-    /// `None` if the question was not answered.
+    /// `None` if the query failed.
     details: Option<Details>,
     digest: Option<String>,
     running: Running,
@@ -88,7 +89,7 @@ enum Running {
     #[default]
     AsConfigured,
     With(u32),
-    /// The question was not answered.
+    /// The query failed.
     Unanswered,
 }
 
@@ -124,8 +125,9 @@ pub fn fill_in(kind: Kind, listed: &mut [Listed], probe: &Probe<'_>, known: &Kno
     KnownModels(listed.iter_mut().zip(learned).map(complete).collect())
 }
 
-/// The window from `/props`. A router reports 0 for itself, so `/props` is queried for each model by name. Only a llama.cpp router, which
-/// lists the status of its models and answers `/props` without a name, heeds `autoload=false`; llama-swap starts the model.
+/// The window from `/props`. A router reports 0 for itself, so `/props` is queried for each model by name. Only a llama.cpp router
+/// respects `autoload=false`; it is recognized by the status of its models and its `/props` without a name. llama-swap would start the
+/// model.
 fn llamacpp(listed: &[Listed], probe: &Probe<'_>) -> Vec<Learned> {
     const SETTINGS: &str = "default_generation_settings";
     let of_props = |props: Option<Body>| {
@@ -236,14 +238,14 @@ fn vllm(listed: &[Listed], probe: &Probe<'_>, known: &KnownModels) -> Vec<Learne
     listed.iter().map(of_model).map(Learned::details).collect()
 }
 
-/// What a server with this OpenAPI description serves, if it does not serve chat. A proxy may list no routes at all.
+/// What a server with this OpenAPI description serves instead of chat, if it does not serve chat. A proxy may list no routes at all.
 fn routes_without_chat(api: &Body) -> Option<String> {
     let routes = api.keys_of("paths", &[&[CHAT_ROUTE], &OTHER_ROUTES[..]].concat());
     let other = routes.first().filter(|_| !routes.contains(&CHAT_ROUTE))?;
     Some(format!("the server has {other}, but no {CHAT_ROUTE}"))
 }
 
-/// Asks about each item, a few at a time. The answers are in the order of the items.
+/// Queries each item, a few at a time. The results are in the order of the items.
 fn ask_each<I: Sync, T: Send>(items: Vec<&I>, ask: impl Fn(&I) -> Option<T> + Sync) -> Vec<Option<T>> {
     let answers: Vec<Mutex<Option<T>>> = items.iter().map(|_| Mutex::new(None)).collect();
     let next = AtomicUsize::new(0);
@@ -254,7 +256,7 @@ fn ask_each<I: Sync, T: Send>(items: Vec<&I>, ask: impl Fn(&I) -> Option<T> + Sy
     };
     std::thread::scope(|scope| {
         for _ in 1..CONCURRENT_QUESTIONS.min(items.len()) {
-            // Without another thread, this one asks about all of them.
+            // Without another thread, this one queries all of them.
             let _ = threads::spawn_scoped(scope, "probe-model", ask_the_next);
         }
         ask_the_next();
@@ -282,7 +284,7 @@ fn by_name<T: Clone>(
     map
 }
 
-/// A text that is not empty.
+/// The string, unless it is empty.
 fn text(value: &Value) -> Option<String> {
     value.as_str().filter(|text| !text.is_empty()).map(str::to_owned)
 }

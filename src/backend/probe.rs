@@ -12,13 +12,13 @@ use super::{BackendError, BackendResult, Kind};
 /// Time limit of one probe, all its requests together.
 pub const PROBE_TIME: Duration = Duration::from_secs(3);
 
-/// Time limit of each question whether a gateway is ready, so that the rest of the probe has its time.
+/// Time limit of each readiness query to a gateway; leaves time for the rest of the probe.
 const READINESS_TIME: Duration = Duration::from_millis(500);
 
 /// The response of servers that are built with FastAPI to a path that they do not have.
 const FASTAPI_NOT_FOUND: &[u8] = br#"{"detail":"Not Found"}"#;
 
-/// Largest part of a response that a probe reads, in bytes. The listing of OpenRouter's 500 models is about as large.
+/// Maximum number of bytes of a response that a probe reads. The listing of OpenRouter's 500 models is about as large.
 const RESPONSE_BYTES_MAX: usize = 1 << 20;
 
 /// One probe of a server.
@@ -59,21 +59,20 @@ impl<'a> Probe<'a> {
         self.health.get()
     }
 
-    /// Asks a gateway whether it is ready. Only a 5xx is a no: a server that lacks the path, or does not respond to it in time, has no
-    /// opinion.
+    /// Asks a gateway whether it is ready. Only a 5xx means no: a server that lacks the path or does not respond in time does not say.
     pub fn readiness(&self) -> BackendResult<()> {
         if !self.kind.may_be_gateway() {
             return Ok(());
         }
         let Some(response) = self.ask_readiness("/readiness")? else { return Ok(()) };
-        // LiteLLM, which is such a server, requests a paid completion of each model for `/health`. It has this path instead.
+        // LiteLLM, which is built with FastAPI, answers `/health` by requesting a paid completion of each model. It has this path instead.
         if response == FASTAPI_NOT_FOUND && self.ask_readiness("/health/readiness")?.is_none() {
             return Ok(());
         }
         self.ask_readiness("/health").map(drop)
     }
 
-    /// Asks at one path. Returns `None` if the server is ready, and the response if it has no opinion.
+    /// Queries one path. Returns `None` if the server is ready, and the response if it does not say.
     fn ask_readiness(&self, path: &str) -> BackendResult<Option<Vec<u8>>> {
         let url = format!("{}{path}", self.root);
         match self.exchange(|lease, time| lease.get(&url, time.min(READINESS_TIME))) {
@@ -140,7 +139,7 @@ impl<'a> Probe<'a> {
     }
 }
 
-/// The answer to a question: a server may not have the route or the model, but one that is too busy has not answered.
+/// The answer in a response: empty if the server lacks the route or the model, `None` if it is too busy to answer.
 fn answer(result: BackendResult<(u16, Body)>) -> Option<Body> {
     match result.ok()? {
         (200..300, body) => Some(body),

@@ -22,7 +22,7 @@ pub const PURPOSE_FIELDS: [&str; 14] = [
     "architecture",
 ];
 
-/// The purposes of a model that can chat. Compared as whole words.
+/// Words for the purposes of models that can chat; compared as a whole.
 const CHAT: [&str; 15] = [
     "llm",
     "vlm",
@@ -40,7 +40,7 @@ const CHAT: [&str; 15] = [
     "any-to-any",
     "conversational",
 ];
-/// Parts of other words for the same, or for what only such a model does.
+/// Parts of further words for these purposes, or for abilities that only such models have.
 const CHAT_PARTS: [&str; 6] = ["chat", "completion", "tool", "function-call", "reasoning", "thinking"];
 
 /// Parts of the words for other purposes.

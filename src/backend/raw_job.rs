@@ -1,4 +1,4 @@
-//! [`RawJob`]: a job whose request is still text. The agent itself never parses a request into a tree, which may take seventy times the
+//! [`RawJob`]: a job whose request is still text. The agent itself never parses a request into a tree, which may take 70 times the
 //! memory of the text.
 
 use std::fmt;
@@ -10,11 +10,11 @@ use uuid::Uuid;
 
 use super::{BackendError, BackendResult, Job, WireFormat};
 
-/// Limit of JSON values in one request. A backend that parses its requests takes about 100 bytes for each, so 100 MB in total,
+/// Maximum number of JSON values in one request. A backend that parses its requests takes about 100 bytes for each, so 100 MB in total,
 /// although the text of a value may be a single byte.
 const VALUES_MAX: usize = 1 << 20;
 
-/// Limit of arrays and objects within each other, of which parsers support a limited number; `serde_json` this one.
+/// Maximum depth of arrays and objects: the limit of `serde_json`; other parsers have similar ones.
 const DEPTH_MAX: usize = 127;
 
 /// A [`Job`] with its request as text.
@@ -89,7 +89,7 @@ impl fmt::Debug for RequestText {
     }
 }
 
-/// Checks what the syntax of JSON leaves open: depth, number of values, and escapes that are no character.
+/// Checks what the syntax of JSON does not restrict: the depth, the number of values, and escapes of half a surrogate pair.
 fn check(json: &str) -> Result<(), &'static str> {
     let bytes = json.as_bytes();
     let (mut at, mut values, mut depth) = (0, 0, 0_usize);

@@ -1,5 +1,6 @@
-//! The request body that a backend receives: the coordinator's, in which the agent sets keys at the top level. Everything else stays
-//! as it came, byte for byte.
+//! The request body that a backend receives: the coordinator's, in which the agent sets or removes keys at the top level.
+//!
+//! Invariant: everything else is sent byte for byte.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -36,7 +37,7 @@ pub fn body_of(job: &RawJob, asks_for_usage: bool) -> RequestBody {
         end: 1,
         is_empty: true,
         stream: Some(r#""stream":true"#.to_owned()),
-        // Whatever the request names: what was not offered cannot be reached.
+        // Always that of the job, so that no other model can be reached.
         model: Some(format!(r#""model":{}"#, serde_json::Value::from(job.model_id.as_str()))),
         stream_options: (asks_for_usage && job.format == WireFormat::Openai).then(|| STREAM_OPTIONS.to_owned()),
     };

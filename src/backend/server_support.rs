@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use super::error::HttpStatus;
 use super::{BackendError, BackendResult, JobResult, WireFormat};
 
-/// Time after which a job tries again what the server lacked. Costs one fast response, and finds a server that was replaced
-/// without being missed.
+/// Time after which a job tries again what the server lacked. This costs one fast response, and finds a server that was replaced
+/// between two probes.
 const FORGET_AFTER: Duration = Duration::from_secs(600);
 
 /// What is known about one server.
@@ -34,7 +34,7 @@ enum Support {
     #[default]
     Unknown,
     Served,
-    /// It is missing, as this response has shown.
+    /// Missing, as this response showed at this time.
     Missing(HttpStatus, Instant),
 }
 
@@ -96,7 +96,11 @@ impl ServerSupport {
                 let e = BackendError::FormatNotServed(format, response.clone());
                 if format == WireFormat::Anthropic && !matches!(known.anthropic, Support::Served) {
                     known.anthropic = Support::Missing(response, Instant::now());
-                    log::warn!("{id}: gets no such jobs for {} min: {}", FORGET_AFTER.as_secs() / 60, e.for_log());
+                    log::warn!(
+                        "{id}: receives no Anthropic jobs for {} min: {}",
+                        FORGET_AFTER.as_secs() / 60,
+                        e.for_log()
+                    );
                 }
                 Err(e)
             }

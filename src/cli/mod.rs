@@ -164,13 +164,14 @@ fn dispatch(args: Args) -> Result<(), CliError> {
     }
 }
 
-/// Writes to stdout, printable: whatever the text quotes, the terminal obeys none of it. A closed stdout is not an error: the
-/// reader needs no more output.
+/// Writes to stdout as printable text: control sequences in quoted text are escaped. A closed stdout is not an error: the reader
+/// needs no more output.
 fn print(text: &str) {
     let _ = try_print_raw(&printable(text));
 }
 
-/// Likewise, for text with control sequences of this program. Everything in it that comes from outside must be printable already.
+/// Like [`print`], for text with control sequences of this program. Everything in it that comes from outside must already be
+/// printable.
 fn print_raw(text: &str) {
     let _ = try_print_raw(text);
 }

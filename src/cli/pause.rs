@@ -55,7 +55,7 @@ fn crontab_line(hour: u32, program: &Path, command: &str, config: Option<&Path>)
     let word = |path: &Path| shell_quote(&path.to_string_lossy()).replace('%', "\\%");
     let config = config.and_then(|path| operator_path::absolute(&Config::named(path)).ok());
     let config = config.map_or_else(String::new, |path| format!(" --config {}", word(&path)));
-    // Without its output, of which cron would make a mail. Errors remain.
+    // stdout is discarded, because cron would mail it. Errors are still mailed.
     format!("0 {hour} * * * {} {command}{config} >/dev/null", word(program))
 }
 

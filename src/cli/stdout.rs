@@ -1,7 +1,7 @@
 //! The standard output of a command.
 //!
 //! Invariant: every command writes its result through [`Stdout`], so that a result that was not written in full ends the process
-//! with an error. A closed pipe is no error: its reader needs no more output.
+//! with an error. A closed pipe is not an error: its reader needs no more output.
 
 use std::io::{self, ErrorKind, Write};
 use std::sync::OnceLock;

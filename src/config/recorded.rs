@@ -14,7 +14,7 @@ pub fn provider_id(text: &str) -> Option<String> {
         let comment = line.trim_start().strip_prefix('#')?.trim_start_matches(['#', ' ', '\t']);
         let value = comment.strip_prefix("provider_id")?.trim_start().strip_prefix([':', '='])?;
         let id = value.trim().trim_matches(['"', '\'', '`']);
-        // `none was given`, and prose.
+        // Excludes prose, such as `none was given`.
         let is_id = !id.is_empty() && id.len() <= ID_BYTES_MAX && !id.contains(char::is_whitespace);
         (is_id && !id.starts_with('<')).then(|| id.to_owned())
     })

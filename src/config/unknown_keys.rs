@@ -1,4 +1,4 @@
-//! Warnings about keys and tables without effect, which are probably misspelt. Those of `[[backends]]` are errors.
+//! Warnings about unknown keys and tables, which have no effect and are probably misspelt. In `[[backends]]`, they are errors.
 
 use super::error::ConfigError;
 use super::section::Section;

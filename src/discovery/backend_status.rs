@@ -207,7 +207,7 @@ impl BackendStatus {
             self.handle.health().record_trial(model_id, outcome, now);
             return self.update_withdrawn();
         }
-        // It says whether the backend serves, and nothing about this model in particular.
+        // The trial shows whether the backend serves, but nothing about this model in particular.
         self.handle.health().record_trial(model_id, &TrialOutcome::Passed, now);
         match self.doubt.take() {
             Some(_) if has_passed && self.handle.health().is_failing() => false,
@@ -278,8 +278,8 @@ impl BackendStatus {
         }
     }
 
-    /// Has a model tried, because a probe got a 5xx: at once if the backend is offered meanwhile. Returns the model; `None` if no trial
-    /// can tell more than the probe.
+    /// Requests the trial of a model, because a probe got a 5xx; at once if the backend stays offered meanwhile. Returns the model;
+    /// `None` if a trial would show no more than the probe.
     fn suspect_some_model(&self, is_serving: bool) -> Option<String> {
         let may_serve = self.unavailable.as_ref().is_none_or(BackendError::is_server_error);
         let (mut health, now) = (self.handle.health(), Instant::now());

@@ -22,7 +22,7 @@ const BACKEND_FAILURES_MIN: u32 = 2;
 /// Time after a withdrawal during which successful probes do not restore the offer: a backend can be healthy and still fail its
 /// jobs. Doubles with each relapse. Also the pause between two trials of a model, which doubles with each trial.
 const QUARANTINE: Duration = Duration::from_secs(4);
-/// Maximum of the same time.
+/// Maximum of [`QUARANTINE`] after doubling.
 const QUARANTINE_MAX: Duration = Duration::from_secs(300);
 
 const _: () = assert!(QUARANTINE.as_secs() <= QUARANTINE_MAX.as_secs());

@@ -1,4 +1,4 @@
-//! A trial: one completion of one token, by which a model whose jobs fail shows whether it serves. Runs like a job, so that it fails
+//! A trial: a completion of one token that shows whether a model whose jobs fail still serves. Runs like a job, so that it fails
 //! like one.
 //!
 //! Invariants: a trial is limited in tokens, bytes and time, and is never run where the operator may be charged for it.
@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use crate::backend::{Backend, BackendError, BackendResult, Fault, Job, JobSink, WireFormat};
 
-/// Time limit for the trial of a model: servers were seen to take most of this to report that a model cannot be loaded.
+/// Time limit for the trial of a model. Some servers take almost as long to report that a model cannot be loaded.
 const MODEL_TRIAL_TIME: Duration = Duration::from_secs(30);
 
 /// Time limit for the trial of a withdrawn model: large models take minutes to load, and servers stop loading if the client hangs up.

@@ -25,7 +25,7 @@ pub fn fix_of(e: &BackendError, kind: Kind) -> String {
         BackendError::LoadFailed(_) => {
             "look at the server's log: it may lack memory; or exclude the model with `models` of this backend"
         }
-        BackendError::NotReady(_) => "check the servers behind this gateway: it can reach none of them",
+        BackendError::NotReady(_) => "check the servers behind this gateway: it says that it cannot reach any",
         BackendError::Overloaded(_) => "the server is at capacity, or your account is out of credit: try again later",
         BackendError::DeadlinePassed => {
             "jobs usually have this deadline: load the model in advance and keep it loaded, or offer a smaller one"

@@ -50,7 +50,7 @@ fn check(report: &mut Report<'_>, installed: &Installed, is_expected: bool) {
         let what = "the user unit stops when you log out and does not start at boot, because your user does not linger";
         report.fail(NAME, what, "loginctl enable-linger");
     } else if matches!(supervisor, Supervisor::Cron(_)) && is_cron_running() == Some(false) {
-        // Only a warning: the daemon may be a process that this user cannot see.
+        // Only a warning: this user may not be able to see the daemon's process.
         report.warn(
             NAME,
             "the agent is in the crontab, but no cron daemon seems to be running",
@@ -72,11 +72,11 @@ fn broken_program(supervisor: &Supervisor) -> Option<(String, String)> {
     match fs::metadata(&program) {
         Ok(found) if found.is_file() && found.permissions().mode() & 0o111 == 0 => {
             let fix = format!("chmod +x {}", shell_quote(&program));
-            Some((format!("the program that is to be started by {who}, `{program}`, is not executable"), fix))
+            Some((format!("{who} should start `{program}`, which is not executable"), fix))
         }
         Ok(_) => None,
         Err(e) => Some((
-            format!("the program that is to be started by {who}, `{program}`, cannot be found: {e}"),
+            format!("{who} should start `{program}`, which cannot be found: {e}"),
             "put it back, or install the agent from where the program is: usepod-agent service install".to_owned(),
         )),
     }

@@ -133,11 +133,11 @@ fn parse_head(text: &[u8]) -> Result<(Head, Body), BadRequest> {
     }
 }
 
-/// Refuses requests that a web page of another site makes a browser send to this machine: across origins, or by a name of its own
-/// that it resolves to a loopback address.
+/// Rejects requests that a web page of another site makes a browser send to this machine, either across origins or through a host
+/// name that resolves to a loopback address.
 fn refuse_foreign_pages(host: Option<&str>, origin: Option<&str>) -> Result<(), BadRequest> {
     if host.is_some_and(|host| !is_loopback(host)) {
-        return Err(bad(403, "this server serves its own machine alone; address it as 127.0.0.1 or localhost"));
+        return Err(bad(403, "this server serves only its own machine; address it as 127.0.0.1 or localhost"));
     }
     let is_own_page = |origin: &str| host.is_some_and(|host| origin.strip_prefix("http://") == Some(host));
     match origin {

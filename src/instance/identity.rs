@@ -27,10 +27,10 @@ const FILE_BYTES_MAX: u64 = 64 << 10;
 const PROVIDER_ID_BYTES_MAX: usize = 256;
 
 /// What to do about a lost identity file.
-pub const IDENTITY_LOST_FIX: &str = "mount the disk that holds it, or restore it from your backup; to pair this machine anew as another agent: usepod-agent setup";
+pub const IDENTITY_LOST_FIX: &str = "mount the disk that holds it, or restore it from your backup; to pair this machine as a new agent instead: usepod-agent setup";
 
 /// What to do about an unexpected provider id.
-pub const UNEXPECTED_PROVIDER_ID_FIX: &str = "restore the identity file of that pairing, or if this one is intended, correct \
+pub const UNEXPECTED_PROVIDER_ID_FIX: &str = "restore the identity file of that pairing; or, if this one is intended, correct \
     the comment `provider_id` in agent.toml";
 
 /// An agent's identity.

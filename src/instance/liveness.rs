@@ -49,8 +49,8 @@ impl LockOwner {
         LockOwner::read(&lock).filter(|owner| owner.is_running() && may_name(&lock, owner.pid))
     }
 
-    /// The pid of a running process that the lock file names but has no right to name: whoever owns the file could have a command
-    /// signal that process.
+    /// The pid of a running process that the lock file names, although the process does not belong to the owner of the file: that
+    /// owner could make a command signal any process.
     pub fn foreign(paths: &AgentPaths) -> Option<u32> {
         let lock = paths.lock();
         let owner = LockOwner::read(&lock).filter(LockOwner::is_running)?;

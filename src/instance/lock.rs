@@ -183,7 +183,7 @@ impl InstanceLock {
     }
 
     /// Records a sign of life. If writing fails (on a full disk with a copy-on-write file system), the file is truncated: an
-    /// outdated time says less than none. [`InstanceLock::answer`] is up to date in any case.
+    /// outdated time would be misleading. [`InstanceLock::answer`] is up to date in any case.
     pub fn record_liveness(&self) {
         let text = {
             let mut owner = self.owner.lock().unwrap_or_else(PoisonError::into_inner);
@@ -196,7 +196,7 @@ impl InstanceLock {
         }
     }
 
-    /// The answer to a process that asks over the wake socket how this agent is.
+    /// The answer to a query over the wake socket.
     pub fn answer(&self) -> String {
         self.owner.lock().unwrap_or_else(PoisonError::into_inner).to_answer()
     }

@@ -3,7 +3,7 @@
 //! Invariants: the agent is the process that holds the lock, so of several concurrent calls at most one takes over. Only the
 //! process that the lock file identifies by pid and start time is ever signaled, and only while it is unresponsive. If the lock
 //! file does not identify its owner, no process is signaled: the held lock alone does not show which process to terminate. An
-//! agent that answers over its wake socket that it works is not signaled either, however old its lock file is.
+//! agent that reports a recent sign of life over its wake socket is not signaled either, however old its lock file is.
 
 use std::ops::ControlFlow;
 use std::time::Duration;

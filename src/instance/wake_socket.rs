@@ -1,9 +1,9 @@
 //! A datagram socket that wakes the housekeeping thread, from any thread of this process and from other processes of this user, and
-//! answers one question: how the agent is. No second thread has to listen, and no file has to be written.
+//! answers one query: the agent's last sign of life. This needs neither another thread nor a writable disk.
 //!
 //! Invariants: waking never blocks, and an answer waits at most `REPLY_TIMEOUT`. Every wake-up is followed by a return from
-//! [`WakeSocket::wait`]; several wake-ups may share one return. A wake-up carries no request but the question, so a process that
-//! can send one can do no harm.
+//! [`WakeSocket::wait`]; several wake-ups may share one return. A datagram can only wake the agent or query it, so a process
+//! that can send one can do no harm.
 
 use std::fs::File;
 use std::io;
@@ -153,8 +153,8 @@ pub fn wake_process(path: &Path) -> bool {
     }
 }
 
-/// Asks another process how it is, and returns its answer; `None` if it has no socket or does not answer within a second. Works
-/// without a writable disk: the answer comes to an address that is not a file.
+/// Queries another process, and returns its answer; `None` if it has no socket or does not answer within a second. Needs no writable
+/// disk: the answer is sent to an address that is not a file.
 pub fn ask_process(path: &Path) -> Option<String> {
     let ask = || {
         let name = format!("usepod-agent-{}", uuid::Uuid::new_v4().simple());

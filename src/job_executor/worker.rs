@@ -34,7 +34,7 @@ pub fn run(shared: &Shared, in_flight: &Arc<InFlightJob>) {
         }
         guard.outcome = Err(BackendError::Panicked);
         let began = Instant::now();
-        // The last backend alone holds the request, and drops it once it is sent.
+        // The last backend holds the only reference to the request, and drops it once it is sent.
         let kept = (fallback_route.len() > 0).then(|| job.clone());
         guard.outcome = backend.backend.execute_raw(job, &mut relay);
         // The outcome of an interrupted call says nothing about the backend.

@@ -23,9 +23,9 @@ pub enum HandshakeError {
     #[error("no `{0}` from the coordinator within {limit} s", limit = AUTH_FRAME_TIMEOUT.as_secs())]
     TimedOut(&'static str),
     /// The coordinator sent a frame that cannot be read instead of this one.
-    #[error("the coordinator sent something unreadable instead of `{0}`: {1}")]
+    #[error("the coordinator sent an unreadable frame instead of `{0}`: {1}")]
     Unreadable(&'static str, FrameError),
-    /// The coordinator sent a frame of the handshake that is not due.
+    /// The coordinator sent a frame of the handshake out of order.
     #[error("the coordinator sent `{sent}` instead of `{expected}`")]
     NotDue {
         /// The frame that arrived.
@@ -72,8 +72,8 @@ pub fn authenticate(
     })
 }
 
-/// Reads frames until `wanted` returns a value. Frames that are not part of the handshake are ignored, as in a session. What can
-/// never become a handshake ends the attempt at once.
+/// Reads frames until `wanted` returns a value. Frames that are not part of the handshake are ignored, as in a session. A frame with
+/// which the handshake cannot succeed ends the attempt at once.
 fn expect<T>(
     half: &mut ReadHalf,
     name: &'static str,

@@ -24,7 +24,7 @@ pub const AGENT_VERSION: &str = env!("CARGO_PKG_VERSION");
 /// The deadline of a job without a valid `deadline_ms`, in milliseconds.
 pub const DEADLINE_DEFAULT_MS: u32 = 60_000;
 
-/// Limit of what is kept of an unknown type, for the log.
+/// Maximum length of an unknown type that is kept for the log.
 const TYPE_CHARS_MAX: usize = 100;
 
 /// A frame from the coordinator.
@@ -42,7 +42,7 @@ pub enum Inbound {
     UnreadableJob(Uuid, &'static str),
     /// The id of a job to cancel.
     JobCancel(Uuid),
-    /// A frame of an unknown type, which newer coordinators may send, with the beginning of the type.
+    /// A frame of an unknown type, such as a newer coordinator may send, with the beginning of the type.
     Other(String),
 }
 

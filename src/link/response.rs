@@ -1,6 +1,6 @@
 //! HTTP responses to the requests of a dial: their heads, and what a refusal says.
 //!
-//! Invariants: what is read of a response is bounded. The texts of a [`Refusal`] can be printed.
+//! Invariants: the bytes and the time for reading a response are bounded. The texts of a [`Refusal`] are printable.
 
 use std::fmt;
 use std::io::{self, Read};
@@ -15,15 +15,15 @@ use crate::sys::datetime;
 const HEAD_BYTES_MAX: usize = 8 << 10;
 /// Maximum number of headers in a response: as many as fit, since the shortest, `a:` and a line feed, takes 3 bytes.
 const HEADERS_MAX: usize = HEAD_BYTES_MAX / 3;
-/// Bytes that are read at once.
+/// Size of one read, in bytes.
 const READ_BYTES: usize = 1 << 10;
 /// Maximum number of bytes of a refusal's body that are read.
 const BODY_BYTES_MAX: usize = 4 << 10;
-/// How long the body of a refusal may take.
+/// Time limit for reading the body of a refusal.
 pub const BODY_TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum length of a text in a refusal, in characters: `status` prints 200 characters of the whole error.
 const TEXT_CHARS_MAX: usize = 90;
-/// Maximum time for which a `Retry-After` is heeded.
+/// Maximum delay that a `Retry-After` can request.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(300);
 
 /// What to do about a response that is not the coordinator's, such as a captive portal's.
@@ -39,7 +39,7 @@ pub struct Head {
     pub headers: HeaderMap,
 }
 
-/// Reads a head. Also returns the bytes behind it that were read with it. `None` if the response is not HTTP.
+/// Reads a head. Also returns the bytes after it that were read with it. `None` if the response is not HTTP.
 ///
 /// # Errors
 /// The stream failed.
@@ -107,7 +107,7 @@ pub struct Refusal {
     location: Option<String>,
     /// The minimum delay before the next attempt.
     pub retry_after: Option<Duration>,
-    /// Whether the response is one that only something in between gives, such as a captive portal.
+    /// Whether the response comes from something in between, such as a captive portal, and not from the coordinator.
     pub is_from_between: bool,
     /// The beginning of the body.
     excerpt: String,

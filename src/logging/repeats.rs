@@ -1,4 +1,5 @@
-//! Warnings that a peer can cause without limit: of each place in the program one line a second at most; the others are counted.
+//! Limits warnings that a peer can cause without limit: each place in the program logs at most one line per second; the others are
+//! counted.
 //!
 //! Invariants: the first warning is logged at once. The count of the others follows within a second, or at the end of the process. A
 //! warning that is only counted is not even formatted, so that a flood of them costs little.

@@ -1,5 +1,5 @@
-//! Connects to one of several addresses, in bounded time, as RFC 8305 (Happy Eyeballs) describes: an address that does not respond
-//! delays the next one by `ATTEMPT_DELAY` only, and the first that accepts is used.
+//! Connects to one of several addresses, in bounded time, as described by RFC 8305 (Happy Eyeballs): an address that does not respond
+//! delays the next one by only `ATTEMPT_DELAY`, and the first that accepts is used.
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};

@@ -70,7 +70,7 @@ fn shared_lookup(host: &str) -> Result<Arc<Lookup>, ResolveError> {
     let (of_thread, wanted) = (lookup.clone(), name.clone());
     let run = move || {
         let outcome = system_lookup(&wanted);
-        // Whoever comes now starts a new lookup.
+        // Later callers start a new lookup.
         lock(&LOOKUPS).remove(&wanted);
         *lock(&of_thread.outcome) = Some(outcome);
         of_thread.ended.notify_all();

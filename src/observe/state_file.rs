@@ -81,7 +81,7 @@ pub struct State {
     pub last_job: Option<LastJob>,
     /// The last job that failed.
     pub last_error: Option<LastError>,
-    /// The boot during which the file was written.
+    /// Identifies the boot during which the file was written.
     pub boot_id: String,
     /// When the file was written, in milliseconds since that boot. The dates above are by the wall clock of that moment: durations
     /// are the difference to `written_at`, and the age of the file is counted from here.

@@ -11,7 +11,7 @@ const SETGROUPS: libc::c_long = libc::SYS_setgroups32;
 #[cfg(not(any(target_arch = "x86", target_arch = "arm")))]
 const SETGROUPS: libc::c_long = libc::SYS_setgroups;
 
-/// Runs `action` with the file access of `user`: what it creates belongs to that user, and it fails where that user would. Only
+/// Runs `action` with the file access of `user`: files that it creates belong to that user, and it fails where that user would. Only
 /// this thread's access changes, and only during the action.
 ///
 /// # Errors

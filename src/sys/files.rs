@@ -15,7 +15,7 @@ use nix::unistd::Uid;
 
 use super::user;
 
-/// How long a pipe may take to be written and closed.
+/// Time limit for a pipe to be written and closed.
 const PIPE_TIMEOUT: Duration = Duration::from_secs(5);
 /// The time between two reads of a pipe that is empty.
 const PIPE_POLL_INTERVAL: Duration = Duration::from_millis(5);
@@ -24,8 +24,7 @@ const LINKS_MAX: usize = 40;
 /// Minimum age of a temporary file that counts as left behind by a crash; writing one takes milliseconds.
 const LEFTOVER_AGE: Duration = Duration::from_secs(60);
 
-/// Opens a regular file for reading. Anything else that has the name, such as a FIFO without a writer, is refused instead of
-/// waited for.
+/// Opens a regular file for reading. Does not block on anything else, such as a FIFO without a writer, but fails.
 ///
 /// # Errors
 /// The file cannot be opened, or is not a regular file.
@@ -264,7 +263,7 @@ fn check_links(path: &Path) -> io::Result<bool> {
     Err(Errno::ELOOP.into())
 }
 
-/// Names the reason of an `O_NOFOLLOW` that failed, which the system calls a loop.
+/// Explains the error of a failed `O_NOFOLLOW`, which the system reports as a loop.
 fn explain_link(e: io::Error) -> io::Error {
     match e.raw_os_error() {
         Some(libc::ELOOP) => io::Error::new(io::ErrorKind::InvalidInput, "it is a symlink"),

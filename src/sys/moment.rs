@@ -1,7 +1,7 @@
 //! Moments on the clock that counts from boot, including the time that the machine was suspended.
 //!
-//! The wall clock of a machine without a battery for it starts in 1970 and steps to the present once there is a network. So what is
-//! measured is measured between moments, and a moment becomes a date only when it is shown.
+//! On a machine without a battery-backed clock, the wall clock starts in 1970 and steps to the present once there is a network.
+//! Durations are therefore measured between moments, and a moment is converted to a date only for display.
 
 use std::time::{Duration, SystemTime};
 
@@ -29,7 +29,7 @@ impl Moment {
         u64::try_from(self.0.as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// Time since then.
+    /// Time since this moment.
     pub fn elapsed(self) -> Duration {
         Moment::now().0.saturating_sub(self.0)
     }
@@ -41,7 +41,7 @@ impl Moment {
     }
 }
 
-/// What identifies the time since the last boot; empty if the system does not tell.
+/// Identifies the current boot; empty if the system does not say.
 pub fn boot_id() -> String {
     std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
 }

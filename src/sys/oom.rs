@@ -5,8 +5,8 @@ use std::io;
 
 const ADJUSTMENT_FILE: &str = "/proc/self/oom_score_adj";
 
-/// The largest adjustment, in thousandths of the memory. The agent is ended before an inference server that takes nearly all of it, and
-/// is back within a minute; the server may need many to load its model.
+/// The maximum adjustment, in thousandths of the memory. The kernel then ends the agent even before an inference server that uses
+/// nearly all of it: the agent is back within a minute, while the server may take many to load its model.
 const ADJUSTMENT: i32 = 1000;
 
 /// Makes the kernel end this process before others. Child processes would inherit this; the agent starts none. Processes may raise their

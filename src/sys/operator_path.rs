@@ -1,7 +1,7 @@
 //! Paths as the operator writes them.
 //!
-//! A program behind a symlink into a folder of its version keeps its path when the version changes; the resolved path does not. So
-//! what is written into a crontab or a unit is the operator's own path, wherever it leads to the same file.
+//! A symlink into the folder of a version stays valid when the version changes; the resolved path does not. A crontab or a unit
+//! therefore contains the path that the operator used, as long as it leads to the same file.
 
 use std::ffi::OsStr;
 use std::fs;

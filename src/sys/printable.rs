@@ -1,4 +1,4 @@
-//! Text from outside as text that a terminal shows and does not obey.
+//! Escapes text from outside, so that a terminal shows it but does not interpret it.
 //!
 //! Characters without a glyph of their own are escaped: control characters, C1 included, and those that reorder or hide the text
 //! around them, such as the bidirectional and zero-width ones. Quotes and backslashes stay as they are.
@@ -11,7 +11,7 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     escaped(text, |c| is_hidden(c) && !matches!(c, '\n' | '\t'), |c, out| out.extend(c.escape_default()))
 }
 
-/// Likewise, on one line.
+/// Like [`printable`], on one line.
 pub fn one_line(text: &str) -> Cow<'_, str> {
     escaped(text, is_hidden, |c, out| out.extend(c.escape_default()))
 }

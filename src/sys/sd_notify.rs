@@ -1,4 +1,5 @@
-//! Tells systemd how the agent is. systemd sets `NOTIFY_SOCKET` for a unit with `Type=notify`; without it, nothing is sent.
+//! Notifies systemd of the agent's start, signs of life and stop. systemd sets `NOTIFY_SOCKET` for a unit with `Type=notify`;
+//! without it, nothing is sent.
 //!
 //! Invariant: a notification never blocks. If systemd's queue is full, it is dropped; the next sign of life follows within a minute.
 
@@ -14,7 +15,7 @@ pub const WATCHDOG: &str = "WATCHDOG=1";
 /// The agent is stopping.
 pub const STOPPING: &str = "STOPPING=1";
 
-/// Sends a notification. A failure is ignored: there is nobody else to tell.
+/// Sends a notification. A failure is ignored, because nothing else depends on it.
 pub fn notify(message: &str) {
     if let Some(name) = std::env::var_os("NOTIFY_SOCKET") {
         let _ = send(name.as_bytes(), message);

@@ -1,4 +1,4 @@
-//! Functions of sockets that std and nix lack.
+//! Socket functions that std and nix lack.
 
 use std::net::TcpStream;
 use std::os::fd::AsRawFd;

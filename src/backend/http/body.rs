@@ -4,20 +4,20 @@ use std::io::{self, Read};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// A body made of parts of a text and of text in between, which are sent one after another: joined, they would be a second copy of
-/// a text that may be 64 MB. Clones share the pieces.
+/// A body made of parts of a text, of up to 64 MB, and of added text. The pieces are sent one after another, because joining them
+/// would copy the text. Clones share the pieces.
 #[derive(Clone)]
 pub struct RequestBody(Arc<Pieces>);
 
 struct Pieces {
     text: Arc<str>,
-    /// The text in between.
+    /// The added text.
     added: String,
     /// The pieces in order, none of them empty. Positions from the end of `text` on are those in `added`.
     ranges: Vec<Range<usize>>,
 }
 
-/// Puts a body together.
+/// Builds a [`Body`].
 pub struct BodyBuilder(Pieces);
 
 impl BodyBuilder {
@@ -81,7 +81,7 @@ impl Pieces {
 /// Reads a body.
 pub struct BodyReader {
     pieces: Arc<Pieces>,
-    /// The number of the piece, and the position in it.
+    /// The index of the piece, and the position in it.
     next: usize,
     at: usize,
 }

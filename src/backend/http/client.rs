@@ -216,8 +216,8 @@ impl<'a> AgentLease<'a> {
         Ok(request)
     }
 
-    /// Sends a request. Sends it once more if the kept-alive connection ended at once and without a byte: the server has closed it
-    /// as idle, and hardly received the request. The agent then opens a new connection, which the same [`Interrupt`] ends.
+    /// Sends a request. Repeats it once, on a new connection, if the kept-alive connection ended at once and without a byte: the
+    /// server has then closed it as idle, and has hardly received the request. The same [`Interrupt`] ends both connections.
     fn exchange<B: AsSendBody>(
         &self,
         request: impl Fn() -> Result<Request<B>, ureq::http::Error>,

@@ -13,8 +13,8 @@ use super::tcp::TcpConnector;
 use super::tls::TlsConnector;
 use crate::net::tls::ExtraRoots;
 
-/// Time after a request within which the end of a kept-alive connection is that of the idle connection. If the server ends it
-/// later, it has received the request and may have run it; if earlier, it has run little of it.
+/// Time after a request within which the end of a kept-alive connection counts as the end of an idle one. A server that ends it
+/// later has received the request and may have run it; one that ends it earlier has run little of it.
 const CLOSE_RACE_MAX: Duration = Duration::from_secs(1);
 
 /// The events on an agent's connection since the agent was leased.

@@ -6,8 +6,8 @@
 //!
 //! Invariants: the input buffer grows and shrinks with the stream, between [`INPUT_MIN`] and [`INPUT_MAX`]. The output buffer
 //! exists only while a request is sent. A wait never ends before its timeout: if the kernel's timeout fires early, the wait
-//! continues. The kernel acknowledges at once what was read: a server that leaves Nagle's algorithm on sends the next small write
-//! only after the acknowledgement of the one before, which the kernel would delay by 40 ms.
+//! continues. Received data is acknowledged at once: a server that uses Nagle's algorithm holds back a small write until the previous
+//! one is acknowledged, which the kernel would delay by 40 ms.
 
 use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
@@ -30,7 +30,7 @@ const INPUT_MAX: usize = 64 << 10;
 const SMALL_READS: u32 = 64;
 /// Output buffer, in bytes; also the largest request head.
 const OUTPUT_BYTES: usize = 16 << 10;
-/// Bytes from which on the kernel may take what was read for a full segment, and delay its acknowledgement until the next one comes.
+/// Size of a read, in bytes, from which the kernel may take it for a full segment and delay its acknowledgement until the next one.
 const SEGMENT_MIN: usize = 536; // TCP_MSS_DEFAULT
 /// The socket timeout is set to the time left minus this fraction of it: the kernel may fire late by that much, and the next
 /// reads need not set the timeout again.
@@ -99,7 +99,7 @@ impl Transport for Tcp {
 
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), Error> {
         let deadline = IoDeadline::starting_now(timeout.for_write());
-        // The kernel expects to send data soon again, with which it could acknowledge.
+        // After a write, the kernel delays acknowledgements in order to send them with more data.
         self.delays_acks = true;
         let mut unsent = 0..amount;
         while !unsent.is_empty() && !self.write_failed {
@@ -154,13 +154,13 @@ impl Transport for Tcp {
     }
 }
 
-/// Has the kernel acknowledge what it has received and will receive, until it expects to send data again. Lasts over small reads, so
-/// a stream of small events costs no call for each.
+/// Makes the kernel acknowledge received data at once, until the next write. Small reads do not end this, so a stream of small events
+/// does not cost a call for each.
 fn acknowledge_at_once(socket: &TcpStream) {
     #[cfg(target_os = "linux")]
     {
         use std::os::linux::net::TcpStreamExt;
-        // Without it the connection is slower, and works.
+        // A failure only makes the connection slower.
         let _ = socket.set_quickack(true);
     }
     #[cfg(not(target_os = "linux"))]

@@ -41,7 +41,7 @@ enum Shape {
     Json(JsonBody),
     /// Neither of the above.
     Text,
-    /// Binary or encoded, so that it cannot be judged.
+    /// Binary or encoded: relayed without being examined.
     Opaque,
 }
 
@@ -85,7 +85,7 @@ impl Answer {
     pub fn progress(&self) -> Progress {
         match &self.shape {
             Shape::Stream(scanner) => scanner.progress(),
-            // More can only follow if the text is not what it seems to be. An error is not worth a long wait.
+            // More can only follow if the text is not what it seems to be; for an error, a long wait is not worthwhile.
             Shape::Json(body) if body.is_complete && body.is_released => Progress::Finished,
             Shape::Json(body) if body.is_complete => Progress::Done,
             _ => Progress::Open,
@@ -225,7 +225,7 @@ impl JsonBody {
     }
 
     fn finish(&self, status: u16) -> BackendResult<Usage> {
-        // A text that is too long to be kept, even without its strings, cannot be judged.
+        // A text that is too long to be buffered, even without its strings, is not examined.
         let Some(text) = self.text.bytes() else { return Ok(Usage::default()) };
         let mut report = Report::of_body(text, status)?;
         report.take_failure().map_or(Ok(report.usage()), Err)

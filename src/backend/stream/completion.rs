@@ -7,10 +7,10 @@ use super::report::Progress;
 
 /// Time for the body to end after the end marker. A body that ends leaves a connection that can be reused.
 const DONE_GRACE: Duration = Duration::from_millis(500);
-/// Time without an event after which no more is expected behind a `finish_reason` or an error: usage follows within
+/// Time without an event after a `finish_reason` or an error until the response counts as complete. Usage follows within
 /// milliseconds.
 const FINISHED_GRACE: Duration = Duration::from_secs(10);
-/// Time limit of the last read, if the time is up already because the coordinator was slow: what has arrived meanwhile is read.
+/// Time limit of the last read if the time is already up because the coordinator was slow: data that has arrived is still read.
 const LAST_READ: Duration = Duration::from_millis(50);
 
 /// The time limit for the rest of a response that is complete.

@@ -130,7 +130,7 @@ fn relay_body(
     }
 }
 
-/// Reads the next bytes of the body. A job that is not wanted has precedence over what the read says.
+/// Reads the next bytes of the body. If the job was interrupted, that takes precedence over the result of the read.
 fn read_wanted(
     lease: &AgentLease<'_>,
     reader: &mut impl Read,

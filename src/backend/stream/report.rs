@@ -8,7 +8,7 @@ use crate::backend::{BackendError, BackendResult, truncated_body};
 /// How far a response has come.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Progress {
-    /// No end is in sight.
+    /// The generation has not ended.
     #[default]
     Open,
     /// The generation has ended, as a `finish_reason` or an error says. Usage may follow.
@@ -21,7 +21,7 @@ pub enum Progress {
 #[derive(Debug, Default)]
 pub struct Report {
     usage: Usage,
-    /// Counts from fields that serve only if no `usage` comes.
+    /// Counts from other fields, used only if there is no `usage`.
     fallback: Usage,
     progress: Progress,
     failure: Option<BackendError>,

@@ -69,7 +69,7 @@ impl Page {
         self.add(&wrap("  -> ", text, self.terminal.width));
     }
 
-    /// The only way into the page, but for its own colors.
+    /// Adds text. Only the page's own colors bypass this function.
     fn add(&mut self, text: &str) {
         self.text += &printable(text);
     }
