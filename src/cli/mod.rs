@@ -170,7 +170,7 @@ fn print(text: &str) {
     let _ = try_print_raw(&printable(text));
 }
 
-/// Like [`print`], for text with control sequences of this program. Everything in it that comes from outside must already be
+/// Like `print`, for text with control sequences of this program. Everything in it that comes from outside must already be
 /// printable.
 fn print_raw(text: &str) {
     let _ = try_print_raw(text);

@@ -261,7 +261,7 @@ impl ProbeRounds {
         results
     }
 
-    /// Starts the trials that are due. While the operator has paused the agent, the machine is not to be used.
+    /// Starts the trials that are due. None is started while the agent is paused: the operator wants the machine idle.
     fn start_trials(&mut self) {
         if self.offers.is_paused() {
             return;

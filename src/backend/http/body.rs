@@ -17,7 +17,7 @@ struct Pieces {
     ranges: Vec<Range<usize>>,
 }
 
-/// Builds a [`Body`].
+/// Builds a body.
 pub struct BodyBuilder(Pieces);
 
 impl BodyBuilder {
