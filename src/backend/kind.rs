@@ -161,7 +161,7 @@ impl BaseUrl {
         &self.0
     }
 
-    /// Whether nobody on the network can read what is sent there: it is encrypted, or does not leave this machine.
+    /// Whether the network cannot read what is sent there: it is encrypted, or does not leave this machine.
     pub fn is_private(&self) -> bool {
         let uri: Result<Uri, _> = self.0.parse();
         uri.is_ok_and(|uri| uri.scheme_str() == Some("https") || uri.host().is_some_and(is_loopback))

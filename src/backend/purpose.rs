@@ -1,4 +1,4 @@
-//! What a server says a model is for. Servers state it in different fields, and in their own words: LM Studio's `type`, Ollama's
+//! The purpose of a model, as its server states it. Servers use different fields and words: LM Studio's `type`, Ollama's
 //! `capabilities`, GPUStack's `categories`, Xinference's `model_type`, Lemonade's `labels`, Hugging Face's `task`, OpenRouter's
 //! `output_modalities`, LiteLLM's `mode`.
 

@@ -1,10 +1,12 @@
-//! Probe rounds: each probes all backends side by side, and publishes a new [`Catalog`] as the results arrive.
+//! Probe rounds: each probes all backends side by side, and publishes a new [`Catalog`] as the results arrive. Between rounds, trials
+//! of models whose jobs fail.
 //!
 //! [`ProbeRounds`] is a state machine that the housekeeping thread drives. [`Prober`] is the handle that other threads use to
 //! request rounds.
 //!
 //! Invariants: nothing here blocks. Each backend is probed on a thread of its own, by one probe at a time, so a hung backend delays
-//! only itself. A round ends after [`ROUND_TIME_MAX`]. All requests that arrive before a round starts share that round.
+//! only itself. A round ends after [`ROUND_TIME_MAX`]. All requests that arrive before a round starts share that round. Each backend
+//! runs at most one trial at a time, and none while the agent is paused.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

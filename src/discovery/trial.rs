@@ -15,7 +15,7 @@ use crate::backend::{Backend, BackendError, BackendResult, Fault, Job, JobSink, 
 /// Time limit for the trial of a model. Some servers take almost as long to report that a model cannot be loaded.
 const MODEL_TRIAL_TIME: Duration = Duration::from_secs(30);
 
-/// Time limit for the trial of a withdrawn model: large models take minutes to load, and servers stop loading if the client hangs up.
+/// Time limit for the trial of a withdrawn model: large models take minutes to load, and servers stop loading if the client disconnects.
 /// Ollama's own limit.
 const WITHDRAWN_TRIAL_TIME: Duration = Duration::from_secs(300);
 

@@ -1,5 +1,4 @@
-//! Limits warnings that a peer can cause without limit: each place in the program logs at most one line per second; the others are
-//! counted.
+//! Limits warnings that a peer can cause without limit: each call site logs at most one line per second; the others are counted.
 //!
 //! Invariants: the first warning is logged at once. The count of the others follows within a second, or at the end of the process. A
 //! warning that is only counted is not even formatted, so that a flood of them costs little.
@@ -10,13 +9,13 @@ use std::time::{Duration, Instant};
 
 use log::Level;
 
-/// Minimum time between two lines of one place.
+/// Minimum time between two lines of one call site.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// The places with warnings that are counted but not logged yet.
+/// The call sites with warnings that are counted but not logged yet.
 static COUNTING: Mutex<Vec<&'static Repeats>> = Mutex::new(Vec::new());
 
-/// A place in the program that logs.
+/// A call site of [`log_repeatable!`](crate::log_repeatable).
 pub struct Repeats(Mutex<State>);
 
 struct State {
@@ -29,7 +28,7 @@ struct State {
     count: u64,
 }
 
-/// Like [`log::log!`], but at most one line a second is logged; further ones are counted.
+/// Like [`log::log!`], but logs at most one line per second and call site; further ones are counted.
 #[macro_export]
 macro_rules! log_repeatable {
     ($level:expr, $($arg:tt)+) => {{

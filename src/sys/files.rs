@@ -1,7 +1,7 @@
 //! Reads files up to a limit, and replaces them atomically.
 //!
-//! Invariant: nothing is written through a symlink of another user than this one and root, who may have planted it in a folder that
-//! others can write to.
+//! Invariant: nothing is written through a symlink that belongs to a user other than this one or root: in a folder that others can
+//! write to, it may have been planted.
 
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
 use std::io::{self, Read, Write};

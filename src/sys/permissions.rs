@@ -1,5 +1,5 @@
-//! Who can change a file, as ssh checks it before it trusts one: by the owners and modes of the file, of each folder above it, and
-//! of the symlinks on the way. Access control lists are not examined.
+//! Checks who can change a file, as ssh does before it trusts one: by the owners and modes of the file, of each folder above it, and
+//! of the symlinks that lead to it. Access control lists are not examined.
 
 use std::fs;
 use std::io;
@@ -18,7 +18,7 @@ const STICKY: u32 = 0o1000;
 /// Why a user other than the expected one and root can change a file.
 #[derive(Debug, thiserror::Error)]
 pub enum Exposure {
-    /// It, or a folder or symlink on the way to it, belongs to another user.
+    /// The file, or a folder or symlink on its path, belongs to another user.
     #[error("`{}` belongs to {}", path.display(), user::name_of(*owner))]
     Owner {
         /// What belongs to the other user.
@@ -28,7 +28,7 @@ pub enum Exposure {
         /// The expected user.
         uid: u32,
     },
-    /// It, or a folder on the way to it, is writable for its group or for everybody.
+    /// The file, or a folder on its path, is writable by its group or by everybody.
     #[error("other users can write to `{}` (mode {mode:04o})", path.display())]
     Mode {
         /// What they can write to.
@@ -47,7 +47,7 @@ pub enum Exposure {
 }
 
 impl Exposure {
-    /// The command that ends the exposure.
+    /// The command that removes the exposure.
     pub fn fix(&self) -> String {
         let quoted = |path: &Path| shell_quote(&path.to_string_lossy());
         match self {
@@ -115,7 +115,7 @@ fn check(path: &Path, uid: Uid, sticky_is_safe: bool) -> Result<(), Exposure> {
     if is_writable && !is_safe { Err(Exposure::Mode { path: path.to_owned(), mode }) } else { Ok(()) }
 }
 
-/// Whether nobody but `uid` and root is in the group. Many distributions give each user such a group, and a umask of 002.
+/// Whether the group contains only `uid` and root. Many distributions give each user such a group, and a umask of 002.
 fn is_private_group(gid: Gid, uid: Uid) -> bool {
     let is_trusted = |uid_of_member: u32| uid_of_member == uid.as_raw() || uid_of_member == 0;
     let uid_of = |name: &String| User::from_name(name).ok().flatten().map(|user| user.uid.as_raw());

@@ -31,8 +31,8 @@ int clock_gettime(clockid_t clock, struct timespec *now) {
     return result;
 }
 
-// Names that end in ".test" are this machine. The lookup of a name does not end while there is a file FAULT_LOOKUPS, which grows
-// by a byte for each lookup.
+// Names that end in ".test" resolve to this machine. A lookup does not end while the file FAULT_LOOKUPS exists, which grows by one
+// byte for each lookup.
 int getaddrinfo(const char *name, const char *service, const struct addrinfo *hints, struct addrinfo **found) {
     int (*real)(const char *, const char *, const struct addrinfo *, struct addrinfo **) = dlsym(RTLD_NEXT, "getaddrinfo");
     int file = open(getenv("FAULT_LOOKUPS"), O_WRONLY | O_APPEND);
@@ -86,7 +86,7 @@ static int fault(const char *variable) {
     return length > 0 ? atoi(number) : 0;
 }
 
-// With FAULT_DISK, nothing beside the identity can be written or created, as on a disk that turned read-only or fails.
+// With FAULT_DISK, nothing beside the identity can be written or created, as on a disk that has become read-only or fails.
 static int fails(const char *path, int is_write) {
     int number = is_write && path && strstr(path, "/identity.key") ? fault("FAULT_DISK") : 0;
     errno = number ? number : errno;

@@ -104,7 +104,7 @@ impl Scanner {
         }
     }
 
-    /// Whether an event has come since the last call. Comments are none.
+    /// Whether an event has come since the last call. Comments are not events.
     pub fn take_event(&mut self) -> bool {
         std::mem::take(&mut self.has_event)
     }

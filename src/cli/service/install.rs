@@ -68,8 +68,8 @@ fn make_folders(target: &ServiceTarget) -> Result<(), CliError> {
     Ok(())
 }
 
-/// Refuses paths that the supervisor cannot represent, and, if root installs the agent, files with which a user other than the one
-/// that the agent runs as could decide what it does.
+/// Rejects paths that the supervisor cannot represent. If root installs the agent, also rejects files through which a third user
+/// could control it.
 fn check_paths(target: &ServiceTarget, command: &ServiceCommand) -> Result<(), CliError> {
     for path in [&target.key_path, &target.log] {
         ServiceCommand::path(path)?;
