@@ -34,7 +34,7 @@ fn tokens_of(outcome: &Outcome) -> (u64, u64) {
     figures
 }
 
-/// Sends this every 20 ms until the agent hangs up, which must be within `time`.
+/// Sends this every 20 ms until the agent disconnects, which must be within `time`.
 fn fill_until_hang_up(held: &mut Held, filler: &str, time: Duration) {
     let began = Instant::now();
     let chunk = format!("{:x}\r\n{filler}\r\n", filler.len());
@@ -417,7 +417,7 @@ fn stop_reason_that_names_a_failure_is_internal() {
         let outcome = outcome_of(&rig, &backend, Some("text/event-stream"), body);
         assert_eq!((outcome.error(), outcome.body()), ("internal", body.into()), "{body}");
     }
-    // A string of the customer's at which vLLM stopped.
+    // A stop string of the customer's request, as vLLM reports it.
     let stopped = format!(
         "{TEXT}data: {{\"choices\":[{{\"delta\":{{}},\"finish_reason\":\"stop\",\"stop_reason\":\"error\"}}]}}\n\n{USAGE}{DONE}"
     );
@@ -454,8 +454,7 @@ fn token_count_of_zero_does_not_replace_a_count() {
     }
 }
 
-/// Groq and llama.cpp report their own objects, the latter also to those who did not ask for usage; Moonshot reports usage in the
-/// choice.
+/// Groq and llama.cpp report usage in objects of their own, llama.cpp even if it was not requested; Moonshot in the choice.
 #[test]
 fn usage_is_read_from_x_groq_and_timings_if_no_usage_came() {
     let backend = Backend::vllm(&["m"]);

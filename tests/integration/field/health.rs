@@ -170,7 +170,7 @@ fn only_model_that_fails_leaves_the_agent_without_a_healthy_backend() {
     });
 }
 
-/// The operator needs the machine for other work.
+/// While the agent is paused, the operator needs the machine for other work.
 #[test]
 fn slow_paused_agent_tries_no_model() {
     let backend = Backend::vllm_with(&["bad"], |_| Answer::Raw(response(500, "text/plain", "CUDA error")));
@@ -191,7 +191,7 @@ fn slow_paused_agent_tries_no_model() {
     wait_until("the model is tried again", || trials(&backend).len() == 2);
 }
 
-/// A completion that no customer pays for costs the operator money.
+/// Trials on a hosted backend would cost the operator money.
 #[test]
 fn slow_model_of_a_hosted_backend_is_withdrawn_for_a_limited_time_and_never_tried() {
     let backend = Backend::new(|request| match request.line().as_str() {
@@ -294,7 +294,7 @@ fn gateway_that_serves_stays_offered_although_a_probe_gets_a_5xx() {
         ("GET /health", 503, "Unhealthy servers: [\"http://127.0.0.1:8001\"]"),
         ("GET /v1/models", 502, ""),
     ];
-    // Whether a job has just been answered. If not, a trial tells that the gateway serves.
+    // Whether a job has just been answered. If not, a trial shows that the gateway serves.
     let cases = cases.into_iter().flat_map(|case| [(case, true), (case, false)]);
     side_by_side(cases, |((line, status, body), is_busy)| {
         let fails = Arc::new(AtomicBool::new(false));
@@ -399,7 +399,7 @@ fn gateway_that_says_that_it_is_not_ready_is_not_offered() {
     });
 }
 
-/// A readiness that changes while the gateway serves: it is believed at once, whatever its jobs did before.
+/// The readiness of a gateway takes effect at once, whatever its earlier jobs showed.
 #[test]
 fn gateway_that_loses_its_last_worker_is_withdrawn_by_the_next_probe() {
     let readiness = Arc::new(AtomicU16::new(200));

@@ -84,7 +84,7 @@ fn slow_disk_that_turns_read_only_ends_no_agent_and_its_status_is_unknown() {
             report.contains("held by the running agent") && report.contains("cannot write to"),
             "{errno}: {report}"
         );
-        // What does not answer is hung, on such a disk too.
+        // An agent that does not answer is hung, on such a disk too.
         agent.signal("STOP");
         assert_eq!(status(&setup).0["state"], "hung", "{errno}");
         agent.signal("CONT");
@@ -190,7 +190,7 @@ fn start_succeeds_while_others_ask_for_the_status() {
     }
 }
 
-/// The disk of the identity is not mounted, or the file was deleted: a new identity would earn for nobody, and look well.
+/// The disk of the identity is not mounted, or the file was deleted: a new identity would serve without being paid, unnoticed.
 #[test]
 fn identity_that_is_lost_after_a_pairing_is_an_error_and_not_a_new_agent() {
     let coordinator = Coordinator::new();
@@ -290,7 +290,7 @@ fn file_that_is_no_file_hangs_no_command() {
     });
 }
 
-/// Something that a shell command put in the place of a file; the command is ended at the end of the test.
+/// A shell command that replaces a file by something else; ended at the end of the test.
 struct Made(std::process::Child);
 
 impl Made {
@@ -336,7 +336,7 @@ fn slow_configuration_may_come_from_a_pipe_that_is_written() {
     }
 }
 
-/// systemd starts it as ready, feeds no watchdog on behalf of a hung one, and waits for the drain.
+/// The agent notifies systemd of its start, of each sign of life, and of its stop.
 #[test]
 fn systemd_is_told_of_start_signs_of_life_and_stop() {
     let name = format!("usepod-test-{}", std::process::id());

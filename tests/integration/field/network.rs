@@ -101,7 +101,7 @@ fn slow_address_that_swallows_connects_delays_the_next_by_a_quarter_of_a_second(
     assert!(sent.elapsed() < ms(1500), "a job took {:?}", sent.elapsed());
 }
 
-/// A lookup cannot be interrupted: a job that gives up leaves it behind.
+/// A lookup cannot be interrupted, so it outlives a job that gives up.
 #[test]
 fn jobs_for_a_name_that_resolves_slowly_share_one_lookup() {
     let coordinator = Coordinator::new();
@@ -151,7 +151,7 @@ pub fn finish_listing(mut listing: Held) {
     listing.keep();
 }
 
-/// A coordinator that pings right after `auth_ok` gives up on whoever does not answer.
+/// A coordinator that pings right after `auth_ok` drops an agent that does not answer.
 #[test]
 fn ping_is_answered_and_jobs_wait_while_the_first_probe_hangs() {
     let (_coordinator, backend, _agent, session, listing) = session_before_the_first_offer();
@@ -200,7 +200,7 @@ fn stop_or_end_of_the_session_does_not_wait_for_the_first_probe() {
     backend.assert_none(QUIET);
 }
 
-/// What can never become a handshake must not be waited for: a portal or another service answers.
+/// The agent must not wait for a handshake that cannot succeed, because a portal or another service answers.
 #[test]
 fn garbage_instead_of_a_handshake_frame_ends_the_attempt_at_once_with_the_reason() {
     let challenge = r#"{"type":"auth_challenge","nonce":"bm9uY2U="}"#;
@@ -336,7 +336,7 @@ fn slow_retry_after_is_the_least_delay_before_the_next_dial() {
             "{response}: {delay:?}"
         );
     });
-    // It is heeded for 5 minutes at most, and a proxy may send it, too.
+    // The delay is at most 5 minutes, and a proxy may request it too.
     let proxy = refusing("HTTP/1.1 503 Busy\r\nRetry-After: 86400\r\n\r\nmaintenance");
     let waiting = Setup::new("wss://coordinator.example/").env("HTTPS_PROXY", &format!("http://{}", proxy.address()));
     let agent = waiting.start();
@@ -380,7 +380,7 @@ fn quotes_in_a_close_reason_a_refusal_and_a_backend_error_are_shown_as_sent() {
     }
 }
 
-/// The installed command line must not allow more than it needs.
+/// The installed command line must not contain a flag that it does not need.
 #[test]
 fn ws_to_loopback_needs_no_flag_in_any_command() {
     let urls = ["ws://127.0.0.1:PORT/", "WS://LocalHost:PORT/", "ws://127.9.9.9:PORT/", "ws://[::1]:PORT/x"];
@@ -424,7 +424,7 @@ fn scheme_of_the_coordinator_may_be_in_capitals() {
     coordinator.session();
 }
 
-/// 0.3.5 accepts unknown keys, so they are no errors.
+/// 0.3.5 accepts unknown keys, so they are not errors.
 #[test]
 fn misspelt_key_outside_the_backends_is_accepted_with_a_warning_that_names_the_meant_one() {
     let cases = [
@@ -465,7 +465,7 @@ fn misspelt_key_outside_the_backends_is_accepted_with_a_warning_that_names_the_m
     assert!(report.lines().nth(at + 1).is_some_and(|fix| fix.contains("did you mean `max_concurrent`?")), "{report}");
 }
 
-/// Whoever corrects one error after the other wants to see the others, too.
+/// An operator who corrects one error wants to see the others as well.
 #[test]
 fn doctor_goes_on_after_an_invalid_part_of_agent_toml() {
     let backend = Backend::vllm_with(&["m"], |_| Answer::Raw(response(200, "text/event-stream", sse(1, 1))));

@@ -268,7 +268,7 @@ fn model_that_cannot_chat_is_not_offered_even_if_models_names_it() {
     }
 }
 
-/// Servers that do not say what a model is for say it when they are asked to chat: vLLM before its routes depended on the model,
+/// Servers that do not state a model's purpose reject a chat request: vLLM before its routes depended on the model,
 /// llama.cpp with `--embeddings`, Ollama, OpenAI.
 #[test]
 fn model_that_refuses_to_chat_is_withdrawn_unless_it_has_chatted() {
@@ -403,7 +403,7 @@ fn lora_adapter_has_the_window_of_its_parent() {
     assert_eq!(windows(&rig.session.capabilities), expected.map(|(id, window)| (id.to_owned(), window)));
 }
 
-/// At 60 ms a question, one question after another would not fit into the time of a probe.
+/// At 60 ms per query, sequential queries would not fit into the time of a probe.
 #[test]
 fn slow_hundred_ollama_models_are_all_learned_and_not_asked_again() {
     let names: Vec<String> = (0..100).map(|n| format!("m-{n:02}:latest")).collect();
@@ -535,7 +535,7 @@ fn slow_memory_of_a_16_mb_listing_is_bounded() {
     }
 }
 
-/// A response that comes byte by byte is given up with its probe, and the next round is on time.
+/// A response that arrives byte by byte is abandoned with its probe, and the next round is on time.
 #[test]
 fn slow_probe_that_trickles_keeps_no_other_backend_from_being_probed() {
     let plain: [(&[u8], &[u8]); 5] = [

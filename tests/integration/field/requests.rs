@@ -52,7 +52,7 @@ fn request_reaches_the_backend_byte_for_byte() {
     }
 }
 
-/// What was not offered cannot be reached with the operator's key.
+/// A model that is not offered cannot be reached with the operator's key.
 #[test]
 fn model_of_the_job_is_forced_however_the_request_names_another() {
     let backend = Backend::vllm(&["a", "b"]);
@@ -66,7 +66,7 @@ fn model_of_the_job_is_forced_however_the_request_names_another() {
         (r#"{"model":"a","\u006d\u006f\u0064\u0065\u006C":"b" }"#, format!(r#"{{"model":"a",{stream} }}"#)),
         (r#"{"model":["b"],"model":{"model":"b"}}"#, format!(r#"{{"model":"a",{stream}}}"#)),
         (r#"{"model":null}"#, format!(r#"{{"model":"a",{stream}}}"#)),
-        // Servers in Go heed keys in any case, and the last of several (golang/go#14750).
+        // Servers in Go accept keys in any case, and use the last of several (golang/go#14750).
         (r#"{"Model":"b"}"#, format!(r#"{{"model":"a",{stream}}}"#)),
         (r#"{"model":"a","n":1,"MODE\u006C":"b"}"#, format!(r#"{{"model":"a","n":1,{stream}}}"#)),
         (r#"{"modell":"b","model ":"b"}"#, format!(r#"{{"modell":"b","model ":"b",{stream},"model":"a"}}"#)),
@@ -95,7 +95,7 @@ fn model_of_the_job_is_forced_however_the_request_names_another() {
         };
         assert_eq!(body_at(&rig, &backend, "a", request, "anthropic"), expected, "anthropic: {request}");
     }
-    // What is no object has no model that could be named.
+    // A request that is not an object names no model.
     for request in [r#"["model","b"]"#, r#""\"model\":\"b\"""#, "[ 1.0 ,\n2]", "1E400", "null"] {
         assert_eq!(body_at(&rig, &backend, "a", request, "openai"), request);
     }
@@ -113,7 +113,7 @@ fn request_that_fails_over_reaches_the_next_backend_byte_for_byte() {
     assert_eq!(refused.last().map(Request::body_text).as_deref(), Some(expected));
 }
 
-/// Whatever is wrong with it, the second frame must not end the job that runs.
+/// However invalid it is, the second frame must not end the running job.
 #[test]
 fn unreadable_job_with_the_id_of_a_running_one_is_ignored() {
     let backend = Backend::vllm(&["m"]);
@@ -145,7 +145,7 @@ fn unreadable_job_with_the_id_of_a_running_one_is_ignored() {
     assert_eq!(rig.session.outcome(&id).error(), "internal");
 }
 
-/// Before the first offer, a job waits: its id is taken all the same.
+/// A job that waits for the first offer also reserves its id.
 #[test]
 fn unreadable_job_with_the_id_of_a_waiting_one_is_ignored() {
     let (_coordinator, backend, _agent, session, listing) = session_before_the_first_offer();
@@ -158,7 +158,7 @@ fn unreadable_job_with_the_id_of_a_waiting_one_is_ignored() {
     session.assert_quiet(&id);
 }
 
-/// The inference server takes gigabytes; what ends first when memory is short should be the agent, which is back in a minute.
+/// When memory is short, the agent should end before the inference server: it is back within a minute.
 #[test]
 fn kernel_short_of_memory_ends_the_agent_first() {
     let read = |pid: &str| -> i32 {

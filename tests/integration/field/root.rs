@@ -165,7 +165,7 @@ fn root_refuses_a_configuration_that_another_user_can_change_or_replace() {
     set_mode(machine.path("home/open"), 0o1777);
     let with_open_identity = machine.config("home/agent.toml", USER, &key(&home.join("open")), "");
     refuses(&with_open_identity, &["its identity", "other users can write"]);
-    // An owner as whom no unit could run: without `User=`, it would run as root.
+    // An owner without an entry in the user database: without `User=`, the unit would run as root.
     let unknown = machine.config("unknown/agent.toml", UNKNOWN, &key(&home), "");
     chown(machine.path("unknown"), Some(UNKNOWN), None).expect("an owner");
     refuses(&unknown, &["54321", "no entry in the user database"]);
@@ -211,7 +211,7 @@ fn as_user(machine: &Machine, uid: u32, arguments: &[&str], folder: &Path) -> Co
     command
 }
 
-/// A process that must not be ended, but at the end of the test.
+/// A process that must survive until the end of the test.
 struct Bystander(Child);
 
 impl Drop for Bystander {
