@@ -6,7 +6,7 @@
 //!
 //! Invariants: nothing here blocks. Each backend is probed on a thread of its own, by one probe at a time, so a hung backend delays
 //! only itself. A round ends after [`ROUND_TIME_MAX`]. All requests that arrive before a round starts share that round. Each backend
-//! runs at most one trial at a time, and none while the agent is paused.
+//! runs at most one trial at a time; none is started while the agent is paused.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
