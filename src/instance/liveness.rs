@@ -7,8 +7,8 @@
 //! the same number of bytes, so that a full disk does not make a working agent look dead. Times are from the system's monotonic
 //! clock, which is unaffected by clock corrections and stops while the machine is suspended.
 
-use std::fs;
-use std::io;
+use std::fs::{self, Metadata};
+use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
@@ -45,26 +45,27 @@ pub struct LockOwner {
 impl LockOwner {
     /// The running process that the lock file identifies.
     pub(super) fn running(paths: &AgentPaths) -> Option<LockOwner> {
-        let lock = paths.lock();
-        LockOwner::read(&lock).filter(|owner| owner.is_running() && may_name(&lock, owner.pid))
+        let (owner, lock) = LockOwner::read(&paths.lock()).filter(|(owner, _)| owner.is_running())?;
+        may_name(&lock, owner.pid).then_some(owner)
     }
 
     /// The pid of a running process that the lock file names, although the process does not belong to the owner of the file: that
     /// owner could make a command signal any process.
     pub fn foreign(paths: &AgentPaths) -> Option<u32> {
-        let lock = paths.lock();
-        let owner = LockOwner::read(&lock).filter(LockOwner::is_running)?;
+        let (owner, lock) = LockOwner::read(&paths.lock()).filter(|(owner, _)| owner.is_running())?;
         (!may_name(&lock, owner.pid)).then_some(owner.pid)
     }
 
-    /// The running agent, as it describes itself over its wake socket.
+    /// The running agent, as it describes itself over its wake socket. Whoever can write to the folder can replace the socket, so
+    /// only the process that sends the answer can be its subject.
     pub(super) fn ask(paths: &AgentPaths) -> Option<LockOwner> {
         let answer = wake_socket::ask_process(&paths.wake())?;
-        let mut owner = LockOwner::parse(&answer).filter(|owner| may_name(&paths.wake(), owner.pid))?;
+        let socket = fs::symlink_metadata(paths.wake()).ok()?;
+        let mut owner = LockOwner::parse(&answer.text).filter(|owner| owner.pid == answer.from)?;
         // An answer contains the age of the last sign of life.
         owner.last_liveness = monotonic().saturating_sub(owner.last_liveness);
         owner.is_recorded = false;
-        Some(owner).filter(LockOwner::is_running)
+        Some(owner).filter(|owner| owner.is_running() && may_name(&socket, owner.pid))
     }
 
     /// The same process with its last sign of life: if the one in the lock file is too old, the agent is asked.
@@ -116,9 +117,12 @@ impl LockOwner {
         (self.pid, self.started) == (other.pid, other.started)
     }
 
-    pub(super) fn read(lock: &Path) -> Option<LockOwner> {
-        let content = files::read_bounded(lock, LOCK_BYTES_MAX).ok()?;
-        LockOwner::parse(std::str::from_utf8(&content).ok()?)
+    /// Reads the lock file. Its metadata are of the file that was read, whatever file has the name by then.
+    pub(super) fn read(lock: &Path) -> Option<(LockOwner, Metadata)> {
+        let file = files::open_no_follow(lock, false).ok()?;
+        let (mut text, metadata) = (String::new(), file.metadata().ok()?);
+        file.take(LOCK_BYTES_MAX).read_to_string(&mut text).ok()?;
+        Some((LockOwner::parse(&text)?, metadata))
     }
 
     fn parse(text: &str) -> Option<LockOwner> {
@@ -151,12 +155,11 @@ pub(super) fn start_of(pid: &str) -> Option<u64> {
 /// Whether a file, which is this user's own or of root, may say that this process is the agent: the process belongs to the owner of
 /// the file. Everybody else who can write to the folder could have root or this user signal one of their own processes. A file that
 /// only root can write to is trusted; root also trusts other users about their own processes.
-fn may_name(file: &Path, pid: u32) -> bool {
-    let Ok(found) = fs::symlink_metadata(file) else { return false };
-    let (owner, this_user) = (found.uid(), Uid::effective().as_raw());
-    let is_roots = owner == 0 && found.mode() & 0o022 == 0;
+fn may_name(file: &Metadata, pid: u32) -> bool {
+    let (owner, this_user) = (file.uid(), Uid::effective().as_raw());
+    let is_roots = owner == 0 && file.mode() & 0o022 == 0;
     let is_ours = owner == this_user || owner == 0 || this_user == 0;
-    !found.is_symlink() && (is_roots || (is_ours && process::user_of(pid) == Some(owner)))
+    !file.is_symlink() && (is_roots || (is_ours && process::user_of(pid) == Some(owner)))
 }
 
 /// The time of the monotonic clock, which is the same for all processes until the next boot.
@@ -177,10 +180,10 @@ mod tests {
         let path = std::env::temp_dir().join(format!("usepod-lock-owner-{}", std::process::id()));
         for owner in [short, long] {
             fs::write(&path, owner.to_text()).expect("written");
-            assert_eq!(LockOwner::read(&path), Some(owner));
+            assert_eq!(LockOwner::read(&path).map(|(read, _)| read), Some(owner));
         }
         fs::write(&path, "123\n").expect("written");
-        assert_eq!(LockOwner::read(&path), None);
+        assert!(LockOwner::read(&path).is_none());
         fs::remove_file(&path).expect("removed");
     }
 

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use super::AgentPaths;
 use super::liveness::{LockOwner, TEXT_BYTES, start_of};
+use crate::sys::shell_quote::shell_quote;
 use crate::sys::{files, user};
 
 /// How long a lock that is held may lack an owner that can be seen: [`running_agent`] holds it for an instant, and a new owner
@@ -80,13 +81,11 @@ impl LockError {
                     Some(folder) if path.symlink_metadata().is_err() => ("-R ", folder),
                     _ => ("", &**path),
                 };
-                let chown = format!("chown {recursive}{} '{}'", user::name(), path.display());
+                let quoted = shell_quote(&path.to_string_lossy());
+                let chown = format!("chown {recursive}{} {quoted}", user::name());
                 // A symlink or a FIFO, for example.
                 if why.kind() == ErrorKind::InvalidInput {
-                    return format!(
-                        "remove it: rm '{}'; `usepod-agent doctor` shows who else can write there",
-                        path.display()
-                    );
+                    return format!("remove it: rm {quoted}; `usepod-agent doctor` shows who else can write there");
                 }
                 if is_permission(why) {
                     return format!("as root, give it to the user that runs the agent: {chown}");

@@ -6,7 +6,7 @@
 //! that can send one can do no harm.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::os::fd::AsRawFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
@@ -15,6 +15,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::AT_FDCWD;
+use nix::sys::socket::sockopt::PassCred;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg, setsockopt};
 use nix::sys::stat::{FchmodatFlags, Mode, fchmodat};
 
 use crate::sys::files;
@@ -153,23 +155,44 @@ pub fn wake_process(path: &Path) -> bool {
     }
 }
 
+/// The answer of another process.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The text.
+    pub text: String,
+    /// The pid of the process that sent it, as the kernel states it.
+    pub from: u32,
+}
+
 /// Queries another process, and returns its answer; `None` if it has no socket or does not answer within a second. Needs no writable
 /// disk: the answer is sent to an address that is not a file.
-pub fn ask_process(path: &Path) -> Option<String> {
+pub fn ask_process(path: &Path) -> Option<Answer> {
     let ask = || {
         let name = format!("usepod-agent-{}", uuid::Uuid::new_v4().simple());
         let socket = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(name)?)?;
         socket.set_write_timeout(Some(ANSWER_TIMEOUT))?;
         socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+        setsockopt(&socket, PassCred, &true)?;
         // A connected socket receives only from its peer.
         with_short_path(path, |short| socket.connect(short))?;
         socket.send(QUESTION)?;
-        let mut answer = vec![0; ANSWER_BYTES_MAX];
-        let length = socket.recv(&mut answer)?;
-        answer.truncate(length);
-        Ok::<_, io::Error>(answer)
+        receive_answer(&socket)
     };
-    String::from_utf8(ask().ok()?).ok()
+    ask().ok().flatten()
+}
+
+fn receive_answer(socket: &UnixDatagram) -> io::Result<Option<Answer>> {
+    let mut text = vec![0; ANSWER_BYTES_MAX];
+    let mut control = nix::cmsg_space!(UnixCredentials);
+    let mut buffers = [IoSliceMut::new(&mut text)];
+    let received = recvmsg::<()>(socket.as_raw_fd(), &mut buffers, Some(&mut control), MsgFlags::empty())?;
+    let (length, mut messages) = (received.bytes, received.cmsgs()?);
+    let from = messages.find_map(|message| match message {
+        ControlMessageOwned::ScmCredentials(sender) => u32::try_from(sender.pid()).ok(),
+        _ => None,
+    });
+    text.truncate(length);
+    Ok(from.and_then(|from| Some(Answer { text: String::from_utf8(text).ok()?, from })))
 }
 
 #[cfg(test)]
@@ -216,7 +239,7 @@ mod tests {
         std::thread::scope(|scope| {
             let asking = scope.spawn(|| ask_process(&path));
             assert_eq!(wake_socket.wait(None, || "well".to_owned()), Wakeup::External);
-            assert_eq!(asking.join().expect("no panic").as_deref(), Some("well"));
+            assert_eq!(asking.join().expect("no panic").map(|answer| answer.text).as_deref(), Some("well"));
         });
         drop(wake_socket);
         assert!(!path.exists());
@@ -231,7 +254,8 @@ mod tests {
         std::thread::scope(|scope| {
             let asking = scope.spawn(|| ask_process(&path));
             assert_eq!(wake_socket.wait(None, || "well".to_owned()), Wakeup::External);
-            assert_eq!(asking.join().expect("no panic").as_deref(), Some("well"));
+            let answer = Answer { text: "well".to_owned(), from: std::process::id() };
+            assert_eq!(asking.join().expect("no panic"), Some(answer));
         });
     }
 }

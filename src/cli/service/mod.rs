@@ -185,15 +185,18 @@ fn stop(globals: &Globals) -> Result<(), CliError> {
 
 /// Stops the running agent, regardless of how it was started.
 fn stop_running(target: &ServiceTarget) -> Result<(), CliError> {
+    let running = running_agent(&target.paths);
     // The owner of the lock file controls the pid in it, and must not have this process kill that of another user.
-    if let Some(pid) = LockOwner::foreign(&target.paths) {
+    if !matches!(running, Ok(Some(_)))
+        && let Some(pid) = LockOwner::foreign(&target.paths)
+    {
         let lock = target.paths.lock();
         return Err(CliError::Runtime(format!(
             "`{}` names pid {pid}, a process of another user; if that is the agent, stop it by hand: kill {pid}",
             lock.display()
         )));
     }
-    let Some(owner) = running_agent(&target.paths).map_err(|e| e.to_string())? else {
+    let Some(owner) = running.map_err(|e| e.to_string())? else {
         print("no agent is running\n");
         return Ok(());
     };

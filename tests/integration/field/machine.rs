@@ -101,6 +101,40 @@ fn agent_whose_lock_file_lost_its_content_is_found_by_its_answer() {
     assert_eq!((&state["state"], &state["pid"], code), (&json!("serving"), &json!(rig.agent.pid()), 0), "{state}");
 }
 
+/// Whoever can write to the folder of the identity can replace the socket, and must not have a command end another process.
+#[test]
+fn answer_that_names_another_process_than_its_sender_is_not_believed() {
+    let setup = Setup::new(&format!("ws://{}/", nobody_at("127.0.0.97")));
+    let path = format!("{}:/usr/bin:/bin", setup.scratch.join("bin").display());
+    set_mode(setup.scratch.write("bin/crontab", "#!/bin/sh\necho no crontab for you >&2\nexit 1\n"), 0o755);
+    let setup = setup.env("PATH", &path);
+    let lock = File::open(setup.scratch.write(".usepod-agent/identity.key.lock", "")).expect("the lock file");
+    lock.lock().expect("the lock");
+    let mut bystander = Command::new("sleep").arg("600").stdout(Stdio::null()).spawn().expect("a bystander");
+    let pid = bystander.id();
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("its stat");
+    let started = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(19)).expect("a start");
+    let socket = setup.identity().with_file_name("identity.key.wake");
+    let liar = UnixDatagram::bind(&socket).expect("a socket");
+    set_mode(&socket, 0o600);
+    let answer = format!("{pid} {started} 0");
+    std::thread::spawn(move || {
+        let mut question = [0];
+        while let Ok((_, from)) = liar.recv_from(&mut question) {
+            if question == *b"?" {
+                let _ = liar.send_to_addr(answer.as_bytes(), &from);
+            }
+        }
+    });
+    const WHERE: &str = "another container or on another host";
+    let (status, stop) = (run(&setup, &["status"]), run(&setup, &["service", "stop"]));
+    let is_running = bystander.try_wait().expect("its state").is_none();
+    let _ = bystander.kill().and_then(|()| bystander.wait());
+    assert!(is_running, "the bystander was ended");
+    status.fails(1, &[WHERE]);
+    stop.fails(1, &[WHERE]);
+}
+
 /// An agent in another container or on another host: its lock is held, and the pid in it means nothing here.
 #[test]
 fn lock_held_by_nobody_visible_is_an_agent_elsewhere() {

@@ -262,6 +262,27 @@ fn root_lock_that_another_user_planted_names_nobody() {
     }
 }
 
+/// As in a container that runs as root, with the folder of a user of the host.
+#[test]
+fn root_agent_whose_lock_file_belongs_to_another_user_is_found_and_stopped() {
+    let Some(machine) = Machine::new() else { return };
+    let coordinator = Coordinator::new();
+    let path = format!("{}:/usr/bin:/bin", machine.path("bin").display());
+    let setup = Setup::new(&coordinator.url()).env("PATH", &path);
+    let lock = setup.scratch.write(".usepod-agent/identity.key.lock", "");
+    chown(&lock, Some(USER), Some(USER)).expect("an owner");
+    let mut agent = setup.start();
+    let _session = coordinator.session();
+    let config = setup.write();
+    let run = |arguments: &[&str]| {
+        let arguments = [arguments, &["-c", config.to_str().expect("UTF-8")]].concat();
+        cli(setup.scratch.path(), &arguments, &[("PATH", &path)])
+    };
+    assert!(run(&["status"]).stdout.contains(&format!("pid {}", agent.pid())));
+    assert!(run(&["service", "stop"]).ok().contains("exited"));
+    assert_eq!(agent.wait(SOON).code(), Some(0));
+}
+
 #[test]
 fn root_files_are_not_written_through_links_of_another_user() {
     let Some(machine) = Machine::new() else { return };
