@@ -72,14 +72,22 @@ impl LiveState {
 
     /// Records the end of a connection attempt or a session, as described by `connection`. Counts as a sign of life.
     pub fn not_connected(&self, connection: Connection) {
-        self.update(|inner| {
+        let change = |inner: &mut Inner| {
             if inner.connection == Connection::Connected {
                 inner.connection_since = Moment::now();
                 inner.in_flight = Box::new(|| 0);
             }
             inner.connection = connection;
             inner.is_alive = true;
-        });
+        };
+        let mut inner = self.lock();
+        if inner.is_draining {
+            // The agent ends with the session, and the state file is then written for the last time.
+            change(&mut inner);
+        } else {
+            drop(inner);
+            self.update(change);
+        }
     }
 
     /// Records that the coordinator has admitted the agent.
