@@ -13,8 +13,6 @@ use crate::sys::datetime;
 
 /// Maximum length of the head of a response, in bytes.
 const HEAD_BYTES_MAX: usize = 8 << 10;
-/// Maximum number of headers in a response: as many as fit, since the shortest, `a:` and a line feed, takes 3 bytes.
-const HEADERS_MAX: usize = HEAD_BYTES_MAX / 3;
 /// Size of one read, in bytes.
 const READ_BYTES: usize = 1 << 10;
 /// Maximum number of bytes of a refusal's body that are read.
@@ -63,7 +61,9 @@ pub fn read_head(stream: &mut impl Read) -> io::Result<Option<(Head, Vec<u8>)>> 
 
 /// Only the status line must be valid: some proxies send malformed headers. Those are left out.
 fn parse_head(head: &[u8]) -> Option<Head> {
-    let mut headers = vec![httparse::EMPTY_HEADER; HEADERS_MAX];
+    // At most a header a line.
+    let lines = memchr::memchr_iter(b'\n', head).count();
+    let mut headers = vec![httparse::EMPTY_HEADER; lines];
     let mut response = httparse::Response::new(&mut headers);
     // After an error, `response` has the status if that was valid, and `headers` are those before the error.
     let _ = httparse::ParserConfig::default()
