@@ -37,25 +37,30 @@ pub struct Head {
     pub headers: HeaderMap,
 }
 
-/// Reads a head. Also returns the bytes after it that were read with it. `None` if the response is not HTTP.
+/// Reads the head of the final response, behind interim ones such as 103, which all count towards `HEAD_BYTES_MAX`. Also returns
+/// the bytes after it that were read with it. `None` if the response is not HTTP.
 ///
 /// # Errors
 /// The stream failed.
 pub fn read_head(stream: &mut impl Read) -> io::Result<Option<(Head, Vec<u8>)>> {
     let mut bytes = Vec::new();
+    let mut left = HEAD_BYTES_MAX;
     let mut chunk = [0; READ_BYTES];
     loop {
-        let read = stream.read(&mut chunk)?;
-        // The end of the head may be in two reads.
-        let from = bytes.len().saturating_sub(3);
-        bytes.extend_from_slice(&chunk[..read]);
-        if let Some(end) = bytes[from..].windows(4).position(|window| window == b"\r\n\r\n") {
-            let rest = bytes.split_off(from + end + 4);
-            return Ok(parse_head(&bytes).map(|head| (head, rest)).filter(|_| bytes.len() <= HEAD_BYTES_MAX));
+        while let Some(end) = bytes.windows(4).position(|window| window == b"\r\n\r\n") {
+            let rest = bytes.split_off(end + 4);
+            match parse_head(&bytes) {
+                Some(head) if bytes.len() <= left && !head.is_interim() => return Ok(Some((head, rest))),
+                Some(_) if bytes.len() <= left => left -= bytes.len(),
+                _ => return Ok(None),
+            }
+            bytes = rest;
         }
-        if read == 0 || bytes.len() >= HEAD_BYTES_MAX {
+        let read = if bytes.len() < left { stream.read(&mut chunk)? } else { 0 };
+        if read == 0 {
             return Ok(None);
         }
+        bytes.extend_from_slice(&chunk[..read]);
     }
 }
 
@@ -82,6 +87,11 @@ fn parse_head(head: &[u8]) -> Option<Head> {
 }
 
 impl Head {
+    /// Whether another response follows. Behind 101, it is another protocol.
+    fn is_interim(&self) -> bool {
+        (100..200).contains(&self.status) && self.status != 101
+    }
+
     /// The value of a header, if it is text.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name)?.to_str().ok().map(str::trim)
@@ -200,6 +210,16 @@ mod tests {
         }
         assert_eq!(head_of(b"HTTP/1.0 407 No\r\nDate: today\r\nX: \0\r\n\r\n").map(|head| head.status), Some(407));
         assert!(head_of(b"SSH-2.0-OpenSSH_9.6\r\n\r\n").is_none());
+    }
+
+    #[test]
+    fn read_head_skips_interim_responses_up_to_a_limit() {
+        let interim = "HTTP/1.1 103 Early Hints\r\nLink: </style.css>\r\n\r\n";
+        let text = format!("HTTP/1.1 100 Continue\r\n\r\n{interim}HTTP/1.1 101 Switching\r\n\r\nframes");
+        let (head, rest) = read_head(&mut text.as_bytes()).expect("a slice").expect("a head");
+        assert_eq!((head.status, &rest[..]), (101, &b"frames"[..]));
+        assert!(head_of(interim.as_bytes()).is_none());
+        assert!(head_of(format!("{}HTTP/1.1 101 Switching\r\n\r\n", interim.repeat(1000)).as_bytes()).is_none());
     }
 
     #[test]

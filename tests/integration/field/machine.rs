@@ -181,6 +181,8 @@ fn lock_that_cannot_be_tried_is_a_failure_with_the_chown_and_no_start() {
     let cases: [(Break, &str); 3] = [
         (
             |setup| {
+                // Cannot be written again once it has mode 0, except by root.
+                fs::remove_file(lock_of(&setup)).expect("the lock file is there");
                 set_mode(setup.scratch.write(".usepod-agent/identity.key.lock", ""), 0);
                 setup.bound_by_modes()
             },

@@ -262,7 +262,9 @@ fn refused_upgrade_is_named_in_log_status_and_doctor() {
     let portal = "something in between answers: log in there";
     let cases = [
         (
-            refusing("HTTP/1.1 302 Found\r\nLocation: http://portal.test/login?\u{9b}2J\r\nContent-Length: 0\r\n\r\n"),
+            refusing(
+                "HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 302 Found\r\nLocation: http://portal.test/login?\u{9b}2J\r\nContent-Length: 0\r\n\r\n",
+            ),
             vec!["302 Found", "http://portal.test/login", portal],
         ),
         (
