@@ -11,7 +11,7 @@ fn has_ipv6() -> bool {
     std::net::TcpListener::bind("[::1]:0").is_ok()
 }
 
-/// A proxy for the whole machine would connect to its own loopback.
+/// A proxy for the whole machine would connect to its own loopback (actions/toolkit PR#1361).
 #[test]
 fn loopback_is_reached_directly_although_https_proxy_is_set() {
     let hosts = [
