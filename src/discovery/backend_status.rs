@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::health::{FAILURES_MAX, Health};
+use super::health::Health;
+use super::model_health::FAILURES_MAX;
 use super::trial::{Purpose, Trial, TrialOutcome};
 use super::{BackendHandle, BackendOffer, Listing, OfferTerms, ResolvedModel};
 use crate::backend::{BackendError, BackendResult, Kind, ProbedModels};

@@ -10,22 +10,14 @@
 //! backend busy with trials. A withdrawal that no trial has confirmed ends by itself.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use super::model_health::{FAILURES_MAX, Failures, ModelHealth, QUARANTINE, doubled};
 use super::trial::TrialOutcome;
 use crate::backend::{BackendResult, Fault, JobResult};
 
-/// Consecutive failures after which a backend is withdrawn from the offer, or a model is suspect.
-pub const FAILURES_MAX: u32 = 3;
 /// Minimum number of connection errors and 502 to 504 among the failures that withdraw a backend.
 const BACKEND_FAILURES_MIN: u32 = 2;
-/// Time after a withdrawal during which successful probes do not restore the offer: a backend can be healthy and still fail its
-/// jobs. Doubles with each relapse. Also the pause between two trials of a model, which doubles with each trial.
-const QUARANTINE: Duration = Duration::from_secs(4);
-/// Maximum of [`QUARANTINE`] after doubling.
-const QUARANTINE_MAX: Duration = Duration::from_secs(300);
-
-const _: () = assert!(QUARANTINE.as_secs() <= QUARANTINE_MAX.as_secs());
 const _: () = assert!(BACKEND_FAILURES_MIN <= FAILURES_MAX);
 
 /// What the outcome of a job has changed.
@@ -55,44 +47,6 @@ pub struct Health {
     last_served: Option<String>,
     /// The models with failed jobs; at most those of the listing.
     models: HashMap<String, ModelHealth>,
-}
-
-/// Consecutive failures. Those of jobs that began before the last one was counted are one event, such as the death of a server that
-/// ran them all.
-#[derive(Default)]
-struct Failures {
-    count: u32,
-    last_counted: Option<Instant>,
-}
-
-struct ModelHealth {
-    failures: Failures,
-    trust: Trust,
-    /// Whether the model is tried; if not, its withdrawal ends by itself.
-    may_try: bool,
-    /// The time until the next trial, or until the withdrawal ends.
-    pause: Duration,
-    due: Instant,
-}
-
-#[derive(PartialEq)]
-enum Trust {
-    Trusted,
-    Suspect,
-    /// Not offered, for this reason.
-    Withdrawn(String),
-}
-
-impl Failures {
-    /// Counts the failure of a job that began at `began`. Returns whether it is a new event.
-    fn count(&mut self, began: Instant, now: Instant) -> bool {
-        let is_new = self.last_counted.is_none_or(|last| began > last);
-        if is_new {
-            self.count = self.count.saturating_add(1);
-            self.last_counted = Some(now);
-        }
-        is_new
-    }
 }
 
 impl Health {
@@ -148,7 +102,7 @@ impl Health {
         {
             self.failing_since = Some(now);
             // The failures are the backend's, not the models'.
-            self.models.values_mut().filter(|model| !model.is_withdrawn()).for_each(ModelHealth::restore);
+            self.models.values_mut().filter(|model| model.withdrawn().is_none()).for_each(ModelHealth::restore);
             return Verdict::BackendFails;
         }
         // While the backend is withdrawn, its failures say nothing about the model.
@@ -219,112 +173,55 @@ impl Health {
 
     /// The models that are not offered because their jobs fail, and the reasons.
     pub fn withdrawn(&self) -> BTreeMap<String, String> {
-        let withdrawn = self.models.iter().filter_map(|(model_id, model)| match &model.trust {
-            Trust::Withdrawn(why) => Some((model_id.clone(), why.clone())),
-            Trust::Trusted | Trust::Suspect => None,
-        });
-        withdrawn.collect()
+        let why = |model: &ModelHealth| model.withdrawn().map(str::to_owned);
+        self.models.iter().filter_map(|(model_id, model)| Some((model_id.clone(), why(model)?))).collect()
     }
 
     /// Restores the models whose withdrawal ends by itself. Returns whether there were any.
     pub fn release(&mut self, now: Instant) -> bool {
-        let due = self.models.values_mut().filter(|model| model.is_due(now) && !model.may_try);
+        let due = self.models.values_mut().filter(|model| model.is_due(now) && !model.may_try());
         due.map(ModelHealth::restore).count() > 0
     }
 
     /// The model whose trial is due first.
     pub fn due_trial(&self, now: Instant) -> Option<&str> {
-        let due = self.models.iter().filter(|(_, model)| model.is_due(now) && model.may_try);
-        due.min_by_key(|(_, model)| model.due).map(|(model_id, _)| model_id.as_str())
+        let due = self.models.iter().filter(|(_, model)| model.is_due(now) && model.may_try());
+        due.min_by_key(|(_, model)| model.due()).map(|(model_id, _)| model_id.as_str())
     }
 
     /// When the trial of this model is due.
     pub fn trial_due(&self, model_id: &str) -> Option<Instant> {
-        let model = self.models.get(model_id).filter(|model| model.trust != Trust::Trusted && model.may_try)?;
-        Some(model.due)
+        self.models.get(model_id).filter(|model| model.may_try())?.due()
     }
 
     /// Makes the trial of this model due at once.
     pub fn hasten_trial(&mut self, model_id: &str, now: Instant) {
         if let Some(model) = self.models.get_mut(model_id) {
-            model.due = model.due.min(now);
+            model.hasten(now);
         }
     }
 
     /// When the next trial or release is due.
     pub fn next_due(&self) -> Option<Instant> {
-        self.models.values().filter(|model| model.trust != Trust::Trusted).map(|model| model.due).min()
+        self.models.values().filter_map(ModelHealth::due).min()
     }
 
     /// Makes all trials due at once: the server was away, and may have been repaired.
     pub fn server_returned(&mut self, now: Instant) {
-        self.models.values_mut().for_each(|model| model.due = model.due.min(now));
+        self.models.values_mut().for_each(|model| model.hasten(now));
     }
 
     /// Records the outcome of a trial. Returns whether the offer has changed.
     pub fn record_trial(&mut self, model_id: &str, outcome: &TrialOutcome, now: Instant) -> bool {
-        let Some(model) = self.models.get_mut(model_id) else { return false };
-        model.due = now + model.pause;
-        model.pause = doubled(model.pause, 1);
-        let was_withdrawn = model.is_withdrawn();
-        match outcome {
-            TrialOutcome::Passed => model.restore(),
-            TrialOutcome::Failed(why) => {
-                model.trust = Trust::Withdrawn(format!("its last {FAILURES_MAX} jobs and a trial failed: {why}"));
-            }
-            TrialOutcome::Inconclusive(_) => {}
-        }
-        was_withdrawn != model.is_withdrawn()
+        self.models.get_mut(model_id).is_some_and(|model| model.record_trial(outcome, now))
     }
-}
-
-impl ModelHealth {
-    fn new(now: Instant) -> ModelHealth {
-        ModelHealth { failures: Failures::default(), trust: Trust::Trusted, may_try: true, pause: QUARANTINE, due: now }
-    }
-
-    /// Counts a failure. Returns whether the model has become suspect.
-    fn count(&mut self, began: Instant, now: Instant) -> bool {
-        self.failures.count(began, now) && self.trust == Trust::Trusted && self.failures.count >= FAILURES_MAX
-    }
-
-    fn suspect(&mut self, may_try: bool, now: Instant) {
-        if now > self.due + QUARANTINE_MAX {
-            self.pause = QUARANTINE;
-        }
-        self.may_try = may_try;
-        if may_try {
-            self.trust = Trust::Suspect;
-            self.due = self.due.max(now);
-        } else {
-            self.trust = Trust::Withdrawn(format!("its last {FAILURES_MAX} jobs failed"));
-            self.due = now + self.pause;
-            self.pause = doubled(self.pause, 1);
-        }
-    }
-
-    /// Whether a trial or the end of the withdrawal is due.
-    fn is_due(&self, now: Instant) -> bool {
-        self.trust != Trust::Trusted && self.due <= now
-    }
-
-    fn is_withdrawn(&self) -> bool {
-        matches!(self.trust, Trust::Withdrawn(_))
-    }
-
-    fn restore(&mut self) {
-        self.failures.count = 0;
-        self.trust = Trust::Trusted;
-    }
-}
-
-/// `time`, doubled this many times, up to the maximum.
-fn doubled(time: Duration, times: u32) -> Duration {
-    time.saturating_mul(2u32.saturating_pow(times)).min(QUARANTINE_MAX)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use super::super::model_health::QUARANTINE_MAX;
     use super::*;
     use crate::backend::BackendError;
 

@@ -7,6 +7,7 @@
 
 mod catalog;
 mod local;
+mod model_health;
 mod health;
 mod trial;
 mod backend_handle;

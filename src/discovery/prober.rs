@@ -361,7 +361,7 @@ mod tests {
     use super::*;
     use crate::backend::{Backend, BackendError, BackendHealth, BackendModel, BackendResult, Job, JobResult, JobSink};
     use crate::config::{Price, Pricing};
-    use crate::discovery::health::FAILURES_MAX;
+    use crate::discovery::model_health::FAILURES_MAX;
 
     const LIMIT: Duration = Duration::from_secs(10);
 
